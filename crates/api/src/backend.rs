@@ -1,0 +1,211 @@
+//! What the HTTP layer needs from a node. The node implements [`Backend`]; tests implement it with a fake.
+
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+
+use murmur_protocol::sampling::{SamplingParams, Token};
+use tokio::sync::mpsc;
+
+/// A boxed future, so that [`Backend`] can be a trait object.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// What a model can be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModelKind {
+    /// Chat and completions.
+    Generate,
+    /// Embeddings only.
+    Embed,
+}
+
+/// What the HTTP layer must know of a model.
+#[derive(Debug, Clone)]
+pub struct ModelCard {
+    /// The name clients use.
+    pub id: String,
+    /// Unix seconds at which this node learnt of it.
+    pub created: u64,
+    /// What it can be asked for.
+    pub kind: ModelKind,
+    /// Tokens per request at most, prompt and answer together.
+    pub context_tokens: u32,
+    /// The model's own Jinja template, when it has one.
+    pub chat_template: Option<String>,
+    /// Text of the beginning-of-sequence token, for the template.
+    pub bos_text: String,
+    /// Text of the end-of-sequence token, for the template.
+    pub eos_text: String,
+    /// `loading`, `ready` ...
+    pub state: String,
+    /// Facts for `/v1/models/{id}` and `/api/status` (architecture, parameters, quantisation, stages ...).
+    pub details: serde_json::Value,
+}
+
+/// A prompt, before tokenisation.
+#[derive(Debug, Clone)]
+pub enum Prompt {
+    /// Plain text: the tokenizer adds what the model wants at the start, control tokens are read as text.
+    Text(String),
+    /// A rendered chat template: control tokens are recognised, and nothing is added twice.
+    Rendered(String),
+    /// Token ids.
+    Tokens(Vec<Token>),
+}
+
+/// One generation.
+#[derive(Debug, Clone)]
+pub struct GenerateRequest {
+    /// Model id, already resolved.
+    pub model: String,
+    /// What to continue.
+    pub prompt: Prompt,
+    /// How to choose tokens; the seed is always set.
+    pub sampling: SamplingParams,
+    /// Tokens to generate at most; `None`: until the context is full.
+    pub max_tokens: Option<u32>,
+    /// Texts that end the generation; never part of the output, also when they cross token boundaries.
+    pub stop: Vec<String>,
+}
+
+/// A started generation. Dropping it cancels the work within one step.
+pub struct Generation {
+    /// Prompt length.
+    pub prompt_tokens: u32,
+    /// Events, bounded: a reader that lags stops the generation for as long, and loses nothing.
+    pub events: mpsc::Receiver<Event>,
+}
+
+/// What happens during a generation.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// Prompt tokens done so far (for keep-alives); also says how many came from the prefix cache.
+    Prefill {
+        /// Prompt tokens processed, cached ones included.
+        done_tokens: u32,
+        /// Prompt tokens that were found in the prefix cache.
+        cached_tokens: u32,
+    },
+    /// New text. `text` is always valid UTF-8 and never part of a stop string.
+    Text {
+        /// May be empty when only log-probabilities are reported (a token that ends in the middle of a character).
+        text: String,
+        /// One entry per token consumed for this event.
+        tokens: Vec<TokenInfo>,
+    },
+    /// The end; the last event.
+    Done(Completion),
+    /// The generation failed after it had begun; the last event.
+    Failed(Refusal),
+}
+
+/// A generated token, with log-probabilities when they were asked for.
+#[derive(Debug, Clone)]
+pub struct TokenInfo {
+    /// Token id.
+    pub id: Token,
+    /// Its bytes (may be part of a character).
+    pub bytes: Vec<u8>,
+    /// Natural log-probability.
+    pub logprob: Option<f32>,
+    /// Alternatives, best first: (id, bytes, log-probability).
+    pub top: Vec<(Token, Vec<u8>, f32)>,
+}
+
+/// Why a generation ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finish {
+    /// The model ended its turn, or the grammar was complete.
+    EndOfText,
+    /// A stop string matched: which.
+    StopString(String),
+    /// `max_tokens` or the context was reached.
+    Length,
+}
+
+/// The account of a finished generation.
+#[derive(Debug, Clone)]
+pub struct Completion {
+    /// Why it ended.
+    pub finish: Finish,
+    /// Prompt length.
+    pub prompt_tokens: u32,
+    /// Prompt tokens that came from the prefix cache.
+    pub cached_tokens: u32,
+    /// Tokens generated (the end-of-turn token included).
+    pub completion_tokens: u32,
+    /// The seed in force.
+    pub seed: u64,
+    /// Time from acceptance to the first token.
+    pub prefill: Duration,
+    /// Time from the first token to the last.
+    pub decode: Duration,
+}
+
+/// Why the node will not, or cannot, do something. The message says what, why and what to do.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Refusal {
+    /// Too much work queued: 429 with Retry-After.
+    #[error("{message}")]
+    Busy {
+        /// When to try again.
+        retry_after: Duration,
+        /// For the user.
+        message: String,
+    },
+    /// The request cannot be served as it is: 400. `param` names the field.
+    #[error("{message}")]
+    BadRequest {
+        /// For the user.
+        message: String,
+        /// The request's field at fault.
+        param: Option<String>,
+        /// OpenAI's error code, e.g. `context_length_exceeded`.
+        code: Option<String>,
+    },
+    /// 404.
+    #[error("{message}")]
+    NoSuchModel {
+        /// For the user.
+        message: String,
+    },
+    /// The model is loading: 503 with Retry-After.
+    #[error("{message}")]
+    NotReady {
+        /// When to try again.
+        retry_after: Duration,
+        /// For the user.
+        message: String,
+    },
+    /// The engine failed and could not be brought back: 500.
+    #[error("{message}")]
+    Failed {
+        /// For the user.
+        message: String,
+    },
+}
+
+/// Embeddings of several inputs.
+#[derive(Debug, Clone)]
+pub struct Embeddings {
+    /// One unit-length vector per input, [n_embd] f32.
+    pub vectors: Vec<Vec<f32>>,
+    /// Tokens over all inputs.
+    pub prompt_tokens: u32,
+}
+
+/// A node, as the HTTP layer sees it.
+pub trait Backend: Send + Sync + 'static {
+    /// Every model this node can serve now.
+    fn models(&self) -> Vec<Arc<ModelCard>>;
+    /// Starts a generation: tokenises, checks the length, queues or refuses.
+    fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Generation, Refusal>>;
+    /// Embeds texts or token lists.
+    fn embed(&self, model: String, inputs: Vec<Prompt>) -> BoxFuture<'_, Result<Embeddings, Refusal>>;
+    /// Tokenises as the prompt of a request would be.
+    fn tokenize(&self, model: String, prompt: Prompt) -> BoxFuture<'_, Result<Vec<Token>, Refusal>>;
+    /// Text of tokens.
+    fn detokenize(&self, model: String, tokens: Vec<Token>) -> BoxFuture<'_, Result<String, Refusal>>;
+    /// For `/api/status`.
+    fn status(&self) -> serde_json::Value;
+    /// For `/metrics`: the node's own part, in Prometheus text format.
+    fn metrics(&self) -> String;
+}

@@ -1,0 +1,2 @@
+//! HTTP dialects of a node.
+pub mod backend;

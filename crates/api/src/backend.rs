@@ -64,6 +64,9 @@ pub struct GenerateRequest {
     pub max_tokens: Option<u32>,
     /// Texts that end the generation; never part of the output, also when they cross token boundaries.
     pub stop: Vec<String>,
+    /// Control tokens that must appear in the output as their text, because the reader of the answer looks for them
+    /// (marks of tool calls and reasoning, for instance). Other control tokens make no text.
+    pub visible_tokens: Vec<String>,
 }
 
 /// A started generation. Dropping it cancels the work within one step.
@@ -156,7 +159,7 @@ pub enum Refusal {
     BadRequest {
         /// For the user.
         message: String,
-        /// The request's field at fault.
+        /// The request's field at fault; `grammar` for [`SamplingParams::grammar`], whatever field it came from.
         param: Option<String>,
         /// OpenAI's error code, e.g. `context_length_exceeded`.
         code: Option<String>,
@@ -196,7 +199,8 @@ pub struct Embeddings {
 pub trait Backend: Send + Sync + 'static {
     /// Every model this node can serve now.
     fn models(&self) -> Vec<Arc<ModelCard>>;
-    /// Starts a generation: tokenises, checks the length, queues or refuses.
+    /// Starts a generation: tokenises, checks the length, queues or refuses. It never waits for other generations to
+    /// end: a queued request is an accepted one, and its events start later.
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Generation, Refusal>>;
     /// Embeds texts or token lists.
     fn embed(&self, model: String, inputs: Vec<Prompt>) -> BoxFuture<'_, Result<Embeddings, Refusal>>;
@@ -204,6 +208,11 @@ pub trait Backend: Send + Sync + 'static {
     fn tokenize(&self, model: String, prompt: Prompt) -> BoxFuture<'_, Result<Vec<Token>, Refusal>>;
     /// Text of tokens.
     fn detokenize(&self, model: String, tokens: Vec<Token>) -> BoxFuture<'_, Result<String, Refusal>>;
+    /// The id of the *control* token with exactly this text, if the model has one: a grammar names it by id.
+    fn control_token(&self, model: &str, text: &str) -> Option<Token> {
+        let _ = (model, text);
+        None
+    }
     /// For `/api/status`.
     fn status(&self) -> serde_json::Value;
     /// For `/metrics`: the node's own part, in Prometheus text format.

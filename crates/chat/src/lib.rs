@@ -1,1 +1,31 @@
-//! (to be written)
+//! Between a list of chat messages and the text a model reads and writes.
+//!
+//! - [`template`]: a model's own Jinja template, rendered as Hugging Face transformers renders it
+//!   (`apply_chat_template`), with limits, since templates come out of downloaded files. Start here.
+//! - [`prompt`]: one chat request (messages, tools, tool choice) made into a prompt, the grammar that forces a tool
+//!   call where one is demanded, and the [`OutputParser`] that reads the answer.
+//! - [`tools`]: how the families write tool calls and reasoning.
+//! - [`parser`]: splits the generated text, as it streams, into content, reasoning and tool calls.
+//!
+//! The crate is pure: no files, no sockets, no clock (the caller says what time it is).
+
+mod call_reader;
+mod environment;
+mod harmony;
+mod json_scan;
+mod methods;
+pub mod parser;
+mod probe;
+pub mod prompt;
+mod python;
+mod reasoning;
+mod sink;
+mod strftime;
+pub mod template;
+mod tool_reader;
+pub mod tools;
+
+pub use parser::{Delta, OutputParser, OutputSpec};
+pub use prompt::{ChatPrompt, ChatRequest, PromptError, ToolChoice};
+pub use template::{Capabilities, ChatTemplate, RenderInput, TemplateError, Timestamp};
+pub use tools::{ReasoningFormat, ToolFormat};

@@ -1,1 +1,27 @@
-pub use llama_cpp_sys_2 as sys;
+//! The stage engine: layer ranges of a model on unpatched llama.cpp.
+//!
+//! A model runs as 1..n *stages*. Each stage is a child process (this same binary) that holds a contiguous layer range,
+//! cut from the file by `murmur_gguf`, with its KV cache; rows travel between stages as frames. Whether there is one stage
+//! or several is the same code path, so that stages can later run on other machines.
+//!
+//! Where to start reading:
+//! - parent: [`Engine`] (what the node holds) - `driver` (pure: which rows go where, what a death means) - `link` (process
+//!   and socket);
+//! - child: `child` (the loop) - `stage` (rows in, tokens or hidden states out) - `schedule` and `slots` and `threads`
+//!   (pure: what is computed together, whose KV is where, how many threads) - `ffi` (the only unsafe code).
+
+pub mod child;
+pub mod driver;
+mod embedding;
+mod engine;
+mod ffi;
+pub mod link;
+mod schedule;
+mod slots;
+mod stage;
+mod threads;
+mod vocabulary;
+
+pub use driver::{Ending, SessionEvent, SessionRequest};
+pub use engine::{Engine, EngineError, EngineOptions, EngineStatus, SessionStream, StartError};
+pub use link::CHILD_SUBCOMMAND;

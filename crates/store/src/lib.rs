@@ -1,1 +1,27 @@
-//! (to be written)
+//! The models a node has on disk, and how they get there.
+//!
+//! A [`Store`] is an index in `<data-dir>/models/index.json`: names, and where each name's GGUF file lies. Weights are
+//! large and people already have them, so a model is imported *by reference* unless a copy is asked for, and a model
+//! that is pulled from a hub lies in the hub's own cache (`HF_HOME`), where every other tool finds it too.
+//!
+//! Start reading at [`Store`], then [`reference`] (what a user may write as `MODEL`) and [`hub`] (the transfer).
+//!
+//! ```text
+//! <data-dir>/models/index.json    the index, replaced atomically, guarded by index.lock
+//! <data-dir>/models/files/        copies made by `import --copy`
+//! <data-dir>/models/slices/       layer ranges cut out for stages; anything in it can be made again
+//! ```
+
+mod error;
+mod files;
+pub mod hub;
+mod index;
+mod inspect;
+pub mod reference;
+mod store;
+
+pub use error::{ErrorKind, StoreError};
+pub use files::available_bytes;
+pub use index::{ModelEntry, Origin};
+pub use reference::{HubRef, ModelName, ModelRef};
+pub use store::{ImportOptions, Removed, Resolved, Store};

@@ -1,0 +1,238 @@
+#!/usr/bin/env python3
+"""Murmur against llama.cpp, on this machine, in the same minutes.
+
+Every figure is a ratio of pairs: one server does the work, then at once the other, in turns of alternating order, so
+that what the machine does besides hits both. Printed are the medians and the median of the pairs' ratios with its
+range. Both servers are driven by the same client over HTTP with the same token ids; every prompt is new, so that no
+prefix cache helps, except where the prefix cache is what is measured. docs/benchmarks.md says more.
+
+`./x bench` builds everything and runs this. Nothing is written to the repository.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import threading
+import time
+
+import servers
+
+SHORT_PROMPT, DECODE_TOKENS, STREAM_TOKENS = 16, 128, 64
+PREFILL_TOKENS = (512, 4096)
+STREAMS = (1, 4, 8)
+CONTEXT = 4608
+STATUS_RUNS = 25
+PARTS = ("decode", "prefill", "streams", "cache", "memory", "stages", "status", "llama-bench")
+
+
+class Table:
+    """Rows as they come: what, ours, theirs, ratio, bar."""
+
+    def __init__(self):
+        self.missed = []
+        print(f"{'':44} {'murmur':>12} {'reference':>12} {'ratio':>7} {'range':>13}  bar")
+
+    def pairs(self, what, unit, ours, theirs, bar=None, lower_is_better=False):
+        """`ours` and `theirs` are paired measurements; a ratio above 1 is in our favour."""
+        ratios = [b / a if lower_is_better else a / b for a, b in zip(ours, theirs, strict=True)]
+        self._row(what, unit, statistics.median(ours), statistics.median(theirs), ratios, bar)
+
+    def limit(self, what, unit, value, limit):
+        verdict = self._verdict(what, value <= limit)
+        print(f"{what:44} {value:>9.1f} {unit:<3}{'':33} <= {limit} {unit} {verdict}", flush=True)
+
+    def _row(self, what, unit, ours, theirs, ratios, bar):
+        ratio = statistics.median(ratios)
+        spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
+        verdict = "" if bar is None else f">= {bar:.2f} {self._verdict(what, ratio >= bar)}"
+        print(f"{what + ', ' + unit:44} {ours:>12.1f} {theirs:>12.1f} {ratio:>7.3f} {spread:>13}  {verdict}", flush=True)
+
+    def _verdict(self, what, reached):
+        if not reached:
+            self.missed.append(what)
+        return "ok" if reached else "MISSED"
+
+
+def in_turns(rounds, first, second):
+    """Measures both in alternating order: two lists of results, paired."""
+    ours, theirs = [], []
+    for turn in range(rounds):
+        order = [(first, ours), (second, theirs)]
+        for measure, results in order if turn % 2 == 0 else reversed(order):
+            results.append(measure())
+    return ours, theirs
+
+
+def decode_rate(server):
+    """Tokens per second after the first, the cost of prompt and connection taken off by a request for one token."""
+    _, one = server.generate(servers.unique_prompt(SHORT_PROMPT), 1)
+    _, many = server.generate(servers.unique_prompt(SHORT_PROMPT), DECODE_TOKENS)
+    return (DECODE_TOKENS - 1) / (many - one)
+
+
+def first_token_s(server, length):
+    return server.generate(servers.unique_prompt(length), 1)[1]
+
+
+def cached_first_token_s(server, length):
+    """A prompt that was computed just before, with a short new end."""
+    prompt = servers.unique_prompt(length)
+    server.generate(prompt, 1)
+    return server.generate(prompt + servers.unique_prompt(8), 1)[1]
+
+
+def together_rate(server, count):
+    """Tokens per second over all of `count` streams that start together, prompts included."""
+    failures = []
+
+    def one():
+        try:
+            server.generate(servers.unique_prompt(SHORT_PROMPT), STREAM_TOKENS)
+        except SystemExit as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=one) for _ in range(count)]
+    begin = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return count * STREAM_TOKENS / (time.perf_counter() - begin)
+
+
+def against_llama_server(options, model, table):
+    label = model.stem
+    shape = {"threads": options.threads, "context": CONTEXT, "parallel": max(STREAMS)}
+    with (
+        servers.murmur(options.murmur, model, **shape) as ours,
+        servers.llama_server(options.llama, model, **shape) as theirs,
+    ):
+        for server in (ours, theirs):
+            server.generate(servers.unique_prompt(64), 8)
+
+        def compare(what, unit, measure, bar=None, lower_is_better=False, rounds=options.rounds):
+            pair = in_turns(rounds, lambda: measure(ours), lambda: measure(theirs))
+            table.pairs(f"{label}: {what}", unit, *pair, bar=bar, lower_is_better=lower_is_better)
+
+        if "decode" in options.only:
+            compare("decode, 1 stream", "tok/s", decode_rate, bar=0.98)
+        if "prefill" in options.only:
+            for length in PREFILL_TOKENS:
+                rounds = options.rounds if length < 1000 else max(2, options.rounds // 2)
+                pair = in_turns(rounds, lambda: first_token_s(ours, length), lambda: first_token_s(theirs, length))
+                milliseconds = [[value * 1000 for value in side] for side in pair]
+                rates = [[length / value for value in side] for side in pair]
+                table.pairs(f"{label}: first token, {length} tokens", "ms", *milliseconds, lower_is_better=True)
+                table.pairs(f"{label}: prefill, {length} tokens", "tok/s", *rates, bar=0.98)
+        if "streams" in options.only:
+            for count in STREAMS:
+                bar = 1.0 if count == max(STREAMS) else None
+                compare(f"{count} streams together", "tok/s", lambda server, n=count: together_rate(server, n), bar=bar)
+        if "cache" in options.only:
+            cached = lambda server: cached_first_token_s(server, PREFILL_TOKENS[0]) * 1000
+            compare(f"first token, {PREFILL_TOKENS[0]} cached", "ms", cached, lower_is_better=True)
+        if "memory" in options.only:
+            compare("memory after this", "MiB", lambda server: server.memory_mib(), lower_is_better=True, rounds=1)
+        if "status" in options.only:
+            command = [options.murmur, "status", "--api", f"127.0.0.1:{ours.port}"]
+            times = []
+            for _ in range(STATUS_RUNS):
+                begin = time.perf_counter()
+                subprocess.run(command, capture_output=True, check=True)
+                times.append((time.perf_counter() - begin) * 1000)
+            table.limit("murmur status, start to end", "ms", statistics.median(times), 30)
+
+
+def three_stages_against_one(options, model, table):
+    shape = {"threads": 1, "context": CONTEXT, "parallel": 1}
+    with (
+        servers.murmur(options.murmur, model, **shape, stages=3) as three,
+        servers.murmur(options.murmur, model, **shape, stages=1) as one,
+    ):
+        for server in (three, one):
+            server.generate(servers.unique_prompt(64), 8)
+        pair = in_turns(options.rounds, lambda: decode_rate(three), lambda: decode_rate(one))
+        table.pairs(f"{model.stem}: decode, 3 stages / 1, 1 thread", "tok/s", *pair, bar=0.97)
+        prefill = lambda server: 512 / first_token_s(server, 512)
+        pair = in_turns(options.rounds, lambda: prefill(three), lambda: prefill(one))
+        table.pairs(f"{model.stem}: prefill, 3 stages / 1, 1 thread", "tok/s", *pair, bar=0.97)
+
+
+def against_llama_bench(options, model, table):
+    """llama.cpp alone, without HTTP, tokenizer and sampling: what there is to be had."""
+    command = [
+        pathlib.Path(options.llama) / "llama-bench", "-m", model, "-t", options.threads, "-p", "512", "-n",
+        DECODE_TOKENS, "-r", 1, "-o", "json",
+    ]
+    shape = {"threads": options.threads, "context": CONTEXT, "parallel": 1}
+
+    with servers.murmur(options.murmur, model, **shape) as ours:
+        ours.generate(servers.unique_prompt(64), 8)
+
+        def alone():
+            done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+            rows = json.loads(done.stdout)
+            return [next(row["avg_ts"] for row in rows if bool(row["n_gen"]) == generates) for generates in (True, False)]
+
+        pair = in_turns(options.rounds, lambda: [decode_rate(ours), 512 / first_token_s(ours, 512)], alone)
+        for index, what, bar in ((0, "decode", 0.98), (1, "prefill, 512 tokens", 0.98)):
+            columns = [[value[index] for value in side] for side in pair]
+            table.pairs(f"{model.stem}: {what} / llama-bench", "tok/s", *columns, bar=bar)
+
+
+def bench_models(options):
+    """Models with random weights of two usual shapes, made once by the binary."""
+    options.models.mkdir(parents=True, exist_ok=True)
+    for shape in options.shapes:
+        path = options.models / f"{shape}.gguf"
+        if not path.exists():
+            print(f"making {path} ...", flush=True)
+            partial = path.with_suffix(".partial")
+            subprocess.run([options.murmur, "models", "synth", shape, partial], check=True)
+            partial.rename(path)
+        yield path
+
+
+def machine():
+    names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} processors, load {load}"
+
+
+def arguments():
+    parser = argparse.ArgumentParser(prog="./x bench", description="Measures murmur against llama.cpp on this machine.")
+    parser.add_argument("--murmur", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--llama", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--models", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of both sides (default: all, %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs per figure (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--shapes", nargs="+", default=["bench-1b", "bench-0.5b"], help="models (default: %(default)s)")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 when a bar is missed")
+    return parser.parse_args()
+
+
+def main():
+    options = arguments()
+    print(f"{machine()}; {options.threads} threads, {options.rounds} pairs per figure")
+    models = list(bench_models(options))
+    table = Table()
+    for model in models:
+        if {"decode", "prefill", "streams", "cache", "memory", "status"} & set(options.only):
+            against_llama_server(options, model, table)
+        if "llama-bench" in options.only:
+            against_llama_bench(options, model, table)
+        if "stages" in options.only:
+            three_stages_against_one(options, model, table)
+    print(f"\n{len(table.missed)} bars missed" + "".join(f"\n  {what}" for what in table.missed))
+    return 1 if options.strict and table.missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,152 @@
+"""The servers that are compared, started with the same threads, context and number of parallel requests."""
+
+import http.client
+import json
+import pathlib
+import random
+import re
+import socket
+import subprocess
+import tempfile
+import time
+
+READY_LIMIT_S = 300
+REQUEST_LIMIT_S = 900
+# Ids that exist in any vocabulary of at least a thousand tokens and are no special tokens.
+FIRST_TOKEN, LAST_TOKEN = 300, 999
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A running server; a context manager. `begin` is its command line up to the address."""
+
+    def __init__(self, name, command):
+        self.name = name
+        self.port = free_port()
+        self.folder = tempfile.TemporaryDirectory(prefix="murmur-bench-")
+        self.command = [str(word) for word in command(self.port, self.folder.name)]
+
+    def __enter__(self):
+        self.log = open(pathlib.Path(self.folder.name) / "log", "w+")
+        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
+        deadline = time.monotonic() + READY_LIMIT_S
+        while not self._is_ready():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.log.seek(0)
+                text = self.log.read()[-3000:]
+                self.__exit__()
+                raise SystemExit(f"{self.name} did not start: {' '.join(self.command)}\n{text}")
+            time.sleep(0.1)
+        status, body = self._exchange("GET", "/v1/models", None)
+        self.model = json.loads(body)["data"][0]["id"] if status == 200 else ""
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+        self.folder.cleanup()
+
+    def _is_ready(self):
+        try:
+            return self._exchange("GET", "/health", None)[0] == 200
+        except OSError:
+            return False
+
+    def _exchange(self, method, path, value):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_LIMIT_S)
+        try:
+            body = None if value is None else json.dumps(value)
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def generate(self, prompt, count):
+        """Streams `count` tokens after `prompt` (token ids): (seconds until the first event with a choice, seconds in all)."""
+        body = {
+            "model": self.model, "prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True,
+            "stream": True, "stream_options": {"include_usage": True},
+        }
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_LIMIT_S)
+        try:
+            begin = time.perf_counter()
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status != 200:
+                raise SystemExit(f"{self.name} answered {response.status}: {response.read().decode()}")
+            first, usage, ended = None, None, False
+            for line in response:
+                if not line.startswith(b"data: "):
+                    continue
+                if line.startswith(b"data: [DONE]"):
+                    ended = True
+                    break
+                if first is None:
+                    first = time.perf_counter() - begin
+                if b'"usage":{' in line or b'"usage": {' in line:
+                    usage = json.loads(line[6:])["usage"]
+            total = time.perf_counter() - begin
+        finally:
+            connection.close()
+        if not ended or usage is None:
+            raise SystemExit(f"{self.name} ended its stream without [DONE] or without usage")
+        # What is compared must be the same work.
+        if usage["completion_tokens"] != count or abs(usage["prompt_tokens"] - len(prompt)) > 1:
+            raise SystemExit(f"{self.name} counted {usage}, asked were {len(prompt)} and {count} tokens")
+        return first or total, total
+
+    def memory_mib(self):
+        """Proportional set size of the process and all its descendants: shared pages count once."""
+        return sum(pss_mib(pid) for pid in family(self.process.pid))
+
+
+def family(pid):
+    """A process and its descendants."""
+    yield pid
+    for children in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            yield from family(int(child))
+
+
+def pss_mib(pid):
+    try:
+        text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0.0
+    return int(re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE).group(1)) / 1024
+
+
+def unique_prompt(length):
+    """Token ids that no earlier request shares a prefix with, for all practical purposes."""
+    return [random.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(length)]
+
+
+def murmur(binary, model, *, threads, context, parallel, stages=1, name="murmur"):
+    def command(port, folder):
+        return [
+            binary, "serve", model, "--api", f"127.0.0.1:{port}", "--data-dir", folder, "--threads", threads,
+            "--ctx", context, "--parallel", parallel, "--stages", stages,
+        ]
+
+    return Server(name, command)
+
+
+def llama_server(folder, model, *, threads, context, parallel):
+    def command(port, _):
+        return [
+            pathlib.Path(folder) / "llama-server", "--model", model, "--host", "127.0.0.1", "--port", port,
+            "--threads", threads, "--ctx-size", context * parallel, "--parallel", parallel, "--no-webui", "--offline",
+        ]
+
+    return Server("llama-server", command)

@@ -1,0 +1,52 @@
+//! `/v1/models`.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::{Path, State, rejection::PathRejection},
+};
+use serde_json::{Value, json};
+
+use crate::{
+    backend::{ModelCard, ModelKind},
+    errors::ApiError,
+    fields::shorten,
+    router::AppState,
+};
+
+/// `GET /v1/models`.
+pub(crate) async fn list(State(state): State<Arc<AppState>>) -> Json<Value> {
+    let models: Vec<Value> = state.backend.models().iter().map(|model| describe(model)).collect();
+    Json(json!({"object": "list", "data": models}))
+}
+
+/// `GET /v1/models/{id}`; an id may contain slashes.
+pub(crate) async fn retrieve(
+    State(state): State<Arc<AppState>>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Json<Value>, ApiError> {
+    let Ok(Path(id)) = id else {
+        return Err(ApiError::no_such_model("The model's name in the path is not valid UTF-8."));
+    };
+    match state.backend.models().iter().find(|model| model.id == id) {
+        Some(model) => Ok(Json(describe(model))),
+        None => {
+            let message = format!("The model `{}` does not exist here. GET /v1/models lists the models.", shorten(&id));
+            Err(ApiError::no_such_model(message))
+        }
+    }
+}
+
+pub(crate) fn describe(model: &ModelCard) -> Value {
+    json!({
+        "id": model.id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "murmur",
+        "kind": match model.kind { ModelKind::Generate => "generate", ModelKind::Embed => "embed" },
+        "state": model.state,
+        "context_tokens": model.context_tokens,
+        "details": model.details,
+    })
+}

@@ -1,0 +1,275 @@
+//! Every command, flag, environment variable and configuration key.
+//!
+//! One definition serves all: a flag `--max-memory` with an environment variable here is also the key `max-memory` of the
+//! configuration file; its help is the help of all three, the man page and the shell completions. [`crate::settings`] reads the
+//! rest off these definitions, and a test holds the names to the rule.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueHint, builder::NonEmptyStringValueParser, value_parser};
+use murmur_store::{ModelName, ModelRef};
+
+use crate::{
+    exit::EXIT_CODES_HELP,
+    units::{Size, Threads},
+};
+
+/// Where the API listens unless told otherwise.
+pub(crate) const DEFAULT_API: &str = "127.0.0.1:6876";
+
+/// Peer-to-peer inference for open-weight language models.
+#[derive(Debug, Parser)]
+#[command(
+    name = "murmur",
+    version,
+    propagate_version = true,
+    max_term_width = 120,
+    after_help = EXIT_CODES_HELP,
+    after_long_help = concat!(
+        "MODEL is a path to a GGUF file, a name from `murmur models ls`, or hf:owner/repo[@revision][:quant].\n\n",
+        "Flags that name an environment variable are also keys of the configuration file (DATA_DIR/config.toml), under the flag's \
+         long name: --max-memory, MURMUR_MAX_MEMORY and max-memory = \"8GiB\" are one setting. A flag wins over the environment, the \
+         environment over the file. `murmur doctor` shows every value and where it comes from.\n\n",
+        "Exit codes:\n  0 done, 1 failed, 2 wrong use, 3 not found, 4 no space, 5 unavailable or refused, 6 damaged data, 130 interrupted"
+    )
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Flags of every command.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Global options")]
+pub(crate) struct Global {
+    /// Where all state of this node lives; several nodes can run on one machine, each with its own
+    #[arg(long, global = true, env = "MURMUR_DATA_DIR", value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// The configuration file [default: config.toml in the data directory]
+    #[arg(long, global = true, env = "MURMUR_CONFIG", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) config: Option<PathBuf>,
+    /// Where the API listens (serve), or is looked for (status, run, bench)
+    #[arg(long, global = true, env = "MURMUR_API", value_name = "ADDR:PORT", default_value = DEFAULT_API)]
+    pub(crate) api: SocketAddr,
+    /// A key that the API demands (serve) or is given (status, run, bench); needed when it listens beyond this machine
+    #[arg(long, global = true, env = "MURMUR_API_KEY", value_name = "KEY", hide_env_values = true, value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) api_key: Option<String>,
+    /// Machine-readable output
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Log more; again for still more
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub(crate) verbose: u8,
+    /// Say nothing but results and errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+    /// What to log, part by part, such as info,murmur_node=debug
+    #[arg(long, global = true, env = "MURMUR_LOG", value_name = "FILTER", hide_short_help = true)]
+    pub(crate) log: Option<String>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Offer models over the API on this machine
+    Serve(Serve),
+    /// Chat with a model in the terminal, or continue a prompt
+    Run(Run),
+    /// The models on this machine
+    #[command(subcommand)]
+    Models(Models),
+    /// What the running server does
+    Status,
+    /// Check this machine and the settings
+    Doctor,
+    /// Measure tokens per second
+    Bench(Bench),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man {
+        /// Write the pages of all commands into this directory instead
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        dir: Option<PathBuf>,
+    },
+    /// Compute for the node that started this process
+    #[command(hide = true)]
+    Engine,
+}
+
+/// How a model runs on this machine.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Engine options")]
+pub(crate) struct EngineArgs {
+    /// Run each model as so many layer ranges, each in a process of its own
+    #[arg(long, env = "MURMUR_STAGES", value_name = "N", default_value = "1", value_parser = value_parser!(u32).range(1..=512))]
+    pub(crate) stages: u32,
+    /// Threads that compute; auto measures, and measures again when the machine is busy
+    #[arg(long, env = "MURMUR_THREADS", value_name = "N|auto", default_value = "auto")]
+    pub(crate) threads: Threads,
+    /// Tokens per request at most, prompt and answer together [default: the model's own, as far as memory allows]
+    #[arg(long, env = "MURMUR_CTX", value_name = "N", value_parser = value_parser!(u32).range(1..=16_777_216))]
+    pub(crate) ctx: Option<u32>,
+    /// Requests that run at the same time; further ones wait
+    #[arg(long, env = "MURMUR_PARALLEL", value_name = "N", default_value = "4", value_parser = value_parser!(u32).range(1..=1024))]
+    pub(crate) parallel: u32,
+    /// Memory for models and contexts at most, such as 8GiB [default: what the machine has free]
+    #[arg(long, env = "MURMUR_MAX_MEMORY", value_name = "SIZE")]
+    pub(crate) max_memory: Option<Size>,
+    /// Bit-equal results whatever the batch and the number of stages, at some cost in speed
+    #[arg(long, env = "MURMUR_EXACT", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
+    pub(crate) exact: bool,
+}
+
+/// `murmur serve`.
+#[derive(Debug, Args)]
+pub(crate) struct Serve {
+    /// What to serve: GGUF files, names from the store, or hf:owner/repo[:quant] [default: the store's only model]
+    #[arg(value_name = "MODEL")]
+    pub(crate) models: Vec<ModelRef>,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    /// The name under which clients find a MODEL; once per MODEL, in the same order
+    #[arg(long, env = "MURMUR_ALIAS", value_name = "NAME", value_delimiter = ',', help_heading = "Server options")]
+    pub(crate) alias: Vec<ModelName>,
+    /// A web origin that may use the API, such as https://chat.example; may be repeated
+    #[arg(long, env = "MURMUR_ALLOW_ORIGIN", value_name = "ORIGIN", value_delimiter = ',', help_heading = "Server options")]
+    pub(crate) allow_origin: Vec<String>,
+    /// A host name by which the API may be called, besides localhost and addresses; may be repeated
+    #[arg(long, env = "MURMUR_ALLOW_HOST", value_name = "HOST", value_delimiter = ',', help_heading = "Server options")]
+    pub(crate) allow_host: Vec<String>,
+}
+
+/// `murmur run`.
+#[derive(Debug, Args)]
+pub(crate) struct Run {
+    /// A GGUF file, a name from the store or of the running server, or hf:owner/repo[:quant]
+    pub(crate) model: ModelRef,
+    /// What to say; without it, from standard input or in conversation
+    pub(crate) prompt: Option<String>,
+    /// Instructions that precede the conversation
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// Continue the text as it is, without the model's chat template
+    #[arg(long, conflicts_with = "system")]
+    pub(crate) raw: bool,
+    /// Tokens in an answer at most
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
+    pub(crate) max_tokens: Option<u32>,
+    /// How freely tokens are chosen; 0 always takes the likeliest
+    #[arg(long, value_name = "X", value_parser = temperature)]
+    pub(crate) temperature: Option<f32>,
+    /// Same seed, same answer
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+}
+
+/// `murmur models`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Models {
+    /// List the models in the store
+    Ls,
+    /// Show what a model is: architecture, sizes, layers, checksums
+    Show {
+        /// A GGUF file, a name from the store, or hf:owner/repo[:quant] that was pulled
+        model: ModelRef,
+    },
+    /// Add a GGUF file to the store, where it lies
+    Import {
+        /// The file
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        /// The name in the store [default: from the file's name]
+        #[arg(long)]
+        name: Option<ModelName>,
+        /// Copy the file into the data directory
+        #[arg(long)]
+        copy: bool,
+    },
+    /// Remove models from the store; files that were imported in place stay
+    Rm {
+        /// Names from the store
+        #[arg(required = true)]
+        names: Vec<ModelName>,
+    },
+    /// Download a model from a hub (HF_ENDPOINT, HF_HOME and HF_TOKEN are honoured); an interrupted download goes on
+    Pull {
+        /// hf:owner/repo[@revision][:quant]; quant may also be a file of the repository
+        model: murmur_store::HubRef,
+        /// The name in the store [default: from the file's name]
+        #[arg(long)]
+        name: Option<ModelName>,
+    },
+}
+
+/// `murmur bench`.
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    /// A model of the running server, or one to start for this [default: the server's only model]
+    pub(crate) model: Option<ModelRef>,
+    /// Prompt tokens per request
+    #[arg(long, value_name = "N", default_value = "512", value_parser = value_parser!(u32).range(1..=1_048_576))]
+    pub(crate) prompt_tokens: u32,
+    /// Tokens to generate per request
+    #[arg(long, value_name = "N", default_value = "64", value_parser = value_parser!(u32).range(2..=1_048_576))]
+    pub(crate) max_tokens: u32,
+    /// Streams at the same time, one measurement each
+    #[arg(long, value_name = "N,...", default_value = "1,4", value_delimiter = ',', value_parser = value_parser!(u32).range(1..=256))]
+    pub(crate) concurrency: Vec<u32>,
+    /// Measurements per level; the median is shown
+    #[arg(long, value_name = "N", default_value = "3", value_parser = value_parser!(u32).range(1..=100))]
+    pub(crate) repeat: u32,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(value) if (0.0..=100.0).contains(&value) => Ok(value),
+        _ => Err("write a number from 0 to 100".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_environment_variable_is_named_after_its_flag() {
+        fn check(command: &clap::Command) {
+            for arg in command.get_arguments() {
+                let Some(env) = arg.get_env() else { continue };
+                let flag = arg.get_long().unwrap();
+                assert_eq!(env.to_str().unwrap(), format!("MURMUR_{}", flag.replace('-', "_").to_ascii_uppercase()));
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+
+    #[test]
+    fn every_flag_and_command_has_help() {
+        fn check(command: &clap::Command) {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            for arg in command.get_arguments() {
+                assert!(arg.get_help().is_some(), "{} of {}", arg.get_id(), command.get_name());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+}

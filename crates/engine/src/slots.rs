@@ -1,0 +1,264 @@
+//! Which sequence of the KV cache belongs to whom: admission by cells, and the prefix cache.
+//!
+//! A *slot* is one sequence id of llama.cpp. A finished session leaves its tokens in its slot until the cells or the slot
+//! are needed; a new session takes over the slot that shares the longest prefix with its prompt, or copies the prefix
+//! from a slot that is still in use. Pure bookkeeping: the caller carries out [`Admitted::kv`] on the real cache.
+
+use murmur_protocol::sampling::Token;
+
+/// What the caller must do to the KV cache for an admission, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum KvOp {
+    /// Forget the positions from `from` on.
+    Truncate {
+        /// Which sequence.
+        sequence: i32,
+        /// First position to forget.
+        from: u32,
+    },
+    /// Make `to` (empty) a copy of `from`.
+    Copy {
+        /// Source.
+        from: i32,
+        /// Destination.
+        to: i32,
+    },
+}
+
+/// A session got a slot.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Admitted {
+    /// Its sequence id.
+    pub(crate) sequence: i32,
+    /// Leading tokens that are in the cache already.
+    pub(crate) cached_tokens: u32,
+    /// What to do to the cache first.
+    pub(crate) kv: Vec<KvOp>,
+}
+
+/// Why a session got none.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum NotAdmitted {
+    /// Not now.
+    Busy,
+    /// Never: more cells than the cache has.
+    TooLarge,
+}
+
+#[derive(Default)]
+struct Slot {
+    tokens: Vec<Token>,
+    /// Leading tokens computed as prompt rows in whole chunks; only these are reusable in exact mode.
+    aligned: u32,
+    session: Option<u64>,
+    reserved: u32,
+    used_at: u64,
+}
+
+impl Slot {
+    fn cells(&self) -> u32 {
+        match self.session {
+            Some(_) => self.reserved.max(self.tokens.len() as u32),
+            None => self.tokens.len() as u32,
+        }
+    }
+}
+
+/// The slots of one stage.
+pub(crate) struct Slots {
+    cells: u32,
+    chunk_rows: u32,
+    exact: bool,
+    slots: Vec<Slot>,
+    clock: u64,
+}
+
+impl Slots {
+    /// `cells` shared by `sequences` slots. In exact mode only whole chunks of prompt rows are reused, so that a cached
+    /// prefix is bit-equal to a computed one.
+    pub(crate) fn new(cells: u32, sequences: u32, chunk_rows: u32, exact: bool) -> Slots {
+        let slots = (0..sequences).map(|_| Slot::default()).collect();
+        Slots { cells, chunk_rows, exact, slots, clock: 0 }
+    }
+
+    fn reusable(&self, slot: &Slot, prompt: &[Token]) -> u32 {
+        let common = slot.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count() as u32;
+        // The last token is always computed: its logits are what the session wants.
+        let common = common.min(prompt.len().saturating_sub(1) as u32);
+        if self.exact { common.min(slot.aligned) / self.chunk_rows * self.chunk_rows } else { common }
+    }
+
+    /// Finds a slot for a session that needs `reserve` cells and begins with `prompt`.
+    pub(crate) fn admit(&mut self, session: u64, prompt: &[Token], reserve: u32) -> Result<Admitted, NotAdmitted> {
+        let reserve = reserve.max(prompt.len() as u32);
+        // With one KV stream per sequence a slot has its fixed share of the cells.
+        let share = if self.exact { self.cells / self.slots.len().max(1) as u32 } else { self.cells };
+        if reserve > share {
+            return Err(NotAdmitted::TooLarge);
+        }
+        let free: Vec<usize> = (0..self.slots.len()).filter(|&i| self.slots[i].session.is_none()).collect();
+        let busy_cells: u32 = self.slots.iter().filter(|s| s.session.is_some()).map(Slot::cells).sum();
+        if free.is_empty() || busy_cells + reserve > self.cells {
+            return Err(NotAdmitted::Busy);
+        }
+        self.clock += 1;
+        let best = |this: &Slots, among: &mut dyn Iterator<Item = usize>| {
+            among.map(|i| (this.reusable(&this.slots[i], prompt), i)).max_by_key(|&(n, i)| (n, std::cmp::Reverse(i)))
+        };
+        let (idle_match, idle) = best(self, &mut free.iter().copied()).unwrap_or_default();
+        let busy_slots: Vec<usize> = (0..self.slots.len()).filter(|i| !free.contains(i)).collect();
+        let (busy_match, busy) = best(self, &mut busy_slots.into_iter()).unwrap_or_default();
+
+        let mut kv = Vec::new();
+        let (target, cached) = if busy_match > idle_match {
+            let target = self.least_valuable(&free);
+            kv.push(KvOp::Truncate { sequence: target as i32, from: 0 });
+            kv.push(KvOp::Copy { from: busy as i32, to: target as i32 });
+            kv.push(KvOp::Truncate { sequence: target as i32, from: busy_match });
+            let (tokens, aligned) = (self.slots[busy].tokens[..busy_match as usize].to_vec(), self.slots[busy].aligned);
+            (self.slots[target].tokens, self.slots[target].aligned) = (tokens, aligned.min(busy_match));
+            (target, busy_match)
+        } else {
+            let target = if idle_match > 0 { idle } else { self.least_valuable(&free) };
+            kv.push(KvOp::Truncate { sequence: target as i32, from: idle_match });
+            self.cut(target, idle_match);
+            (target, idle_match)
+        };
+        let slot = &mut self.slots[target];
+        (slot.session, slot.reserved, slot.used_at) = (Some(session), reserve, self.clock);
+        self.evict(&mut kv);
+        Ok(Admitted { sequence: target as i32, cached_tokens: cached, kv })
+    }
+
+    /// The idle slot to overwrite: an empty one, else the one used longest ago.
+    fn least_valuable(&self, free: &[usize]) -> usize {
+        let key = |&&i: &&usize| (!self.slots[i].tokens.is_empty(), self.slots[i].used_at);
+        free.iter().min_by_key(key).copied().unwrap_or(0)
+    }
+
+    /// Forgets idle prefixes, oldest first, until everything that is held fits.
+    fn evict(&mut self, kv: &mut Vec<KvOp>) {
+        while self.slots.iter().map(Slot::cells).sum::<u32>() > self.cells {
+            let idle = (0..self.slots.len()).filter(|&i| self.slots[i].session.is_none());
+            let Some(oldest) = idle.filter(|&i| self.slots[i].cells() > 0).min_by_key(|&i| self.slots[i].used_at) else {
+                return;
+            };
+            self.cut(oldest, 0);
+            // Before anything else, so that a copy does not need the cells that are about to be freed.
+            kv.insert(0, KvOp::Truncate { sequence: oldest as i32, from: 0 });
+        }
+    }
+
+    fn cut(&mut self, slot: usize, length: u32) {
+        let slot = &mut self.slots[slot];
+        slot.tokens.truncate(length as usize);
+        slot.aligned = slot.aligned.min(length);
+    }
+
+    /// Notes that the positions from `from` on were forgotten.
+    pub(crate) fn truncated(&mut self, sequence: i32, from: u32) {
+        self.cut(sequence as usize, from);
+    }
+
+    /// Notes that rows were computed at the end of a sequence.
+    pub(crate) fn extended(&mut self, sequence: i32, tokens: &[Token], prefill: bool) {
+        let chunk = self.chunk_rows;
+        let slot = &mut self.slots[sequence as usize];
+        let before = slot.tokens.len() as u32;
+        slot.tokens.extend_from_slice(tokens);
+        if prefill && slot.aligned == before && tokens.len() as u32 == chunk {
+            slot.aligned += chunk;
+        }
+    }
+
+    /// Tokens in a sequence.
+    pub(crate) fn length(&self, sequence: i32) -> u32 {
+        self.slots[sequence as usize].tokens.len() as u32
+    }
+
+    /// Ends a session; its tokens stay for reuse unless `forget`. True when the cache must forget them as well.
+    pub(crate) fn release(&mut self, sequence: i32, forget: bool) -> bool {
+        self.clock += 1;
+        let slot = &mut self.slots[sequence as usize];
+        (slot.session, slot.reserved, slot.used_at) = (None, 0, self.clock);
+        if forget {
+            self.cut(sequence as usize, 0);
+        }
+        forget
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_finished_prompt_is_found_again_and_its_last_token_computed_anew() {
+        let mut slots = Slots::new(100, 2, 4, false);
+        let first = slots.admit(1, &[1, 2, 3, 4, 5], 20).unwrap();
+        slots.extended(first.sequence, &[1, 2, 3, 4, 5, 6], true);
+        slots.release(first.sequence, false);
+        let second = slots.admit(2, &[1, 2, 3, 4, 5, 6], 20).unwrap();
+        assert_eq!((second.sequence, second.cached_tokens), (first.sequence, 5));
+        assert_eq!(second.kv, [KvOp::Truncate { sequence: first.sequence, from: 5 }]);
+    }
+
+    #[test]
+    fn a_prefix_of_a_running_session_is_copied() {
+        let mut slots = Slots::new(100, 2, 4, false);
+        let first = slots.admit(1, &[1, 2, 3, 4], 20).unwrap();
+        slots.extended(first.sequence, &[1, 2, 3, 4], true);
+        let second = slots.admit(2, &[1, 2, 9], 20).unwrap();
+        assert_eq!(second.cached_tokens, 2);
+        assert!(second.kv.contains(&KvOp::Copy { from: first.sequence, to: second.sequence }));
+    }
+
+    #[test]
+    fn exact_mode_reuses_whole_prompt_chunks_only() {
+        let mut slots = Slots::new(100, 2, 4, true);
+        let first = slots.admit(1, &[1, 2, 3, 4, 5, 6], 20).unwrap();
+        slots.extended(first.sequence, &[1, 2, 3, 4], true);
+        slots.extended(first.sequence, &[5, 6], true);
+        slots.extended(first.sequence, &[7, 8], false);
+        slots.release(first.sequence, false);
+        let second = slots.admit(2, &[1, 2, 3, 4, 5, 6, 7, 8, 9], 20).unwrap();
+        assert_eq!(second.cached_tokens, 4);
+    }
+
+    #[test]
+    fn more_than_the_cache_holds_is_refused_at_once_and_a_full_cache_says_busy() {
+        let mut slots = Slots::new(100, 4, 4, false);
+        assert_eq!(slots.admit(1, &[1], 101), Err(NotAdmitted::TooLarge));
+        slots.admit(2, &[1], 60).unwrap();
+        assert_eq!(slots.admit(3, &[2], 60), Err(NotAdmitted::Busy));
+        slots.admit(4, &[2], 40).unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn held_cells_never_exceed_the_cache(steps in proptest::collection::vec((0u8..3, 1usize..30, 0u32..30, 0i32..3), 1..200)) {
+            let mut slots = Slots::new(64, 4, 8, false);
+            let mut live: Vec<(u64, i32, u32)> = Vec::new();
+            for (session, (what, length, extra, flavour)) in steps.into_iter().enumerate() {
+                if what == 0 && !live.is_empty() {
+                    let (_, sequence, _) = live.remove(length % live.len());
+                    slots.release(sequence, false);
+                    continue;
+                }
+                let prompt: Vec<Token> = (0..length as i32).map(|i| if i < 5 { i } else { i * flavour }).collect();
+                let reserve = length as u32 + extra;
+                if let Ok(admitted) = slots.admit(session as u64, &prompt, reserve) {
+                    prop_assert!(live.iter().all(|l| l.1 != admitted.sequence));
+                    prop_assert!((admitted.cached_tokens as usize) < prompt.len());
+                    let held = &slots.slots[admitted.sequence as usize].tokens;
+                    prop_assert_eq!(held.as_slice(), &prompt[..admitted.cached_tokens as usize]);
+                    slots.extended(admitted.sequence, &prompt[admitted.cached_tokens as usize..], true);
+                    live.push((session as u64, admitted.sequence, reserve));
+                }
+                prop_assert!(slots.slots.iter().map(Slot::cells).sum::<u32>() <= 64);
+            }
+        }
+    }
+}

@@ -1,0 +1,354 @@
+//! A stage: a layer range with its KV cache. Rows in, hidden states or sampled tokens out.
+//!
+//! The first stage takes token ids, the last one samples; a whole model is both. Everything here runs on the one compute
+//! thread of a child process (see [`crate::child`]).
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use murmur_protocol::{
+    frame::{FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
+    sampling::Token,
+    stage::{Load, Loaded, NotOpened, Open, Opened, Role, Step},
+};
+use murmur_sampling::{Sampler, Vocabulary};
+
+use crate::{
+    ffi::{Batch, Context, ContextOptions, LlamaError, Model, ModelOptions},
+    schedule::Rows,
+    slots::{KvOp, NotAdmitted, Slots},
+    threads::ThreadGovernor,
+    vocabulary,
+};
+
+/// What a session that was told BUSY should wait, as no better figure is known yet.
+const RETRY_MS: u32 = 500;
+
+/// Rows of one session, queued for computation.
+#[derive(Debug)]
+pub(crate) struct Work {
+    /// Header of the frame that brought them.
+    pub(crate) header: Header,
+    /// The KV sequence of the session.
+    pub(crate) sequence: i32,
+    /// Token ids, one per row.
+    pub(crate) tokens: Vec<Token>,
+    /// Hidden states, `[rows, n_embd]`; empty in the first stage.
+    pub(crate) hidden: Vec<f32>,
+}
+
+impl Rows for Work {
+    fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+    fn is_prefill(&self) -> bool {
+        self.header.has(FLAG_PREFILL)
+    }
+    fn sequence(&self) -> i32 {
+        self.sequence
+    }
+}
+
+struct Session {
+    epoch: u32,
+    sequence: i32,
+    sampler: Option<Sampler>,
+}
+
+/// A layer range with its KV cache.
+pub(crate) struct Stage {
+    context: Context,
+    first: bool,
+    last: bool,
+    slots: Slots,
+    sessions: HashMap<u64, Session>,
+    vocabulary: Option<Arc<Vocabulary>>,
+    governor: ThreadGovernor,
+    batch: Batch,
+    facts: Loaded,
+}
+
+/// Why rows were not computed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StageError {
+    /// llama.cpp failed.
+    #[error(transparent)]
+    Llama(#[from] LlamaError),
+    /// The token could not be chosen.
+    #[error(transparent)]
+    Sampling(#[from] murmur_sampling::SamplingError),
+    /// The file's vocabulary is unusable.
+    #[error(transparent)]
+    Vocabulary(#[from] murmur_sampling::VocabularyError),
+    /// A frame that does not fit the session's state.
+    #[error("{0}")]
+    Protocol(&'static str),
+    /// A frame that does not decode.
+    #[error(transparent)]
+    Frame(#[from] murmur_protocol::frame::FrameError),
+}
+
+impl Stage {
+    /// Loads a layer range. `load.role` must be [`Role::Stage`].
+    pub(crate) fn load(load: &Load, progress: &mut dyn FnMut(f32)) -> Result<Stage, StageError> {
+        let Role::Stage { first, last } = load.role else {
+            return Err(StageError::Protocol("not the role of a stage"));
+        };
+        let started = Instant::now();
+        let options =
+            ModelOptions { vocabulary_only: false, repack: !load.exact, gpu_layers: load.gpu_layers };
+        let model = Arc::new(Model::load(&load.path, &options, progress)?);
+        let vocabulary = if last { Some(Arc::new(vocabulary::from_facts(model.vocabulary())?)) } else { None };
+        let batch_rows = (load.chunk_rows * 2).max(load.sequences);
+        let context = Context::new(
+            model.clone(),
+            &ContextOptions {
+                kv_cells: load.kv_cells,
+                sequences: load.sequences,
+                batch_rows,
+                unified_kv: !load.exact,
+                exact: load.exact,
+                embeddings: false,
+                threads_max: load.threads_max,
+                tap: load.tap.clone(),
+                inject: load.inject.clone(),
+            },
+        )?;
+        let facts = Loaded {
+            n_embd: model.n_embd() as u32,
+            n_layer: model.n_layer(),
+            kv_cells: context.kv_cells(),
+            load_ms: started.elapsed().as_millis() as u64,
+            weight_bytes: model.weight_bytes(),
+            vocabulary: None,
+        };
+        let slots = Slots::new(context.kv_cells(), load.sequences, load.chunk_rows, load.exact);
+        let governor = ThreadGovernor::new(load.threads_max, load.threads);
+        Ok(Stage {
+            context,
+            first,
+            last,
+            slots,
+            sessions: HashMap::new(),
+            vocabulary,
+            governor,
+            batch: Batch::default(),
+            facts,
+        })
+    }
+
+    /// What was loaded.
+    pub(crate) fn facts(&self) -> &Loaded {
+        &self.facts
+    }
+
+    /// Admits a session, or admits it again under a new epoch.
+    pub(crate) fn open(&mut self, header: &Header, open: &Open) -> Result<Opened, NotOpened> {
+        self.close(header.session, false);
+        let sampler = match (self.last, &open.sampling, &self.vocabulary) {
+            (true, Some(params), Some(vocabulary)) => {
+                let bad = |error: murmur_sampling::SamplingError| NotOpened::Bad(error.to_string());
+                let mut sampler = Sampler::new(params.clone(), vocabulary.clone(), &open.prompt).map_err(bad)?;
+                for &token in &open.generated {
+                    sampler.accept(token).map_err(bad)?;
+                }
+                Some(sampler)
+            }
+            (true, ..) => return Err(NotOpened::Bad("the last stage needs sampling parameters".into())),
+            (false, ..) => None,
+        };
+        let mut tokens = open.prompt.clone();
+        tokens.extend_from_slice(&open.generated);
+        let admitted = self.slots.admit(header.session, &tokens, open.reserve_cells).map_err(|refused| match refused {
+            NotAdmitted::Busy => NotOpened::Busy { retry_ms: RETRY_MS },
+            NotAdmitted::TooLarge => NotOpened::Bad(format!(
+                "the request needs {} KV cells and this stage has {}: shorten it, or give the server a larger --ctx",
+                open.reserve_cells, self.facts.kv_cells
+            )),
+        })?;
+        let mut cached_tokens = admitted.cached_tokens;
+        for op in admitted.kv {
+            let done = match op {
+                KvOp::Truncate { sequence, from } => self.context.truncate(sequence, from),
+                KvOp::Copy { from, to } => {
+                    self.context.copy_sequence(from, to);
+                    true
+                }
+            };
+            if !done {
+                // Memories that cannot forget a part (recurrent ones) begin anew.
+                self.context.truncate(admitted.sequence, 0);
+                self.slots.truncated(admitted.sequence, 0);
+                cached_tokens = 0;
+            }
+        }
+        let session = Session { epoch: header.epoch, sequence: admitted.sequence, sampler };
+        self.sessions.insert(header.session, session);
+        Ok(Opened { cached_tokens })
+    }
+
+    /// Ends a session; its prefix stays unless `forget`.
+    pub(crate) fn close(&mut self, session: u64, forget: bool) {
+        if let Some(session) = self.sessions.remove(&session)
+            && self.slots.release(session.sequence, forget)
+        {
+            self.context.truncate(session.sequence, 0);
+        }
+    }
+
+    /// Turns a frame of rows into work; `None` when its session or epoch is over.
+    pub(crate) fn accept(&self, frame: &Frame) -> Result<Option<Work>, StageError> {
+        let header = frame.header;
+        let Some(session) = self.sessions.get(&header.session).filter(|s| s.epoch == header.epoch) else {
+            return Ok(None);
+        };
+        let expected = if self.first { Kind::Tokens } else { Kind::Hidden };
+        if header.kind != expected || header.rows == 0 {
+            return Err(StageError::Protocol("this stage takes other rows (token ids first, hidden states later)"));
+        }
+        let tokens = frame.token_rows()?;
+        let hidden = if self.first { Vec::new() } else { frame.hidden_rows(self.facts.n_embd as usize)? };
+        Ok(Some(Work { header, sequence: session.sequence, tokens, hidden }))
+    }
+
+    /// True while the session and epoch of `work` are current.
+    pub(crate) fn is_current(&self, work: &Work) -> bool {
+        self.sessions.get(&work.header.session).is_some_and(|s| s.epoch == work.header.epoch)
+    }
+
+    /// Computes a batch. One answer per piece of work, in order.
+    pub(crate) fn forward(&mut self, works: &[Work]) -> Vec<Frame> {
+        let (ready, mut answers): (Vec<&Work>, Vec<Frame>) = (works.iter()).fold(Default::default(), |mut acc, work| {
+            match self.rewind(work) {
+                Ok(()) => acc.0.push(work),
+                Err(error) => acc.1.push(failure(work, &error)),
+            }
+            acc
+        });
+        if ready.is_empty() {
+            return answers;
+        }
+        match self.compute(&ready) {
+            Ok((took, threads)) => self.harvest(&ready, took, threads, &mut answers),
+            Err(error) => {
+                for work in ready {
+                    // What llama.cpp holds of the sequence after a failure is its own affair: begin at the known length.
+                    self.context.truncate(work.sequence, self.slots.length(work.sequence));
+                    answers.push(failure(work, &error));
+                }
+            }
+        }
+        answers
+    }
+
+    /// A position below the sequence's length is a rollback; above it, frames were lost.
+    fn rewind(&mut self, work: &Work) -> Result<(), StageError> {
+        let length = self.slots.length(work.sequence);
+        if work.header.position > length {
+            return Err(StageError::Protocol("rows are missing before these"));
+        }
+        if work.header.position < length {
+            if !self.context.truncate(work.sequence, work.header.position) {
+                return Err(StageError::Protocol("this model's memory cannot forget a part of a sequence"));
+            }
+            self.slots.truncated(work.sequence, work.header.position);
+        }
+        // Noted here, so that a second piece of the same sequence in this batch finds the right length.
+        self.slots.extended(work.sequence, &work.tokens, work.is_prefill());
+        Ok(())
+    }
+
+    fn compute(&mut self, works: &[&Work]) -> Result<(Duration, u32), StageError> {
+        let batch = &mut self.batch;
+        batch.tokens.clear();
+        batch.hidden.clear();
+        batch.positions.clear();
+        batch.sequences.clear();
+        batch.wants_output.clear();
+        for work in works {
+            let rows = work.tokens.len();
+            if self.first {
+                batch.tokens.extend_from_slice(&work.tokens);
+            } else {
+                batch.hidden.extend_from_slice(&work.hidden);
+            }
+            batch.positions.extend((work.header.position as i32..).take(rows));
+            batch.sequences.extend(std::iter::repeat_n(work.sequence, rows));
+            let wants = self.last && work.header.has(FLAG_WANT_OUTPUT);
+            batch.wants_output.extend((0..rows).map(|row| wants && row + 1 == rows));
+        }
+        let rows = batch.positions.len();
+        let threads = self.governor.choose(rows);
+        self.context.set_threads(threads);
+        let started = Instant::now();
+        let result = self.context.decode(batch);
+        let took = started.elapsed();
+        if let Err(error) = result {
+            for work in works {
+                self.slots.truncated(work.sequence, work.header.position);
+            }
+            return Err(error.into());
+        }
+        self.governor.observe(rows, took);
+        Ok((took, threads))
+    }
+
+    fn harvest(&mut self, works: &[&Work], took: Duration, threads: u32, answers: &mut Vec<Frame>) {
+        let batch_rows = works.iter().map(|w| w.rows()).sum::<usize>();
+        let step = Step { sampled: None, compute_us: took.as_micros() as u32, batch_rows: batch_rows as u32, threads };
+        let width = self.facts.n_embd as usize;
+        let mut row = 0;
+        for work in works {
+            let end = row + work.rows();
+            let header = Header { flags: work.header.flags, ..work.header };
+            let answer = if !self.last {
+                let hidden = &self.context.hidden()[row * width..end * width];
+                let mut payload = Vec::with_capacity(work.rows() * 4 * (width + 1));
+                payload.extend_from_slice(bytemuck::cast_slice(&work.tokens));
+                payload.extend_from_slice(bytemuck::cast_slice(hidden));
+                Ok(Frame { header: Header { kind: Kind::Hidden, ..header }, payload })
+            } else if work.header.has(FLAG_WANT_OUTPUT) {
+                self.sample(work, end - 1).and_then(|sampled| {
+                    let header = Header { kind: Kind::Sampled, ..header };
+                    Ok(Frame::message(header, &Step { sampled: Some(sampled), ..step.clone() })?)
+                })
+            } else {
+                Frame::message(Header { kind: Kind::Done, ..header }, &step).map_err(StageError::from)
+            };
+            answers.push(answer.unwrap_or_else(|error| failure(work, &error)));
+            row = end;
+        }
+    }
+
+    fn sample(&mut self, work: &Work, row: usize) -> Result<murmur_protocol::sampling::Sampled, StageError> {
+        let session = self.sessions.get_mut(&work.header.session);
+        let sampler = session.and_then(|s| s.sampler.as_mut()).ok_or(StageError::Protocol("no sampler"))?;
+        let position = work.header.position + work.header.rows;
+        let sampled = sampler.sample(self.context.logits(row)?, position)?;
+        sampler.accept(sampled.token)?;
+        Ok(sampled)
+    }
+
+    /// The KV state of a session, for another stage of the same layers.
+    pub(crate) fn save(&mut self, session: u64) -> Result<Vec<u8>, StageError> {
+        let sequence = self.sessions.get(&session).ok_or(StageError::Protocol("no such session"))?.sequence;
+        Ok(self.context.state(sequence))
+    }
+
+    /// Puts a saved KV state of `tokens` into an open session.
+    pub(crate) fn restore(&mut self, session: u64, tokens: &[Token], state: &[u8]) -> Result<(), StageError> {
+        let sequence = self.sessions.get(&session).ok_or(StageError::Protocol("no such session"))?.sequence;
+        self.context.truncate(sequence, 0);
+        self.slots.truncated(sequence, 0);
+        self.context.restore(sequence, state)?;
+        self.slots.extended(sequence, tokens, false);
+        Ok(())
+    }
+}
+
+fn failure(work: &Work, error: &StageError) -> Frame {
+    Frame::text(Header { kind: Kind::StepFailed, ..work.header }, &error.to_string())
+}

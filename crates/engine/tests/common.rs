@@ -1,0 +1,138 @@
+//! What the engine's tests share: models, engines over real child processes, and a reader of sessions.
+#![allow(dead_code)] // each test file uses its part
+
+use std::path::{Path, PathBuf};
+
+use murmur_engine::{Ending, Engine, EngineOptions, SessionEvent, SessionRequest, SessionStream};
+use murmur_gguf::{
+    Gguf, LayerRange,
+    synth::{self, Spec, Weights},
+};
+use murmur_protocol::sampling::{SamplingParams, Token};
+
+/// Tests use their own chunk size, so that small prompts have several chunks.
+pub const CHUNK_ROWS: u32 = 64;
+
+pub struct Lab {
+    pub dir: tempfile::TempDir,
+}
+
+impl Lab {
+    pub fn new() -> Lab {
+        Lab { dir: tempfile::tempdir().unwrap() }
+    }
+
+    pub fn tiny(&self, preset: &str, weights: Weights) -> PathBuf {
+        let path = self.dir.path().join(format!("{preset}-{weights:?}.gguf"));
+        synth::write(&Spec::tiny(preset).unwrap().with_weights(weights), &path).unwrap();
+        path
+    }
+
+    pub fn options(&self, model: &Path, ranges: Vec<LayerRange>, exact: bool) -> EngineOptions {
+        EngineOptions {
+            program: env!("CARGO_BIN_EXE_murmur-engine-child").into(),
+            model: model.to_owned(),
+            slices_dir: self.dir.path().join("slices"),
+            embedding: false,
+            ranges,
+            context_tokens: 512,
+            parallel: 8,
+            queue_max: 64,
+            chunk_rows: CHUNK_ROWS,
+            threads: Some(1),
+            exact,
+            gpu_layers: 0,
+        }
+    }
+
+    pub fn engine(&self, model: &Path, ranges: Vec<LayerRange>, exact: bool) -> Engine {
+        Engine::load(self.options(model, ranges, exact), |_, _| {}).unwrap()
+    }
+}
+
+/// A file from the folder of shared test models, if it is there.
+pub fn shared_model(name: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/models").join(name);
+    if !path.exists() {
+        eprintln!("skipped: {name} is not there");
+        return None;
+    }
+    Some(path)
+}
+
+pub fn ranges(bounds: &[u32]) -> Vec<LayerRange> {
+    bounds.windows(2).map(|w| LayerRange::new(w[0], w[1])).collect()
+}
+
+pub fn layers(model: &Path) -> u32 {
+    Gguf::open(model).unwrap().layer_count().unwrap()
+}
+
+/// Whole, even and uneven splits that the model allows.
+pub fn splits(model: &Path) -> Vec<Vec<LayerRange>> {
+    let gguf = Gguf::open(model).unwrap();
+    let n = gguf.layer_count().unwrap();
+    let cuts = murmur_gguf::allowed_cuts(&gguf);
+    let mut splits = vec![ranges(&[0, n])];
+    for stages in [2, 4] {
+        if let Ok(even) = murmur_gguf::even_cuts(&gguf, stages) {
+            splits.push(even);
+        }
+    }
+    let inner: Vec<u32> = cuts.into_iter().filter(|&c| c > 0 && c < n).collect();
+    if let (Some(&first), Some(&last)) = (inner.first(), inner.last()) {
+        splits.push(ranges(&[0, first, n]));
+        if last != first {
+            splits.push(ranges(&[0, first, last, n]));
+        }
+    }
+    splits
+}
+
+pub fn prompt(length: usize, salt: i32) -> Vec<Token> {
+    (0..length as i32).map(|i| 3 + (i * 7 + salt * 13 + i * i % 11) % 250).collect()
+}
+
+pub fn greedy() -> SamplingParams {
+    SamplingParams { temperature: 0.0, ignore_eos: true, top_logprobs: Some(5), ..SamplingParams::default() }
+}
+
+pub fn sampled(seed: u64) -> SamplingParams {
+    SamplingParams { temperature: 0.9, top_p: 0.95, repeat_penalty: 1.1, seed, ..greedy() }
+}
+
+pub fn request(prompt: Vec<Token>, max_tokens: u32, sampling: SamplingParams) -> SessionRequest {
+    SessionRequest { prompt, max_tokens, sampling }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    pub tokens: Vec<Token>,
+    /// The log-probabilities of the five best tokens at every position, as bits: equal only if the logits are.
+    pub logprob_bits: Vec<Vec<(Token, u32)>>,
+    pub ending: Ending,
+    pub cached_tokens: u32,
+}
+
+pub async fn read(mut stream: SessionStream) -> Result<Answer, String> {
+    let mut answer = Answer { tokens: vec![], logprob_bits: vec![], ending: Ending::Length, cached_tokens: 0 };
+    while let Some(event) = stream.next().await {
+        match event {
+            SessionEvent::Prefill { cached_tokens, .. } => answer.cached_tokens = cached_tokens,
+            SessionEvent::Token(sampled) => {
+                answer.tokens.push(sampled.token);
+                answer.logprob_bits.push(sampled.top.iter().map(|&(id, p)| (id, p.to_bits())).collect());
+            }
+            SessionEvent::Ended(ending) => {
+                answer.ending = ending;
+                return Ok(answer);
+            }
+            SessionEvent::Failed(reason) => return Err(reason),
+        }
+    }
+    Err("the stream ended without an ending".into())
+}
+
+pub async fn run(engine: &Engine, request: SessionRequest) -> Answer {
+    read(engine.start(request).unwrap()).await.unwrap()
+}

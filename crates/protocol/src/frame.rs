@@ -1,0 +1,376 @@
+//! The frame: what travels between a driver and a stage, and between stages. A fixed little-endian header, then raw
+//! payload; the same over the socket pair to a child process and, later, over a QUIC stream.
+//!
+//! ```text
+//! offset  size  field
+//!      0     1  magic 0x4D
+//!      1     1  version
+//!      2     1  kind
+//!      3     1  dtype of the hidden states in the payload
+//!      4     2  flags
+//!      6     2  reserved, 0
+//!      8     8  session
+//!     16     4  epoch: counts the driver's rollbacks of a session
+//!     20     4  position of the first row in the sequence
+//!     24     4  rows
+//!     28     4  payload length in bytes
+//! ```
+//!
+//! Every field is checked before anything is allocated, and the payload buffer grows with what has really arrived.
+
+use std::io::{self, Read, Write};
+
+/// First byte of every frame.
+pub const MAGIC: u8 = 0x4D;
+/// Version of the frame layout.
+pub const VERSION: u8 = 1;
+/// Header size.
+pub const HEADER_BYTES: usize = 32;
+/// Largest payload: 4,096 rows of 16,384 f32.
+pub const MAX_PAYLOAD_BYTES: u32 = 256 << 20;
+/// Most rows in one frame.
+pub const MAX_ROWS: u32 = 4096;
+
+/// The driver wants a token sampled from the last row.
+pub const FLAG_WANT_OUTPUT: u16 = 1;
+/// The rows are prompt rows: their place in a batch follows the prefill rules (see the engine's scheduler).
+pub const FLAG_PREFILL: u16 = 2;
+/// On [`Kind::Close`]: forget the sequence instead of keeping it for prefix reuse.
+pub const FLAG_FORGET: u16 = 4;
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $name:ident = $value:literal,)*) => {
+        /// What a frame says.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum Kind { $($(#[$doc])* $name = $value,)* }
+
+        impl Kind {
+            /// Every kind, for tests and fuzzing.
+            pub const ALL: &'static [Kind] = &[$(Kind::$name,)*];
+
+            fn parse(byte: u8) -> Option<Kind> {
+                match byte { $($value => Some(Kind::$name),)* _ => None }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// Driver to child, first frame: what to load. Payload: `stage::Load`.
+    Load = 0x01,
+    /// Loading progress. Payload: f32 fraction.
+    Progress = 0x02,
+    /// Ready. Payload: `stage::Loaded`.
+    Loaded = 0x03,
+    /// Could not load. Payload: UTF-8 message.
+    LoadFailed = 0x04,
+    /// A session begins (or begins again under a new epoch). Payload: `stage::Open`.
+    Open = 0x10,
+    /// Admitted. Payload: `stage::Opened`.
+    Opened = 0x11,
+    /// Not admitted. Payload: `stage::NotOpened`.
+    NotOpened = 0x12,
+    /// The session ends; queued work is dropped.
+    Close = 0x13,
+    /// Rows as token ids. Payload: rows x i32.
+    Tokens = 0x20,
+    /// Rows as hidden states. Payload: rows x i32 token ids, then rows x n_embd of `dtype`.
+    Hidden = 0x21,
+    /// A sampled token. Payload: `stage::Step`.
+    Sampled = 0x22,
+    /// Rows were computed and no token was wanted. Payload: `stage::Step`.
+    Done = 0x23,
+    /// The rows could not be computed. Payload: UTF-8 message.
+    StepFailed = 0x24,
+    /// Text to tokens. Payload: `stage::Tokenize`.
+    Tokenize = 0x30,
+    /// Answer to `Tokenize`. Payload: rows x i32.
+    Tokenized = 0x31,
+    /// Tokens to a pooled embedding. Payload: rows x i32.
+    Embed = 0x32,
+    /// Answer to `Embed`. Payload: n_embd x f32.
+    Embedded = 0x33,
+    /// Asks for a session's KV state.
+    SaveState = 0x40,
+    /// A session's KV state: the answer to `SaveState`, or, towards a stage, what to restore. Payload: opaque bytes.
+    State = 0x41,
+    /// The state was restored up to `position`.
+    Restored = 0x42,
+}
+
+/// Element type of hidden states in a payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Dtype {
+    /// 32-bit floats: exact.
+    F32 = 0,
+}
+
+/// A frame's header, payload length excluded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// What the frame says.
+    pub kind: Kind,
+    /// Element type of hidden states.
+    pub dtype: Dtype,
+    /// `FLAG_*`.
+    pub flags: u16,
+    /// Which session.
+    pub session: u64,
+    /// Rollback count; frames of an older epoch are dropped on sight.
+    pub epoch: u32,
+    /// Position of the first row.
+    pub position: u32,
+    /// Number of rows.
+    pub rows: u32,
+}
+
+impl Header {
+    /// A header with everything but the kind and the session at zero.
+    pub fn new(kind: Kind, session: u64) -> Header {
+        Header { kind, dtype: Dtype::F32, flags: 0, session, epoch: 0, position: 0, rows: 0 }
+    }
+
+    /// True when `flag` is set.
+    pub fn has(&self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// A frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// The header.
+    pub header: Header,
+    /// The payload; its meaning is the kind's.
+    pub payload: Vec<u8>,
+}
+
+/// Why bytes are not a frame, or a frame not what its kind says.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// The stream failed or ended inside a frame.
+    #[error("the connection to the stage failed: {0}")]
+    Io(#[from] io::Error),
+    /// The bytes do not follow the layout.
+    #[error("not a valid frame: {0}")]
+    Malformed(&'static str),
+    /// A payload that does not decode.
+    #[error("the frame's payload does not decode: {0}")]
+    Payload(#[from] postcard::Error),
+}
+
+impl Frame {
+    /// A frame whose payload is a message in postcard encoding.
+    pub fn message<T: serde::Serialize>(header: Header, message: &T) -> Result<Frame, FrameError> {
+        Ok(Frame { header, payload: postcard::to_stdvec(message)? })
+    }
+
+    /// A frame of token rows.
+    pub fn tokens(mut header: Header, tokens: &[i32]) -> Frame {
+        header.rows = tokens.len() as u32;
+        Frame { header, payload: bytemuck::cast_slice(tokens).to_vec() }
+    }
+
+    /// A frame whose payload is text.
+    pub fn text(header: Header, text: &str) -> Frame {
+        Frame { header, payload: text.as_bytes().to_vec() }
+    }
+
+    /// Decodes the payload as a message.
+    pub fn decode<'a, T: serde::Deserialize<'a>>(&'a self) -> Result<T, FrameError> {
+        Ok(postcard::from_bytes(&self.payload)?)
+    }
+
+    /// The payload as text, invalid bytes replaced.
+    pub fn as_text(&self) -> String {
+        String::from_utf8_lossy(&self.payload).into_owned()
+    }
+
+    /// The token ids of a [`Kind::Tokens`], [`Kind::Tokenized`], [`Kind::Embed`] or [`Kind::Hidden`] frame.
+    pub fn token_rows(&self) -> Result<Vec<i32>, FrameError> {
+        let bytes = self.header.rows as usize * 4;
+        let ids = self.payload.get(..bytes).ok_or(FrameError::Malformed("fewer token ids than rows"))?;
+        if self.header.kind != Kind::Hidden && self.payload.len() != bytes {
+            return Err(FrameError::Malformed("payload length does not match the rows"));
+        }
+        Ok(bytemuck::pod_collect_to_vec(ids))
+    }
+
+    /// The hidden states of a [`Kind::Hidden`] frame, `[rows, n_embd]` row-major.
+    pub fn hidden_rows(&self, n_embd: usize) -> Result<Vec<f32>, FrameError> {
+        let rows = self.header.rows as usize;
+        let expected = rows.checked_mul(4 + 4 * n_embd);
+        if expected != Some(self.payload.len()) {
+            return Err(FrameError::Malformed("payload length does not match rows x n_embd"));
+        }
+        Ok(bytemuck::pod_collect_to_vec(&self.payload[rows * 4..]))
+    }
+
+    /// Writes header and payload.
+    pub fn write_to(&self, out: &mut impl Write) -> Result<(), FrameError> {
+        out.write_all(&self.header_bytes()?)?;
+        out.write_all(&self.payload)?;
+        Ok(())
+    }
+
+    /// Appends header and payload to `out`, so that several frames go out in one write.
+    pub fn append_to(&self, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        out.extend_from_slice(&self.header_bytes()?);
+        out.extend_from_slice(&self.payload);
+        Ok(())
+    }
+
+    fn header_bytes(&self) -> Result<[u8; HEADER_BYTES], FrameError> {
+        let length = u32::try_from(self.payload.len()).ok().filter(|&n| n <= MAX_PAYLOAD_BYTES);
+        let length = length.ok_or(FrameError::Malformed("payload above the limit"))?;
+        let h = &self.header;
+        let mut out = [0u8; HEADER_BYTES];
+        out[0] = MAGIC;
+        out[1] = VERSION;
+        out[2] = h.kind as u8;
+        out[3] = h.dtype as u8;
+        out[4..6].copy_from_slice(&h.flags.to_le_bytes());
+        out[8..16].copy_from_slice(&h.session.to_le_bytes());
+        out[16..20].copy_from_slice(&h.epoch.to_le_bytes());
+        out[20..24].copy_from_slice(&h.position.to_le_bytes());
+        out[24..28].copy_from_slice(&h.rows.to_le_bytes());
+        out[28..32].copy_from_slice(&length.to_le_bytes());
+        Ok(out)
+    }
+
+    /// Reads one frame; `Ok(None)` at a clean end of the stream.
+    pub fn read_from(input: &mut impl Read) -> Result<Option<Frame>, FrameError> {
+        let mut bytes = [0u8; HEADER_BYTES];
+        let mut filled = 0;
+        while filled < HEADER_BYTES {
+            match input.read(&mut bytes[filled..]) {
+                Ok(0) if filled == 0 => return Ok(None),
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                Ok(n) => filled += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        let (header, length) = parse_header(&bytes)?;
+        let mut payload = Vec::with_capacity((length as usize).min(READ_AHEAD_BYTES));
+        input.by_ref().take(u64::from(length)).read_to_end(&mut payload)?;
+        if payload.len() != length as usize {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        Ok(Some(Frame { header, payload }))
+    }
+}
+
+/// How much is allocated on the word of a header alone.
+const READ_AHEAD_BYTES: usize = 1 << 20;
+
+fn parse_header(bytes: &[u8; HEADER_BYTES]) -> Result<(Header, u32), FrameError> {
+    let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+    let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    if bytes[0] != MAGIC {
+        return Err(FrameError::Malformed("wrong magic byte"));
+    }
+    if bytes[1] != VERSION {
+        return Err(FrameError::Malformed("unknown frame version"));
+    }
+    let kind = Kind::parse(bytes[2]).ok_or(FrameError::Malformed("unknown kind"))?;
+    if bytes[3] != Dtype::F32 as u8 {
+        return Err(FrameError::Malformed("unknown dtype"));
+    }
+    if u16_at(6) != 0 {
+        return Err(FrameError::Malformed("reserved bits set"));
+    }
+    let rows = u32_at(24);
+    // Tokenized text may be longer than any batch: it is bounded by its payload instead.
+    if rows > MAX_ROWS && !matches!(kind, Kind::Tokenized | Kind::Embed) {
+        return Err(FrameError::Malformed("too many rows"));
+    }
+    let length = u32_at(28);
+    if length > MAX_PAYLOAD_BYTES {
+        return Err(FrameError::Malformed("payload above the limit"));
+    }
+    let session = u64::from(u32_at(8)) | u64::from(u32_at(12)) << 32;
+    let header = Header {
+        kind,
+        dtype: Dtype::F32,
+        flags: u16_at(4),
+        session,
+        epoch: u32_at(16),
+        position: u32_at(20),
+        rows,
+    };
+    Ok((header, length))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn any_frame() -> impl Strategy<Value = Frame> {
+        (
+            proptest::sample::select(Kind::ALL),
+            any::<(u16, u64, u32, u32)>(),
+            0..=MAX_ROWS,
+            proptest::collection::vec(any::<u8>(), 0..600),
+        )
+            .prop_map(|(kind, (flags, session, epoch, position), rows, payload)| Frame {
+                header: Header { kind, dtype: Dtype::F32, flags, session, epoch, position, rows },
+                payload,
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn a_frame_survives_the_wire(frames in proptest::collection::vec(any_frame(), 1..5)) {
+            let mut wire = Vec::new();
+            for frame in &frames {
+                frame.append_to(&mut wire).unwrap();
+            }
+            let mut input = wire.as_slice();
+            for frame in &frames {
+                prop_assert_eq!(&Frame::read_from(&mut input).unwrap().unwrap(), frame);
+            }
+            prop_assert!(Frame::read_from(&mut input).unwrap().is_none());
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Frame::read_from(&mut bytes.as_slice());
+        }
+
+        #[test]
+        fn a_damaged_frame_is_an_error_or_another_frame(frame in any_frame(), at in 0usize..32, bit in 0u8..8) {
+            let mut wire = Vec::new();
+            frame.append_to(&mut wire).unwrap();
+            wire[at] ^= 1 << bit;
+            if let Ok(Some(read)) = Frame::read_from(&mut wire.as_slice()) {
+                prop_assert_ne!(read, frame);
+            }
+        }
+    }
+
+    #[test]
+    fn a_lying_length_does_not_allocate_what_it_claims() {
+        let mut wire = Vec::new();
+        Frame::text(Header::new(Kind::StepFailed, 7), "x").append_to(&mut wire).unwrap();
+        wire[28..32].copy_from_slice(&MAX_PAYLOAD_BYTES.to_le_bytes());
+        assert!(matches!(Frame::read_from(&mut wire.as_slice()), Err(FrameError::Io(_))));
+        wire[28..32].copy_from_slice(&(MAX_PAYLOAD_BYTES + 1).to_le_bytes());
+        assert!(matches!(Frame::read_from(&mut wire.as_slice()), Err(FrameError::Malformed(_))));
+    }
+
+    #[test]
+    fn the_layout_is_pinned() {
+        let mut header = Header::new(Kind::Tokens, 0x0102_0304_0506_0708);
+        (header.flags, header.epoch, header.position) = (FLAG_WANT_OUTPUT, 3, 500);
+        let mut wire = Vec::new();
+        Frame::tokens(header, &[1, -1]).append_to(&mut wire).unwrap();
+        let hex: String = wire.iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(hex, "4d012000010000000807060504030201\
+                         03000000f401000002000000080000000100 0000ffffffff".replace(' ', ""));
+    }
+}

@@ -1,0 +1,465 @@
+//! Talking to the hub: which files a repository has, and what each is.
+
+use std::time::Duration;
+
+use reqwest::{Method, Response, StatusCode, Url, header, redirect};
+use serde::Deserialize;
+
+use super::HubConfig;
+use crate::{
+    error::StoreError,
+    reference::{HubRef, is_safe_relative_path},
+};
+
+/// A repository's listing is JSON with one entry per file.
+const LISTING_BYTES_MAX: usize = 16 << 20;
+/// Redirects followed for one request.
+const REDIRECTS_MAX: usize = 5;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
+/// A `Retry-After` longer than this is told to the user instead of waited for.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
+/// Pauses do not grow beyond this.
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
+
+/// A repository at one commit.
+#[derive(Debug)]
+pub(super) struct Listing {
+    pub(super) commit: String,
+    pub(super) files: Vec<String>,
+}
+
+/// A file on the hub.
+#[derive(Debug)]
+pub(super) struct RemoteFile {
+    /// Path in the repository.
+    pub(super) file: String,
+    pub(super) url: Url,
+    pub(super) size_bytes: u64,
+    /// The name of its bytes in the cache; the SHA-256 for large files.
+    pub(super) etag: String,
+    /// Lower-case hex.
+    pub(super) sha256: Option<String>,
+}
+
+/// Why a request did not bring what it should.
+pub(super) enum Failure {
+    /// Worth another attempt, after the pause the server asked for.
+    Temporary {
+        why: String,
+        retry_after: Option<Duration>,
+    },
+    /// Final.
+    Final(StoreError),
+}
+
+pub(super) struct Client {
+    pub(super) config: HubConfig,
+    /// Follows redirects: for bytes.
+    following: reqwest::Client,
+    /// Does not: the hub's own answer has the checksum, the store it redirects to does not.
+    direct: reqwest::Client,
+}
+
+impl Client {
+    pub(super) fn new(config: &HubConfig) -> Result<Self, StoreError> {
+        install_crypto_provider();
+        let build = |policy| {
+            let mut builder = reqwest::Client::builder()
+                .user_agent(concat!("murmur/", env!("CARGO_PKG_VERSION")))
+                .connect_timeout(CONNECT_TIMEOUT)
+                .read_timeout(config.stall_timeout)
+                .redirect(policy);
+            if config.is_on_this_machine() {
+                builder = builder.no_proxy();
+            }
+            builder.build().map_err(|error| StoreError::HubUnavailable {
+                endpoint: config.endpoint().to_owned(),
+                why: format!(
+                    "secure connections cannot be set up: {}",
+                    whole_story(&error)
+                ),
+                advice:
+                    "Check that this machine has its CA certificates (package ca-certificates)."
+                        .to_owned(),
+            })
+        };
+        let no_downgrade = redirect::Policy::custom(|attempt| {
+            let from_https = attempt
+                .previous()
+                .last()
+                .is_some_and(|url| url.scheme() == "https");
+            if from_https && attempt.url().scheme() != "https" {
+                attempt.error("the hub redirects from https to plain http")
+            } else if attempt.previous().len() > REDIRECTS_MAX {
+                attempt.error("too many redirects")
+            } else {
+                attempt.follow()
+            }
+        });
+        Ok(Self {
+            config: config.clone(),
+            following: build(no_downgrade)?,
+            direct: build(redirect::Policy::none())?,
+        })
+    }
+
+    /// The files of a repository, and the commit they are of.
+    pub(super) async fn list(&self, wanted: &HubRef) -> Result<Listing, StoreError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            sha: String,
+            #[serde(default)]
+            siblings: Vec<Sibling>,
+        }
+        #[derive(Deserialize)]
+        struct Sibling {
+            rfilename: String,
+        }
+        let what = wanted.to_string();
+        let url = self.url(&format!(
+            "api/models/{}/revision/{}",
+            wanted.repo,
+            encode(&wanted.revision, false)
+        ))?;
+        let text = self
+            .with_retries(|| async {
+                let mut response = self
+                    .ask(&self.following, Method::GET, url.clone(), None, &what)
+                    .await?;
+                let mut text = Vec::new();
+                while let Some(piece) = response.chunk().await.map_err(|e| self.temporary(&e))? {
+                    if text.len() + piece.len() > LISTING_BYTES_MAX {
+                        return Err(Failure::Final(
+                            self.bad_answer("the list of files is too long"),
+                        ));
+                    }
+                    text.extend_from_slice(&piece);
+                }
+                Ok(text)
+            })
+            .await?;
+        let answer: Answer = serde_json::from_slice(&text)
+            .map_err(|e| self.bad_answer(&format!("the list of files of {what}: {e}")))?;
+        if !(7..=64).contains(&answer.sha.len())
+            || !answer.sha.bytes().all(|b| b.is_ascii_hexdigit())
+        {
+            return Err(self.bad_answer("the commit is not a commit"));
+        }
+        // Names that could lead out of the cache are dropped here, before anything is made of them.
+        let files = answer
+            .siblings
+            .into_iter()
+            .map(|s| s.rfilename)
+            .filter(|name| is_safe_relative_path(name))
+            .collect();
+        Ok(Listing {
+            commit: answer.sha,
+            files,
+        })
+    }
+
+    /// Size and checksum of a file at a commit.
+    pub(super) async fn describe(
+        &self,
+        repo: &str,
+        commit: &str,
+        file: &str,
+        what: &str,
+    ) -> Result<RemoteFile, StoreError> {
+        let origin = self.url(&format!("{repo}/resolve/{commit}/{}", encode(file, true)))?;
+        let response = self
+            .with_retries(|| async {
+                let mut url = origin.clone();
+                for _ in 0..=REDIRECTS_MAX {
+                    let response = self
+                        .ask(&self.direct, Method::HEAD, url.clone(), None, what)
+                        .await?;
+                    // A renamed repository redirects within the hub; a large file redirects away from it.
+                    match redirect_within(&url, &response) {
+                        Some(next) => url = next,
+                        None => return Ok(response),
+                    }
+                }
+                Err(Failure::Final(self.bad_answer("too many redirects")))
+            })
+            .await?;
+        let text = |name: &str| {
+            response
+                .headers()
+                .get(name)
+                .and_then(|value| value.to_str().ok())
+        };
+        let etag = text("x-linked-etag").or_else(|| text("etag")).map(|etag| {
+            etag.trim_start_matches("W/")
+                .trim_matches('"')
+                .to_ascii_lowercase()
+        });
+        let etag = etag
+            .filter(|etag| {
+                (1..=128).contains(&etag.len())
+                    && etag.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+            })
+            .ok_or_else(|| self.bad_answer(&format!("no usable ETag for {file}")))?;
+        let redirected = response.status().is_redirection();
+        let size_bytes = text("x-linked-size")
+            .or_else(|| text("content-length").filter(|_| !redirected))
+            .and_then(|size| size.parse().ok())
+            .ok_or_else(|| self.bad_answer(&format!("no size for {file}")))?;
+        let sha256 =
+            (etag.len() == 64 && etag.bytes().all(|b| b.is_ascii_hexdigit())).then(|| etag.clone());
+        Ok(RemoteFile {
+            file: file.to_owned(),
+            url: origin,
+            size_bytes,
+            etag,
+            sha256,
+        })
+    }
+
+    /// Starts a transfer from `offset`.
+    pub(super) async fn get_from(
+        &self,
+        remote: &RemoteFile,
+        offset: u64,
+    ) -> Result<Response, Failure> {
+        let range = (offset > 0).then(|| format!("bytes={offset}-"));
+        self.ask(
+            &self.following,
+            Method::GET,
+            remote.url.clone(),
+            range,
+            &remote.file,
+        )
+        .await
+    }
+
+    /// Sends a request and sorts the answer. Redirects that the client does not follow count as success.
+    async fn ask(
+        &self,
+        client: &reqwest::Client,
+        method: Method,
+        url: Url,
+        range: Option<String>,
+        what: &str,
+    ) -> Result<Response, Failure> {
+        let mut request = client
+            .request(method, url)
+            .header(header::ACCEPT_ENCODING, "identity");
+        // reqwest takes the token off again when a redirect leads to another host.
+        if let Some(token) = self.config.token() {
+            request = request.bearer_auth(token);
+        }
+        if let Some(range) = range {
+            request = request.header(header::RANGE, range);
+        }
+        let response = request
+            .send()
+            .await
+            .map_err(|error| self.temporary(&error))?;
+        let status = response.status();
+        if status.is_success()
+            || status.is_redirection()
+            || status == StatusCode::RANGE_NOT_SATISFIABLE
+        {
+            return Ok(response);
+        }
+        Err(self.refusal(&response, what))
+    }
+
+    fn refusal(&self, response: &Response, what: &str) -> Failure {
+        let status = response.status();
+        let endpoint = self.config.endpoint().to_owned();
+        let what = what.to_owned();
+        // The hub says 401 also for what does not exist, and tells the two apart in this header.
+        let code = response
+            .headers()
+            .get("x-error-code")
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default();
+        let token_hint = match self.config.token() {
+            Some(_) => "The token in use has no access: check it with the hub's settings page.",
+            None => {
+                "Set HF_TOKEN to a token from the hub's settings page, if it is private or gated."
+            }
+        };
+        match (status.as_u16(), code) {
+            (_, "GatedRepo") => Failure::Final(StoreError::HubRefuses {
+                what,
+                endpoint: endpoint.clone(),
+                why: "its licence must be accepted first".to_owned(),
+                advice: format!("Accept it on its page at {endpoint}. {token_hint}"),
+            }),
+            (_, "RevisionNotFound") => Failure::Final(StoreError::NotOnHub {
+                what,
+                endpoint,
+                why: "there is no such branch, tag or commit".to_owned(),
+                advice: "Leave '@revision' away to take the main branch.".to_owned(),
+            }),
+            (404, _) | (_, "RepoNotFound" | "EntryNotFound") => {
+                Failure::Final(StoreError::NotOnHub {
+                    what,
+                    endpoint,
+                    why: format!("the hub says {status}"),
+                    advice: format!("Check the spelling of owner and repository. {token_hint}"),
+                })
+            }
+            (401 | 403, _) => Failure::Final(StoreError::HubRefuses {
+                what,
+                endpoint,
+                why: format!("the hub says {status}"),
+                advice: token_hint.to_owned(),
+            }),
+            (408 | 425 | 429 | 500..=599, _) => Failure::Temporary {
+                why: format!("the hub says {status}"),
+                retry_after: retry_after(response),
+            },
+            _ => Failure::Final(self.bad_answer(&format!("{status} for {what}"))),
+        }
+    }
+
+    /// A request that did not get through. Everything about it may be better in a moment, except what is wrong with us.
+    pub(super) fn temporary(&self, error: &reqwest::Error) -> Failure {
+        if error.is_builder() || error.is_redirect() {
+            return Failure::Final(self.bad_answer(&whole_story(error)));
+        }
+        let why = if error.is_timeout() {
+            format!(
+                "nothing came for {} s",
+                self.config.stall_timeout.as_secs_f32()
+            )
+        } else {
+            whole_story(error)
+        };
+        Failure::Temporary {
+            why,
+            retry_after: None,
+        }
+    }
+
+    async fn with_retries<T, F: Future<Output = Result<T, Failure>>>(
+        &self,
+        attempt: impl Fn() -> F,
+    ) -> Result<T, StoreError> {
+        let mut fruitless = 0;
+        loop {
+            match attempt().await {
+                Ok(value) => return Ok(value),
+                Err(Failure::Final(error)) => return Err(error),
+                Err(Failure::Temporary { why, retry_after }) => {
+                    fruitless += 1;
+                    let pause = self.pause(fruitless, &why, retry_after)?;
+                    tracing::debug!(why, ?pause, "asking the hub again");
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        }
+    }
+
+    /// How long to wait before the next attempt, or that there will be none.
+    pub(super) fn pause(
+        &self,
+        fruitless: u32,
+        why: &str,
+        retry_after: Option<Duration>,
+    ) -> Result<Duration, StoreError> {
+        let give_up = |advice: String| StoreError::HubUnavailable {
+            endpoint: self.config.endpoint().to_owned(),
+            why: why.to_owned(),
+            advice,
+        };
+        if let Some(wait) = retry_after.filter(|wait| *wait > RETRY_AFTER_MAX) {
+            return Err(give_up(format!(
+                "It asks to come back in {} minutes. What was downloaded is kept.",
+                wait.as_secs().div_ceil(60)
+            )));
+        }
+        if fruitless >= self.config.attempts_max {
+            return Err(give_up(format!(
+                "Tried {fruitless} times. Check the connection (and HF_ENDPOINT, if set) and pull again: what was downloaded is kept."
+            )));
+        }
+        let backoff = self
+            .config
+            .backoff_base
+            .saturating_mul(1 << fruitless.saturating_sub(1).min(16))
+            .min(BACKOFF_MAX);
+        Ok(retry_after.unwrap_or(backoff))
+    }
+
+    pub(super) fn bad_answer(&self, why: &str) -> StoreError {
+        StoreError::BadHubAnswer {
+            endpoint: self.config.endpoint().to_owned(),
+            why: why.to_owned(),
+        }
+    }
+
+    fn url(&self, path: &str) -> Result<Url, StoreError> {
+        Url::parse(&format!("{}/{path}", self.config.endpoint()))
+            .map_err(|error| self.bad_answer(&error.to_string()))
+    }
+}
+
+/// `ring` for TLS, unless the process has chosen already.
+fn install_crypto_provider() {
+    if rustls::crypto::CryptoProvider::get_default().is_none() {
+        // Fails only when another thread was faster, and that is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    }
+}
+
+fn retry_after(response: &Response) -> Option<Duration> {
+    let seconds: u64 = response
+        .headers()
+        .get(header::RETRY_AFTER)?
+        .to_str()
+        .ok()?
+        .trim()
+        .parse()
+        .ok()?;
+    Some(Duration::from_secs(seconds))
+}
+
+fn redirect_within(url: &Url, response: &Response) -> Option<Url> {
+    if !response.status().is_redirection() {
+        return None;
+    }
+    let next = url
+        .join(response.headers().get(header::LOCATION)?.to_str().ok()?)
+        .ok()?;
+    let same_place = next.scheme() == url.scheme()
+        && next.host() == url.host()
+        && next.port_or_known_default() == url.port_or_known_default();
+    // A hub that serves large files itself still answers with the checksum first.
+    (same_place && !response.headers().contains_key("x-linked-etag")).then_some(next)
+}
+
+/// Percent-encodes what a path segment cannot have.
+fn encode(text: &str, keep_slashes: bool) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                out.push(char::from(byte))
+            }
+            b'/' if keep_slashes => out.push('/'),
+            _ => out.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    out
+}
+
+/// An error with its causes: the reason is never in the first line. Addresses are left out, a redirect's may hold a signature.
+fn whole_story(error: &reqwest::Error) -> String {
+    let mut parts = Vec::new();
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        parts.push(inner.to_string());
+        cause = inner.source();
+    }
+    match parts.last() {
+        Some(last) if error.is_connect() => format!("no connection: {last}"),
+        Some(last) => last.clone(),
+        None if error.is_connect() => "no connection".to_owned(),
+        None => "the request failed".to_owned(),
+    }
+}

@@ -1,0 +1,333 @@
+//! Which file of a repository to take.
+//!
+//! Repositories hold one model in many quantisations, told apart by nothing but file names. Names are read as the hub's own
+//! tools and llama.cpp's do: the quantisation is a word of the name, bounded by anything that is no letter, digit or `_`.
+
+use crate::error::StoreError;
+
+/// Quantisations in the order in which they are taken when the user names none: best quality per byte first (llama.cpp's own
+/// default is `Q4_K_M`), then smaller neighbours, then larger ones, full precision last. `MXFP4` leads because a repository that
+/// has it (gpt-oss) was trained in it.
+const PREFERENCE: [&str; 24] = [
+    "MXFP4", "Q4_K_M", "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_K_L", "Q4_1", "Q4_0", "Q5_K_M", "Q5_K_S",
+    "Q5_1", "Q5_0", "Q6_K", "Q6_K_L", "Q8_0", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "Q2_K",
+    "BF16", "F16", "FP16", "F32",
+];
+
+/// What to do about a model in several files.
+pub(crate) const JOIN_ADVICE: &str = "Murmur reads models in one file: choose a quantisation that is not split, or join the parts with llama.cpp's \
+     `llama-gguf-split --merge FIRST_PART OUT.gguf` and import the result.";
+
+/// A file of a model that was split (`name-00001-of-00003.gguf`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SplitPart {
+    pub(crate) number: u32,
+    pub(crate) count: u32,
+}
+
+/// Reads the part number out of a file's name.
+pub(crate) fn split_part(file_name: &str) -> Option<SplitPart> {
+    const DIGITS: usize = 5;
+    let stem = strip_gguf(file_name)?;
+    let (rest, count) = stem.split_at_checked(stem.len().checked_sub(DIGITS)?)?;
+    let rest = rest.strip_suffix("-of-")?;
+    let (rest, number) = rest.split_at_checked(rest.len().checked_sub(DIGITS)?)?;
+    let all_digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
+    if !rest.ends_with('-') || !all_digits(number) || !all_digits(count) {
+        return None;
+    }
+    Some(SplitPart {
+        number: number.parse().ok()?,
+        count: count.parse().ok()?,
+    })
+}
+
+fn strip_gguf(file_name: &str) -> Option<&str> {
+    let (stem, ending) = file_name.split_at_checked(file_name.len().checked_sub(".gguf".len())?)?;
+    ending.eq_ignore_ascii_case(".gguf").then_some(stem)
+}
+
+/// Whether `file` is what the user wrote after `:`, as a file's name or as a quantisation.
+pub(crate) fn is_wanted(file: &str, wanted: &str) -> bool {
+    file == wanted || file.rsplit('/').next() == Some(wanted) || has_word(file, wanted)
+}
+
+/// Whether a path contains `word`, bounded and whatever the case.
+fn has_word(path: &str, word: &str) -> bool {
+    let (path, word) = (path.to_ascii_lowercase(), word.to_ascii_lowercase());
+    let inside = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    !word.is_empty()
+        && path.match_indices(&word).any(|(at, found)| {
+            !path[..at].chars().next_back().is_some_and(inside)
+                && !path[at + found.len()..].chars().next().is_some_and(inside)
+        })
+}
+
+/// Chooses one file of a repository.
+///
+/// `what` and `endpoint` are for messages.
+pub(crate) fn choose<'a>(
+    files: &'a [String],
+    wanted: Option<&str>,
+    what: &str,
+    endpoint: &str,
+) -> Result<&'a str, StoreError> {
+    let not_on_hub = |why: String, advice: String| StoreError::NotOnHub {
+        what: what.to_owned(),
+        endpoint: endpoint.to_owned(),
+        why,
+        advice,
+    };
+    // `mmproj` files are vision towers, `imatrix` files are calibration data: GGUF, but not models.
+    let models: Vec<&str> = files
+        .iter()
+        .map(String::as_str)
+        .filter(|file| {
+            strip_gguf(file).is_some()
+                && !has_prefix_in_name(file, "mmproj")
+                && !file.to_ascii_lowercase().contains("imatrix")
+        })
+        .collect();
+    if models.is_empty() {
+        return Err(not_on_hub(
+            "the repository has no GGUF model".to_owned(),
+            "Look for one whose name ends in -GGUF.".to_owned(),
+        ));
+    }
+    let whole: Vec<&str> = models
+        .iter()
+        .copied()
+        .filter(|file| split_part(file).is_none())
+        .collect();
+    let chosen = match wanted {
+        Some(wanted) => {
+            let matching = narrow(
+                whole
+                    .iter()
+                    .copied()
+                    .filter(|file| is_wanted(file, wanted))
+                    .collect(),
+                wanted,
+            );
+            if matching.is_empty() && models.iter().any(|file| is_wanted(file, wanted)) {
+                return Err(not_on_hub(
+                    format!("{wanted} is there, but split into several files"),
+                    JOIN_ADVICE.to_owned(),
+                ));
+            }
+            matching
+        }
+        None if whole.len() == 1 => whole.clone(),
+        None => PREFERENCE
+            .iter()
+            .map(|quant| {
+                narrow(
+                    whole
+                        .iter()
+                        .copied()
+                        .filter(|file| has_word(file, quant))
+                        .collect(),
+                    quant,
+                )
+            })
+            .find(|matching| !matching.is_empty())
+            .unwrap_or_default(),
+    };
+    match chosen.as_slice() {
+        [one] => Ok(one),
+        [] if whole.is_empty() => Err(not_on_hub(
+            "every model in it is split into several files".to_owned(),
+            JOIN_ADVICE.to_owned(),
+        )),
+        [] => {
+            let why = wanted.map_or_else(
+                || "no file has a known quantisation in its name".to_owned(),
+                |w| format!("no file is, or has, '{w}'"),
+            );
+            Err(not_on_hub(
+                why,
+                format!("It has: {}. Name one: {what}:FILE", listed(&whole)),
+            ))
+        }
+        several => Err(not_on_hub(
+            "several files fit".to_owned(),
+            format!("Name one of them: {}", listed_as_references(several, what)),
+        )),
+    }
+}
+
+/// Of several files with a quantisation, the plain one: `UD-Q4_K_M` ("dynamic") is another kind that happens to contain the word,
+/// unless it is what was asked for.
+fn narrow<'a>(matching: Vec<&'a str>, wanted: &str) -> Vec<&'a str> {
+    if matching.len() < 2 {
+        return matching;
+    }
+    let exact: Vec<&str> = matching
+        .iter()
+        .copied()
+        .filter(|file| *file == wanted)
+        .collect();
+    if !exact.is_empty() {
+        return exact;
+    }
+    let dynamic = format!("ud-{}", wanted.to_ascii_lowercase());
+    let plain: Vec<&str> = matching
+        .iter()
+        .copied()
+        .filter(|file| !has_word(file, &dynamic))
+        .collect();
+    if plain.is_empty() { matching } else { plain }
+}
+
+fn has_prefix_in_name(file: &str, prefix: &str) -> bool {
+    file.rsplit('/')
+        .next()
+        .is_some_and(|name| name.to_ascii_lowercase().starts_with(prefix))
+}
+
+/// Files in a message; a repository may have hundreds.
+fn listed(files: &[&str]) -> String {
+    shorten(files.iter().map(|file| (*file).to_owned()))
+}
+
+fn listed_as_references(files: &[&str], what: &str) -> String {
+    shorten(files.iter().map(|file| format!("{what}:{file}")))
+}
+
+fn shorten(items: impl ExactSizeIterator<Item = String>) -> String {
+    const LISTED_MAX: usize = 12;
+    let count = items.len();
+    let mut text = items.take(LISTED_MAX).collect::<Vec<_>>().join(", ");
+    if count > LISTED_MAX {
+        text.push_str(&format!(" and {} more", count - LISTED_MAX));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn pick(files: &[&str], wanted: Option<&str>) -> Result<String, String> {
+        let files: Vec<String> = files.iter().map(|f| (*f).to_owned()).collect();
+        choose(&files, wanted, "hf:a/b", "https://hub")
+            .map(str::to_owned)
+            .map_err(|e| e.to_string())
+    }
+
+    const USUAL: [&str; 6] = [
+        "README.md",
+        "m-Q2_K.gguf",
+        "m-Q4_K_M.gguf",
+        "m-Q4_K_S.gguf",
+        "m-Q8_0.gguf",
+        "mmproj-m-f16.gguf",
+    ];
+
+    #[test]
+    fn without_a_quant_the_preferred_one_is_taken() {
+        assert_eq!(pick(&USUAL, None).unwrap(), "m-Q4_K_M.gguf");
+        assert_eq!(
+            pick(&["m-Q8_0.gguf", "m-F16.gguf"], None).unwrap(),
+            "m-Q8_0.gguf"
+        );
+        assert_eq!(
+            pick(&["whatever.gguf", "README.md"], None).unwrap(),
+            "whatever.gguf"
+        );
+    }
+
+    #[test]
+    fn a_quant_is_found_as_a_whole_word_in_any_case() {
+        assert_eq!(pick(&USUAL, Some("q8_0")).unwrap(), "m-Q8_0.gguf");
+        assert!(
+            pick(&USUAL, Some("Q4_K"))
+                .unwrap_err()
+                .contains("no file is, or has, 'Q4_K'")
+        );
+        assert_eq!(
+            pick(&["m.q4_0.gguf", "m.q4_0_4_4.gguf"], Some("Q4_0")).unwrap(),
+            "m.q4_0.gguf"
+        );
+    }
+
+    #[test]
+    fn a_file_can_be_named() {
+        assert_eq!(pick(&USUAL, Some("m-Q2_K.gguf")).unwrap(), "m-Q2_K.gguf");
+        assert_eq!(
+            pick(&["x/m.gguf", "y/n.gguf"], Some("y/n.gguf")).unwrap(),
+            "y/n.gguf"
+        );
+    }
+
+    #[test]
+    fn the_plain_quant_wins_over_the_dynamic_one_unless_that_was_asked_for() {
+        let files = ["m-UD-Q4_K_M.gguf", "m-Q4_K_M.gguf"];
+        assert_eq!(pick(&files, Some("Q4_K_M")).unwrap(), "m-Q4_K_M.gguf");
+        assert_eq!(pick(&files, Some("UD-Q4_K_M")).unwrap(), "m-UD-Q4_K_M.gguf");
+    }
+
+    #[test]
+    fn several_models_in_one_repository_are_not_guessed_between() {
+        let error = pick(&["a-Q4_K_M.gguf", "b-Q4_K_M.gguf"], None).unwrap_err();
+        assert!(error.contains("hf:a/b:a-Q4_K_M.gguf"), "{error}");
+    }
+
+    #[test]
+    fn split_models_are_refused_with_what_to_do_and_passed_over_when_there_is_another() {
+        let split = [
+            "Q8_0/m-Q8_0-00001-of-00002.gguf",
+            "Q8_0/m-Q8_0-00002-of-00002.gguf",
+        ];
+        assert!(
+            pick(&split, Some("Q8_0"))
+                .unwrap_err()
+                .contains("llama-gguf-split")
+        );
+        assert!(pick(&split, None).unwrap_err().contains("split"));
+        assert_eq!(
+            pick(&[split[0], split[1], "m-Q4_0.gguf"], None).unwrap(),
+            "m-Q4_0.gguf"
+        );
+    }
+
+    #[test]
+    fn a_repository_without_models_is_told() {
+        assert!(
+            pick(&["README.md", "mmproj-f16.gguf"], None)
+                .unwrap_err()
+                .contains("no GGUF model")
+        );
+    }
+
+    #[test]
+    fn part_numbers_are_read_from_the_end_of_the_name() {
+        assert_eq!(
+            split_part("m-00002-of-00010.gguf"),
+            Some(SplitPart {
+                number: 2,
+                count: 10
+            })
+        );
+        for whole in [
+            "m.gguf",
+            "m-of-00010.gguf",
+            "m-0002-of-0010.gguf",
+            "of-00010.gguf",
+            ".gguf",
+            "",
+            "é-00001-of-0000é.gguf",
+        ] {
+            assert_eq!(split_part(whole), None, "{whole}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_list_of_names_makes_the_choice_panic(files in proptest::collection::vec("\\PC{0,40}(\\.gguf)?", 0..20), wanted in proptest::option::of("\\PC{0,20}")) {
+            let _ = choose(&files, wanted.as_deref(), "hf:a/b", "https://hub");
+        }
+    }
+}

@@ -1,0 +1,746 @@
+//! Pulls against a small hub on loopback that can be told to misbehave.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of tests, too, end the test when something is off"
+)]
+
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    extract::{Path, State},
+    http::{HeaderMap, Method, StatusCode},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use futures::StreamExt;
+use murmur_store::{
+    ErrorKind, HubRef, ModelEntry, ModelRef, Origin, Store, StoreError,
+    hub::{HubConfig, PullEvent},
+};
+use sha2::{Digest, Sha256};
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+const REPO: &str = "someone/Tiny-GGUF";
+
+/// How the hub behaves.
+#[derive(Clone)]
+struct Behaviour {
+    files: Vec<&'static str>,
+    content: Vec<u8>,
+    /// Announced instead of the real ones.
+    sha256: Option<String>,
+    size_bytes: Option<u64>,
+    /// Bytes after which each transfer breaks off.
+    breaks_off_after: Option<usize>,
+    honours_ranges: bool,
+    /// A redirect to another host for the bytes, as the real hub does.
+    redirects: bool,
+    /// Answers before anything works: status, headers.
+    refusals: Vec<(StatusCode, Vec<(&'static str, &'static str)>)>,
+    /// Sends the headers and then nothing more, so many times.
+    stalls: usize,
+}
+
+impl Default for Behaviour {
+    fn default() -> Self {
+        Self {
+            files: vec!["README.md", "tiny-Q4_K_M.gguf", "tiny-Q8_0.gguf"],
+            content: gguf_of_size(300_000),
+            sha256: None,
+            size_bytes: None,
+            breaks_off_after: None,
+            honours_ranges: true,
+            redirects: true,
+            refusals: Vec::new(),
+            stalls: 0,
+        }
+    }
+}
+
+/// A GGUF file with one long string in its header.
+fn gguf_of_size(size_bytes: usize) -> Vec<u8> {
+    let mut bytes = Vec::from(*b"GGUF");
+    bytes.extend(3u32.to_le_bytes());
+    bytes.extend(0u64.to_le_bytes());
+    bytes.extend(2u64.to_le_bytes());
+    let mut string = |key: &str, value: &[u8]| {
+        bytes.extend((key.len() as u64).to_le_bytes());
+        bytes.extend(key.as_bytes());
+        bytes.extend(8u32.to_le_bytes());
+        bytes.extend((value.len() as u64).to_le_bytes());
+        bytes.extend(value);
+    };
+    string("general.architecture", b"llama");
+    let filler: Vec<u8> = (0..size_bytes).map(|n| b'a' + (n * n % 26) as u8).collect();
+    string("test.filler", &filler);
+    bytes
+}
+
+fn sha256_of(bytes: &[u8]) -> String {
+    Sha256::digest(bytes)
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect()
+}
+
+struct Hub {
+    behaviour: Mutex<Behaviour>,
+    /// Where each transfer began.
+    transfers: Mutex<Vec<u64>>,
+    tokens_at_store: Mutex<Vec<Option<String>>>,
+    requests: AtomicUsize,
+    address: std::net::SocketAddr,
+}
+
+impl Hub {
+    async fn start(behaviour: Behaviour) -> Arc<Self> {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let hub = Arc::new(Self {
+            behaviour: Mutex::new(behaviour),
+            transfers: Mutex::default(),
+            tokens_at_store: Mutex::default(),
+            requests: AtomicUsize::new(0),
+            address: listener.local_addr().unwrap(),
+        });
+        let router = Router::new()
+            .route(
+                "/api/models/{owner}/{repo}/revision/{revision}",
+                get(listing),
+            )
+            .route("/{owner}/{repo}/resolve/{commit}/{*file}", get(resolve))
+            .route("/store/{file}", get(bytes))
+            .with_state(Arc::clone(&hub));
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        hub
+    }
+
+    fn refusal(&self) -> Option<Response> {
+        self.requests.fetch_add(1, Ordering::SeqCst);
+        let mut behaviour = self.behaviour.lock().unwrap();
+        if behaviour.refusals.is_empty() {
+            return None;
+        }
+        let (status, headers) = behaviour.refusals.remove(0);
+        let mut response = status.into_response();
+        for (name, value) in headers {
+            response.headers_mut().insert(name, value.parse().unwrap());
+        }
+        Some(response)
+    }
+
+    fn set(&self, change: impl FnOnce(&mut Behaviour)) {
+        change(&mut self.behaviour.lock().unwrap());
+    }
+}
+
+async fn listing(
+    State(hub): State<Arc<Hub>>,
+    Path((owner, repo, _)): Path<(String, String, String)>,
+) -> Response {
+    if let Some(refusal) = hub.refusal() {
+        return refusal;
+    }
+    if format!("{owner}/{repo}") != REPO {
+        return (StatusCode::UNAUTHORIZED, [("x-error-code", "RepoNotFound")]).into_response();
+    }
+    let siblings: Vec<String> = hub
+        .behaviour
+        .lock()
+        .unwrap()
+        .files
+        .iter()
+        .map(|f| format!(r#"{{"rfilename":"{f}"}}"#))
+        .collect();
+    format!(
+        r#"{{"sha":"{COMMIT}","siblings":[{}]}}"#,
+        siblings.join(",")
+    )
+    .into_response()
+}
+
+async fn resolve(
+    State(hub): State<Arc<Hub>>,
+    method: Method,
+    headers: HeaderMap,
+    Path((_, _, commit, file)): Path<(String, String, String, String)>,
+) -> Response {
+    if let Some(refusal) = hub.refusal() {
+        return refusal;
+    }
+    assert_eq!(
+        commit, COMMIT,
+        "the file was not asked for at the listed commit"
+    );
+    let behaviour = hub.behaviour.lock().unwrap().clone();
+    let etag = behaviour
+        .sha256
+        .unwrap_or_else(|| sha256_of(&behaviour.content));
+    let size = behaviour
+        .size_bytes
+        .unwrap_or(behaviour.content.len() as u64);
+    let announced = [
+        ("x-linked-etag", format!("\"{etag}\"")),
+        ("x-linked-size", size.to_string()),
+        ("x-repo-commit", commit),
+    ];
+    if behaviour.redirects {
+        // `localhost` is another host than `127.0.0.1`: the token must not follow.
+        let location = format!("http://localhost:{}/store/{file}", hub.address.port());
+        return (StatusCode::FOUND, announced, [("location", location)]).into_response();
+    }
+    let mut response = if method == Method::HEAD {
+        StatusCode::OK.into_response()
+    } else {
+        send(&hub, &headers)
+    };
+    for (name, value) in announced {
+        response.headers_mut().insert(name, value.parse().unwrap());
+    }
+    response
+}
+
+async fn bytes(State(hub): State<Arc<Hub>>, headers: HeaderMap) -> Response {
+    let token = headers
+        .get("authorization")
+        .map(|v| v.to_str().unwrap().to_owned());
+    hub.tokens_at_store.lock().unwrap().push(token);
+    send(&hub, &headers)
+}
+
+fn send(hub: &Hub, headers: &HeaderMap) -> Response {
+    let mut behaviour = hub.behaviour.lock().unwrap();
+    let asked: Option<usize> = headers.get("range").and_then(|range| {
+        range
+            .to_str()
+            .unwrap()
+            .strip_prefix("bytes=")?
+            .strip_suffix('-')?
+            .parse()
+            .ok()
+    });
+    let start = asked.filter(|_| behaviour.honours_ranges).unwrap_or(0);
+    hub.transfers.lock().unwrap().push(start as u64);
+    let total = behaviour.content.len();
+    let whole = behaviour.content[start..].to_vec();
+    let length = whole.len();
+    let body = if behaviour.stalls > 0 {
+        behaviour.stalls -= 1;
+        Body::from_stream(futures::stream::pending::<Result<Bytes, std::io::Error>>())
+    } else if let Some(limit) = behaviour.breaks_off_after.filter(|limit| *limit < length) {
+        // A pause between the bytes and the end, so that the bytes are on their way when the connection breaks.
+        let bytes = Bytes::from(whole[..limit].to_vec());
+        let pieces =
+            futures::stream::once(async { Ok(bytes) }).chain(futures::stream::once(async {
+                tokio::task::yield_now().await;
+                Err(std::io::Error::other("cut"))
+            }));
+        Body::from_stream(pieces)
+    } else {
+        Body::from(whole)
+    };
+    let response = Response::builder().header("content-length", length);
+    match asked.filter(|_| behaviour.honours_ranges) {
+        Some(start) => response
+            .status(StatusCode::PARTIAL_CONTENT)
+            .header(
+                "content-range",
+                format!("bytes {start}-{}/{total}", total - 1),
+            )
+            .body(body)
+            .unwrap(),
+        None => response.body(body).unwrap(),
+    }
+}
+
+/// A store and a cache of its own, and what a pull told.
+struct Bench {
+    home: tempfile::TempDir,
+    hub: Arc<Hub>,
+    config: HubConfig,
+    events: Arc<Mutex<Vec<PullEvent>>>,
+}
+
+impl Bench {
+    async fn new(behaviour: Behaviour) -> Self {
+        let hub = Hub::start(behaviour).await;
+        let home = tempfile::tempdir().unwrap();
+        let endpoint = format!("http://127.0.0.1:{}", hub.address.port());
+        let mut config = HubConfig::new(
+            &endpoint,
+            Some("hf_secret".to_owned()),
+            home.path().join("hub"),
+        )
+        .unwrap();
+        config.attempts_max = 3;
+        config.backoff_base = Duration::from_millis(1);
+        config.stall_timeout = Duration::from_millis(300);
+        Self {
+            home,
+            hub,
+            config,
+            events: Arc::default(),
+        }
+    }
+
+    fn store(&self) -> Store {
+        Store::at(&self.home.path().join("data"))
+    }
+
+    async fn pull(&self, reference: &str) -> Result<ModelEntry, StoreError> {
+        let reference: HubRef = reference.parse().unwrap();
+        let events = Arc::clone(&self.events);
+        self.store()
+            .pull(
+                &self.config,
+                &reference,
+                None,
+                Arc::new(move |event| events.lock().unwrap().push(event)),
+            )
+            .await
+    }
+
+    fn transfers(&self) -> Vec<u64> {
+        self.hub.transfers.lock().unwrap().clone()
+    }
+
+    fn blobs(&self) -> PathBuf {
+        self.home
+            .path()
+            .join("hub/models--someone--Tiny-GGUF/blobs")
+    }
+
+    fn partials(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.blobs())
+            .into_iter()
+            .flatten()
+            .map(|e| e.unwrap().path());
+        entries
+            .filter(|path| path.extension().is_some_and(|e| e == "part"))
+            .collect()
+    }
+}
+
+#[tokio::test]
+async fn a_pull_ends_in_the_hubs_cache_layout_and_in_the_store() {
+    let bench = Bench::new(Behaviour::default()).await;
+    let entry = bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
+    assert_eq!(entry.name.as_str(), "tiny-Q4_K_M");
+    let content = Behaviour::default().content;
+    assert_eq!(fs::read(&entry.path).unwrap(), content);
+    assert_eq!(
+        entry.path,
+        bench
+            .home
+            .path()
+            .join("hub/models--someone--Tiny-GGUF/snapshots")
+            .join(COMMIT)
+            .join("tiny-Q4_K_M.gguf")
+    );
+    assert!(bench.blobs().join(sha256_of(&content)).is_file());
+    assert_eq!(
+        fs::read_to_string(
+            bench
+                .home
+                .path()
+                .join("hub/models--someone--Tiny-GGUF/refs/main")
+        )
+        .unwrap(),
+        COMMIT
+    );
+    assert!(matches!(
+        entry.origin,
+        Origin::Hub {
+            downloaded: true,
+            sha256: Some(_),
+            ..
+        }
+    ));
+    assert!(bench.partials().is_empty());
+
+    let store = bench.store();
+    for reference in [
+        "tiny-Q4_K_M",
+        "hf:someone/Tiny-GGUF",
+        "hf:someone/Tiny-GGUF:Q4_K_M",
+        "hf:someone/Tiny-GGUF:tiny-Q4_K_M.gguf",
+    ] {
+        let reference: ModelRef = reference.parse().unwrap();
+        assert_eq!(
+            store.resolve(&reference).unwrap().path,
+            entry.path,
+            "{reference:?}"
+        );
+    }
+    assert_eq!(
+        store
+            .resolve(&"hf:someone/Tiny-GGUF:Q8_0".parse().unwrap())
+            .unwrap_err()
+            .kind(),
+        ErrorKind::NotFound
+    );
+}
+
+#[tokio::test]
+async fn the_token_goes_to_the_hub_and_not_to_where_it_redirects() {
+    let bench = Bench::new(Behaviour::default()).await;
+    bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
+    assert_eq!(*bench.hub.tokens_at_store.lock().unwrap(), [None]);
+}
+
+#[tokio::test]
+async fn a_second_pull_transfers_nothing_and_removal_deletes_what_the_first_one_brought() {
+    let bench = Bench::new(Behaviour::default()).await;
+    let first = bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
+    let second = bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
+    assert_eq!(bench.transfers().len(), 1);
+    assert!(matches!(
+        bench.events.lock().unwrap().last(),
+        Some(PullEvent::AlreadyThere { .. })
+    ));
+    assert!(
+        matches!(
+            second.origin,
+            Origin::Hub {
+                downloaded: true,
+                ..
+            }
+        ),
+        "the second pull disowned the file"
+    );
+    let removed = bench.store().remove(&first.name).unwrap();
+    assert_eq!(removed.freed_bytes, first.size_bytes);
+    assert!(!first.path.exists() && fs::read_dir(bench.blobs()).unwrap().next().is_none());
+}
+
+#[tokio::test]
+async fn a_file_that_another_tool_had_cached_is_used_and_left_when_the_entry_goes() {
+    let bench = Bench::new(Behaviour::default()).await;
+    let content = Behaviour::default().content;
+    fs::create_dir_all(bench.blobs()).unwrap();
+    fs::write(bench.blobs().join(sha256_of(&content)), &content).unwrap();
+    let entry = bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
+    assert!(bench.transfers().is_empty());
+    assert_eq!(bench.store().remove(&entry.name).unwrap().freed_bytes, 0);
+    assert!(entry.path.exists());
+}
+
+#[tokio::test]
+async fn an_interrupted_transfer_goes_on_where_it_broke_off() {
+    let behaviour = Behaviour {
+        breaks_off_after: Some(100_000),
+        ..Behaviour::default()
+    };
+    let bench = Bench::new(behaviour).await;
+    let entry = bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
+    assert_eq!(fs::read(&entry.path).unwrap(), Behaviour::default().content);
+    let transfers = bench.transfers();
+    assert!(
+        transfers.len() >= 3 && transfers.is_sorted() && transfers[1] > 0,
+        "{transfers:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_pull_that_was_given_up_is_resumed_by_the_next_one() {
+    let bench = Bench::new(Behaviour {
+        stalls: usize::MAX,
+        ..Behaviour::default()
+    })
+    .await;
+    let content = Behaviour::default().content;
+    fs::create_dir_all(bench.blobs()).unwrap();
+    fs::write(
+        bench.blobs().join(format!("{}.part", sha256_of(&content))),
+        &content[..123_456],
+    )
+    .unwrap();
+    let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.to_string().contains("is kept"), "{error}");
+
+    bench.hub.set(|behaviour| behaviour.stalls = 0);
+    bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
+    assert_eq!(bench.transfers().last(), Some(&123_456));
+    assert!(bench.events.lock().unwrap().contains(&PullEvent::Chosen {
+        file: "tiny-Q4_K_M.gguf".to_owned(),
+        total_bytes: content.len() as u64,
+        resumed_bytes: 123_456
+    }));
+}
+
+#[tokio::test]
+async fn a_server_that_ignores_ranges_is_downloaded_anew_and_not_appended() {
+    let bench = Bench::new(Behaviour {
+        honours_ranges: false,
+        ..Behaviour::default()
+    })
+    .await;
+    let content = Behaviour::default().content;
+    fs::create_dir_all(bench.blobs()).unwrap();
+    fs::write(
+        bench.blobs().join(format!("{}.part", sha256_of(&content))),
+        &content[..1000],
+    )
+    .unwrap();
+    let entry = bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
+    assert_eq!(fs::read(entry.path).unwrap(), content);
+}
+
+#[tokio::test]
+async fn a_server_that_breaks_off_at_the_same_place_for_ever_is_given_up() {
+    let behaviour = Behaviour {
+        honours_ranges: false,
+        breaks_off_after: Some(1000),
+        ..Behaviour::default()
+    };
+    let bench = Bench::new(behaviour).await;
+    assert_eq!(
+        bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err().kind(),
+        ErrorKind::Unavailable
+    );
+}
+
+#[tokio::test]
+async fn a_stalled_transfer_is_taken_up_again() {
+    let bench = Bench::new(Behaviour {
+        stalls: 1,
+        ..Behaviour::default()
+    })
+    .await;
+    bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
+    assert!(
+        bench
+            .events
+            .lock()
+            .unwrap()
+            .iter()
+            .any(|e| matches!(e, PullEvent::Retrying { why, .. } if why.contains("nothing came")))
+    );
+}
+
+#[tokio::test]
+async fn a_wrong_checksum_is_refused_and_leaves_nothing() {
+    let bench = Bench::new(Behaviour {
+        sha256: Some("ab".repeat(32)),
+        ..Behaviour::default()
+    })
+    .await;
+    let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
+    assert!(matches!(error, StoreError::WrongChecksum { .. }), "{error}");
+    assert!(bench.partials().is_empty());
+    assert!(bench.store().list().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_longer_file_than_announced_is_refused() {
+    let bench = Bench::new(Behaviour {
+        size_bytes: Some(1000),
+        ..Behaviour::default()
+    })
+    .await;
+    let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
+    assert!(error.to_string().contains("more bytes"), "{error}");
+}
+
+#[tokio::test]
+async fn a_file_larger_than_the_disk_is_refused_before_the_transfer() {
+    let bench = Bench::new(Behaviour {
+        size_bytes: Some(1 << 60),
+        ..Behaviour::default()
+    })
+    .await;
+    let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoSpace);
+    assert!(error.to_string().contains("HF_HOME"), "{error}");
+    assert!(bench.transfers().is_empty());
+}
+
+/// `/dev/full` is a disk with no room at all.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_disk_that_fills_up_during_the_transfer_is_told_as_such() {
+    let bench = Bench::new(Behaviour::default()).await;
+    fs::create_dir_all(bench.blobs()).unwrap();
+    let partial = bench
+        .blobs()
+        .join(format!("{}.part", sha256_of(&Behaviour::default().content)));
+    std::os::unix::fs::symlink("/dev/full", &partial).unwrap();
+    let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoSpace);
+    assert!(error.to_string().contains("pull again to go on"), "{error}");
+    assert!(partial.is_symlink(), "the partial file was not kept");
+}
+
+#[tokio::test]
+async fn refusals_say_what_to_do() {
+    let cases = [
+        (
+            StatusCode::UNAUTHORIZED,
+            vec![],
+            ErrorKind::Unavailable,
+            "token",
+        ),
+        (
+            StatusCode::FORBIDDEN,
+            vec![("x-error-code", "GatedRepo")],
+            ErrorKind::Unavailable,
+            "Accept it",
+        ),
+        (
+            StatusCode::NOT_FOUND,
+            vec![("x-error-code", "RevisionNotFound")],
+            ErrorKind::NotFound,
+            "@revision",
+        ),
+        (
+            StatusCode::NOT_FOUND,
+            vec![],
+            ErrorKind::NotFound,
+            "spelling",
+        ),
+        (
+            StatusCode::TOO_MANY_REQUESTS,
+            vec![("retry-after", "3600")],
+            ErrorKind::Unavailable,
+            "60 minutes",
+        ),
+        (
+            StatusCode::IM_A_TEAPOT,
+            vec![],
+            ErrorKind::Other,
+            "HF_ENDPOINT",
+        ),
+    ];
+    for (status, headers, kind, says) in cases {
+        let bench = Bench::new(Behaviour {
+            refusals: vec![(status, headers)],
+            ..Behaviour::default()
+        })
+        .await;
+        let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.to_string().contains(says), "{error}");
+        assert!(!error.to_string().contains("hf_secret"));
+    }
+    let bench = Bench::new(Behaviour::default()).await;
+    assert_eq!(
+        bench
+            .pull("hf:someone/Absent-GGUF")
+            .await
+            .unwrap_err()
+            .kind(),
+        ErrorKind::NotFound
+    );
+    assert_eq!(
+        bench
+            .pull("hf:someone/Tiny-GGUF:Q5_K_M")
+            .await
+            .unwrap_err()
+            .kind(),
+        ErrorKind::NotFound
+    );
+}
+
+#[tokio::test]
+async fn an_overloaded_hub_is_asked_again() {
+    let refusals = vec![
+        (StatusCode::TOO_MANY_REQUESTS, vec![("retry-after", "0")]),
+        (StatusCode::BAD_GATEWAY, vec![]),
+    ];
+    let bench = Bench::new(Behaviour {
+        refusals,
+        ..Behaviour::default()
+    })
+    .await;
+    bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_hub_that_serves_the_bytes_itself_works_too() {
+    let bench = Bench::new(Behaviour {
+        redirects: false,
+        ..Behaviour::default()
+    })
+    .await;
+    bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_hub_that_cannot_be_reached_is_told_with_its_address() {
+    let bench = Bench::new(Behaviour::default()).await;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let closed = listener.local_addr().unwrap();
+    drop(listener);
+    let mut config = HubConfig::new(
+        &format!("http://{closed}"),
+        None,
+        bench.home.path().join("hub"),
+    )
+    .unwrap();
+    config.backoff_base = Duration::from_millis(1);
+    let error = bench
+        .store()
+        .pull(&config, &"a/b".parse().unwrap(), None, Arc::new(|_| {}))
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.to_string().contains(&closed.to_string()), "{error}");
+}
+
+#[tokio::test]
+async fn two_pulls_of_one_file_do_not_write_into_each_other() {
+    let bench = Bench::new(Behaviour {
+        stalls: 1,
+        ..Behaviour::default()
+    })
+    .await;
+    let (first, second) = tokio::join!(
+        bench.pull("hf:someone/Tiny-GGUF"),
+        bench.pull("hf:someone/Tiny-GGUF")
+    );
+    let outcomes = [first, second];
+    assert!(outcomes.iter().any(Result::is_ok));
+    for refused in outcomes.into_iter().filter_map(Result::err) {
+        assert!(
+            matches!(refused, StoreError::PullInProgress { .. }),
+            "{refused}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn file_names_that_lead_out_of_the_cache_are_not_offered() {
+    let files = vec!["../../evil.gguf", "/etc/evil.gguf", "a/../../evil.gguf"];
+    let bench = Bench::new(Behaviour {
+        files,
+        ..Behaviour::default()
+    })
+    .await;
+    let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
+    assert!(error.to_string().contains("no GGUF model"), "{error}");
+}
+
+#[tokio::test]
+async fn a_download_that_is_no_gguf_file_is_not_added() {
+    let bench = Bench::new(Behaviour {
+        content: vec![7; 5000],
+        ..Behaviour::default()
+    })
+    .await;
+    assert_eq!(
+        bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err().kind(),
+        ErrorKind::Damaged
+    );
+    assert!(bench.store().list().unwrap().is_empty());
+}

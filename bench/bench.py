@@ -34,7 +34,7 @@ class Table:
 
     def __init__(self):
         self.missed = []
-        print(f"{'':44} {'murmur':>12} {'reference':>12} {'ratio':>7} {'range':>13}  bar")
+        print(f"{'':50} {'murmur':>12} {'reference':>12} {'ratio':>7} {'range':>13}  bar")
 
     def pairs(self, what, unit, ours, theirs, bar=None, lower_is_better=False):
         """`ours` and `theirs` are paired measurements; a ratio above 1 is in our favour."""
@@ -43,13 +43,13 @@ class Table:
 
     def limit(self, what, unit, value, limit):
         verdict = self._verdict(what, value <= limit)
-        print(f"{what:44} {value:>9.1f} {unit:<3}{'':33} <= {limit} {unit} {verdict}", flush=True)
+        print(f"{what:50} {value:>9.1f} {unit:<3}{'':33} <= {limit} {unit} {verdict}", flush=True)
 
     def _row(self, what, unit, ours, theirs, ratios, bar):
         ratio = statistics.median(ratios)
         spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
         verdict = "" if bar is None else f">= {bar:.2f} {self._verdict(what, ratio >= bar)}"
-        print(f"{what + ', ' + unit:44} {ours:>12.1f} {theirs:>12.1f} {ratio:>7.3f} {spread:>13}  {verdict}", flush=True)
+        print(f"{what + ', ' + unit:50} {ours:>12.1f} {theirs:>12.1f} {ratio:>7.3f} {spread:>13}  {verdict}", flush=True)
 
     def _verdict(self, what, reached):
         if not reached:
@@ -133,13 +133,13 @@ def against_llama_server(options, model, table):
         if "streams" in options.only:
             for count in STREAMS:
                 bar = 1.0 if count == max(STREAMS) else None
-                compare(f"{count} streams together", "tok/s", lambda server, n=count: together_rate(server, n), bar=bar)
+                compare(f"all of {count} streams", "tok/s", lambda server, n=count: together_rate(server, n), bar=bar)
         if "cache" in options.only:
             cached = lambda server: cached_first_token_s(server, PREFILL_TOKENS[0]) * 1000
             compare(f"first token, {PREFILL_TOKENS[0]} cached", "ms", cached, lower_is_better=True)
         if "memory" in options.only:
             compare("memory after this", "MiB", lambda server: server.memory_mib(), lower_is_better=True, rounds=1)
-        if "status" in options.only:
+        if "status" in options.only and model == options.first_model:
             command = [options.murmur, "status", "--api", f"127.0.0.1:{ours.port}"]
             times = []
             for _ in range(STATUS_RUNS):
@@ -210,10 +210,10 @@ def arguments():
     parser.add_argument("--murmur", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--llama", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--models", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of both sides (default: all, %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of both sides (default: %(default)s, all of them)")
     parser.add_argument("--rounds", type=int, default=7, help="pairs per figure (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
-    parser.add_argument("--shapes", nargs="+", default=["bench-1b", "bench-0.5b"], help="models (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"what to measure (default: all): {', '.join(PARTS)}")
+    parser.add_argument("--shapes", nargs="+", default=["bench-1b", "bench-0.5b"], metavar="SHAPE", help="models (default: bench-1b bench-0.5b)")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a bar is missed")
     return parser.parse_args()
 
@@ -222,6 +222,7 @@ def main():
     options = arguments()
     print(f"{machine()}; {options.threads} threads, {options.rounds} pairs per figure")
     models = list(bench_models(options))
+    options.first_model = models[0]
     table = Table()
     for model in models:
         if {"decode", "prefill", "streams", "cache", "memory", "status"} & set(options.only):

@@ -7,8 +7,8 @@ import murmur_server
 
 @pytest.fixture(scope="session")
 def server():
-    """The demo model with the defaults."""
-    with murmur_server.Server() as server:
+    """The demo model. In exact mode, as tests compare texts that come about in different batches."""
+    with murmur_server.Server(args=["--exact"]) as server:
         yield server
 
 

@@ -60,7 +60,7 @@ async function serve(model, ...args) {
 }
 
 let server;
-before(async () => { server = await serve(DEMO_MODEL, "--stages", "3"); });
+before(async () => { server = await serve(DEMO_MODEL, "--stages", "3", "--exact"); });
 after(async () => { await server?.stop(); });
 
 const chat = (options) => server.client.chat.completions.create({ model: server.model, temperature: 0, ...options });

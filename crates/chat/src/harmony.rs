@@ -7,12 +7,11 @@ use crate::{call_reader::NAME_BYTES_MAX, sink::Sink};
 
 const CHANNEL: &str = "<|channel|>";
 const MESSAGE: &str = "<|message|>";
-const CONSTRAIN: &str = "<|constrain|>";
 /// What ends a message's body.
 const BODY_ENDS: [&str; 4] = ["<|end|>", "<|call|>", "<|return|>", "<|start|>"];
 /// Every control token the reader needs to see.
 pub(crate) const TOKENS: [&str; 7] =
-    [CHANNEL, MESSAGE, CONSTRAIN, "<|end|>", "<|call|>", "<|return|>", "<|start|>"];
+    [CHANNEL, MESSAGE, "<|constrain|>", "<|end|>", "<|call|>", "<|return|>", "<|start|>"];
 /// A header longer than this is none.
 const HEADER_BYTES_MAX: usize = 1024;
 
@@ -68,10 +67,9 @@ impl HarmonyReader {
     }
 
     fn body(&mut self, body: Body, c: char, sink: &mut Sink) {
-        if let Some(end) = BODY_ENDS.into_iter().find(|end| self.held == *end) {
+        if BODY_ENDS.contains(&self.held.as_str()) {
             self.held.clear();
-            self.end_body(body, sink);
-            let _ = end;
+            end_body(body, sink);
             self.state = State::Header { first: false };
             return;
         }
@@ -97,15 +95,6 @@ impl HarmonyReader {
         }
     }
 
-    fn end_body(&mut self, body: Body, sink: &mut Sink) {
-        if let Body::Arguments { any } = body {
-            if !any {
-                sink.arguments("{}");
-            }
-            sink.end_call();
-        }
-    }
-
     /// The answer has ended.
     pub(crate) fn finish(&mut self, sink: &mut Sink) {
         let held = std::mem::take(&mut self.held);
@@ -116,8 +105,17 @@ impl HarmonyReader {
             State::Body(Body::Reasoning) => sink.reasoning(&held),
             State::Body(body @ Body::Arguments { .. }) => {
                 sink.arguments(&held);
-                self.end_body(body, sink);
+                end_body(body, sink);
             }
+        }
+        sink.end_call();
+    }
+}
+
+fn end_body(body: Body, sink: &mut Sink) {
+    if let Body::Arguments { any } = body {
+        if !any {
+            sink.arguments("{}");
         }
         sink.end_call();
     }

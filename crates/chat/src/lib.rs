@@ -11,8 +11,10 @@
 
 mod call_reader;
 mod environment;
+mod grammar;
 mod harmony;
 mod json_scan;
+mod messages;
 mod methods;
 pub mod parser;
 mod probe;

@@ -103,6 +103,7 @@ pub enum TemplateError {
 pub struct ChatTemplate {
     env: Environment<'static>,
     capabilities: Capabilities,
+    extra_stops: Vec<String>,
 }
 
 impl fmt::Debug for ChatTemplate {
@@ -122,13 +123,19 @@ impl ChatTemplate {
             env.add_template_owned(NAME, environment::adapt(source))
                 .map_err(|error| TemplateError::Syntax(describe(&error)))?;
             let capabilities = probe::probe(source, &|input| render(&env, input));
-            Ok(ChatTemplate { env, capabilities })
+            Ok(ChatTemplate { env, capabilities, extra_stops: Vec::new() })
         })
     }
 
     /// The ChatML template, for models that come without one.
     pub fn chatml() -> Result<ChatTemplate, TemplateError> {
-        ChatTemplate::compile(CHATML)
+        let mut template = ChatTemplate::compile(CHATML)?;
+        template.extra_stops.push("<|im_end|>".into());
+        Ok(template)
+    }
+
+    pub(crate) fn extra_stops(&self) -> &[String] {
+        &self.extra_stops
     }
 
     /// What the template can do.

@@ -105,13 +105,8 @@ fn charsmap(gguf: &Gguf) -> Result<(), String> {
 
 /// The tokens that tokenising puts around a text must exist (`GGML_ASSERT(special_bos_id != LLAMA_TOKEN_NULL)`).
 fn special_tokens(gguf: &Gguf, model: &str, n: usize) -> Result<(), String> {
-    for (name, value) in gguf.keys() {
-        let is_token = name.starts_with("tokenizer.ggml.") && name.ends_with("_token_id");
-        if is_token && !value.as_u32().is_some_and(|id| (id as usize) < n) {
-            return Err(format!("{name} is not the number of one of its {n} tokens"));
-        }
-    }
-    let stated = |suffix: &str| gguf.get(&key(suffix)).is_some();
+    // llama.cpp warns about a number out of range and falls back to its default.
+    let stated = |suffix: &str| gguf.u32(&key(suffix)).is_some_and(|id| (id as usize) < n);
     let default_fits = |id: usize| id < n;
     // Defaults of llama.cpp where a file states nothing.
     let (bos, eos, sep) = match model {
@@ -124,7 +119,9 @@ fn special_tokens(gguf: &Gguf, model: &str, n: usize) -> Result<(), String> {
     let exists = |suffix: &str, default: Option<usize>| stated(suffix) || default.is_some_and(default_fits);
     let wants = |suffix: &str| gguf.bool(&key(suffix)).unwrap_or(false);
     let is_bert = model == "bert";
-    let adds_bos = wants("add_bos_token") || is_bert || model == "llama" && gguf.get(&key("add_bos_token")).is_none();
+    // Without the key it depends on the kind of tokenizer; these may.
+    let by_default = matches!(model, "llama" | "gpt2") && gguf.get(&key("add_bos_token")).is_none();
+    let adds_bos = wants("add_bos_token") || is_bert || by_default;
     if adds_bos && !exists("bos_token_id", bos) {
         return Err(format!("it wants text to begin with a token that it does not have ({})", key("bos_token_id")));
     }

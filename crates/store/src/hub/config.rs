@@ -157,6 +157,11 @@ impl HubConfig {
         &self.cache_dir
     }
 
+    /// Whether requests carry a token.
+    pub fn has_token(&self) -> bool {
+        self.token.is_some()
+    }
+
     pub(super) fn token(&self) -> Option<&str> {
         self.token.as_deref()
     }

@@ -1,0 +1,104 @@
+//! `murmur models`: the store, from the command line.
+
+use std::time::{Duration, SystemTime};
+
+use murmur_store::{ImportOptions, ModelEntry, ModelName, Origin, Store};
+use serde_json::{Value, json};
+
+use super::{Session, show, small_runtime};
+use crate::{args::Models, pull, ui, units::Size};
+
+pub(super) fn run(session: &Session, command: Models) -> anyhow::Result<()> {
+    let store = session.store();
+    match command {
+        Models::Ls => list(session, &store),
+        Models::Show { model } => show::run(session, &store, &model),
+        Models::Import { file, name, copy } => {
+            let entry = store.import(&file, &ImportOptions { name, copy })?;
+            added(session, &entry, if copy { "copied" } else { "imported" })
+        }
+        Models::Rm { names } => remove(session, &store, &names),
+        Models::Pull { model, name } => {
+            let entry = small_runtime()?.block_on(pull::pull(&store, &model, name, session.global.quiet))?;
+            added(session, &entry, "pulled")
+        }
+    }
+}
+
+fn list(session: &Session, store: &Store) -> anyhow::Result<()> {
+    let entries = store.list()?;
+    if session.global.json {
+        return ui::print_json(&entries.iter().map(as_json).collect::<Vec<_>>());
+    }
+    if entries.is_empty() {
+        if !session.global.quiet {
+            ui::say("no models yet: `murmur models import FILE` or `murmur models pull hf:owner/repo` adds one");
+        }
+        return Ok(());
+    }
+    let rows: Vec<Vec<String>> = entries
+        .iter()
+        .map(|entry| {
+            let missing = if entry.path.exists() { "" } else { " (missing!)" };
+            vec![entry.name.to_string(), Size(entry.size_bytes).to_string(), age(entry.added_unix_s), format!("{}{missing}", origin(entry))]
+        })
+        .collect();
+    ui::print(&ui::table(&["NAME", "SIZE", "ADDED", "FROM"], &rows, &[1]))
+}
+
+fn remove(session: &Session, store: &Store, names: &[ModelName]) -> anyhow::Result<()> {
+    let mut removed = Vec::new();
+    for name in names {
+        let outcome = store.remove(name)?;
+        if !session.global.json && !session.global.quiet {
+            let what = match outcome.freed_bytes {
+                0 => format!("{} stays", outcome.entry.path.display()),
+                freed => format!("{} freed", Size(freed)),
+            };
+            ui::say(&format!("removed {name}; {what}"));
+        }
+        removed.push(json!({"name": name, "path": outcome.entry.path, "freed_bytes": outcome.freed_bytes}));
+    }
+    if session.global.json { ui::print_json(&removed) } else { Ok(()) }
+}
+
+fn added(session: &Session, entry: &ModelEntry, how: &str) -> anyhow::Result<()> {
+    if session.global.json {
+        return ui::print_json(&as_json(entry));
+    }
+    if !session.global.quiet {
+        ui::say(&format!("{how} {} ({}): {}", entry.name, Size(entry.size_bytes), entry.path.display()));
+        ui::say(&format!("try: murmur run {}", entry.name));
+    }
+    Ok(())
+}
+
+fn as_json(entry: &ModelEntry) -> Value {
+    json!({
+        "name": entry.name,
+        "path": entry.path,
+        "present": entry.path.exists(),
+        "size_bytes": entry.size_bytes,
+        "added_unix_s": entry.added_unix_s,
+        "origin": entry.origin,
+    })
+}
+
+fn origin(entry: &ModelEntry) -> String {
+    match &entry.origin {
+        Origin::Reference => entry.path.display().to_string(),
+        Origin::Copy => "copy".to_owned(),
+        Origin::Hub { repo, file, .. } => format!("hf:{repo}:{file}"),
+    }
+}
+
+fn age(unix_s: u64) -> String {
+    let then = SystemTime::UNIX_EPOCH + Duration::from_secs(unix_s);
+    let seconds = SystemTime::now().duration_since(then).map_or(0, |age| age.as_secs());
+    match seconds {
+        0..120 => "just now".to_owned(),
+        120..7200 => format!("{} minutes ago", seconds / 60),
+        7200..172_800 => format!("{} hours ago", seconds / 3600),
+        _ => format!("{} days ago", seconds / 86_400),
+    }
+}

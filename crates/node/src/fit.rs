@@ -1,0 +1,188 @@
+//! Does a model fit this machine, and with how much context? Estimates are on the safe side: a refusal with a reason is
+//! better than an out-of-memory kill in the middle of an answer.
+
+use murmur_gguf::Facts;
+
+/// Context per request when the user does not say.
+pub const DEFAULT_CONTEXT_TOKENS: u32 = 8192;
+/// A context below this is of no use.
+pub const CONTEXT_TOKENS_MIN: u32 = 256;
+/// Code, tables, thread stacks of the child processes.
+const PROCESS_BYTES: u64 = 48 << 20;
+
+/// What loading a model takes.
+#[derive(Debug, Clone)]
+pub struct Demand {
+    /// Bytes of weights.
+    pub weights_bytes: u64,
+    /// KV cache bytes per token, over all layers.
+    pub kv_bytes_per_token: u64,
+    /// Buffers for computing one batch.
+    pub compute_bytes: u64,
+    /// Requests of full length at once.
+    pub parallel: u32,
+    /// The model's own limit.
+    pub trained_context_tokens: u32,
+}
+
+impl Demand {
+    /// From a model's facts. `batch_rows`: rows of the largest batch.
+    pub fn of(facts: &Facts, weights_bytes: u64, parallel: u32, batch_rows: u32, exact: bool, stages: u32) -> Demand {
+        let per_layer = facts.kv_bytes_per_token_per_layer();
+        // Exact mode keeps values in f32: one and a half times.
+        let per_layer = if exact { per_layer + per_layer / 2 } else { per_layer };
+        let width = 8 * u64::from(facts.embedding_length) + 4 * u64::from(facts.feed_forward_length);
+        let logits = u64::from(facts.vocabulary) * u64::from(parallel) * 4;
+        Demand {
+            weights_bytes,
+            kv_bytes_per_token: per_layer * u64::from(facts.layers),
+            compute_bytes: (u64::from(batch_rows) * width * 4 + logits + PROCESS_BYTES) * u64::from(stages.max(1)),
+            parallel,
+            trained_context_tokens: facts.context_length,
+        }
+    }
+
+    /// Bytes for a context of so many tokens per request.
+    pub fn bytes(&self, context_tokens: u32) -> u64 {
+        self.weights_bytes + self.compute_bytes + self.kv_bytes(context_tokens)
+    }
+
+    fn kv_bytes(&self, context_tokens: u32) -> u64 {
+        self.kv_bytes_per_token * u64::from(context_tokens) * u64::from(self.parallel)
+    }
+
+    /// The context to use: `asked`, or the largest up to the default that fits in `available_bytes`.
+    pub fn context(&self, asked: Option<u32>, available_bytes: u64) -> Result<u32, DoesNotFit> {
+        let most = match asked {
+            Some(tokens) => tokens.min(self.trained_context_tokens.max(1)),
+            None => DEFAULT_CONTEXT_TOKENS.min(self.trained_context_tokens.max(1)),
+        };
+        let fixed = self.weights_bytes + self.compute_bytes;
+        let per_token = (self.kv_bytes_per_token * u64::from(self.parallel)).max(1);
+        let fits = (available_bytes.saturating_sub(fixed) / per_token).min(u64::from(most)) as u32;
+        let fits = if fits < most { fits / 256 * 256 } else { fits };
+        let enough = match asked {
+            Some(_) => fits >= most,
+            None => fits >= most.min(CONTEXT_TOKENS_MIN),
+        };
+        if enough {
+            return Ok(fits);
+        }
+        Err(DoesNotFit {
+            needed_bytes: self.bytes(most),
+            weights_bytes: self.weights_bytes,
+            kv_bytes: self.kv_bytes(most),
+            context_tokens: most,
+            parallel: self.parallel,
+            available_bytes,
+            fitting_context_tokens: (fits >= CONTEXT_TOKENS_MIN).then_some(fits),
+        })
+    }
+}
+
+/// A model does not fit, and what would.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DoesNotFit {
+    /// Bytes it needs as asked.
+    pub needed_bytes: u64,
+    /// Of these, weights.
+    pub weights_bytes: u64,
+    /// Of these, KV cache.
+    pub kv_bytes: u64,
+    /// Context that was asked for.
+    pub context_tokens: u32,
+    /// Full-length requests at once.
+    pub parallel: u32,
+    /// Bytes there are.
+    pub available_bytes: u64,
+    /// A context that would fit.
+    pub fitting_context_tokens: Option<u32>,
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64)
+}
+
+impl std::fmt::Display for DoesNotFit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { context_tokens, parallel, .. } = self;
+        write!(
+            f,
+            "the model does not fit: it needs {} ({} of weights, {} of KV cache for {parallel} x {context_tokens} tokens) and {} are available. ",
+            gib(self.needed_bytes),
+            gib(self.weights_bytes),
+            gib(self.kv_bytes),
+            gib(self.available_bytes),
+        )?;
+        match self.fitting_context_tokens {
+            Some(tokens) => write!(f, "--ctx {tokens} would fit, or a lower --parallel"),
+            None => {
+                // What quantisation would fit: the same weights at proportionally fewer bits.
+                let room = self.available_bytes.saturating_sub(self.needed_bytes - self.weights_bytes - self.kv_bytes);
+                let share = 100 * room / self.weights_bytes.max(1);
+                write!(
+                    f,
+                    "Even the smallest context does not fit beside the weights: take a quantisation of at most {share} % of this \
+                     file's size, a smaller model, or free memory"
+                )
+            }
+        }
+    }
+}
+
+impl std::error::Error for DoesNotFit {}
+
+/// Memory that can be had without pushing others out: the kernel's estimate, or the control group's limit if lower.
+pub fn available_bytes() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let free = line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024;
+    let read = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
+    let group = read("memory.max").map(|max| max.saturating_sub(read("memory.current").unwrap_or(0)));
+    Some(group.map_or(free, |group| group.min(free)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn demand() -> Demand {
+        Demand {
+            weights_bytes: 4 * GIB,
+            kv_bytes_per_token: 128 << 10,
+            compute_bytes: GIB / 4,
+            parallel: 4,
+            trained_context_tokens: 32768,
+        }
+    }
+
+    #[test]
+    fn without_a_wish_the_context_is_the_largest_that_fits_up_to_the_default() {
+        assert_eq!(demand().context(None, 32 * GIB).unwrap(), DEFAULT_CONTEXT_TOKENS);
+        let tight = demand().context(None, 6 * GIB).unwrap();
+        assert!((CONTEXT_TOKENS_MIN..DEFAULT_CONTEXT_TOKENS).contains(&tight));
+        assert!(demand().bytes(tight) <= 6 * GIB);
+    }
+
+    #[test]
+    fn a_wish_that_does_not_fit_is_refused_with_one_that_does() {
+        let refused = demand().context(Some(32768), 10 * GIB).unwrap_err();
+        let tokens = refused.fitting_context_tokens.unwrap();
+        assert!(demand().context(Some(tokens), 10 * GIB).is_ok());
+        let text = refused.to_string();
+        assert!(text.contains("20.2 GiB") && text.contains("10.0 GiB") && text.contains(&format!("--ctx {tokens}")), "{text}");
+    }
+
+    #[test]
+    fn weights_that_do_not_fit_are_refused_with_the_size_that_would() {
+        let refused = demand().context(None, 2 * GIB).unwrap_err();
+        assert!(refused.to_string().contains("at most 43 %"), "{refused}");
+    }
+
+    #[test]
+    fn a_context_beyond_the_models_own_is_capped() {
+        assert_eq!(demand().context(Some(100_000), 64 * GIB).unwrap(), 32768);
+    }
+}

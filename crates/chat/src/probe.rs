@@ -1,6 +1,8 @@
 //! What a template can do, found by rendering small conversations and looking for what should appear: templates do not
 //! declare it, and reading Jinja is guesswork. The idea is llama.cpp's (minja's capability detection).
 
+use std::cell::Cell;
+
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -37,8 +39,13 @@ const KEY_NEEDLE: &str = "xq7key";
 /// `render` renders the template with given input.
 pub(crate) fn probe(source: &str, render: &dyn Fn(&RenderInput<'_>) -> Result<String, TemplateError>) -> Capabilities {
     let extra = Map::new();
+    // One probe that runs into a limit is enough: the template will do so again, and time is short.
+    let exhausted = Cell::new(false);
     let try_render = |messages: &[Value], tools: Option<&[Value]>, extra: &Map<String, Value>| {
-        render(&RenderInput {
+        if exhausted.get() {
+            return String::new();
+        }
+        let rendered = render(&RenderInput {
             messages,
             tools,
             add_generation_prompt: true,
@@ -46,8 +53,9 @@ pub(crate) fn probe(source: &str, render: &dyn Fn(&RenderInput<'_>) -> Result<St
             eos_token: "",
             extra,
             now: Timestamp { unix_seconds: 0, utc_offset_seconds: 0 },
-        })
-        .unwrap_or_default()
+        });
+        exhausted.set(matches!(rendered, Err(TemplateError::OutOfFuel | TemplateError::OutputTooLong)));
+        rendered.unwrap_or_default()
     };
     let shows = |messages: &[Value], needle: &str| try_render(messages, None, &extra).contains(needle);
 

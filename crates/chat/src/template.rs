@@ -23,10 +23,10 @@ use crate::{
 /// Longest template that is compiled. The longest in use are about 40 KB.
 pub const SOURCE_BYTES_MAX: usize = 512 << 10;
 /// Longest prompt that a template may print.
-pub const OUTPUT_BYTES_MAX: usize = 64 << 20;
+pub const OUTPUT_BYTES_MAX: usize = 16 << 20;
 /// Instructions that one rendering may execute. A conversation of 1,000 messages needs some 200,000 in a template that
 /// looks at each message once, and several million in those that search the conversation for every message.
-pub const FUEL_MAX: u64 = 10_000_000;
+pub const FUEL_MAX: u64 = 5_000_000;
 /// Depth of nested macro calls, includes and loops.
 pub const RECURSION_MAX: usize = 100;
 /// Stack of a rendering thread. Dropping a value nested once per few instructions of [`FUEL_MAX`] has to fit; the pages

@@ -34,19 +34,27 @@ pub(crate) const MISTRAL_ID: &str = "[CALL_ID]";
 pub(crate) const MISTRAL_ARGS: &str = "[ARGS]";
 
 /// Tags around JSON calls, by family. The first that occurs in a template is the one.
-const CALL_TAGS: [(&str, &str); 6] = [
-    ("<tool_call>", "</tool_call>"),           // Hermes 2 and 3, Qwen 2.5 and 3, SmolLM3
+const CALL_TAGS: [(&str, &str); 5] = [
+    ("<tool_calls>", "</tool_calls>"),         // Apriel (which also speaks of <tool_call>), MiniMax-M1
+    ("<tool_call>", "</tool_call>"),           // Hermes 2 and 3, Qwen 2.5 and 3
     ("<|tool_call|>", "<|/tool_call|>"),       // Phi-4-mini; Granite 3 without the closing tag
     ("<TOOLCALL>", "</TOOLCALL>"),             // Nemotron Nano
-    ("<tool_calls>", "</tool_calls>"),         // Apriel, MiniMax-M1
     ("<|START_ACTION|>", "<|END_ACTION|>"),    // Command R7B
-    ("<|tool_calls|>", "<|/tool_calls|>"),
 ];
 
 /// Signs of formats that are not JSON in tags although they use similar tags: XML per parameter (Qwen3-Coder, GLM,
-/// MiniMax-M2, Seed-OSS), function tags (Functionary), named tags (DeepSeek, Kimi).
-const FOREIGN_SIGNS: [&str; 7] =
-    ["<function=", "<arg_key>", "<parameter", "functools", "tool_call_argument_begin", "<｜tool▁sep｜>", "DSML"];
+/// MiniMax, Seed-OSS), function tags (Functionary), named tags (DeepSeek, Kimi, Solar).
+const FOREIGN_SIGNS: [&str; 9] = [
+    "<function=",
+    "<arg_key>",
+    "<parameter",
+    "<invoke",
+    "functools",
+    "tool_call_argument_begin",
+    "tool_call:begin",
+    "<｜tool▁sep｜>",
+    "DSML",
+];
 
 /// Reads the format off a template's source; `None` where it is none of those that are read here.
 pub(crate) fn detect_tool_format(source: &str) -> Option<ToolFormat> {

@@ -298,7 +298,7 @@ fn any_spec() -> impl Strategy<Value = OutputSpec> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn the_deltas_do_not_depend_on_how_the_text_was_cut(

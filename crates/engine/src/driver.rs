@@ -88,8 +88,9 @@ enum Phase {
     Queued,
     /// `Open` is on its way.
     Opening { missing: Vec<bool>, cached_tokens: u32 },
-    /// Rows are on their way. `next`: first position not sent. `in_flight`: frames sent and not answered.
-    Running { next: u32, in_flight: usize },
+    /// Rows are on their way. `next`: first position not sent. `in_flight`: frames sent and not answered; `prefill`:
+    /// whether these are prompt rows.
+    Running { next: u32, in_flight: usize, prefill: bool },
 }
 
 struct Session {
@@ -134,8 +135,6 @@ pub struct Counters {
     pub sessions: u64,
     /// Stages lost.
     pub stages_lost: u64,
-    /// Batches that gave tokens, and their rows: rows / batches is the mean decode batch.
-    pub sampled_rows: u64,
 }
 
 /// The state machine. See the module's page.
@@ -180,12 +179,12 @@ impl Driver {
 
     /// Sessions admitted and running.
     pub fn running(&self) -> usize {
-        self.sessions.len() - self.queue.len()
+        self.sessions.values().filter(|session| matches!(session.phase, Phase::Running { .. })).count()
     }
 
-    /// Sessions waiting.
+    /// Sessions waiting for admission.
     pub fn queued(&self) -> usize {
-        self.queue.len()
+        self.sessions.len() - self.running()
     }
 
     /// True when all stages are up.
@@ -200,7 +199,7 @@ impl Driver {
 
     /// A session begins, or waits its turn.
     pub fn start(&mut self, request: SessionRequest) -> Result<(u64, mpsc::Receiver<SessionEvent>), QueueFull> {
-        if self.queue.len() >= self.options.queue_max {
+        if self.queued() >= self.options.queue_max {
             return Err(QueueFull);
         }
         let id = self.next_id;
@@ -349,7 +348,7 @@ impl Driver {
             session.cached_tokens = cached.min(session.prompt_tokens);
             self.counters.cached_tokens += u64::from(session.cached_tokens);
         }
-        session.phase = Phase::Running { next: cached, in_flight: 0 };
+        session.phase = Phase::Running { next: cached, in_flight: 0, prefill: false };
         self.advance(id);
         self.admit();
     }
@@ -391,7 +390,6 @@ impl Driver {
         session.restarts = 0;
         session.tokens.push(token);
         self.counters.generated_tokens += 1;
-        self.counters.sampled_rows += 1;
         let full = session.generated().len() as u32 >= session.max_tokens;
         let ended = !session.sampling.ignore_eos && self.options.end_of_generation.contains(&token) || grammar_ended;
         let heard = session.events.try_send(SessionEvent::Token(sampled)).is_ok();
@@ -411,7 +409,7 @@ impl Driver {
     /// find room.
     fn advance(&mut self, id: u64) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
-        let Phase::Running { mut next, mut in_flight } = session.phase else { return };
+        let Phase::Running { mut next, mut in_flight, prefill: mut prefill_before } = session.phase else { return };
         let length = session.tokens.len() as u32;
         while next < length && in_flight <= self.options.stages {
             let (end, prefill) = session.next_rows(next, &self.options);
@@ -419,6 +417,11 @@ impl Driver {
             if wanted && session.events.capacity() < EVENTS_MARGIN {
                 break;
             }
+            // Stages compute decode rows before prompt rows: replayed ones must not overtake the prompt they follow.
+            if in_flight > 0 && prefill != prefill_before {
+                break;
+            }
+            prefill_before = prefill;
             let mut header = Header::new(Kind::Tokens, id);
             header.epoch = session.epoch;
             header.position = next;
@@ -427,7 +430,7 @@ impl Driver {
             next = end;
             in_flight += 1;
         }
-        session.phase = Phase::Running { next, in_flight };
+        session.phase = Phase::Running { next, in_flight, prefill: prefill_before };
     }
 
     fn fail(&mut self, id: u64, reason: String) {

@@ -1,5 +1,5 @@
 //! What the engine's tests share: models, engines over real child processes, and a reader of sessions.
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code, missing_docs, unreachable_pub)] // each test file uses its part
 
 use std::path::{Path, PathBuf};
 
@@ -135,4 +135,25 @@ pub async fn read(mut stream: SessionStream) -> Result<Answer, String> {
 
 pub async fn run(engine: &Engine, request: SessionRequest) -> Answer {
     read(engine.start(request).unwrap()).await.unwrap()
+}
+
+/// Kills a process and everything it held.
+pub fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+}
+
+pub fn stage_pid(engine: &Engine, stage: usize) -> Option<u32> {
+    engine.status().stages[stage].process_id
+}
+
+/// Process ids of this process's children, loaded or not.
+pub fn children() -> Vec<u32> {
+    let me = std::process::id().to_string();
+    let stat_ppid = |pid: u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        Some(stat.rsplit_once(") ")?.1.split(' ').nth(1)?.to_owned())
+    };
+    let pids = std::fs::read_dir("/proc").unwrap().filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|&pid| stat_ppid(pid).as_deref() == Some(&me)).collect()
 }

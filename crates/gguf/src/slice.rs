@@ -161,6 +161,9 @@ impl<'a> Source<'a> {
         if gguf.u32("split.count").is_some_and(|count| count > 1) {
             return Err(unsupported("it is one part of a model in several files; merge them with llama-gguf-split --merge".into()));
         }
+        if gguf.get("murmur.slice.first").is_some() {
+            return Err(unsupported("it is itself a part of a model; cut the whole one".into()));
+        }
         let facts = Facts::of(gguf).map_err(unsupported)?;
         for (key, reason) in REFUSED_KEYS {
             if gguf.arch_u32(key).is_some_and(|n| n > 0) {

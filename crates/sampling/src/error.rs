@@ -58,7 +58,9 @@ pub enum SamplingError {
         token: Token,
     },
     /// The model's output is not one logit per token.
-    #[error("the model gave {logits} logits at position {position}, the vocabulary has {tokens} tokens")]
+    #[error(
+        "the model gave {logits} logits at position {position}, the vocabulary has {tokens} tokens"
+    )]
     LogitsLength {
         /// Absolute position of the token to be chosen.
         position: u32,
@@ -68,7 +70,9 @@ pub enum SamplingError {
         tokens: usize,
     },
     /// The model computed something that is not a number.
-    #[error("the model's logit of token {token} at position {position} is {logit}: its weights or its computation are broken")]
+    #[error(
+        "the model's logit of token {token} at position {position} is {logit}: its weights or its computation are broken"
+    )]
     LogitNotFinite {
         /// Absolute position of the token to be chosen.
         position: u32,
@@ -78,7 +82,9 @@ pub enum SamplingError {
         logit: f32,
     },
     /// Bans, grammar and model together leave nothing.
-    #[error("no token is allowed at position {position}: logit_bias, ignore_eos and the grammar together ban all of them")]
+    #[error(
+        "no token is allowed at position {position}: logit_bias, ignore_eos and the grammar together ban all of them"
+    )]
     NothingAllowed {
         /// Absolute position of the token to be chosen.
         position: u32,

@@ -11,17 +11,25 @@
 use std::sync::Arc;
 
 use llguidance::api::{GrammarWithLexer, ParserLimits, TopLevelGrammar};
-use llguidance::toktrie::{ApproximateTokEnv, INVALID_TOKEN, SimpleVob, TokEnv, TokRxInfo, TokTrie};
+use llguidance::toktrie::{
+    ApproximateTokEnv, INVALID_TOKEN, SimpleVob, TokEnv, TokRxInfo, TokTrie,
+};
 use llguidance::{Matcher, ParserFactory};
 use murmur_protocol::sampling::{Grammar, Token};
 
 use crate::error::SamplingError;
 use crate::vocabulary::{TokenAttribute, Vocabulary};
 
-/// How long a schema, expression or grammar may be.
-pub const MAX_GRAMMAR_BYTES: usize = 512 * 1024;
-/// Steps for building the lexer of a grammar; 50,000 take about a millisecond.
-pub const MAX_COMPILE_FUEL: u64 = 1_000_000;
+/// How long a JSON schema may be.
+pub const MAX_SCHEMA_BYTES: usize = 512 * 1024;
+/// How long a regular expression may be; the patterns of a JSON schema together. Thousands of optional parts in a row make each
+/// step quadratic, unseen by llguidance's fuel: `a*` repeated takes a quarter of a second here, and sixteen times that at four times the length.
+pub const MAX_REGEX_BYTES: usize = 8 * 1024;
+/// How long a Lark grammar may be, for the same reason.
+pub const MAX_LARK_BYTES: usize = 16 * 1024;
+/// Steps for building the lexer of a grammar. (Intersections of expressions have product automata: with five times as much fuel,
+/// twenty-four of them in 4 kB took three minutes; with this, milliseconds.)
+pub const MAX_COMPILE_FUEL: u64 = 200_000;
 /// Symbols in the productions of a compiled grammar.
 pub const MAX_GRAMMAR_SYMBOLS: usize = 500_000;
 /// Lexer steps for one token; 14,000 take about a millisecond.
@@ -43,22 +51,33 @@ const COMPILE_STACK_BYTES: usize = 64 * 1024 * 1024;
 
 /// Builds what llguidance needs to know of a vocabulary.
 pub(crate) fn parser_factory(vocabulary: &Vocabulary) -> Result<ParserFactory, String> {
-    let words: Vec<Vec<u8>> = (0..vocabulary.len() as Token).map(|token| trie_word(vocabulary, token)).collect();
+    let words: Vec<Vec<u8>> = (0..vocabulary.len() as Token)
+        .map(|token| trie_word(vocabulary, token))
+        .collect();
     let nodes = trie_nodes(&words);
     if nodes > MAX_TRIE_NODES {
-        return Err(format!("the model's vocabulary has {nodes} distinct prefixes, grammars support {MAX_TRIE_NODES}"));
+        return Err(format!(
+            "the model's vocabulary has {nodes} distinct prefixes, grammars support {MAX_TRIE_NODES}"
+        ));
     }
     let eog = vocabulary.end_of_generation();
-    let end = vocabulary.eos().or(eog.first().copied()).map_or(INVALID_TOKEN, |token| token as u32);
+    let end = vocabulary
+        .eos()
+        .or(eog.first().copied())
+        .map_or(INVALID_TOKEN, |token| token as u32);
     let info = TokRxInfo::new(words.len() as u32, end);
     let mut trie = TokTrie::from(&info, &words);
     if end != INVALID_TOKEN {
-        let others = eog.iter().map(|token| *token as u32).filter(|token| *token != end);
+        let others = eog
+            .iter()
+            .map(|token| *token as u32)
+            .filter(|token| *token != end);
         let ends: Vec<u32> = std::iter::once(end).chain(others).collect();
         trie = trie.with_eos_tokens(&ends);
     }
     let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
-    let mut factory = ParserFactory::new_simple(&env).map_err(|error| reason_of(&error.to_string()))?;
+    let mut factory =
+        ParserFactory::new_simple(&env).map_err(|error| reason_of(&error.to_string()))?;
     factory.quiet();
     *factory.limits_mut() = ParserLimits {
         initial_lexer_fuel: MAX_COMPILE_FUEL,
@@ -101,7 +120,11 @@ fn trie_nodes(words: &[Vec<u8>]) -> usize {
     let mut previous: &[u8] = &[];
     let mut nodes = 1;
     for word in sorted {
-        let shared = word.iter().zip(previous).take_while(|(a, b)| a == b).count();
+        let shared = word
+            .iter()
+            .zip(previous)
+            .take_while(|(a, b)| a == b)
+            .count();
         nodes += word.len() - shared;
         previous = word;
     }
@@ -122,12 +145,18 @@ pub(crate) struct GrammarState {
 }
 
 impl GrammarState {
-    pub(crate) fn new(source: &Grammar, vocabulary: &Arc<Vocabulary>) -> Result<GrammarState, SamplingError> {
+    pub(crate) fn new(
+        source: &Grammar,
+        vocabulary: &Arc<Vocabulary>,
+    ) -> Result<GrammarState, SamplingError> {
         let mut matcher = compile(source, vocabulary)?;
         // A grammar that cannot even begin is the client's mistake: say so now.
         let mask = matcher
             .compute_mask_or_eos()
-            .map_err(|error| SamplingError::Grammar { kind: kind_of(source), reason: reason_of(&error.to_string()) })?;
+            .map_err(|error| SamplingError::Grammar {
+                kind: kind_of(source),
+                reason: reason_of(&error.to_string()),
+            })?;
         Ok(GrammarState {
             source: source.clone(),
             vocabulary: Arc::clone(vocabulary),
@@ -143,12 +172,14 @@ impl GrammarState {
         if self.closed {
             return Err(stuck(position, "its end was already generated"));
         }
-        self.step_back().map_err(|reason| stuck(position, &reason))?;
+        self.step_back()
+            .map_err(|reason| stuck(position, &reason))?;
         let mask = match self.mask.take() {
             Some(mask) => mask,
-            None => {
-                self.matcher.compute_mask_or_eos().map_err(|error| stuck(position, &reason_of(&error.to_string())))?
-            }
+            None => self
+                .matcher
+                .compute_mask_or_eos()
+                .map_err(|error| stuck(position, &reason_of(&error.to_string())))?,
         };
         for (word, chunk) in mask.as_slice().iter().zip(logits.chunks_mut(32)) {
             match *word {
@@ -172,7 +203,9 @@ impl GrammarState {
         if self.vocabulary.is_end_of_generation(token) {
             return Ok(true);
         }
-        self.matcher.consume_token(token as u32).map_err(|error| stuck(position, &reason_of(&error.to_string())))?;
+        self.matcher
+            .consume_token(token as u32)
+            .map_err(|error| stuck(position, &reason_of(&error.to_string())))?;
         self.ahead = Some(token);
         Ok(self.matcher.is_stopped())
     }
@@ -188,7 +221,10 @@ impl GrammarState {
         }
         let refused = |_| SamplingError::GrammarRefused { token };
         if let Err(reason) = self.step_back() {
-            self.rebuild(before).map_err(|_| SamplingError::Grammar { kind: kind_of(&self.source), reason })?;
+            self.rebuild(before).map_err(|_| SamplingError::Grammar {
+                kind: kind_of(&self.source),
+                reason,
+            })?;
         }
         if self.vocabulary.is_end_of_generation(token) {
             if !self.matcher.is_accepting().map_err(refused)? {
@@ -198,20 +234,32 @@ impl GrammarState {
             return Ok(());
         }
         // Asking first: a refused token would leave the matcher in an error that nothing undoes.
-        if self.matcher.validate_tokens(&[token as u32]).map_err(refused)? != 1 {
+        if self
+            .matcher
+            .validate_tokens(&[token as u32])
+            .map_err(refused)?
+            != 1
+        {
             return Err(SamplingError::GrammarRefused { token });
         }
         if let Err(error) = self.matcher.consume_token(token as u32) {
             let reason = reason_of(&error.to_string());
             self.rebuild(before)?;
-            return Err(SamplingError::Grammar { kind: kind_of(&self.source), reason });
+            return Err(SamplingError::Grammar {
+                kind: kind_of(&self.source),
+                reason,
+            });
         }
         self.mask = None;
         Ok(())
     }
 
     /// Undoes the tokens `undone`, which came after `remaining`.
-    pub(crate) fn rollback(&mut self, remaining: &[Token], undone: &[Token]) -> Result<(), SamplingError> {
+    pub(crate) fn rollback(
+        &mut self,
+        remaining: &[Token],
+        undone: &[Token],
+    ) -> Result<(), SamplingError> {
         if undone.is_empty() {
             return Ok(());
         }
@@ -229,7 +277,10 @@ impl GrammarState {
     fn step_back(&mut self) -> Result<(), String> {
         match self.ahead.take() {
             // The mask is still that of the state before it.
-            Some(_) => self.matcher.rollback(1).map_err(|error| reason_of(&error.to_string())),
+            Some(_) => self
+                .matcher
+                .rollback(1)
+                .map_err(|error| reason_of(&error.to_string())),
             None => Ok(()),
         }
     }
@@ -240,7 +291,9 @@ impl GrammarState {
         self.mask = None;
         self.ahead = None;
         for &token in tokens {
-            self.matcher.consume_token(token as u32).map_err(|_| SamplingError::GrammarRefused { token })?;
+            self.matcher
+                .consume_token(token as u32)
+                .map_err(|_| SamplingError::GrammarRefused { token })?;
         }
         Ok(())
     }
@@ -256,23 +309,35 @@ fn kind_of(grammar: &Grammar) -> &'static str {
 }
 
 fn stuck(position: u32, reason: &str) -> SamplingError {
-    SamplingError::GrammarStuck { position, reason: reason.to_owned() }
+    SamplingError::GrammarStuck {
+        position,
+        reason: reason.to_owned(),
+    }
 }
 
 /// Compiles on a thread of its own: compiling recurses as deep as the schema, and a full stack would end the process.
 fn compile(source: &Grammar, vocabulary: &Vocabulary) -> Result<Matcher, SamplingError> {
-    let failed = |reason: String| SamplingError::Grammar { kind: kind_of(source), reason };
+    let failed = |reason: String| SamplingError::Grammar {
+        kind: kind_of(source),
+        reason,
+    };
     let factory = vocabulary.grammars().map_err(failed)?;
     let grammar = read(source).map_err(failed)?;
     let compiled = std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(COMPILE_STACK_BYTES);
+        let thread = std::thread::Builder::new()
+            .name("grammar".to_owned())
+            .stack_size(COMPILE_STACK_BYTES);
         let handle = thread.spawn_scoped(scope, || factory.create_parser(grammar));
         handle.map(|handle| handle.join())
     });
     let parser = match compiled {
         Ok(Ok(parser)) => parser,
         Ok(Err(_)) => return Err(failed("its compiler failed on it".to_owned())),
-        Err(error) => return Err(failed(format!("no thread to compile it could be started ({error}): try again"))),
+        Err(error) => {
+            return Err(failed(format!(
+                "no thread to compile it could be started ({error}): try again"
+            )));
+        }
     };
     let matcher = Matcher::new(parser);
     match matcher.get_error() {
@@ -282,16 +347,19 @@ fn compile(source: &Grammar, vocabulary: &Vocabulary) -> Result<Matcher, Samplin
 }
 
 fn read(source: &Grammar) -> Result<TopLevelGrammar, String> {
-    if let Grammar::JsonSchema(text) | Grammar::Regex(text) | Grammar::Lark(text) = source
-        && text.len() > MAX_GRAMMAR_BYTES
-    {
-        return Err(format!("it has {} bytes, at most {MAX_GRAMMAR_BYTES} are allowed: make it smaller", text.len()));
+    match source {
+        Grammar::JsonObject => {}
+        Grammar::JsonSchema(text) => within(text.len(), MAX_SCHEMA_BYTES)?,
+        Grammar::Regex(text) => within(text.len(), MAX_REGEX_BYTES)?,
+        Grammar::Lark(text) => within(text.len(), MAX_LARK_BYTES)?,
     }
     let grammar = match source {
         Grammar::JsonObject => json_grammar(serde_json::json!({ "type": "object" })),
         Grammar::JsonSchema(text) => {
-            let schema: serde_json::Value =
-                serde_json::from_str(text).map_err(|error| format!("it is not valid JSON: {error}"))?;
+            let schema: serde_json::Value = serde_json::from_str(text)
+                .map_err(|error| format!("it is not valid JSON: {error}"))?;
+            within(pattern_bytes(&schema), MAX_REGEX_BYTES)
+                .map_err(|reason| format!("its patterns together: {reason}"))?;
             json_grammar(match schema {
                 serde_json::Value::Bool(true) => serde_json::json!({}),
                 serde_json::Value::Bool(false) => return Err("it allows nothing at all".to_owned()),
@@ -300,7 +368,11 @@ fn read(source: &Grammar) -> Result<TopLevelGrammar, String> {
             })
         }
         Grammar::Regex(expression) => {
-            let backslashes = expression.bytes().rev().take_while(|byte| *byte == b'\\').count();
+            let backslashes = expression
+                .bytes()
+                .rev()
+                .take_while(|byte| *byte == b'\\')
+                .count();
             if backslashes % 2 == 1 {
                 return Err("it ends in a backslash that escapes nothing".to_owned());
             }
@@ -311,19 +383,59 @@ fn read(source: &Grammar) -> Result<TopLevelGrammar, String> {
     Ok(TopLevelGrammar::from_grammar(grammar))
 }
 
+fn within(bytes: usize, limit: usize) -> Result<(), String> {
+    match bytes > limit {
+        true => Err(format!(
+            "it has {bytes} bytes, at most {limit} are allowed: make it smaller"
+        )),
+        false => Ok(()),
+    }
+}
+
+/// The regular expressions in a schema: `pattern`, the keys of `patternProperties`, and llguidance's own.
+/// JSON parsing has bounded how deep this recurses.
+fn pattern_bytes(schema: &serde_json::Value) -> usize {
+    match schema {
+        serde_json::Value::Array(items) => items.iter().map(pattern_bytes).sum(),
+        serde_json::Value::Object(object) => object
+            .iter()
+            .map(|(key, value)| match (key.as_str(), value) {
+                ("pattern" | "whitespace_pattern", serde_json::Value::String(pattern)) => {
+                    pattern.len()
+                }
+                ("patternProperties", serde_json::Value::Object(properties)) => properties
+                    .iter()
+                    .map(|(pattern, schema)| pattern.len() + pattern_bytes(schema))
+                    .sum(),
+                (_, value) => pattern_bytes(value),
+            })
+            .sum(),
+        _ => 0,
+    }
+}
+
 /// A schema with our bound on white space, unless it brings its own options for llguidance.
 fn json_grammar(mut schema: serde_json::Value) -> GrammarWithLexer {
     const OPTIONS: &str = "x-guidance";
-    if let Some(object) = schema.as_object_mut().filter(|object| !object.contains_key(OPTIONS)) {
+    if let Some(object) = schema
+        .as_object_mut()
+        .filter(|object| !object.contains_key(OPTIONS))
+    {
         let whitespace = format!(r"[\x20\x0A\x0D\x09]{{1,{MAX_JSON_WHITESPACE_BYTES}}}");
-        object.insert(OPTIONS.to_owned(), serde_json::json!({ "whitespace_pattern": whitespace }));
+        object.insert(
+            OPTIONS.to_owned(),
+            serde_json::json!({ "whitespace_pattern": whitespace }),
+        );
     }
     GrammarWithLexer::from_json_schema(schema)
 }
 
 /// llguidance's message without the dumps it appends, its beginning and end if it quotes too much between them.
 fn reason_of(message: &str) -> String {
-    let end = ["<state>", "<non-verbose/>", "<backtrace>"].iter().filter_map(|dump| message.find(dump)).min();
+    let end = ["<state>", "<non-verbose/>", "<backtrace>"]
+        .iter()
+        .filter_map(|dump| message.find(dump))
+        .min();
     let essence = message[..end.unwrap_or(message.len())].trim();
     if essence == "NoExtensionBias" {
         return "no token of the model's vocabulary continues the text as it demands".to_owned();

@@ -48,7 +48,9 @@ impl PositionNoise {
     pub fn new(seed: u64, position: u32) -> PositionNoise {
         let seeded = mix(seed.wrapping_add(GAMMA));
         let stride = (u64::from(position) + 1).wrapping_mul(POSITION_STRIDE);
-        PositionNoise { key: mix(seeded.wrapping_add(stride)) }
+        PositionNoise {
+            key: mix(seeded.wrapping_add(stride)),
+        }
     }
 
     /// Where the generator of this position stands before token 0.
@@ -60,7 +62,9 @@ impl PositionNoise {
     /// 64 uniform bits for the token with this id.
     #[inline(always)]
     pub fn bits(self, token: u32) -> u64 {
-        mix(self.key.wrapping_add((u64::from(token) + 1).wrapping_mul(GAMMA)))
+        mix(self
+            .key
+            .wrapping_add((u64::from(token) + 1).wrapping_mul(GAMMA)))
     }
 
     /// A uniform number strictly between 0 and 1.

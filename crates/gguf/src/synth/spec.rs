@@ -130,7 +130,8 @@ impl Spec {
     /// Any preset.
     pub fn preset(name: &str) -> Result<Self, SynthError> {
         let spec = |arch, facts| Self {
-            name: format!("murmur-synth-{name}"),
+            // llama.cpp gives tokens a special meaning when a model's name contains "phi3".
+            name: format!("murmur-synth-{}", name.replace("phi3", "phi-three")),
             arch,
             facts,
             weights: Weights::F32,

@@ -35,11 +35,11 @@ pub(crate) const MISTRAL_ARGS: &str = "[ARGS]";
 
 /// Tags around JSON calls, by family. The first that occurs in a template is the one.
 const CALL_TAGS: [(&str, &str); 5] = [
-    ("<tool_calls>", "</tool_calls>"),         // Apriel (which also speaks of <tool_call>), MiniMax-M1
-    ("<tool_call>", "</tool_call>"),           // Hermes 2 and 3, Qwen 2.5 and 3
-    ("<|tool_call|>", "<|/tool_call|>"),       // Phi-4-mini; Granite 3 without the closing tag
-    ("<TOOLCALL>", "</TOOLCALL>"),             // Nemotron Nano
-    ("<|START_ACTION|>", "<|END_ACTION|>"),    // Command R7B
+    ("<tool_calls>", "</tool_calls>"), // Apriel (which also speaks of <tool_call>), MiniMax-M1
+    ("<tool_call>", "</tool_call>"),   // Hermes 2 and 3, Qwen 2.5 and 3
+    ("<|tool_call|>", "<|/tool_call|>"), // Phi-4-mini; Granite 3 without the closing tag
+    ("<TOOLCALL>", "</TOOLCALL>"),     // Nemotron Nano
+    ("<|START_ACTION|>", "<|END_ACTION|>"), // Command R7B
 ];
 
 /// Signs of formats that are not JSON in tags although they use similar tags: XML per parameter (Qwen3-Coder, GLM,
@@ -65,12 +65,17 @@ pub(crate) fn detect_tool_format(source: &str) -> Option<ToolFormat> {
         return Some(ToolFormat::Harmony);
     }
     if source.contains(MISTRAL_CALLS) {
-        return Some(ToolFormat::Mistral { named: source.contains(MISTRAL_ARGS) });
+        return Some(ToolFormat::Mistral {
+            named: source.contains(MISTRAL_ARGS),
+        });
     }
     if let Some(&(open, close)) = CALL_TAGS.iter().find(|(open, _)| source.contains(open)) {
         return Some(ToolFormat::Tagged { open, close });
     }
-    if source.contains("<|start_header_id|>") && source.contains("parameters") && source.contains("\"name\":") {
+    if source.contains("<|start_header_id|>")
+        && source.contains("parameters")
+        && source.contains("\"name\":")
+    {
         return Some(ToolFormat::Llama3);
     }
     None
@@ -98,10 +103,10 @@ pub enum ReasoningFormat {
 
 /// Tags around reasoning, by family.
 const REASONING_TAGS: [(&str, &str); 5] = [
-    ("<think>", "</think>"),                     // DeepSeek-R1, Qwen3, SmolLM3, ...
-    ("[THINK]", "[/THINK]"),                     // Magistral, Ministral reasoning
-    ("<seed:think>", "</seed:think>"),           // Seed-OSS
-    ("<|START_THINKING|>", "<|END_THINKING|>"),  // Command A reasoning, R7B
+    ("<think>", "</think>"),           // DeepSeek-R1, Qwen3, SmolLM3, ...
+    ("[THINK]", "[/THINK]"),           // Magistral, Ministral reasoning
+    ("<seed:think>", "</seed:think>"), // Seed-OSS
+    ("<|START_THINKING|>", "<|END_THINKING|>"), // Command A reasoning, R7B
     ("<thinking>", "</thinking>"),
 ];
 
@@ -114,5 +119,7 @@ pub(crate) fn detect_reasoning(source: &str) -> ReasoningFormat {
     REASONING_TAGS
         .iter()
         .find(|(open, close)| source.contains(open) || source.contains(close))
-        .map_or(ReasoningFormat::None, |&(open, close)| ReasoningFormat::Tags { open, close })
+        .map_or(ReasoningFormat::None, |&(open, close)| {
+            ReasoningFormat::Tags { open, close }
+        })
 }

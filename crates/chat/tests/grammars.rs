@@ -21,7 +21,9 @@ static BYTES: LazyLock<TokEnv> = LazyLock::new(ApproximateTokEnv::single_byte_en
 fn matcher(grammar: &Grammar) -> Matcher {
     let grammar = match grammar {
         Grammar::Lark(lark) => TopLevelGrammar::from_lark(lark.clone()),
-        Grammar::JsonSchema(schema) => TopLevelGrammar::from_json_schema(serde_json::from_str(schema).unwrap()),
+        Grammar::JsonSchema(schema) => {
+            TopLevelGrammar::from_json_schema(serde_json::from_str(schema).unwrap())
+        }
         other => panic!("{other:?}"),
     };
     let mut factory = ParserFactory::new_simple(&BYTES).unwrap();
@@ -52,14 +54,20 @@ fn weather() -> Value {
 
 /// `flag` only, so that random writing ends soon.
 fn small() -> Value {
-    tool("set", json!({"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"], "additionalProperties": false}))
+    tool(
+        "set",
+        json!({"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"], "additionalProperties": false}),
+    )
 }
 
 fn forced(source: &str, choice: ToolChoice, parallel: bool) -> ChatPrompt {
     let template = template(source);
     let tools = [weather(), small()];
     let messages = [user("Hi")];
-    let request = murmur_chat::ChatRequest { parallel_tool_calls: parallel, ..request(&messages, &tools, &choice) };
+    let request = murmur_chat::ChatRequest {
+        parallel_tool_calls: parallel,
+        ..request(&messages, &tools, &choice)
+    };
     template.prepare(&request).unwrap()
 }
 
@@ -68,38 +76,75 @@ const WEATHER: &str = r#"{"city": "Bern", "unit": "C"}"#;
 #[test]
 fn hermes_calls_can_be_forced() {
     let grammar = forced(CHATML, ToolChoice::Required, true).grammar.unwrap();
-    let call = |name: &str, arguments: &str| format!("<tool_call>\n{{\"name\": \"{name}\", \"arguments\": {arguments}}}\n</tool_call>");
+    let call = |name: &str, arguments: &str| {
+        format!("<tool_call>\n{{\"name\": \"{name}\", \"arguments\": {arguments}}}\n</tool_call>")
+    };
     let good = call("get_weather", WEATHER);
     assert!(accepts(&grammar, &good));
-    assert!(accepts(&grammar, &format!("{good}\n{}", call("set", "{\"on\": true}"))));
-    assert!(accepts(&grammar, &format!("<think>\nHm < .\n</think>\n\n{good}")));
+    assert!(accepts(
+        &grammar,
+        &format!("{good}\n{}", call("set", "{\"on\": true}"))
+    ));
+    assert!(accepts(
+        &grammar,
+        &format!("<think>\nHm < .\n</think>\n\n{good}")
+    ));
     assert!(!accepts(&grammar, "Hello"));
     assert!(!accepts(&grammar, &call("other", "{}")));
-    assert!(!accepts(&grammar, &call("get_weather", "{\"unit\": \"K\"}")));
+    assert!(!accepts(
+        &grammar,
+        &call("get_weather", "{\"unit\": \"K\"}")
+    ));
     assert!(!accepts(&grammar, &call("set", WEATHER)));
-    assert!(!accepts(&forced(CHATML, ToolChoice::Required, false).grammar.unwrap(), &format!("{good}\n{good}")));
-    let named = forced(CHATML, ToolChoice::Function("set".into()), true).grammar.unwrap();
+    assert!(!accepts(
+        &forced(CHATML, ToolChoice::Required, false).grammar.unwrap(),
+        &format!("{good}\n{good}")
+    ));
+    let named = forced(CHATML, ToolChoice::Function("set".into()), true)
+        .grammar
+        .unwrap();
     assert!(accepts(&named, &call("set", "{\"on\": false}")) && !accepts(&named, &good));
 }
 
 #[test]
 fn other_formats_can_be_forced() {
     let grammar = forced(HEADERS, ToolChoice::Required, true).grammar.unwrap();
-    assert!(accepts(&grammar, &format!("{{\"name\": \"get_weather\", \"parameters\": {WEATHER}}}")));
-    assert!(accepts(&grammar, "{\"name\": \"set\", \"parameters\": {\"on\": true}}; {\"name\": \"set\", \"parameters\": {\"on\": true}}"));
-    assert!(!accepts(&grammar, "{\"name\": \"set\", \"parameters\": {}}"));
+    assert!(accepts(
+        &grammar,
+        &format!("{{\"name\": \"get_weather\", \"parameters\": {WEATHER}}}")
+    ));
+    assert!(accepts(
+        &grammar,
+        "{\"name\": \"set\", \"parameters\": {\"on\": true}}; {\"name\": \"set\", \"parameters\": {\"on\": true}}"
+    ));
+    assert!(!accepts(
+        &grammar,
+        "{\"name\": \"set\", \"parameters\": {}}"
+    ));
 
     let grammar = forced(INST, ToolChoice::Required, true).grammar.unwrap();
-    assert!(accepts(&grammar, &format!("[TOOL_CALLS]get_weather[ARGS]{WEATHER}[TOOL_CALLS]set[ARGS]{{\"on\": true}}")));
+    assert!(accepts(
+        &grammar,
+        &format!("[TOOL_CALLS]get_weather[ARGS]{WEATHER}[TOOL_CALLS]set[ARGS]{{\"on\": true}}")
+    ));
     assert!(!accepts(&grammar, "[TOOL_CALLS]set[ARGS]{}"));
 
     let older = INST.replace("[ARGS]", " ");
     let grammar = forced(&older, ToolChoice::Required, true).grammar.unwrap();
-    assert!(accepts(&grammar, &format!("[TOOL_CALLS][{{\"name\": \"get_weather\", \"arguments\": {WEATHER}}}]")));
+    assert!(accepts(
+        &grammar,
+        &format!("[TOOL_CALLS][{{\"name\": \"get_weather\", \"arguments\": {WEATHER}}}]")
+    ));
 
     let grammar = forced(TURNS, ToolChoice::Required, true).grammar.unwrap();
-    assert!(accepts(&grammar, &format!("{{\"name\": \"get_weather\", \"arguments\": {WEATHER}}}")));
-    assert!(accepts(&grammar, "[{\"name\": \"set\", \"arguments\": {\"on\": true}}, {\"name\": \"set\", \"arguments\": {\"on\": true}}]"));
+    assert!(accepts(
+        &grammar,
+        &format!("{{\"name\": \"get_weather\", \"arguments\": {WEATHER}}}")
+    ));
+    assert!(accepts(
+        &grammar,
+        "[{\"name\": \"set\", \"arguments\": {\"on\": true}}, {\"name\": \"set\", \"arguments\": {\"on\": true}}]"
+    ));
     assert!(!accepts(&grammar, "[]"));
 }
 
@@ -110,9 +155,13 @@ const HARMONY: &str = "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{
 fn harmony_calls_can_be_forced() {
     let prompt = forced(HARMONY, ToolChoice::Required, false);
     let grammar = prompt.grammar.clone().unwrap();
-    let call = "<|channel|>commentary to=functions.set <|constrain|>json<|message|>{\"on\": true}<|call|>";
+    let call =
+        "<|channel|>commentary to=functions.set <|constrain|>json<|message|>{\"on\": true}<|call|>";
     assert!(accepts(&grammar, call));
-    assert!(accepts(&grammar, &format!("<|channel|>analysis<|message|>Hm<|end|><|start|>assistant{call}")));
+    assert!(accepts(
+        &grammar,
+        &format!("<|channel|>analysis<|message|>Hm<|end|><|start|>assistant{call}")
+    ));
     assert!(!accepts(&grammar, "<|channel|>final<|message|>no"));
 }
 
@@ -121,13 +170,33 @@ fn control_tokens_are_named_by_their_ids() {
     let tools = [small()];
     let messages = [user("Hi")];
     let control = |text: &str| (text == "[TOOL_CALLS]").then_some(9);
-    let request = murmur_chat::ChatRequest { control_token: Some(&control), ..request(&messages, &tools, &ToolChoice::Required) };
-    let Some(Grammar::Lark(lark)) = template(INST).prepare(&request).unwrap().grammar else { panic!() };
-    assert!(lark.contains("<[9]>") && !lark.contains("\"[TOOL_CALLS]\"") && lark.contains("\"[ARGS]\""), "{lark}");
-    let control = |text: &str| (text == "</think>").then_some(300).or((text == "<think>").then_some(301));
-    let request = murmur_chat::ChatRequest { control_token: Some(&control), ..request };
-    let Some(Grammar::Lark(lark)) = template(CHATML).prepare(&request).unwrap().grammar else { panic!() };
-    assert!(lark.contains("<[300]>") && lark.contains("<[301]>"), "{lark}");
+    let request = murmur_chat::ChatRequest {
+        control_token: Some(&control),
+        ..request(&messages, &tools, &ToolChoice::Required)
+    };
+    let Some(Grammar::Lark(lark)) = template(INST).prepare(&request).unwrap().grammar else {
+        panic!()
+    };
+    assert!(
+        lark.contains("<[9]>") && !lark.contains("\"[TOOL_CALLS]\"") && lark.contains("\"[ARGS]\""),
+        "{lark}"
+    );
+    let control = |text: &str| {
+        (text == "</think>")
+            .then_some(300)
+            .or((text == "<think>").then_some(301))
+    };
+    let request = murmur_chat::ChatRequest {
+        control_token: Some(&control),
+        ..request
+    };
+    let Some(Grammar::Lark(lark)) = template(CHATML).prepare(&request).unwrap().grammar else {
+        panic!()
+    };
+    assert!(
+        lark.contains("<[300]>") && lark.contains("<[301]>"),
+        "{lark}"
+    );
 }
 
 #[test]
@@ -156,9 +225,20 @@ fn babble(grammar: &Grammar, choices: &[u8]) -> Option<String> {
         if matcher.is_accepting().ok()? && (choice % 3 == 0 || matcher.is_stopped()) {
             return String::from_utf8(text).ok();
         }
-        let allowed: Vec<u32> = (0x20u32..0x7f).chain([10]).filter(|&byte| mask.is_allowed(byte)).collect();
-        let closing: Vec<u32> = allowed.iter().copied().filter(|&byte| matches!(byte, 0x22 | 0x5d | 0x7d | 0x3c)).collect();
-        let from = if choice % 2 == 0 && !closing.is_empty() { &closing } else { &allowed };
+        let allowed: Vec<u32> = (0x20u32..0x7f)
+            .chain([10])
+            .filter(|&byte| mask.is_allowed(byte))
+            .collect();
+        let closing: Vec<u32> = allowed
+            .iter()
+            .copied()
+            .filter(|&byte| matches!(byte, 0x22 | 0x5d | 0x7d | 0x3c))
+            .collect();
+        let from = if choice % 2 == 0 && !closing.is_empty() {
+            &closing
+        } else {
+            &allowed
+        };
         let byte = *from.get(choice % from.len().max(1))?;
         matcher.consume_token(byte).ok()?;
         text.push(u8::try_from(byte).ok()?);

@@ -6,7 +6,10 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use clap::{ArgAction, Args, Parser, Subcommand, ValueHint, builder::NonEmptyStringValueParser, value_parser};
+use clap::{
+    ArgAction, Args, Parser, Subcommand, ValueHint, builder::NonEmptyStringValueParser,
+    value_parser,
+};
 use murmur_store::{ModelName, ModelRef};
 
 use crate::{
@@ -66,7 +69,13 @@ pub(crate) struct Global {
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub(crate) quiet: bool,
     /// What to log, part by part, such as info,murmur_node=debug
-    #[arg(long, global = true, env = "MURMUR_LOG", value_name = "FILTER", hide_short_help = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "MURMUR_LOG",
+        value_name = "FILTER",
+        hide_short_help = true
+    )]
     pub(crate) log: Option<String>,
 }
 
@@ -97,9 +106,6 @@ pub(crate) enum Command {
         #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
         dir: Option<PathBuf>,
     },
-    /// Compute for the node that started this process
-    #[command(hide = true)]
-    Engine,
 }
 
 /// How a model runs on this machine.
@@ -110,7 +116,12 @@ pub(crate) struct EngineArgs {
     #[arg(long, env = "MURMUR_STAGES", value_name = "N", default_value = "1", value_parser = value_parser!(u32).range(1..=512))]
     pub(crate) stages: u32,
     /// Threads that compute; auto measures, and measures again when the machine is busy
-    #[arg(long, env = "MURMUR_THREADS", value_name = "N|auto", default_value = "auto")]
+    #[arg(
+        long,
+        env = "MURMUR_THREADS",
+        value_name = "N|auto",
+        default_value = "auto"
+    )]
     pub(crate) threads: Threads,
     /// Tokens per request at most, prompt and answer together [default: the model's own, as far as memory allows]
     #[arg(long, env = "MURMUR_CTX", value_name = "N", value_parser = value_parser!(u32).range(1..=16_777_216))]
@@ -121,6 +132,9 @@ pub(crate) struct EngineArgs {
     /// Memory for models and contexts at most, such as 8GiB [default: what the machine has free]
     #[arg(long, env = "MURMUR_MAX_MEMORY", value_name = "SIZE")]
     pub(crate) max_memory: Option<Size>,
+    /// Layers that a GPU computes, in builds with a back end for one; -1 for all
+    #[arg(long, env = "MURMUR_GPU_LAYERS", value_name = "N", default_value = "-1", allow_negative_numbers = true, value_parser = value_parser!(i32).range(-1..=512))]
+    pub(crate) gpu_layers: i32,
     /// Bit-equal results whatever the batch and the number of stages, at some cost in speed
     #[arg(long, env = "MURMUR_EXACT", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
     pub(crate) exact: bool,
@@ -135,13 +149,31 @@ pub(crate) struct Serve {
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
     /// The name under which clients find a MODEL; once per MODEL, in the same order
-    #[arg(long, env = "MURMUR_ALIAS", value_name = "NAME", value_delimiter = ',', help_heading = "Server options")]
+    #[arg(
+        long,
+        env = "MURMUR_ALIAS",
+        value_name = "NAME",
+        value_delimiter = ',',
+        help_heading = "Server options"
+    )]
     pub(crate) alias: Vec<ModelName>,
     /// A web origin that may use the API, such as https://chat.example; may be repeated
-    #[arg(long, env = "MURMUR_ALLOW_ORIGIN", value_name = "ORIGIN", value_delimiter = ',', help_heading = "Server options")]
+    #[arg(
+        long,
+        env = "MURMUR_ALLOW_ORIGIN",
+        value_name = "ORIGIN",
+        value_delimiter = ',',
+        help_heading = "Server options"
+    )]
     pub(crate) allow_origin: Vec<String>,
     /// A host name by which the API may be called, besides localhost and addresses; may be repeated
-    #[arg(long, env = "MURMUR_ALLOW_HOST", value_name = "HOST", value_delimiter = ',', help_heading = "Server options")]
+    #[arg(
+        long,
+        env = "MURMUR_ALLOW_HOST",
+        value_name = "HOST",
+        value_delimiter = ',',
+        help_heading = "Server options"
+    )]
     pub(crate) allow_host: Vec<String>,
 }
 
@@ -254,7 +286,10 @@ mod tests {
             for arg in command.get_arguments() {
                 let Some(env) = arg.get_env() else { continue };
                 let flag = arg.get_long().unwrap();
-                assert_eq!(env.to_str().unwrap(), format!("MURMUR_{}", flag.replace('-', "_").to_ascii_uppercase()));
+                assert_eq!(
+                    env.to_str().unwrap(),
+                    format!("MURMUR_{}", flag.replace('-', "_").to_ascii_uppercase())
+                );
             }
             command.get_subcommands().for_each(check);
         }
@@ -266,7 +301,12 @@ mod tests {
         fn check(command: &clap::Command) {
             assert!(command.get_about().is_some(), "{}", command.get_name());
             for arg in command.get_arguments() {
-                assert!(arg.get_help().is_some(), "{} of {}", arg.get_id(), command.get_name());
+                assert!(
+                    arg.get_help().is_some(),
+                    "{} of {}",
+                    arg.get_id(),
+                    command.get_name()
+                );
             }
             command.get_subcommands().for_each(check);
         }

@@ -75,19 +75,26 @@ impl ApiClient {
     /// `GET`, and the JSON that comes back.
     pub(crate) async fn get(&self, path: &str) -> anyhow::Result<Value> {
         let whole = async { self.json(self.send(Method::GET, path, None).await?).await };
-        timeout(ANSWER_TIMEOUT, whole).await.map_err(|_| self.silent())?
+        timeout(ANSWER_TIMEOUT, whole)
+            .await
+            .map_err(|_| self.silent())?
     }
 
     /// `POST`, and the JSON that comes back.
     pub(crate) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
-        self.json(self.send(Method::POST, path, Some(body)).await?).await
+        self.json(self.send(Method::POST, path, Some(body)).await?)
+            .await
     }
 
     /// `POST`, and the events that come back.
     pub(crate) async fn stream(&self, path: &str, body: &Value) -> anyhow::Result<Events> {
         let answer = self.send(Method::POST, path, Some(body)).await?;
         if answer.response.status().is_success() {
-            return Ok(Events { answer, parser: SseParser::default(), ready: Default::default() });
+            return Ok(Events {
+                answer,
+                parser: SseParser::default(),
+                ready: Default::default(),
+            });
         }
         match self.json(answer).await {
             Ok(_) => Err(self.nonsense("an error without a reason")),
@@ -95,18 +102,30 @@ impl ApiClient {
         }
     }
 
-    async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Answer> {
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> anyhow::Result<Answer> {
         let connected = timeout(CONNECT_TIMEOUT, TcpStream::connect(self.address)).await;
-        let stream = connected.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut))).map_err(|error| self.unreachable(&error))?;
+        let stream = connected
+            .unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut)))
+            .map_err(|error| self.unreachable(&error))?;
         // Questions are small and wanted at once; where it cannot be set, they are merely later.
         let _ = stream.set_nodelay(true);
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.broken(&error))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| self.broken(&error))?;
         let connection = AbortOnDrop(tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "connection to the server ended");
             }
         }));
-        let mut request = Request::builder().method(method).uri(path).header(header::HOST, self.address.to_string());
+        let mut request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, self.address.to_string());
         if let Some(key) = &self.key {
             request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
         }
@@ -117,16 +136,29 @@ impl ApiClient {
             }
             None => Bytes::new(),
         };
-        let request = request.body(Full::new(bytes)).map_err(|_| Failure::new(Code::Usage, "the API key has characters that a header cannot have"))?;
-        let response = sender.send_request(request).await.map_err(|error| self.broken(&error))?;
-        Ok(Answer { response, _connection: connection })
+        let request = request.body(Full::new(bytes)).map_err(|_| {
+            Failure::new(
+                Code::Usage,
+                "the API key has characters that a header cannot have",
+            )
+        })?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|error| self.broken(&error))?;
+        Ok(Answer {
+            response,
+            _connection: connection,
+        })
     }
 
     async fn json(&self, mut answer: Answer) -> anyhow::Result<Value> {
         let status = answer.response.status();
         let mut text = Vec::new();
         while let Some(frame) = answer.response.body_mut().frame().await {
-            let Ok(data) = frame.map_err(|error| self.broken(&error))?.into_data() else { continue };
+            let Ok(data) = frame.map_err(|error| self.broken(&error))?.into_data() else {
+                continue;
+            };
             if text.len() + data.len() > ANSWER_BYTES_MAX {
                 return Err(self.nonsense("an answer without end"));
             }
@@ -136,7 +168,10 @@ impl ApiClient {
         if status.is_success() {
             return value.ok_or_else(|| self.nonsense("no JSON"));
         }
-        let message = value.as_ref().and_then(|value| value.pointer("/error/message")).and_then(Value::as_str);
+        let message = value
+            .as_ref()
+            .and_then(|value| value.pointer("/error/message"))
+            .and_then(Value::as_str);
         Err(self.refusal(status, message))
     }
 
@@ -147,11 +182,18 @@ impl ApiClient {
         match status {
             StatusCode::UNAUTHORIZED => Failure::new(
                 Code::Unavailable,
-                format!("the server at {} wants an API key: {message} Give it with --api-key or MURMUR_API_KEY.", self.address),
+                format!(
+                    "the server at {} wants an API key: {message} Give it with --api-key or MURMUR_API_KEY.",
+                    self.address
+                ),
             ),
             StatusCode::NOT_FOUND => Failure::new(Code::NotFound, message),
-            StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY => Failure::new(Code::Usage, message),
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE | StatusCode::FORBIDDEN => Failure::new(Code::Unavailable, message),
+            StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY => {
+                Failure::new(Code::Usage, message)
+            }
+            StatusCode::TOO_MANY_REQUESTS
+            | StatusCode::SERVICE_UNAVAILABLE
+            | StatusCode::FORBIDDEN => Failure::new(Code::Unavailable, message),
             _ => Failure::new(Code::Failed, message),
         }
     }
@@ -164,27 +206,44 @@ impl ApiClient {
         };
         Failure::new(
             Code::Unavailable,
-            format!("no murmur server at {}: {why}. Start one with `murmur serve MODEL`, or name its address with --api.", self.address),
+            format!(
+                "no murmur server at {}: {why}. Start one with `murmur serve MODEL`, or name its address with --api.",
+                self.address
+            ),
         )
     }
 
     fn broken(&self, error: &hyper::Error) -> anyhow::Error {
-        let why = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+        let why =
+            std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
         Failure::new(
             Code::Unavailable,
-            format!("the connection to {} broke off: {why}. If this is no murmur server, name the right address with --api.", self.address),
+            format!(
+                "the connection to {} broke off: {why}. If this is no murmur server, name the right address with --api.",
+                self.address
+            ),
         )
     }
 
     fn silent(&self) -> anyhow::Error {
         Failure::new(
             Code::Unavailable,
-            format!("the server at {} does not answer within {} s. Is it murmur? `murmur doctor` tells.", self.address, ANSWER_TIMEOUT.as_secs()),
+            format!(
+                "the server at {} does not answer within {} s. Is it murmur? `murmur doctor` tells.",
+                self.address,
+                ANSWER_TIMEOUT.as_secs()
+            ),
         )
     }
 
     fn nonsense(&self, what: &str) -> anyhow::Error {
-        Failure::new(Code::Failed, format!("the server at {} answers with {what}. Is it murmur? `murmur doctor` tells.", self.address))
+        Failure::new(
+            Code::Failed,
+            format!(
+                "the server at {} answers with {what}. Is it murmur? `murmur doctor` tells.",
+                self.address
+            ),
+        )
     }
 }
 
@@ -195,7 +254,9 @@ impl Events {
             if let Some(event) = self.ready.pop_front() {
                 return Ok(Some(event));
             }
-            let Some(frame) = self.answer.response.body_mut().frame().await else { return Ok(None) };
+            let Some(frame) = self.answer.response.body_mut().frame().await else {
+                return Ok(None);
+            };
             let frame = frame.map_err(|error| Failure::new(Code::Unavailable, format!("the answer broke off: {error}. Ask again; `murmur status` says how the server is.")))?;
             if let Ok(data) = frame.into_data() {
                 self.ready.extend(self.parser.push(&data)?);

@@ -2,6 +2,9 @@
 
 use std::{fmt, io, process::ExitCode};
 
+use murmur_api::{OptionsError, ServeError};
+use murmur_gguf::{GgufError, GgufErrorKind};
+use murmur_node::NodeError;
 use murmur_store::{ErrorKind, StoreError};
 
 /// The exit codes, as `--help` tells them.
@@ -59,7 +62,11 @@ pub(crate) struct Failure {
 impl Failure {
     /// Makes an error for `?`.
     pub(crate) fn new(code: Code, message: impl Into<String>) -> anyhow::Error {
-        Self { code, message: message.into() }.into()
+        Self {
+            code,
+            message: message.into(),
+        }
+        .into()
     }
 }
 
@@ -87,6 +94,24 @@ fn code_of(error: &anyhow::Error) -> Code {
                 ErrorKind::Other => Code::Failed,
             };
         }
+        if let Some(node) = cause.downcast_ref::<NodeError>() {
+            return match node {
+                NodeError::Gguf(error) => code_of_gguf(error),
+                NodeError::Fit(_) => Code::NoSpace,
+                NodeError::SameName(_) => Code::Usage,
+                NodeError::Unusable { .. } | NodeError::Slice(_) => Code::Damaged,
+                NodeError::Interrupted => Code::Interrupted,
+                _ => Code::Failed,
+            };
+        }
+        if let Some(gguf) = cause.downcast_ref::<GgufError>() {
+            return code_of_gguf(gguf);
+        }
+        if cause.is::<OptionsError>()
+            || matches!(cause.downcast_ref(), Some(ServeError::Options(_)))
+        {
+            return Code::Usage;
+        }
         if let Some(io) = cause.downcast_ref::<io::Error>() {
             return match io.kind() {
                 io::ErrorKind::NotFound => Code::NotFound,
@@ -99,6 +124,15 @@ fn code_of(error: &anyhow::Error) -> Code {
     Code::Failed
 }
 
+fn code_of_gguf(error: &GgufError) -> Code {
+    match error.kind() {
+        GgufErrorKind::NotFound => Code::NotFound,
+        GgufErrorKind::PermissionDenied => Code::Unavailable,
+        GgufErrorKind::Io(_) => Code::Failed,
+        _ => Code::Damaged,
+    }
+}
+
 /// Tells an error, and gives the code to end with.
 pub(crate) fn report(error: &anyhow::Error, wants_json: bool) -> ExitCode {
     // What clap has to say, it says itself: help is no error, and its errors are laid out.
@@ -108,7 +142,11 @@ pub(crate) fn report(error: &anyhow::Error, wants_json: bool) -> ExitCode {
         return u8::try_from(clap.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from);
     }
     // `murmur models ls | head -1`: the reader has what it wanted.
-    if error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|e| e.kind() == io::ErrorKind::BrokenPipe) {
+    if error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|e| e.kind() == io::ErrorKind::BrokenPipe)
+    {
         return ExitCode::SUCCESS;
     }
     let code = code_of(error);
@@ -128,8 +166,19 @@ mod tests {
 
     #[test]
     fn every_exit_code_is_in_the_help() {
-        for code in [Code::Failed, Code::Usage, Code::NotFound, Code::NoSpace, Code::Unavailable, Code::Damaged, Code::Interrupted] {
-            assert!(EXIT_CODES_HELP.contains(&format!("\n  {:<5}", code as u8)), "{code:?}");
+        for code in [
+            Code::Failed,
+            Code::Usage,
+            Code::NotFound,
+            Code::NoSpace,
+            Code::Unavailable,
+            Code::Damaged,
+            Code::Interrupted,
+        ] {
+            assert!(
+                EXIT_CODES_HELP.contains(&format!("\n  {:<5}", code as u8)),
+                "{code:?}"
+            );
         }
     }
 

@@ -19,6 +19,16 @@ mod units;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    // The engine's child process has a socket for everything it needs to know, and reads no settings.
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|name| name == murmur_node::CHILD_SUBCOMMAND)
+    {
+        return match commands::engine::run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => exit::report(&error, false),
+        };
+    }
     let invocation = match settings::parse(std::env::args_os()) {
         Ok(invocation) => invocation,
         Err(error) => return exit::report(&error, false),

@@ -63,9 +63,18 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Re
     let first = Cli::from_arg_matches(&Cli::command().try_get_matches_from(&arguments)?)?;
     let data_dir = data_dir(first.global.data_dir.as_deref())?;
     let (config_file, values) = match &first.global.config {
-        Some(path) => (Some(path.clone()), read_file(path)?.ok_or_else(|| {
-            Failure::new(Code::Usage, format!("there is no configuration file {}. Check --config and MURMUR_CONFIG.", path.display()))
-        })?),
+        Some(path) => (
+            Some(path.clone()),
+            read_file(path)?.ok_or_else(|| {
+                Failure::new(
+                    Code::Usage,
+                    format!(
+                        "there is no configuration file {}. Check --config and MURMUR_CONFIG.",
+                        path.display()
+                    ),
+                )
+            })?,
+        ),
         None => {
             let path = data_dir.join("config.toml");
             match read_file(&path)? {
@@ -79,12 +88,23 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Re
         Some(path) if !values.is_empty() => file_error(path, &error),
         _ => error.into(),
     };
-    let matches = command.clone().try_get_matches_from(&arguments).map_err(blame_file)?;
+    let matches = command
+        .clone()
+        .try_get_matches_from(&arguments)
+        .map_err(blame_file)?;
     // A server's settings as they would be here, also when another command is run.
-    let serve = command.clone().try_get_matches_from(["murmur", "serve"]).map_err(blame_file)?;
+    let serve = command
+        .clone()
+        .try_get_matches_from(["murmur", "serve"])
+        .map_err(blame_file)?;
     let effective = effective(&command, &matches, &serve, &values);
     let cli = Cli::from_arg_matches(&matches)?;
-    Ok(Invocation { cli, data_dir, config_file, effective })
+    Ok(Invocation {
+        cli,
+        data_dir,
+        config_file,
+        effective,
+    })
 }
 
 fn data_dir(given: Option<&Path>) -> anyhow::Result<PathBuf> {
@@ -100,27 +120,58 @@ fn data_dir(given: Option<&Path>) -> anyhow::Result<PathBuf> {
 
 /// The file's values as texts, as the command line would have them. `None`: no such file.
 fn read_file(path: &Path) -> anyhow::Result<Option<BTreeMap<String, Vec<String>>>> {
-    let wrong = |why: String| Failure::new(Code::Usage, format!("the configuration file {} cannot be used: {why}", path.display()));
+    let wrong = |why: String| {
+        Failure::new(
+            Code::Usage,
+            format!(
+                "the configuration file {} cannot be used: {why}",
+                path.display()
+            ),
+        )
+    };
     let mut text = String::new();
-    match File::open(path).and_then(|file| file.take(CONFIG_BYTES_MAX + 1).read_to_string(&mut text)) {
+    match File::open(path)
+        .and_then(|file| file.take(CONFIG_BYTES_MAX + 1).read_to_string(&mut text))
+    {
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(wrong(format!("{error}. Name a readable text file with --config."))),
+        Err(error) => {
+            return Err(wrong(format!(
+                "{error}. Name a readable text file with --config."
+            )));
+        }
     }
     if text.len() as u64 > CONFIG_BYTES_MAX {
-        return Err(wrong(format!("it is larger than {CONFIG_BYTES_MAX} bytes.")));
+        return Err(wrong(format!(
+            "it is larger than {CONFIG_BYTES_MAX} bytes."
+        )));
     }
-    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| wrong(error.to_string()))?;
+    let table: toml::Table = text
+        .parse()
+        .map_err(|error: toml::de::Error| wrong(error.to_string()))?;
     let known = settable(&Cli::command());
     let mut values = BTreeMap::new();
     for (key, value) in table {
         if NOT_IN_FILE.contains(&key.as_str()) {
-            return Err(wrong(format!("'{key}' says where this file is and cannot be in it. Use --{key} or MURMUR_{}.", upper(&key))));
+            return Err(wrong(format!(
+                "'{key}' says where this file is and cannot be in it. Use --{key} or MURMUR_{}.",
+                upper(&key)
+            )));
         }
         if !known.contains_key(&key) {
-            return Err(wrong(format!("it has an unknown key '{key}'.{}", hint(&key, known.keys()))));
+            return Err(wrong(format!(
+                "it has an unknown key '{key}'.{}",
+                hint(&key, known.keys())
+            )));
         }
-        values.insert(key.clone(), texts(value).ok_or_else(|| wrong(format!("'{key}' must be a text, a number, true or false, or a list of these.")))?);
+        values.insert(
+            key.clone(),
+            texts(value).ok_or_else(|| {
+                wrong(format!(
+                    "'{key}' must be a text, a number, true or false, or a list of these."
+                ))
+            })?,
+        );
     }
     Ok(Some(values))
 }
@@ -164,14 +215,28 @@ fn hint<'a>(key: &str, known: impl Iterator<Item = &'a String>) -> String {
     let wanted = plain(key);
     let shared = |candidate: &str| {
         let candidate = plain(candidate);
-        let pairs = |text: &str| text.as_bytes().windows(2).map(<[u8]>::to_vec).collect::<Vec<_>>();
+        let pairs = |text: &str| {
+            text.as_bytes()
+                .windows(2)
+                .map(<[u8]>::to_vec)
+                .collect::<Vec<_>>()
+        };
         let (a, b) = (pairs(&wanted), pairs(&candidate));
         2 * a.iter().filter(|pair| b.contains(pair)).count() * 100 / (a.len() + b.len()).max(1)
     };
-    let known: Vec<&String> = known.filter(|key| !NOT_IN_FILE.contains(&key.as_str())).collect();
+    let known: Vec<&String> = known
+        .filter(|key| !NOT_IN_FILE.contains(&key.as_str()))
+        .collect();
     match known.iter().max_by_key(|candidate| shared(candidate)) {
         Some(nearest) if shared(nearest) >= 50 => format!(" Did you mean '{nearest}'?"),
-        _ => format!(" Known keys: {}.", known.iter().map(|k| k.as_str()).collect::<Vec<_>>().join(", ")),
+        _ => format!(
+            " Known keys: {}.",
+            known
+                .iter()
+                .map(|k| k.as_str())
+                .collect::<Vec<_>>()
+                .join(", ")
+        ),
     }
 }
 
@@ -185,7 +250,10 @@ fn with_file_values(mut command: Command, values: &BTreeMap<String, Vec<String>>
     for (id, texts) in here {
         command = command.mut_arg(id, |arg| arg.default_values(texts));
     }
-    let below: Vec<String> = command.get_subcommands().map(|c| c.get_name().to_owned()).collect();
+    let below: Vec<String> = command
+        .get_subcommands()
+        .map(|c| c.get_name().to_owned())
+        .collect();
     for name in below {
         command = command.mut_subcommand(name, |sub| with_file_values(sub, values));
     }
@@ -198,38 +266,83 @@ fn file_error(path: &Path, error: &clap::Error) -> anyhow::Error {
         Some(ContextValue::String(text)) => Some(text.clone()),
         _ => None,
     };
-    let key = text(ContextKind::InvalidArg).map(|arg| arg.trim_start_matches('-').split([' ', '=', '[']).next().unwrap_or_default().to_owned());
-    let why = match (key, text(ContextKind::InvalidValue), std::error::Error::source(error)) {
-        (Some(key), Some(value), Some(source)) => format!("'{value}' does not do for '{key}': {source}"),
-        (Some(key), Some(value), None) => format!("'{value}' does not do for '{key}'. `murmur serve --help` says what does."),
+    let key = text(ContextKind::InvalidArg).map(|arg| {
+        arg.trim_start_matches('-')
+            .split([' ', '=', '['])
+            .next()
+            .unwrap_or_default()
+            .to_owned()
+    });
+    let why = match (
+        key,
+        text(ContextKind::InvalidValue),
+        std::error::Error::source(error),
+    ) {
+        (Some(key), Some(value), Some(source)) => {
+            format!("'{value}' does not do for '{key}': {source}")
+        }
+        (Some(key), Some(value), None) => {
+            format!("'{value}' does not do for '{key}'. `murmur serve --help` says what does.")
+        }
         (Some(key), None, _) => format!("'{key}' is wrong: {error}"),
         _ => error.to_string(),
     };
-    Failure::new(Code::Usage, format!("the configuration file {} cannot be used: {why}", path.display()))
+    Failure::new(
+        Code::Usage,
+        format!(
+            "the configuration file {} cannot be used: {why}",
+            path.display()
+        ),
+    )
 }
 
-fn effective(command: &Command, matches: &ArgMatches, serve: &ArgMatches, values: &BTreeMap<String, Vec<String>>) -> Vec<Setting> {
+fn effective(
+    command: &Command,
+    matches: &ArgMatches,
+    serve: &ArgMatches,
+    values: &BTreeMap<String, Vec<String>>,
+) -> Vec<Setting> {
     let serve_matches = serve.subcommand_matches("serve");
     let serve_command = Serve::command_for_help(command);
     let mut settings = Vec::new();
-    let owners = [(command, Some(matches)), (serve_command.unwrap_or(command), serve_matches)];
+    let owners = [
+        (command, Some(matches)),
+        (serve_command.unwrap_or(command), serve_matches),
+    ];
     for (owner, matches) in owners {
         let Some(matches) = matches else { continue };
         for arg in owner.get_arguments() {
-            let (Some(key), Some(variable)) = (arg.get_long(), arg.get_env()) else { continue };
+            let (Some(key), Some(variable)) = (arg.get_long(), arg.get_env()) else {
+                continue;
+            };
             if settings.iter().any(|s: &Setting| s.key == key) {
                 continue;
             }
             let id = arg.get_id().as_str();
-            let value = matches.get_raw(id).map(|raw| raw.map(|v| v.to_string_lossy()).collect::<Vec<_>>().join(","));
-            let value = value.map(|text| if SECRET.contains(&key) { "(set)".to_owned() } else { text });
+            let value = matches.get_raw(id).map(|raw| {
+                raw.map(|v| v.to_string_lossy())
+                    .collect::<Vec<_>>()
+                    .join(",")
+            });
+            let value = value.map(|text| {
+                if SECRET.contains(&key) {
+                    "(set)".to_owned()
+                } else {
+                    text
+                }
+            });
             let source = match matches.value_source(id) {
                 Some(ValueSource::CommandLine) => "flag",
                 Some(ValueSource::EnvVariable) => "environment",
                 _ if values.contains_key(key) => "file",
                 _ => "default",
             };
-            settings.push(Setting { key: key.to_owned(), value, source, variable: variable.to_string_lossy().into_owned() });
+            settings.push(Setting {
+                key: key.to_owned(),
+                value,
+                source,
+                variable: variable.to_string_lossy().into_owned(),
+            });
         }
     }
     settings
@@ -251,7 +364,11 @@ mod tests {
     fn parse_with(config: &str, arguments: &[&str]) -> anyhow::Result<Invocation> {
         let home = tempfile::tempdir().unwrap();
         fs::write(home.path().join("config.toml"), config).unwrap();
-        let mut all = vec![OsString::from("murmur"), "--data-dir".into(), home.path().into()];
+        let mut all = vec![
+            OsString::from("murmur"),
+            "--data-dir".into(),
+            home.path().into(),
+        ];
         all.extend(arguments.iter().map(OsString::from));
         parse(all)
     }
@@ -265,11 +382,17 @@ mod tests {
 
     #[test]
     fn the_file_fills_in_what_the_command_line_leaves_open() {
-        let invocation = parse_with("stages = 3\nmax-memory = \"2GiB\"\nexact = true\nallow-host = [\"a\", \"b\"]", &["serve", "--stages", "2", "m"]).unwrap();
+        let invocation = parse_with(
+            "stages = 3\nmax-memory = \"2GiB\"\nexact = true\nallow-host = [\"a\", \"b\"]",
+            &["serve", "--stages", "2", "m"],
+        )
+        .unwrap();
         assert_eq!(engine(&invocation).stages, 2);
         assert_eq!(engine(&invocation).max_memory.unwrap().0, 2 << 30);
         assert!(engine(&invocation).exact);
-        let args::Command::Serve(serve) = &invocation.cli.command else { panic!() };
+        let args::Command::Serve(serve) = &invocation.cli.command else {
+            panic!()
+        };
         assert_eq!(serve.allow_host, ["a", "b"]);
     }
 
@@ -281,30 +404,76 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_an_error_with_a_hint() {
-        let error = parse_with("max_memory = 1", &["status"]).unwrap_err().to_string();
-        assert!(error.contains("unknown key 'max_memory'") && error.contains("'max-memory'"), "{error}");
-        let error = parse_with("colour = 1", &["status"]).unwrap_err().to_string();
-        assert!(error.contains("Known keys: ") && error.contains("threads"), "{error}");
+        let error = parse_with("max_memory = 1", &["status"])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("unknown key 'max_memory'") && error.contains("'max-memory'"),
+            "{error}"
+        );
+        let error = parse_with("colour = 1", &["status"])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("Known keys: ") && error.contains("threads"),
+            "{error}"
+        );
     }
 
     #[test]
     fn a_wrong_value_in_the_file_is_blamed_on_the_file_and_its_key() {
-        for (config, key) in [("threads = 0", "threads"), ("api = \"nowhere\"", "api"), ("exact = \"perhaps\"", "exact"), ("stages = -1", "stages")] {
+        for (config, key) in [
+            ("threads = 0", "threads"),
+            ("api = \"nowhere\"", "api"),
+            ("exact = \"perhaps\"", "exact"),
+            ("stages = -1", "stages"),
+        ] {
             let error = parse_with(config, &["serve"]).unwrap_err().to_string();
-            assert!(error.contains("config.toml") && error.contains(&format!("'{key}'")), "{error}");
+            assert!(
+                error.contains("config.toml") && error.contains(&format!("'{key}'")),
+                "{error}"
+            );
         }
-        assert!(parse_with("stages = { a = 1 }", &["status"]).unwrap_err().to_string().contains("'stages' must be"));
-        assert!(parse_with("stages = ", &["status"]).unwrap_err().to_string().contains("config.toml"));
-        assert!(parse_with("data-dir = \"/x\"", &["status"]).unwrap_err().to_string().contains("MURMUR_DATA_DIR"));
+        assert!(
+            parse_with("stages = { a = 1 }", &["status"])
+                .unwrap_err()
+                .to_string()
+                .contains("'stages' must be")
+        );
+        assert!(
+            parse_with("stages = ", &["status"])
+                .unwrap_err()
+                .to_string()
+                .contains("config.toml")
+        );
+        assert!(
+            parse_with("data-dir = \"/x\"", &["status"])
+                .unwrap_err()
+                .to_string()
+                .contains("MURMUR_DATA_DIR")
+        );
     }
 
     #[test]
     fn every_setting_tells_where_its_value_comes_from() {
-        let invocation = parse_with("stages = 3\napi-key = \"hunter2\"", &["doctor", "--api", "127.0.0.1:1"]).unwrap();
+        let invocation = parse_with(
+            "stages = 3\napi-key = \"hunter2\"",
+            &["doctor", "--api", "127.0.0.1:1"],
+        )
+        .unwrap();
         let find = |key: &str| invocation.effective.iter().find(|s| s.key == key).unwrap();
-        assert_eq!((find("api").source, find("api").value.as_deref()), ("flag", Some("127.0.0.1:1")));
-        assert_eq!((find("stages").source, find("stages").value.as_deref()), ("file", Some("3")));
-        assert_eq!((find("threads").source, find("threads").value.as_deref()), ("default", Some("auto")));
+        assert_eq!(
+            (find("api").source, find("api").value.as_deref()),
+            ("flag", Some("127.0.0.1:1"))
+        );
+        assert_eq!(
+            (find("stages").source, find("stages").value.as_deref()),
+            ("file", Some("3"))
+        );
+        assert_eq!(
+            (find("threads").source, find("threads").value.as_deref()),
+            ("default", Some("auto"))
+        );
         assert!(!format!("{:?}", invocation.effective).contains("hunter2"));
     }
 

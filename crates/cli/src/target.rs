@@ -37,8 +37,20 @@ pub(crate) async fn find(session: &Session, model: Option<&ModelRef>) -> anyhow:
     let Some(model) = model else {
         return match served?.as_slice() {
             [only] => Ok(Target::Server(client, only.clone())),
-            [] => Err(Failure::new(Code::NotFound, format!("the server at {} has no model. Name one to start it here.", client.address()))),
-            several => Err(Failure::new(Code::Usage, format!("the server has several models: {}. Name one.", several.join(", ")))),
+            [] => Err(Failure::new(
+                Code::NotFound,
+                format!(
+                    "the server at {} has no model. Name one to start it here.",
+                    client.address()
+                ),
+            )),
+            several => Err(Failure::new(
+                Code::Usage,
+                format!(
+                    "the server has several models: {}. Name one.",
+                    several.join(", ")
+                ),
+            )),
         };
     };
     // No server is no failure: the model then runs here.
@@ -52,7 +64,11 @@ pub(crate) async fn find(session: &Session, model: Option<&ModelRef>) -> anyhow:
         }
         ModelRef::Hub(_) => {
             let known = session.store().resolve(model).ok();
-            if let Some(id) = served.into_iter().find(|id| known.as_ref().is_some_and(|known| id == known.name.as_str())) {
+            if let Some(id) = served.into_iter().find(|id| {
+                known
+                    .as_ref()
+                    .is_some_and(|known| id == known.name.as_str())
+            }) {
                 return Ok(Target::Server(client, id));
             }
         }
@@ -61,21 +77,41 @@ pub(crate) async fn find(session: &Session, model: Option<&ModelRef>) -> anyhow:
 }
 
 fn ids(answer: &Value) -> Vec<String> {
-    let models = answer.get("data").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
-    models.iter().filter_map(|model| model.get("id").and_then(Value::as_str)).map(str::to_owned).collect()
+    let models = answer
+        .get("data")
+        .and_then(Value::as_array)
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    models
+        .iter()
+        .filter_map(|model| model.get("id").and_then(Value::as_str))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Finds the file of a model on this machine; one on a hub is pulled when it is not here yet.
 pub(crate) async fn local(session: &Session, model: &ModelRef) -> anyhow::Result<LocalModel> {
     let store = session.store();
     let resolved = match (store.resolve(model), model) {
-        (Err(StoreError::NoSuchModel { .. }), ModelRef::Hub(reference)) => pull_and_resolve(session, &store, reference).await?,
+        (Err(StoreError::NoSuchModel { .. }), ModelRef::Hub(reference)) => {
+            pull_and_resolve(session, &store, reference).await?
+        }
         (other, _) => other?,
     };
-    Ok(LocalModel { path: resolved.path, id: resolved.name.to_string() })
+    Ok(LocalModel {
+        path: resolved.path,
+        id: resolved.name.to_string(),
+    })
 }
 
-async fn pull_and_resolve(session: &Session, store: &Store, reference: &HubRef) -> anyhow::Result<murmur_store::Resolved> {
+async fn pull_and_resolve(
+    session: &Session,
+    store: &Store,
+    reference: &HubRef,
+) -> anyhow::Result<murmur_store::Resolved> {
     let entry = pull::pull(store, reference, None, session.global.quiet).await?;
-    Ok(murmur_store::Resolved { name: entry.name, path: entry.path })
+    Ok(murmur_store::Resolved {
+        name: entry.name,
+        path: entry.path,
+    })
 }

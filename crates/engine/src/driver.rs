@@ -86,8 +86,8 @@ pub struct DriverOptions {
 enum Phase {
     /// Waiting for room, or for stages to come (back).
     Queued,
-    /// `Open` is on its way.
-    Opening { missing: Vec<bool>, cached_tokens: u32 },
+    /// `Open` is on its way, sent when `releases` sessions had ended.
+    Opening { missing: Vec<bool>, cached_tokens: u32, releases: u64 },
     /// Rows are on their way. `next`: first position not sent. `in_flight`: frames sent and not answered; `prefill`:
     /// whether these are prompt rows.
     Running { next: u32, in_flight: usize, prefill: bool },
@@ -143,6 +143,8 @@ pub struct Driver {
     ready: Vec<bool>,
     sessions: BTreeMap<u64, Session>,
     queue: VecDeque<u64>,
+    /// Sessions that ended so far, each of which made room.
+    releases: u64,
     next_id: u64,
     output: Vec<(usize, Frame)>,
     failed: Option<String>,
@@ -159,6 +161,7 @@ impl Driver {
             ready: vec![false; stages],
             sessions: BTreeMap::new(),
             queue: VecDeque::new(),
+            releases: 0,
             next_id: 1,
             output: Vec::new(),
             failed: None,
@@ -315,7 +318,7 @@ impl Driver {
         let Some(id) = self.queue.pop_front() else { return };
         let stages = self.options.stages;
         let Some(session) = self.sessions.get_mut(&id) else { return };
-        session.phase = Phase::Opening { missing: vec![true; stages], cached_tokens: u32::MAX };
+        session.phase = Phase::Opening { missing: vec![true; stages], cached_tokens: u32::MAX, releases: self.releases };
         let mut header = Header::new(Kind::Open, id);
         header.epoch = session.epoch;
         for stage in 0..stages {
@@ -337,7 +340,7 @@ impl Driver {
 
     fn on_opened(&mut self, stage: usize, id: u64, opened: Opened) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
-        let Phase::Opening { missing, cached_tokens } = &mut session.phase else { return };
+        let Phase::Opening { missing, cached_tokens, .. } = &mut session.phase else { return };
         missing[stage] = false;
         *cached_tokens = opened.cached_tokens.min(*cached_tokens);
         if missing.iter().any(|&m| m) {
@@ -357,13 +360,22 @@ impl Driver {
         match refused {
             NotOpened::Bad(reason) => self.fail(id, reason),
             NotOpened::Busy { .. } => {
-                // The next session that ends makes room.
+                let releases = self.releases;
+                let nothing_runs = self.running() == 0;
                 self.close_everywhere(id, 0);
-                if let Some(session) = self.sessions.get_mut(&id) {
-                    session.phase = Phase::Queued;
-                    session.epoch += 1;
-                    self.queue.push_front(id);
+                let Some(session) = self.sessions.get_mut(&id) else { return };
+                // Room made after the question was sent was not seen by the answer.
+                let made_room = !matches!(session.phase, Phase::Opening { releases: at, .. } if at == releases);
+                session.phase = Phase::Queued;
+                session.epoch += 1;
+                self.queue.push_front(id);
+                if made_room {
+                    self.admit();
+                } else if nothing_runs {
+                    // No session will end and make room: an answer is better than waiting for ever.
+                    self.fail(id, "the engine is full although nothing runs; this is a bug, please report it".into());
                 }
+                // Otherwise the next session that ends makes room.
             }
         }
     }
@@ -443,6 +455,7 @@ impl Driver {
     fn remove(&mut self, id: u64, forget: bool) {
         self.close_everywhere(id, if forget { FLAG_FORGET } else { 0 });
         self.sessions.remove(&id);
+        self.releases += 1;
         self.queue.retain(|&queued| queued != id);
         self.admit();
     }
@@ -455,5 +468,92 @@ impl Driver {
         for stage in (0..self.options.stages).filter(|&s| self.ready[s]) {
             self.output.push((stage, Frame { header, payload: Vec::new() }));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn driver(stages: usize) -> Driver {
+        let mut driver = Driver::new(DriverOptions {
+            stages,
+            chunk_rows: 4,
+            exact: false,
+            queue_max: 8,
+            end_of_generation: vec![0],
+        });
+        (0..stages).for_each(|stage| driver.on_ready(stage));
+        driver
+    }
+
+    fn request() -> SessionRequest {
+        SessionRequest { prompt: (1..=10).collect(), max_tokens: 3, sampling: SamplingParams::default() }
+    }
+
+    fn sent(driver: &mut Driver) -> Vec<(usize, Kind, u64, u32, u32)> {
+        let frames = driver.take_output().into_iter();
+        frames.map(|(to, f)| (to, f.header.kind, f.header.session, f.header.epoch, f.header.position)).collect()
+    }
+
+    fn answer<T: serde::Serialize>(driver: &mut Driver, stage: usize, kind: Kind, at: (u64, u32), message: &T) {
+        let mut header = Header::new(kind, at.0);
+        header.epoch = at.1;
+        driver.on_frame(stage, Frame::message(header, message).unwrap());
+    }
+
+    #[test]
+    fn room_made_while_a_busy_answer_was_on_its_way_is_not_forgotten() {
+        let mut driver = driver(1);
+        let (first, _events) = driver.start(request()).unwrap();
+        answer(&mut driver, 0, Kind::Opened, (first, 0), &Opened { cached_tokens: 0 });
+        let (second, _events) = driver.start(request()).unwrap();
+        driver.cancel(first);
+        sent(&mut driver);
+        // The stage said this before it heard of the cancel.
+        answer(&mut driver, 0, Kind::NotOpened, (second, 0), &NotOpened::Busy { retry_ms: 1 });
+        assert!(sent(&mut driver).contains(&(0, Kind::Open, second, 1, 0)));
+    }
+
+    #[test]
+    fn the_ring_starts_where_every_stage_has_the_prefix() {
+        let mut driver = driver(2);
+        let (id, _events) = driver.start(request()).unwrap();
+        sent(&mut driver);
+        answer(&mut driver, 0, Kind::Opened, (id, 0), &Opened { cached_tokens: 9 });
+        assert!(sent(&mut driver).is_empty());
+        answer(&mut driver, 1, Kind::Opened, (id, 0), &Opened { cached_tokens: 5 });
+        // Rows 5..8 end at the chunk boundary, 8..10 are the rest.
+        assert_eq!(sent(&mut driver), [(0, Kind::Tokens, id, 0, 5), (0, Kind::Tokens, id, 0, 8)]);
+    }
+
+    #[test]
+    fn a_lost_stage_opens_every_session_anew_and_old_answers_are_ignored() {
+        let mut driver = driver(2);
+        let (id, mut events) = driver.start(request()).unwrap();
+        for stage in 0..2 {
+            answer(&mut driver, stage, Kind::Opened, (id, 0), &Opened { cached_tokens: 0 });
+        }
+        driver.on_lost(1);
+        sent(&mut driver);
+        let stale = Step { sampled: None, compute_us: 1, batch_rows: 1, threads: 1 };
+        answer(&mut driver, 1, Kind::Done, (id, 0), &stale);
+        assert!(sent(&mut driver).is_empty() && events.try_recv().is_err());
+        driver.on_ready(1);
+        let opened: Vec<_> = sent(&mut driver);
+        assert_eq!(opened, [(0, Kind::Open, id, 1, 0), (1, Kind::Open, id, 1, 0)]);
+    }
+
+    #[test]
+    fn a_session_whose_stages_keep_dying_is_given_up_with_a_reason() {
+        let mut driver = driver(1);
+        let (id, mut events) = driver.start(request()).unwrap();
+        for epoch in 0..=RESTARTS_MAX {
+            answer(&mut driver, 0, Kind::Opened, (id, epoch), &Opened { cached_tokens: 0 });
+            driver.on_lost(0);
+            driver.on_ready(0);
+        }
+        assert!(matches!(events.try_recv(), Ok(SessionEvent::Failed(_))));
+        assert_eq!(driver.queued() + driver.running(), 0);
     }
 }

@@ -22,11 +22,11 @@ use tokio::{
 };
 
 /// Events that a generation may be ahead of its reader.
-pub const EVENTS: usize = 8;
-pub const PROMPT_TOKENS: u32 = 7;
-pub const CACHED_TOKENS: u32 = 3;
+pub(crate) const EVENTS: usize = 8;
+pub(crate) const PROMPT_TOKENS: u32 = 7;
+pub(crate) const CACHED_TOKENS: u32 = 3;
 /// ChatML with a switch for reasoning and the tools in the system turn.
-pub const TEMPLATE: &str = "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>\
+pub(crate) const TEMPLATE: &str = "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>\
     {# calls are written as <tool_call>{...}</tool_call> #}<tool_call></tool_call><|im_end|>\n{% endif %}\
     {% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}";
@@ -34,14 +34,14 @@ pub const TEMPLATE: &str = "{% if tools %}<|im_start|>system\n<tools>{% for tool
 type Answer = Box<dyn Fn(&GenerateRequest) -> Result<Generation, Refusal> + Send + Sync>;
 
 /// A node that notes what it is asked, and answers as the test says.
-pub struct Fake {
-    pub models: Vec<Arc<ModelCard>>,
-    pub seen: Mutex<Vec<GenerateRequest>>,
-    pub embedded: Mutex<Vec<Prompt>>,
+pub(crate) struct Fake {
+    pub(crate) models: Vec<Arc<ModelCard>>,
+    pub(crate) seen: Mutex<Vec<GenerateRequest>>,
+    pub(crate) embedded: Mutex<Vec<Prompt>>,
     answer: Answer,
 }
 
-pub fn card(id: &str, kind: ModelKind) -> Arc<ModelCard> {
+pub(crate) fn card(id: &str, kind: ModelKind) -> Arc<ModelCard> {
     Arc::new(ModelCard {
         id: id.to_owned(),
         created: 1_700_000_000,
@@ -56,7 +56,7 @@ pub fn card(id: &str, kind: ModelKind) -> Arc<ModelCard> {
 }
 
 impl Fake {
-    pub fn answering(
+    pub(crate) fn answering(
         answer: impl Fn(&GenerateRequest) -> Result<Generation, Refusal> + Send + Sync + 'static,
     ) -> Fake {
         Fake {
@@ -68,20 +68,20 @@ impl Fake {
     }
 
     /// Says these pieces, and ends by itself.
-    pub fn saying(pieces: &'static [&'static str]) -> Fake {
+    pub(crate) fn saying(pieces: &'static [&'static str]) -> Fake {
         Fake::answering(move |request| Ok(play(script(request, pieces, Finish::EndOfText))))
     }
 
-    pub fn refusing(refusal: Refusal) -> Fake {
+    pub(crate) fn refusing(refusal: Refusal) -> Fake {
         Fake::answering(move |_| Err(refusal.clone()))
     }
 
-    pub fn last(&self) -> GenerateRequest {
+    pub(crate) fn last(&self) -> GenerateRequest {
         self.seen.lock().unwrap().last().unwrap().clone()
     }
 }
 
-pub fn token(text: &[u8]) -> TokenInfo {
+pub(crate) fn token(text: &[u8]) -> TokenInfo {
     TokenInfo {
         id: 5,
         bytes: text.to_vec(),
@@ -90,11 +90,11 @@ pub fn token(text: &[u8]) -> TokenInfo {
     }
 }
 
-pub fn text(piece: &str) -> Event {
+pub(crate) fn text(piece: &str) -> Event {
     Event::Text { text: piece.to_owned(), tokens: vec![token(piece.as_bytes())] }
 }
 
-pub fn done(seed: u64, completion_tokens: u32, finish: Finish) -> Event {
+pub(crate) fn done(seed: u64, completion_tokens: u32, finish: Finish) -> Event {
     Event::Done(Completion {
         finish,
         prompt_tokens: PROMPT_TOKENS,
@@ -106,7 +106,7 @@ pub fn done(seed: u64, completion_tokens: u32, finish: Finish) -> Event {
     })
 }
 
-pub fn script(request: &GenerateRequest, pieces: &[&str], finish: Finish) -> Vec<Event> {
+pub(crate) fn script(request: &GenerateRequest, pieces: &[&str], finish: Finish) -> Vec<Event> {
     let mut events = vec![Event::Prefill { done_tokens: PROMPT_TOKENS, cached_tokens: CACHED_TOKENS }];
     events.extend(pieces.iter().map(|piece| text(piece)));
     events.push(done(request.sampling.seed, pieces.len() as u32 + 1, finish));
@@ -114,7 +114,7 @@ pub fn script(request: &GenerateRequest, pieces: &[&str], finish: Finish) -> Vec
 }
 
 /// A generation in which all has happened already.
-pub fn play(events: Vec<Event>) -> Generation {
+pub(crate) fn play(events: Vec<Event>) -> Generation {
     let (sender, receiver) = mpsc::channel(events.len().max(1));
     for event in events {
         sender.try_send(event).unwrap();
@@ -123,7 +123,7 @@ pub fn play(events: Vec<Event>) -> Generation {
 }
 
 /// A node whose generations the test conducts: each one's sender comes out of the receiver.
-pub fn conducted() -> (Fake, mpsc::UnboundedReceiver<mpsc::Sender<Event>>) {
+pub(crate) fn conducted() -> (Fake, mpsc::UnboundedReceiver<mpsc::Sender<Event>>) {
     let (started, generations) = mpsc::unbounded_channel();
     let fake = Fake::answering(move |_| {
         let (sender, receiver) = mpsc::channel(EVENTS);
@@ -177,19 +177,19 @@ impl Backend for Fake {
 }
 
 /// A running server.
-pub struct Server {
-    pub address: std::net::SocketAddr,
-    pub fake: Arc<Fake>,
+pub(crate) struct Server {
+    pub(crate) address: std::net::SocketAddr,
+    pub(crate) fake: Arc<Fake>,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<()>,
 }
 
 impl Server {
-    pub async fn start(fake: Fake) -> Server {
+    pub(crate) async fn start(fake: Fake) -> Server {
         Server::with(fake, |_| ()).await
     }
 
-    pub async fn with(fake: Fake, change: impl FnOnce(&mut ApiOptions)) -> Server {
+    pub(crate) async fn with(fake: Fake, change: impl FnOnce(&mut ApiOptions)) -> Server {
         let mut options = ApiOptions::default();
         change(&mut options);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -204,25 +204,25 @@ impl Server {
         Server { address, fake, stop: Some(stop), task }
     }
 
-    pub async fn stop(mut self) {
+    pub(crate) async fn stop(mut self) {
         self.stop.take().unwrap().send(()).unwrap();
         (&mut self.task).await.unwrap();
     }
 
-    pub fn url(&self, path: &str) -> String {
+    pub(crate) fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
     }
 
-    pub fn get(&self, path: &str) -> RequestBuilder {
+    pub(crate) fn get(&self, path: &str) -> RequestBuilder {
         client().get(self.url(path))
     }
 
-    pub fn post(&self, path: &str, body: &Value) -> RequestBuilder {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> RequestBuilder {
         client().post(self.url(path)).json(body)
     }
 
     /// Posts and expects 200.
-    pub async fn ask(&self, path: &str, body: &Value) -> Value {
+    pub(crate) async fn ask(&self, path: &str, body: &Value) -> Value {
         let response = self.post(path, body).send().await.unwrap();
         let status = response.status();
         let answer: Value = response.json().await.unwrap();
@@ -231,12 +231,12 @@ impl Server {
     }
 
     /// Posts and expects an error: its status and the `error` object.
-    pub async fn fail(&self, path: &str, body: &Value) -> (u16, Value) {
+    pub(crate) async fn fail(&self, path: &str, body: &Value) -> (u16, Value) {
         error(self.post(path, body).send().await.unwrap()).await
     }
 
     /// Posts and expects a stream: its lines that are not empty.
-    pub async fn stream(&self, path: &str, body: &Value) -> Stream {
+    pub(crate) async fn stream(&self, path: &str, body: &Value) -> Stream {
         let response = self.post(path, body).send().await.unwrap();
         assert_eq!(response.status(), 200);
         assert_eq!(response.headers()["content-type"], "text/event-stream");
@@ -250,12 +250,12 @@ impl Drop for Server {
     }
 }
 
-pub fn client() -> reqwest::Client {
+pub(crate) fn client() -> reqwest::Client {
     reqwest::Client::builder().no_proxy().build().unwrap()
 }
 
 /// Checks the shape that every error has.
-pub async fn error(response: Response) -> (u16, Value) {
+pub(crate) async fn error(response: Response) -> (u16, Value) {
     let status = response.status();
     assert!(status != StatusCode::OK);
     assert_eq!(response.headers()["content-type"], "application/json");
@@ -269,16 +269,16 @@ pub async fn error(response: Response) -> (u16, Value) {
 
 /// A stream that was read to its end.
 #[derive(Debug)]
-pub struct Stream {
-    pub chunks: Vec<Value>,
-    pub comments: Vec<String>,
+pub(crate) struct Stream {
+    pub(crate) chunks: Vec<Value>,
+    pub(crate) comments: Vec<String>,
     /// How often `[DONE]` came, and whether it was the last line.
-    pub dones: usize,
-    pub ends_with_done: bool,
+    pub(crate) dones: usize,
+    pub(crate) ends_with_done: bool,
 }
 
 impl Stream {
-    pub fn read(text: &str) -> Stream {
+    pub(crate) fn read(text: &str) -> Stream {
         let mut stream = Stream { chunks: Vec::new(), comments: Vec::new(), dones: 0, ends_with_done: false };
         for event in text.split_terminator("\n\n") {
             stream.ends_with_done = event == "data: [DONE]";
@@ -293,13 +293,13 @@ impl Stream {
         stream
     }
 
-    pub fn assert_complete(&self) {
+    pub(crate) fn assert_complete(&self) {
         assert_eq!(self.dones, 1, "{self:?}");
         assert!(self.ends_with_done, "{self:?}");
     }
 
     /// All text of a choice: `field` is `content` or `reasoning_content`; for completions, `text`.
-    pub fn text(&self, index: u64, field: &str) -> String {
+    pub(crate) fn text(&self, index: u64, field: &str) -> String {
         let choice = |chunk: &Value| chunk["choices"].as_array()?.iter().find(|choice| choice["index"] == index).cloned();
         self.chunks
             .iter()
@@ -311,19 +311,19 @@ impl Stream {
             .collect()
     }
 
-    pub fn finish_reasons(&self) -> Vec<String> {
+    pub(crate) fn finish_reasons(&self) -> Vec<String> {
         let choices = self.chunks.iter().filter_map(|chunk| chunk["choices"].as_array()).flatten();
         choices.filter_map(|choice| choice["finish_reason"].as_str().map(str::to_owned)).collect()
     }
 }
 
 /// A chat of one message.
-pub fn chat(more: Value) -> Value {
+pub(crate) fn chat(more: Value) -> Value {
     merge(json!({"model": "org/tiny", "messages": [{"role": "user", "content": "hi"}]}), more)
 }
 
 /// A completion of a short prompt.
-pub fn completion(more: Value) -> Value {
+pub(crate) fn completion(more: Value) -> Value {
     merge(json!({"model": "org/tiny", "prompt": "Once"}), more)
 }
 

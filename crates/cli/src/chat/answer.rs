@@ -29,14 +29,19 @@ pub(crate) struct Finished {
 }
 
 /// Asks, and hands out pieces as they come. Dropping the future stops the answer on the server too.
-pub(crate) async fn stream(client: &ApiClient, question: &Question, mut on_piece: impl FnMut(Piece<'_>) -> anyhow::Result<()>) -> anyhow::Result<Finished> {
+pub(crate) async fn stream(
+    client: &ApiClient,
+    question: &Question,
+    mut on_piece: impl FnMut(Piece<'_>) -> anyhow::Result<()>,
+) -> anyhow::Result<Finished> {
     let mut events = client.stream(question.path, &question.body).await?;
     let mut finished = Finished::default();
     while let Some(event) = events.next().await? {
         if event == "[DONE]" {
             return Ok(finished);
         }
-        let chunk: Value = serde_json::from_str(&event).map_err(|error| broken(&format!("an event is no JSON: {error}")))?;
+        let chunk: Value = serde_json::from_str(&event)
+            .map_err(|error| broken(&format!("an event is no JSON: {error}")))?;
         if let Some(message) = chunk.pointer("/error/message").and_then(Value::as_str) {
             return Err(Failure::new(Code::Failed, message));
         }
@@ -45,9 +50,18 @@ pub(crate) async fn stream(client: &ApiClient, question: &Question, mut on_piece
     Err(broken("it ended without saying so"))
 }
 
-fn read_chunk(chunk: &Value, finished: &mut Finished, on_piece: &mut impl FnMut(Piece<'_>) -> anyhow::Result<()>) -> anyhow::Result<()> {
+fn read_chunk(
+    chunk: &Value,
+    finished: &mut Finished,
+    on_piece: &mut impl FnMut(Piece<'_>) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     if let Some(choice) = chunk.pointer("/choices/0") {
-        let text = |pointer: &str| choice.pointer(pointer).and_then(Value::as_str).filter(|text| !text.is_empty());
+        let text = |pointer: &str| {
+            choice
+                .pointer(pointer)
+                .and_then(Value::as_str)
+                .filter(|text| !text.is_empty())
+        };
         if let Some(reasoning) = text("/delta/reasoning_content") {
             on_piece(Piece::Reasoning(reasoning))?;
         }
@@ -65,5 +79,8 @@ fn read_chunk(chunk: &Value, finished: &mut Finished, on_piece: &mut impl FnMut(
 }
 
 fn broken(why: &str) -> anyhow::Error {
-    Failure::new(Code::Unavailable, format!("the answer broke off: {why}. Ask again; `murmur status` says how the server is."))
+    Failure::new(
+        Code::Unavailable,
+        format!("the answer broke off: {why}. Ask again; `murmur status` says how the server is."),
+    )
 }

@@ -37,20 +37,43 @@ struct Check {
 
 impl Check {
     fn ok(name: &'static str, found: impl Into<String>) -> Self {
-        Self { name, verdict: Verdict::Ok, found: found.into(), advice: String::new() }
+        Self {
+            name,
+            verdict: Verdict::Ok,
+            found: found.into(),
+            advice: String::new(),
+        }
     }
 
     fn warn(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
-        Self { name, verdict: Verdict::Warn, found: found.into(), advice: advice.into() }
+        Self {
+            name,
+            verdict: Verdict::Warn,
+            found: found.into(),
+            advice: advice.into(),
+        }
     }
 
     fn fail(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
-        Self { name, verdict: Verdict::Fail, found: found.into(), advice: advice.into() }
+        Self {
+            name,
+            verdict: Verdict::Fail,
+            found: found.into(),
+            advice: advice.into(),
+        }
     }
 }
 
 pub(super) fn run(session: &Session) -> anyhow::Result<()> {
-    let checks = vec![data_directory(session), disk(session), memory(), processor(), port(session), store(session), hub()];
+    let checks = vec![
+        data_directory(session),
+        disk(session),
+        memory(),
+        processor(),
+        port(session),
+        store(session),
+        hub(),
+    ];
     if session.global.json {
         ui::print_json(&serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -62,7 +85,11 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
     } else {
         ui::print(&page(session, &checks))?;
     }
-    let failed: Vec<&str> = checks.iter().filter(|check| check.verdict == Verdict::Fail).map(|check| check.name).collect();
+    let failed: Vec<&str> = checks
+        .iter()
+        .filter(|check| check.verdict == Verdict::Fail)
+        .map(|check| check.name)
+        .collect();
     if failed.is_empty() {
         return Ok(());
     }
@@ -70,7 +97,10 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
         // The report is on standard output already, and is one JSON document.
         std::process::exit(Code::Failed as i32);
     }
-    Err(Failure::new(Code::Failed, format!("not in order: {}", failed.join(", "))))
+    Err(Failure::new(
+        Code::Failed,
+        format!("not in order: {}", failed.join(", ")),
+    ))
 }
 
 fn page(session: &Session, checks: &[Check]) -> String {
@@ -87,25 +117,47 @@ fn page(session: &Session, checks: &[Check]) -> String {
             let _ = writeln!(out, "      {}", check.advice);
         }
     }
-    let file = session.config_file.as_ref().map_or("none".to_owned(), |path| path.display().to_string());
+    let file = session
+        .config_file
+        .as_ref()
+        .map_or("none".to_owned(), |path| path.display().to_string());
     let _ = writeln!(out, "\nsettings (configuration file: {file})");
     let rows: Vec<Vec<String>> = session
         .effective
         .iter()
-        .map(|s| vec![s.key.clone(), s.value.clone().unwrap_or_else(|| "-".to_owned()), s.source.to_owned(), s.variable.clone()])
+        .map(|s| {
+            vec![
+                s.key.clone(),
+                s.value.clone().unwrap_or_else(|| "-".to_owned()),
+                s.source.to_owned(),
+                s.variable.clone(),
+            ]
+        })
         .collect();
-    out.push_str(&ui::table(&["KEY", "VALUE", "FROM", "VARIABLE"], &rows, &[]));
+    out.push_str(&ui::table(
+        &["KEY", "VALUE", "FROM", "VARIABLE"],
+        &rows,
+        &[],
+    ));
     out
 }
 
 fn data_directory(session: &Session) -> Check {
     const NAME: &str = "data directory";
     let path = session.data_dir.display();
-    let probe = session.data_dir.join(format!(".doctor-{}", std::process::id()));
-    let writable = fs::create_dir_all(&session.data_dir).and_then(|()| fs::write(&probe, b"")).and_then(|()| fs::remove_file(&probe));
+    let probe = session
+        .data_dir
+        .join(format!(".doctor-{}", std::process::id()));
+    let writable = fs::create_dir_all(&session.data_dir)
+        .and_then(|()| fs::write(&probe, b""))
+        .and_then(|()| fs::remove_file(&probe));
     match writable {
         Ok(()) => Check::ok(NAME, format!("{path} is writable")),
-        Err(error) => Check::fail(NAME, format!("{path} cannot be written: {error}"), "Make it writable for this user, or choose another place with --data-dir."),
+        Err(error) => Check::fail(
+            NAME,
+            format!("{path} cannot be written: {error}"),
+            "Make it writable for this user, or choose another place with --data-dir.",
+        ),
     }
 }
 
@@ -113,9 +165,21 @@ fn disk(session: &Session) -> Check {
     const NAME: &str = "disk";
     let place = session.data_dir.display();
     match available_bytes(&session.data_dir) {
-        None => Check::warn(NAME, "this system does not say how much room there is", "Look yourself before pulling large models."),
-        Some(free) if free < DISK_FAIL_BYTES => Check::fail(NAME, format!("{} free at {place}", Size(free)), "Free some space, or choose another place with --data-dir."),
-        Some(free) if free < DISK_WARN_BYTES => Check::warn(NAME, format!("{} free at {place}", Size(free)), "Enough to run, too little for most models."),
+        None => Check::warn(
+            NAME,
+            "this system does not say how much room there is",
+            "Look yourself before pulling large models.",
+        ),
+        Some(free) if free < DISK_FAIL_BYTES => Check::fail(
+            NAME,
+            format!("{} free at {place}", Size(free)),
+            "Free some space, or choose another place with --data-dir.",
+        ),
+        Some(free) if free < DISK_WARN_BYTES => Check::warn(
+            NAME,
+            format!("{} free at {place}", Size(free)),
+            "Enough to run, too little for most models.",
+        ),
         Some(free) => Check::ok(NAME, format!("{} free at {place}", Size(free))),
     }
 }
@@ -123,19 +187,40 @@ fn disk(session: &Session) -> Check {
 fn memory() -> Check {
     const NAME: &str = "memory";
     match machine::available_memory_bytes() {
-        None => Check::warn(NAME, "this system does not say how much is free", "Set --max-memory, so that a model that does not fit is refused."),
-        Some(free) if free < MEMORY_WARN_BYTES => Check::warn(NAME, format!("{} available", Size(free)), "Enough for the smallest models only; end other programs."),
+        None => Check::warn(
+            NAME,
+            "this system does not say how much is free",
+            "Set --max-memory, so that a model that does not fit is refused.",
+        ),
+        Some(free) if free < MEMORY_WARN_BYTES => Check::warn(
+            NAME,
+            format!("{} available", Size(free)),
+            "Enough for the smallest models only; end other programs.",
+        ),
         Some(free) => Check::ok(NAME, format!("{} available", Size(free))),
     }
 }
 
 fn processor() -> Check {
     const NAME: &str = "processor";
-    let threads = std::thread::available_parallelism().map_or_else(|_| "?".to_owned(), |n| n.to_string());
-    let features: Vec<&str> = machine::cpu_features().into_iter().filter(|(_, present)| *present).map(|(name, _)| name).collect();
-    let found = format!("{}, {threads} threads, {}", std::env::consts::ARCH, features.join(" "));
+    let threads =
+        std::thread::available_parallelism().map_or_else(|_| "?".to_owned(), |n| n.to_string());
+    let features: Vec<&str> = machine::cpu_features()
+        .into_iter()
+        .filter(|(_, present)| *present)
+        .map(|(name, _)| name)
+        .collect();
+    let found = format!(
+        "{}, {threads} threads, {}",
+        std::env::consts::ARCH,
+        features.join(" ")
+    );
     match machine::missing_essential_feature() {
-        Some(missing) => Check::warn(NAME, format!("{found}; no {missing}"), "Models will run, many times slower than on a newer processor."),
+        Some(missing) => Check::warn(
+            NAME,
+            format!("{found}; no {missing}"),
+            "Models will run, many times slower than on a newer processor.",
+        ),
         None => Check::ok(NAME, found),
     }
 }
@@ -147,11 +232,17 @@ fn port(session: &Session) -> Check {
         Ok(_) => Check::ok(NAME, format!("{address} is free")),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => match occupant(session) {
             Occupant::Murmur => Check::ok(NAME, format!("a murmur server is at {address}")),
-            Occupant::Other(who) => {
-                Check::warn(NAME, format!("{address} is used by {who}"), "End it, or serve elsewhere: --api 127.0.0.1:6877.")
-            }
+            Occupant::Other(who) => Check::warn(
+                NAME,
+                format!("{address} is used by {who}"),
+                "End it, or serve elsewhere: --api 127.0.0.1:6877.",
+            ),
         },
-        Err(error) => Check::fail(NAME, format!("{address} cannot be listened on: {error}"), "Choose an address of this machine with --api."),
+        Err(error) => Check::fail(
+            NAME,
+            format!("{address} cannot be listened on: {error}"),
+            "Choose an address of this machine with --api.",
+        ),
     }
 }
 
@@ -182,7 +273,10 @@ pub(super) fn occupant(session: &Session) -> Occupant {
     if is_murmur {
         return Occupant::Murmur;
     }
-    Occupant::Other(machine::listener_on(session.global.api.port()).unwrap_or_else(|| "another program".to_owned()))
+    Occupant::Other(
+        machine::listener_on(session.global.api.port())
+            .unwrap_or_else(|| "another program".to_owned()),
+    )
 }
 
 fn store(session: &Session) -> Check {
@@ -190,12 +284,23 @@ fn store(session: &Session) -> Check {
     match session.store().list() {
         Err(error) => Check::fail(NAME, "the index cannot be read", error.to_string()),
         Ok(entries) => {
-            let missing: Vec<String> = entries.iter().filter(|entry| !entry.path.exists()).map(|entry| entry.name.to_string()).collect();
+            let missing: Vec<String> = entries
+                .iter()
+                .filter(|entry| !entry.path.exists())
+                .map(|entry| entry.name.to_string())
+                .collect();
             if missing.is_empty() {
                 return Check::ok(NAME, format!("{} in the store", entries.len()));
             }
-            let advice = format!("Put the files back, or forget them: murmur models rm {}", missing.join(" "));
-            Check::warn(NAME, format!("files of {} are gone", missing.join(", ")), advice)
+            let advice = format!(
+                "Put the files back, or forget them: murmur models rm {}",
+                missing.join(" ")
+            );
+            Check::warn(
+                NAME,
+                format!("files of {} are gone", missing.join(", ")),
+                advice,
+            )
         }
     }
 }
@@ -204,8 +309,19 @@ fn hub() -> Check {
     const NAME: &str = "hub";
     match HubConfig::from_env() {
         Ok(config) => {
-            let token = if config.has_token() { "with a token" } else { "without a token" };
-            Check::ok(NAME, format!("{}, {token}, cache {}", config.endpoint(), config.cache_dir().display()))
+            let token = if config.has_token() {
+                "with a token"
+            } else {
+                "without a token"
+            };
+            Check::ok(
+                NAME,
+                format!(
+                    "{}, {token}, cache {}",
+                    config.endpoint(),
+                    config.cache_dir().display()
+                ),
+            )
         }
         Err(error) => Check::fail(NAME, "the hub settings cannot be used", error.to_string()),
     }

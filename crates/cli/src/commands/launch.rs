@@ -1,0 +1,249 @@
+//! A node in this process: loading with progress, the API in front of it, and an end in order.
+
+use std::{
+    collections::HashMap,
+    io::{self, IsTerminal},
+    net::{Ipv4Addr, TcpListener},
+    sync::{Arc, Mutex},
+};
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use murmur_api::ApiOptions;
+use murmur_node::{LoadProgress, ModelSpec, Node, NodeOptions};
+use rand::Rng;
+use tokio::{sync::oneshot, task::JoinHandle};
+
+use super::{
+    Session,
+    doctor::{Occupant, occupant},
+};
+use crate::{
+    args::EngineArgs,
+    client::ApiClient,
+    exit::{Code, Failure},
+    target::{LocalModel, Target},
+    ui,
+    units::Threads,
+};
+
+/// Steps of a progress bar.
+const PROGRESS_STEPS: u64 = 1000;
+
+/// Listens at `--api`, or says who is there already.
+pub(super) fn listen(session: &Session) -> anyhow::Result<TcpListener> {
+    let address = session.global.api;
+    let failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            let (who, instead) = match occupant(session) {
+                Occupant::Murmur => (
+                    "a murmur server".to_owned(),
+                    "Use that one (`murmur status` shows what it serves), end it,",
+                ),
+                Occupant::Other(who) => (who, "End it,"),
+            };
+            Failure::new(
+                Code::Unavailable,
+                format!(
+                    "{address} is in use by {who}. {instead} or listen elsewhere, such as --api 127.0.0.1:6877"
+                ),
+            )
+        }
+        io::ErrorKind::AddrNotAvailable => Failure::new(
+            Code::Unavailable,
+            format!(
+                "{address} is no address of this machine. Choose one of its own with --api, such as 127.0.0.1:6876"
+            ),
+        ),
+        io::ErrorKind::PermissionDenied => Failure::new(
+            Code::Unavailable,
+            format!("this user may not listen on {address}. Choose a port above 1023 with --api"),
+        ),
+        _ => anyhow::Error::from(error).context(format!("listening on {address}")),
+    };
+    let listener = TcpListener::bind(address).map_err(failed)?;
+    listener
+        .set_nonblocking(true)
+        .context("setting up the listening socket")?;
+    Ok(listener)
+}
+
+/// Loads models. Ctrl-C ends it; the engine's processes then end with this one.
+pub(super) async fn load(
+    session: &Session,
+    models: Vec<LocalModel>,
+    engine: &EngineArgs,
+) -> anyhow::Result<Arc<Node>> {
+    let options = NodeOptions {
+        data_dir: session.data_dir.clone(),
+        models: models
+            .into_iter()
+            .map(|model| ModelSpec {
+                path: model.path,
+                id: model.id,
+            })
+            .collect(),
+        stages: engine.stages,
+        threads: match engine.threads {
+            Threads::Auto => murmur_node::Threads::Auto,
+            Threads::Fixed(count) => murmur_node::Threads::Fixed(count.get()),
+        },
+        ctx_tokens: engine.ctx,
+        parallel: engine.parallel,
+        max_memory_bytes: engine.max_memory.map(|size| size.0),
+        exact: engine.exact,
+        gpu_layers: engine.gpu_layers,
+        engine_program: std::env::current_exe()
+            .context("finding this program, for the engine's processes")?,
+    };
+    let bar = Arc::new(LoadBar::new(session.global.quiet, engine.stages));
+    let listener = Arc::clone(&bar);
+    let outcome = tokio::select! {
+        node = Node::start(options, move |progress| listener.show(&progress)) => node.map_err(anyhow::Error::from),
+        _ = tokio::signal::ctrl_c() => Err(Failure::new(Code::Interrupted, "interrupted while loading")),
+    };
+    bar.finish();
+    outcome
+}
+
+/// One bar for a model at a time: the mean of its stages.
+struct LoadBar {
+    bar: ProgressBar,
+    stages: u32,
+    done: Mutex<HashMap<(String, usize), f32>>,
+}
+
+impl LoadBar {
+    fn new(quiet: bool, stages: u32) -> Self {
+        let hidden = quiet || !io::stderr().is_terminal();
+        let target = if hidden {
+            ProgressDrawTarget::hidden()
+        } else {
+            ProgressDrawTarget::stderr()
+        };
+        let bar = ProgressBar::with_draw_target(Some(PROGRESS_STEPS), target);
+        if let Ok(style) =
+            ProgressStyle::with_template("loading {msg} {wide_bar} {percent}% {elapsed}")
+        {
+            bar.set_style(style);
+        }
+        Self {
+            bar,
+            stages,
+            done: Mutex::default(),
+        }
+    }
+
+    fn show(&self, progress: &LoadProgress) {
+        let Ok(mut done) = self.done.lock() else {
+            return;
+        };
+        done.insert(
+            (progress.model.clone(), progress.stage),
+            progress.fraction.clamp(0.0, 1.0),
+        );
+        let sum: f32 = done
+            .iter()
+            .filter(|((model, _), _)| *model == progress.model)
+            .map(|(_, fraction)| fraction)
+            .sum();
+        let share = f64::from(sum) / f64::from(self.stages.max(1));
+        self.bar.set_message(ui::without_controls(&progress.model));
+        self.bar
+            .set_position(((share * PROGRESS_STEPS as f64) as u64).min(PROGRESS_STEPS));
+    }
+
+    fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// A server that a command runs for itself: on a port of its own, with a key that nobody else has.
+pub(super) struct OwnServer {
+    pub(super) client: ApiClient,
+    stop: oneshot::Sender<()>,
+    serving: JoinHandle<()>,
+    node: Arc<Node>,
+}
+
+impl OwnServer {
+    pub(super) async fn start(
+        session: &Session,
+        model: LocalModel,
+        engine: &EngineArgs,
+    ) -> anyhow::Result<Self> {
+        let node = load(session, vec![model], engine).await?;
+        let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .await
+            .context("listening on this machine")?;
+        let address = listener.local_addr()?;
+        let key = format!("{:032x}", rand::rng().random::<u128>());
+        let options = ApiOptions {
+            api_keys: vec![key.clone()],
+            shutdown_grace: std::time::Duration::ZERO,
+            ..ApiOptions::default()
+        };
+        let (stop, stopped) = oneshot::channel::<()>();
+        let backend = Arc::clone(&node);
+        let serving = tokio::spawn(async move {
+            let until = async {
+                // Also when the command is gone without saying so.
+                let _ = stopped.await;
+            };
+            if let Err(error) = murmur_api::serve(listener, backend, options, until).await {
+                tracing::error!(%error, "the server for this command ended");
+            }
+        });
+        Ok(Self {
+            client: ApiClient::new(address, Some(key)),
+            stop,
+            serving,
+            node,
+        })
+    }
+
+    pub(super) async fn end(self) {
+        // Each may be over already, which is what is wanted.
+        let _ = self.stop.send(());
+        let _ = self.serving.await;
+        self.node.shutdown().await;
+    }
+}
+
+/// A model that answers: the running server's, or one started for this command.
+pub(super) struct Served {
+    pub(super) client: ApiClient,
+    pub(super) model: String,
+    own: Option<OwnServer>,
+}
+
+impl Served {
+    pub(super) async fn start(
+        session: &Session,
+        target: Target,
+        engine: &EngineArgs,
+    ) -> anyhow::Result<Self> {
+        match target {
+            Target::Server(client, model) => Ok(Self {
+                client,
+                model,
+                own: None,
+            }),
+            Target::Local(local) => {
+                let model = local.id.clone();
+                let own = OwnServer::start(session, local, engine).await?;
+                Ok(Self {
+                    client: own.client.clone(),
+                    model,
+                    own: Some(own),
+                })
+            }
+        }
+    }
+
+    pub(super) async fn end(self) {
+        if let Some(own) = self.own {
+            own.end().await;
+        }
+    }
+}

@@ -137,7 +137,7 @@ impl ApiClient {
             None => Bytes::new(),
         };
         let request = request.body(Full::new(bytes)).map_err(|_| {
-            Failure::new(
+            Failure::because(
                 Code::Usage,
                 "the API key has characters that a header cannot have",
             )
@@ -180,21 +180,21 @@ impl ApiClient {
             return self.nonsense(&format!("{status} without a reason"));
         };
         match status {
-            StatusCode::UNAUTHORIZED => Failure::new(
+            StatusCode::UNAUTHORIZED => Failure::because(
                 Code::Unavailable,
                 format!(
                     "the server at {} wants an API key: {message} Give it with --api-key or MURMUR_API_KEY.",
                     self.address
                 ),
             ),
-            StatusCode::NOT_FOUND => Failure::new(Code::NotFound, message),
+            StatusCode::NOT_FOUND => Failure::because(Code::NotFound, message),
             StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY => {
-                Failure::new(Code::Usage, message)
+                Failure::because(Code::Usage, message)
             }
             StatusCode::TOO_MANY_REQUESTS
             | StatusCode::SERVICE_UNAVAILABLE
-            | StatusCode::FORBIDDEN => Failure::new(Code::Unavailable, message),
-            _ => Failure::new(Code::Failed, message),
+            | StatusCode::FORBIDDEN => Failure::because(Code::Unavailable, message),
+            _ => Failure::because(Code::Failed, message),
         }
     }
 
@@ -204,7 +204,7 @@ impl ApiClient {
             io::ErrorKind::TimedOut => "no answer to the connection".to_owned(),
             _ => error.to_string(),
         };
-        Failure::new(
+        Failure::because(
             Code::Unavailable,
             format!(
                 "no murmur server at {}: {why}. Start one with `murmur serve MODEL`, or name its address with --api.",
@@ -216,7 +216,7 @@ impl ApiClient {
     fn broken(&self, error: &hyper::Error) -> anyhow::Error {
         let why =
             std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
-        Failure::new(
+        Failure::because(
             Code::Unavailable,
             format!(
                 "the connection to {} broke off: {why}. If this is no murmur server, name the right address with --api.",
@@ -226,7 +226,7 @@ impl ApiClient {
     }
 
     fn silent(&self) -> anyhow::Error {
-        Failure::new(
+        Failure::because(
             Code::Unavailable,
             format!(
                 "the server at {} does not answer within {} s. Is it murmur? `murmur doctor` tells.",
@@ -237,7 +237,7 @@ impl ApiClient {
     }
 
     fn nonsense(&self, what: &str) -> anyhow::Error {
-        Failure::new(
+        Failure::because(
             Code::Failed,
             format!(
                 "the server at {} answers with {what}. Is it murmur? `murmur doctor` tells.",
@@ -257,7 +257,7 @@ impl Events {
             let Some(frame) = self.answer.response.body_mut().frame().await else {
                 return Ok(None);
             };
-            let frame = frame.map_err(|error| Failure::new(Code::Unavailable, format!("the answer broke off: {error}. Ask again; `murmur status` says how the server is.")))?;
+            let frame = frame.map_err(|error| Failure::because(Code::Unavailable, format!("the answer broke off: {error}. Ask again; `murmur status` says how the server is.")))?;
             if let Ok(data) = frame.into_data() {
                 self.ready.extend(self.parser.push(&data)?);
             }

@@ -61,7 +61,7 @@ pub(crate) struct Failure {
 
 impl Failure {
     /// Makes an error for `?`.
-    pub(crate) fn new(code: Code, message: impl Into<String>) -> anyhow::Error {
+    pub(crate) fn because(code: Code, message: impl Into<String>) -> anyhow::Error {
         Self {
             code,
             message: message.into(),
@@ -184,7 +184,7 @@ mod tests {
 
     #[test]
     fn the_cause_that_knows_a_code_decides() {
-        let error = Failure::new(Code::NoSpace, "full").context("while pulling");
+        let error = Failure::because(Code::NoSpace, "full").context("while pulling");
         assert_eq!(code_of(&error), Code::NoSpace);
         assert_eq!(code_of(&anyhow::anyhow!("?")), Code::Failed);
         let denied = io::Error::from(io::ErrorKind::PermissionDenied);

@@ -33,7 +33,7 @@ pub(crate) async fn pull(
         }
         _ = tokio::signal::ctrl_c() => {
             progress.finish();
-            Err(Failure::new(Code::Interrupted, "interrupted. What was downloaded is kept: pull again to go on."))
+            Err(Failure::because(Code::Interrupted, "interrupted. What was downloaded is kept: pull again to go on."))
         }
     }
 }

@@ -66,7 +66,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Re
         Some(path) => (
             Some(path.clone()),
             read_file(path)?.ok_or_else(|| {
-                Failure::new(
+                Failure::because(
                     Code::Usage,
                     format!(
                         "there is no configuration file {}. Check --config and MURMUR_CONFIG.",
@@ -109,10 +109,10 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Re
 
 fn data_dir(given: Option<&Path>) -> anyhow::Result<PathBuf> {
     let path = match given {
-        Some(path) if path.as_os_str().is_empty() => return Err(Failure::new(Code::Usage, "--data-dir is empty. Name a directory.")),
+        Some(path) if path.as_os_str().is_empty() => return Err(Failure::because(Code::Usage, "--data-dir is empty. Name a directory.")),
         Some(path) => path.to_owned(),
         None => dirs::data_dir().map(|data| data.join("murmur")).ok_or_else(|| {
-            Failure::new(Code::Usage, "this user has no home directory to keep data in. Choose a place with --data-dir or MURMUR_DATA_DIR.")
+            Failure::because(Code::Usage, "this user has no home directory to keep data in. Choose a place with --data-dir or MURMUR_DATA_DIR.")
         })?,
     };
     std::path::absolute(&path).with_context(|| format!("finding {}", path.display()))
@@ -121,7 +121,7 @@ fn data_dir(given: Option<&Path>) -> anyhow::Result<PathBuf> {
 /// The file's values as texts, as the command line would have them. `None`: no such file.
 fn read_file(path: &Path) -> anyhow::Result<Option<BTreeMap<String, Vec<String>>>> {
     let wrong = |why: String| {
-        Failure::new(
+        Failure::because(
             Code::Usage,
             format!(
                 "the configuration file {} cannot be used: {why}",
@@ -287,7 +287,7 @@ fn file_error(path: &Path, error: &clap::Error) -> anyhow::Error {
         (Some(key), None, _) => format!("'{key}' is wrong: {error}"),
         _ => error.to_string(),
     };
-    Failure::new(
+    Failure::because(
         Code::Usage,
         format!(
             "the configuration file {} cannot be used: {why}",

@@ -37,14 +37,14 @@ pub(crate) async fn find(session: &Session, model: Option<&ModelRef>) -> anyhow:
     let Some(model) = model else {
         return match served?.as_slice() {
             [only] => Ok(Target::Server(client, only.clone())),
-            [] => Err(Failure::new(
+            [] => Err(Failure::because(
                 Code::NotFound,
                 format!(
                     "the server at {} has no model. Name one to start it here.",
                     client.address()
                 ),
             )),
-            several => Err(Failure::new(
+            several => Err(Failure::because(
                 Code::Usage,
                 format!(
                     "the server has several models: {}. Name one.",

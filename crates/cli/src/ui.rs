@@ -24,7 +24,7 @@ pub(crate) fn start_log(global: &Global) -> anyhow::Result<()> {
         (None, _) => "trace",
     };
     let filter = EnvFilter::try_new(filter).map_err(|error| {
-        Failure::new(Code::Usage, format!("the log filter '{filter}' cannot be read: {error}. Write for instance info, or murmur_node=debug"))
+        Failure::because(Code::Usage, format!("the log filter '{filter}' cannot be read: {error}. Write for instance info, or murmur_node=debug"))
     })?;
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -27,8 +27,11 @@ pub const MAX_SCHEMA_BYTES: usize = 512 * 1024;
 pub const MAX_REGEX_BYTES: usize = 8 * 1024;
 /// How long a Lark grammar may be, for the same reason.
 pub const MAX_LARK_BYTES: usize = 16 * 1024;
-/// Steps for building the lexer of a grammar. (Intersections of expressions have product automata: with five times as much fuel,
-/// twenty-four of them in 4 kB took three minutes; with this, milliseconds.)
+/// How many `&` a Lark grammar may have. Intersected expressions have product automata, whose states llguidance's fuel counts too
+/// late: two hundred in 4 kB took three minutes.
+pub const MAX_LARK_INTERSECTIONS: usize = 8;
+/// Steps for building the lexer of a grammar: tens of milliseconds. (A fifth of llguidance's default, with which
+/// intersections took minutes; a schema may still have thousands of properties.)
 pub const MAX_COMPILE_FUEL: u64 = 200_000;
 /// Symbols in the productions of a compiled grammar.
 pub const MAX_GRAMMAR_SYMBOLS: usize = 500_000;
@@ -351,7 +354,15 @@ fn read(source: &Grammar) -> Result<TopLevelGrammar, String> {
         Grammar::JsonObject => {}
         Grammar::JsonSchema(text) => within(text.len(), MAX_SCHEMA_BYTES)?,
         Grammar::Regex(text) => within(text.len(), MAX_REGEX_BYTES)?,
-        Grammar::Lark(text) => within(text.len(), MAX_LARK_BYTES)?,
+        Grammar::Lark(text) => {
+            within(text.len(), MAX_LARK_BYTES)?;
+            let intersections = text.bytes().filter(|byte| *byte == b'&').count();
+            if intersections > MAX_LARK_INTERSECTIONS {
+                return Err(format!(
+                    "it has {intersections} `&`, at most {MAX_LARK_INTERSECTIONS} are allowed: use fewer"
+                ));
+            }
+        }
     }
     let grammar = match source {
         Grammar::JsonObject => json_grammar(serde_json::json!({ "type": "object" })),

@@ -481,6 +481,34 @@ fn hostile_grammars_end_in_an_error_or_a_sampler_never_in_a_crash() {
             "start: T\nT: /{}/",
             "a?".repeat(MAX_LARK_BYTES / 2 - 20)
         )),
+        schema(&format!(
+            r#"{{"type":"string","allOf":[{}]}}"#,
+            (1..200)
+                .map(|i| format!(r#"{{"pattern":"^(a{{{i}}})*b$"}}"#))
+                .collect::<Vec<_>>()
+                .join(",")
+        )),
+        schema(&format!(
+            r#"{{"type":"string","allOf":[{}]}}"#,
+            (1..7)
+                .map(|i| format!(r#"{{"pattern":"^(.{{{i}00}})*b$"}}"#))
+                .collect::<Vec<_>>()
+                .join(",")
+        )),
+        Grammar::Lark(format!(
+            "start: T\nT: {}",
+            (1..10)
+                .map(|i| format!("/(a{{{i}00}})*b/"))
+                .collect::<Vec<_>>()
+                .join("&")
+        )),
+        Grammar::Lark(format!(
+            "start: T\nT: {}",
+            (8..17)
+                .map(|i| format!("/(.{{{i}}})*b/"))
+                .collect::<Vec<_>>()
+                .join("&")
+        )),
         // Intersections whose shortest text is as long as the least common multiple.
         Grammar::Lark("start: T\nT: /(a{1009})+/ & /(a{1013})+/ & /(a{1019})+/".into()),
         Grammar::Lark(format!(

@@ -43,7 +43,7 @@ pub(crate) async fn stream(
         let chunk: Value = serde_json::from_str(&event)
             .map_err(|error| broken(&format!("an event is no JSON: {error}")))?;
         if let Some(message) = chunk.pointer("/error/message").and_then(Value::as_str) {
-            return Err(Failure::new(Code::Failed, message));
+            return Err(Failure::because(Code::Failed, message));
         }
         read_chunk(&chunk, &mut finished, &mut on_piece)?;
     }
@@ -79,7 +79,7 @@ fn read_chunk(
 }
 
 fn broken(why: &str) -> anyhow::Error {
-    Failure::new(
+    Failure::because(
         Code::Unavailable,
         format!("the answer broke off: {why}. Ask again; `murmur status` says how the server is."),
     )

@@ -55,7 +55,7 @@ pub(super) fn run(session: &Session, args: Bench) -> anyhow::Result<()> {
         let served = Served::start(session, target, &args.engine).await?;
         let levels = tokio::select! {
             levels = measure_all(session, &served.client, &served.model, &args) => levels,
-            _ = tokio::signal::ctrl_c() => Err(Failure::new(Code::Interrupted, "interrupted")),
+            _ = tokio::signal::ctrl_c() => Err(Failure::because(Code::Interrupted, "interrupted")),
         };
         let model = served.model.clone();
         served.end().await;
@@ -157,7 +157,7 @@ async fn prompt(
         .cloned()
         .unwrap_or_default();
     if ids.is_empty() {
-        return Err(Failure::new(
+        return Err(Failure::because(
             Code::Failed,
             "the server made no tokens of a text. Is it murmur? `murmur doctor` tells",
         ));

@@ -97,7 +97,7 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
         // The report is on standard output already, and is one JSON document.
         std::process::exit(Code::Failed as i32);
     }
-    Err(Failure::new(
+    Err(Failure::because(
         Code::Failed,
         format!("not in order: {}", failed.join(", ")),
     ))

@@ -20,7 +20,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     );
     // Standard input that is no socket has no peer.
     if input.is_terminal() || socket.peer_addr().is_err() {
-        return Err(Failure::new(
+        return Err(Failure::because(
             Code::Usage,
             format!(
                 "`murmur {}` is started by a node, with a socket to talk over; by hand it has nothing to do. Start a node with `murmur serve MODEL`",

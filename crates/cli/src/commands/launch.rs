@@ -42,20 +42,20 @@ pub(super) fn listen(session: &Session) -> anyhow::Result<TcpListener> {
                 ),
                 Occupant::Other(who) => (who, "End it,"),
             };
-            Failure::new(
+            Failure::because(
                 Code::Unavailable,
                 format!(
                     "{address} is in use by {who}. {instead} or listen elsewhere, such as --api 127.0.0.1:6877"
                 ),
             )
         }
-        io::ErrorKind::AddrNotAvailable => Failure::new(
+        io::ErrorKind::AddrNotAvailable => Failure::because(
             Code::Unavailable,
             format!(
                 "{address} is no address of this machine. Choose one of its own with --api, such as 127.0.0.1:6876"
             ),
         ),
-        io::ErrorKind::PermissionDenied => Failure::new(
+        io::ErrorKind::PermissionDenied => Failure::because(
             Code::Unavailable,
             format!("this user may not listen on {address}. Choose a port above 1023 with --api"),
         ),
@@ -100,7 +100,7 @@ pub(super) async fn load(
     let listener = Arc::clone(&bar);
     let outcome = tokio::select! {
         node = Node::start(options, move |progress| listener.show(&progress)) => node.map_err(anyhow::Error::from),
-        _ = tokio::signal::ctrl_c() => Err(Failure::new(Code::Interrupted, "interrupted while loading")),
+        _ = tokio::signal::ctrl_c() => Err(Failure::because(Code::Interrupted, "interrupted while loading")),
     };
     bar.finish();
     outcome

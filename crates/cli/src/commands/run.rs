@@ -29,7 +29,7 @@ pub(super) fn run(session: &Session, args: Run) -> anyhow::Result<()> {
         None => Some(piped_prompt()?),
     };
     if prompt.is_none() && (args.raw || session.global.json) {
-        return Err(Failure::new(
+        return Err(Failure::because(
             Code::Usage,
             "--raw and --json are for one answer. Give a PROMPT, or pipe one in",
         ));
@@ -104,7 +104,7 @@ async fn answer_once(
     });
     let finished = tokio::select! {
         finished = streaming => finished,
-        _ = tokio::signal::ctrl_c() => Err(Failure::new(Code::Interrupted, "interrupted")),
+        _ = tokio::signal::ctrl_c() => Err(Failure::because(Code::Interrupted, "interrupted")),
     };
     if !wants_json && !text.is_empty() && !text.ends_with('\n') {
         ui::print("\n")?;
@@ -134,19 +134,19 @@ fn piped_prompt() -> anyhow::Result<String> {
         .read_to_end(&mut bytes)
         .context("reading the prompt from standard input")?;
     if bytes.len() as u64 > PROMPT_BYTES_MAX {
-        return Err(Failure::new(
+        return Err(Failure::because(
             Code::Usage,
             format!("the prompt on standard input is longer than {PROMPT_BYTES_MAX} bytes"),
         ));
     }
     let text = String::from_utf8(bytes).map_err(|_| {
-        Failure::new(
+        Failure::because(
             Code::Usage,
             "the prompt on standard input is not UTF-8 text",
         )
     })?;
     if text.trim().is_empty() {
-        return Err(Failure::new(
+        return Err(Failure::because(
             Code::Usage,
             "there is no prompt on standard input. Give one as argument: murmur run MODEL \"PROMPT\"",
         ));

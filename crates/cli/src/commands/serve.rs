@@ -16,7 +16,7 @@ use crate::{
 
 pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
     if args.alias.len() > args.models.len().max(1) {
-        return Err(Failure::new(
+        return Err(Failure::because(
             Code::Usage,
             format!(
                 "{} names (--alias) for {} models. Give one name per MODEL at most",
@@ -94,7 +94,7 @@ async fn models(session: &Session, args: &Serve) -> anyhow::Result<Vec<LocalMode
             model.id = alias.to_string();
         }
         if let Some(other) = models.iter().find(|other| other.id == model.id) {
-            return Err(Failure::new(
+            return Err(Failure::because(
                 Code::Usage,
                 format!(
                     "{} and {} would both be called '{}'. Name them with --alias",
@@ -113,13 +113,13 @@ fn only_model(session: &Session) -> anyhow::Result<ModelRef> {
     let entries = session.store().list()?;
     match entries.as_slice() {
         [only] => Ok(ModelRef::Name(only.name.clone())),
-        [] => Err(Failure::new(
+        [] => Err(Failure::because(
             Code::Usage,
             "no MODEL was named and the store is empty. Name a GGUF file, or pull a model: murmur models pull hf:owner/repo",
         )),
         several => {
             let names: Vec<&str> = several.iter().map(|entry| entry.name.as_str()).collect();
-            Err(Failure::new(
+            Err(Failure::because(
                 Code::Usage,
                 format!(
                     "no MODEL was named and the store has several: {}. Name those to serve",

@@ -1,0 +1,139 @@
+//! A stage on its own, spoken to frame by frame: KV state moves between processes, bad frames are refused.
+
+mod common;
+
+use std::path::Path;
+
+use common::*;
+use murmur_engine::link::{Link, Receiver};
+use murmur_gguf::synth::Weights;
+use murmur_protocol::{
+    frame::{FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
+    sampling::Token,
+    stage::{Load, NotOpened, Open, Role, Step},
+};
+
+struct Stage {
+    link: Link,
+    receiver: Receiver,
+}
+
+impl Stage {
+    fn new(model: &Path) -> Stage {
+        let load = Load {
+            path: model.to_owned(),
+            role: Role::Stage { first: true, last: true },
+            kv_cells: 1024,
+            context_tokens: 512,
+            sequences: 8,
+            chunk_rows: CHUNK_ROWS,
+            threads: Some(1),
+            threads_max: 1,
+            exact: false,
+            gpu_layers: 0,
+            tap: None,
+            inject: None,
+        };
+        let program = Path::new(env!("CARGO_BIN_EXE_murmur-engine-child"));
+        let (link, receiver, _) = Link::spawn(program, &load, &mut |_| {}).unwrap();
+        Stage { link, receiver }
+    }
+
+    fn ask(&mut self, frame: Frame) -> Frame {
+        self.link.send(&[frame]).unwrap();
+        self.receiver.next().expect("the stage answers").0
+    }
+
+    fn open(&mut self, session: u64, prompt: &[Token], generated: &[Token]) -> Frame {
+        let open = Open {
+            prompt: prompt.to_vec(),
+            generated: generated.to_vec(),
+            reserve_cells: 200,
+            sampling: Some(greedy()),
+        };
+        self.ask(Frame::message(Header::new(Kind::Open, session), &open).unwrap())
+    }
+
+    fn rows(&mut self, session: u64, position: u32, tokens: &[Token], flags: u16) -> Frame {
+        let header = Header { position, flags, ..Header::new(Kind::Tokens, session) };
+        self.ask(Frame::tokens(header, tokens))
+    }
+
+    /// The token sampled after `tokens`, and the bits of the best log-probability.
+    fn step(&mut self, session: u64, position: u32, tokens: &[Token], flags: u16) -> (Token, u32) {
+        let frame = self.rows(session, position, tokens, flags | FLAG_WANT_OUTPUT);
+        let step: Step = frame.decode().unwrap_or_else(|_| panic!("{}", frame.as_text()));
+        let sampled = step.sampled.unwrap();
+        (sampled.token, sampled.top[0].1.to_bits())
+    }
+}
+
+#[test]
+fn a_saved_state_goes_on_in_another_process_with_the_same_bits() {
+    let lab = Lab::new();
+    let model = lab.tiny("llama", Weights::Q8_0);
+    let prompt = prompt(50, 1);
+    let mut one = Stage::new(&model);
+    assert_eq!(one.open(1, &prompt, &[]).header.kind, Kind::Opened);
+    let (token, _) = one.step(1, 0, &prompt, FLAG_PREFILL);
+    let state = one.ask(Frame { header: Header::new(Kind::SaveState, 1), payload: Vec::new() });
+    assert_eq!(state.header.kind, Kind::State);
+    let expected = one.step(1, 50, &[token], 0);
+
+    let mut other = Stage::new(&model);
+    assert_eq!(other.open(9, &prompt, &[token]).header.kind, Kind::Opened);
+    let mut restore = Frame::tokens(Header::new(Kind::State, 9), &prompt);
+    restore.payload.extend_from_slice(&state.payload);
+    assert_eq!(other.ask(restore).header.kind, Kind::Restored);
+    assert_eq!(other.step(9, 50, &[token], 0), expected);
+}
+
+#[test]
+fn a_lower_position_is_a_rollback_and_a_higher_one_an_error() {
+    let lab = Lab::new();
+    let mut stage = Stage::new(&lab.tiny("llama", Weights::F32));
+    let prompt = prompt(20, 1);
+    stage.open(1, &prompt, &[]);
+    let first = stage.step(1, 0, &prompt, FLAG_PREFILL);
+    stage.step(1, 20, &[first.0], 0);
+    let gap = stage.rows(1, 30, &[5], 0);
+    assert_eq!(gap.header.kind, Kind::StepFailed);
+    let again = stage.step(1, 0, &prompt, FLAG_PREFILL);
+    // The sampler has moved on by two tokens, the model has not.
+    assert_eq!(again, first);
+}
+
+#[test]
+fn bad_frames_are_answered_and_the_stage_lives_on() {
+    let lab = Lab::new();
+    let mut stage = Stage::new(&lab.tiny("llama", Weights::F32));
+    stage.open(1, &prompt(20, 1), &[]);
+    let cases = [
+        Frame { header: Header { rows: 3, ..Header::new(Kind::Tokens, 1) }, payload: vec![1, 2, 3] },
+        Frame { header: Header { rows: 1, ..Header::new(Kind::Hidden, 1) }, payload: vec![0; 8] },
+        Frame::tokens(Header::new(Kind::Tokens, 1), &[i32::MAX]),
+        Frame::tokens(Header::new(Kind::Tokens, 1), &[-5]),
+        Frame { header: Header::new(Kind::Open, 2), payload: vec![255; 40] },
+        Frame { header: Header { rows: 9, ..Header::new(Kind::State, 1) }, payload: vec![7; 500] },
+        Frame { header: Header::new(Kind::State, 1), payload: vec![7; 500] },
+        Frame { header: Header::new(Kind::SaveState, 77), payload: vec![] },
+        Frame { header: Header::new(Kind::Embed, 1), payload: vec![] },
+    ];
+    for frame in cases {
+        let shown = format!("{:?}", frame.header);
+        assert_eq!(stage.ask(frame).header.kind, Kind::StepFailed, "{shown}");
+    }
+    let opened = stage.open(3, &prompt(20, 2), &[]);
+    assert_eq!(opened.header.kind, Kind::Opened);
+    stage.step(3, 0, &prompt(20, 2), FLAG_PREFILL);
+}
+
+#[test]
+fn a_session_larger_than_the_cache_is_refused_with_the_numbers() {
+    let lab = Lab::new();
+    let mut stage = Stage::new(&lab.tiny("llama", Weights::F32));
+    let open = Open { prompt: prompt(20, 1), generated: vec![], reserve_cells: 5000, sampling: Some(greedy()) };
+    let answer = stage.ask(Frame::message(Header::new(Kind::Open, 1), &open).unwrap());
+    let NotOpened::Bad(reason) = answer.decode().unwrap() else { panic!("{answer:?}") };
+    assert!(reason.contains("5000") && reason.contains("1024"), "{reason}");
+}

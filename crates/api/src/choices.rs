@@ -10,7 +10,9 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use crate::{
-    backend::{Backend, Completion, Event, Finish, GenerateRequest, Generation, Refusal, TokenInfo},
+    backend::{
+        Backend, Completion, Event, Finish, GenerateRequest, Generation, Refusal, TokenInfo,
+    },
     errors::ApiError,
     metrics::Metrics,
 };
@@ -18,7 +20,10 @@ use crate::{
 /// What happened to a choice, as far as an answer shows it.
 #[derive(Debug)]
 pub(crate) enum ChoiceEvent {
-    Text { text: String, tokens: Vec<TokenInfo> },
+    Text {
+        text: String,
+        tokens: Vec<TokenInfo>,
+    },
     Done(Finish),
     Failed(Refusal),
 }
@@ -51,7 +56,12 @@ impl Choices {
         requests: Vec<GenerateRequest>,
         per_prompt: usize,
     ) -> Result<Self, ApiError> {
-        let mut choices = Choices { slots: Vec::with_capacity(requests.len()), per_prompt, turn: 0, metrics };
+        let mut choices = Choices {
+            slots: Vec::with_capacity(requests.len()),
+            per_prompt,
+            turn: 0,
+            metrics,
+        };
         for request in requests {
             let generation = backend.generate(request).await?;
             choices.slots.push(Slot::new(generation));
@@ -84,9 +94,17 @@ impl Choices {
 
     /// Prompt tokens done and to do, while any prompt is still being read.
     pub(crate) fn prefill_progress(&self) -> Option<(u64, u64)> {
-        let waiting = self.slots.iter().filter(|slot| slot.events.is_some() && !slot.has_text);
+        let waiting = self
+            .slots
+            .iter()
+            .filter(|slot| slot.events.is_some() && !slot.has_text);
         waiting
-            .map(|slot| (u64::from(slot.prefilled_tokens), u64::from(slot.prompt_tokens)))
+            .map(|slot| {
+                (
+                    u64::from(slot.prefilled_tokens),
+                    u64::from(slot.prompt_tokens),
+                )
+            })
             .reduce(|sum, slot| (sum.0 + slot.0, sum.1 + slot.1))
     }
 
@@ -95,7 +113,11 @@ impl Choices {
         let prompts = || self.slots.iter().step_by(self.per_prompt.max(1));
         let prompt: u64 = prompts().map(|slot| u64::from(slot.prompt_tokens)).sum();
         let cached: u64 = prompts().map(|slot| u64::from(slot.cached_tokens)).sum();
-        let completion: u64 = self.slots.iter().map(|slot| u64::from(slot.completion_tokens)).sum();
+        let completion: u64 = self
+            .slots
+            .iter()
+            .map(|slot| u64::from(slot.completion_tokens))
+            .sum();
         json!({
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -111,14 +133,20 @@ impl Choices {
             let mut all_ended = true;
             for offset in 0..slots.len() {
                 let index = (*turn + offset) % slots.len();
-                let Some(events) = &mut slots[index].events else { continue };
+                let Some(events) = &mut slots[index].events else {
+                    continue;
+                };
                 all_ended = false;
                 if let Poll::Ready(event) = events.poll_recv(cx) {
                     *turn = index + 1;
                     return Poll::Ready(Some((index, event)));
                 }
             }
-            if all_ended { Poll::Ready(None) } else { Poll::Pending }
+            if all_ended {
+                Poll::Ready(None)
+            } else {
+                Poll::Pending
+            }
         })
         .await
     }
@@ -126,7 +154,10 @@ impl Choices {
     fn account(&mut self, index: usize, event: Option<Event>) -> Option<ChoiceEvent> {
         let slot = self.slots.get_mut(index)?;
         match event {
-            Some(Event::Prefill { done_tokens, cached_tokens }) => {
+            Some(Event::Prefill {
+                done_tokens,
+                cached_tokens,
+            }) => {
                 slot.prefilled_tokens = done_tokens;
                 slot.cached_tokens = cached_tokens;
                 None
@@ -152,7 +183,8 @@ impl Choices {
             None => {
                 slot.events = None;
                 self.metrics.ended("failed");
-                let message = "The generation broke off without a result. Send the request again.".to_owned();
+                let message =
+                    "The generation broke off without a result. Send the request again.".to_owned();
                 Some(ChoiceEvent::Failed(Refusal::Failed { message }))
             }
         }
@@ -175,17 +207,33 @@ impl Slot {
     fn first_token(&mut self, metrics: &Metrics) {
         if !self.has_text {
             self.has_text = true;
-            metrics.prefilled(self.prompt_tokens, self.cached_tokens, self.started.elapsed());
+            metrics.prefilled(
+                self.prompt_tokens,
+                self.cached_tokens,
+                self.started.elapsed(),
+            );
         }
     }
 
     fn end(&mut self, completion: &Completion, metrics: &Metrics) {
         self.events = None;
         // Tokens that made no text, such as the one that ends the turn, are in the account only.
-        metrics.generated(completion.completion_tokens.saturating_sub(self.completion_tokens).into());
+        metrics.generated(
+            completion
+                .completion_tokens
+                .saturating_sub(self.completion_tokens)
+                .into(),
+        );
         self.prompt_tokens = completion.prompt_tokens;
         self.completion_tokens = completion.completion_tokens;
-        metrics.completed(completion, if completion.finish == Finish::Length { "length" } else { "stop" });
+        metrics.completed(
+            completion,
+            if completion.finish == Finish::Length {
+                "length"
+            } else {
+                "stop"
+            },
+        );
     }
 }
 

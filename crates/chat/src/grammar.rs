@@ -13,8 +13,8 @@ use crate::{
     tools::{MISTRAL_ARGS, MISTRAL_CALLS},
 };
 
-/// Tells the id of the control token with a text.
-pub(crate) type ControlToken<'a> = &'a dyn Fn(&str) -> Option<Token>;
+/// Tells the id of the *control* token with exactly this text, if the vocabulary has one.
+pub type ControlToken<'a> = &'a dyn Fn(&str) -> Option<Token>;
 
 /// A function that may be called.
 pub(crate) struct Function<'a> {

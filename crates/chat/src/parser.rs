@@ -69,7 +69,7 @@ enum Reader {
     Harmony(HarmonyReader),
     Layers {
         reasoning: Option<ReasoningReader>,
-        tools: Option<ToolReader>,
+        tools: Option<Box<ToolReader>>,
     },
 }
 
@@ -97,7 +97,7 @@ impl OutputParser {
             };
             let tools = spec
                 .tool_format
-                .map(|format| ToolReader::new(format, spec.tool_names));
+                .map(|format| Box::new(ToolReader::new(format, spec.tool_names)));
             Reader::Layers { reasoning, tools }
         };
         OutputParser {
@@ -160,7 +160,7 @@ impl OutputParser {
     }
 }
 
-fn give(piece: Piece, tools: &mut Option<ToolReader>, sink: &mut Sink) {
+fn give(piece: Piece, tools: &mut Option<Box<ToolReader>>, sink: &mut Sink) {
     match (piece, tools) {
         (Piece::Reasoning(text), _) => sink.reasoning(&text),
         (Piece::Content(text), None) => sink.content(&text),

@@ -1,13 +1,13 @@
 //! One chat request made into a prompt, a grammar and a parser for the answer.
 
-use murmur_protocol::sampling::{Grammar, Token};
+use murmur_protocol::sampling::Grammar;
 use serde_json::{Map, Value};
 
 use crate::{
     ChatTemplate, OutputParser, OutputSpec, ReasoningFormat, RenderInput, TemplateError, Timestamp,
     ToolFormat,
     call_reader::NAME_BYTES_MAX,
-    grammar::{self, Function, Preamble},
+    grammar::{self, ControlToken, Function, Preamble},
     harmony,
     messages::{self, CallHistory},
     tools::{MISTRAL_ARGS, MISTRAL_CALLS, MISTRAL_ID, PYTHON_TAG},
@@ -48,7 +48,7 @@ pub struct ChatRequest<'a> {
     pub now: Timestamp,
     /// The id of the *control* token with exactly this text, if the vocabulary has one. A grammar has to name control
     /// tokens by id, for their text cannot be produced from ordinary tokens. Without it, markers are spelt as text.
-    pub control_token: Option<&'a dyn Fn(&str) -> Option<Token>>,
+    pub control_token: Option<ControlToken<'a>>,
 }
 
 /// What to generate from and how to read the answer.
@@ -78,7 +78,7 @@ impl ChatPrompt {
     pub fn response_grammar(
         &self,
         grammar: Grammar,
-        control_token: Option<&dyn Fn(&str) -> Option<Token>>,
+        control_token: Option<ControlToken<'_>>,
     ) -> Grammar {
         grammar::after_reasoning(grammar, self.preamble(), control_token.unwrap_or(&|_| None))
     }
@@ -284,8 +284,7 @@ impl ChatTemplate {
                     parameters: tool.function.get("parameters"),
                 })
                 .collect();
-            let control_token: grammar::ControlToken<'_> =
-                request.control_token.unwrap_or(&|_| None);
+            let control_token: ControlToken<'_> = request.control_token.unwrap_or(&|_| None);
             let preamble = prompt.preamble();
             prompt.grammar = Some(grammar::forced_call(
                 capabilities.tool_format,

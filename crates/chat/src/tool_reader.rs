@@ -91,12 +91,6 @@ impl ToolReader {
         }
     }
 
-    /// Without a marker only the names of offered tools tell a call from an answer in JSON.
-    fn call_reader(&self) -> CallReader {
-        let bare = matches!(self.format, ToolFormat::Llama3 | ToolFormat::Generic);
-        CallReader::new(bare.then(|| self.names.clone()))
-    }
-
     pub(crate) fn feed(&mut self, c: char, sink: &mut Sink) {
         // A character that ends one state may belong to the next; each state gives it on at most once.
         let mut next = Some(c);
@@ -233,7 +227,6 @@ impl ToolReader {
     }
 
     fn list(&mut self, c: char, sink: &mut Sink) -> Option<char> {
-        let new_reader = self.call_reader();
         let State::List {
             in_array,
             any,
@@ -269,7 +262,9 @@ impl ToolReader {
         }
         match c {
             '{' => {
-                let mut call = new_reader;
+                // Without a marker only the names of offered tools tell a call from an answer in JSON.
+                let bare = matches!(self.format, ToolFormat::Llama3 | ToolFormat::Generic);
+                let mut call = CallReader::new(bare.then(|| self.names.clone()));
                 let _ = call.feed(c, sink);
                 *reader = Some(call);
             }

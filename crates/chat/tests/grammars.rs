@@ -1,5 +1,11 @@
 //! The grammars of forced calls, under llguidance itself: what they accept, what they refuse, and that whatever they let
 //! a model write is read as a call.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
 
 mod common;
 
@@ -209,6 +215,15 @@ fn a_response_format_leaves_room_for_reasoning() {
     assert!(!accepts(&grammar, "<think>\nHm.\n</think>\n\nNo"));
     let regex = prompt.response_grammar(Grammar::Regex("a/b+".into()), None);
     assert!(accepts(&regex, "<think></think>a/bb") && !accepts(&regex, "a/"));
+    let harmony = prepare(HARMONY, &[user("Hi")], &[])
+        .unwrap()
+        .response_grammar(schema.clone(), None);
+    let last = "<|channel|>final<|message|>{\"a\": 1}";
+    assert!(accepts(&harmony, last) && !accepts(&harmony, "{\"a\": 1}"));
+    assert!(accepts(
+        &harmony,
+        &format!("<|channel|>analysis<|message|>Hm<|end|><|start|>assistant{last}")
+    ));
     let plain = prepare(TURNS, &[user("Hi")], &[]).unwrap();
     assert_eq!(plain.response_grammar(schema.clone(), None), schema);
 }

@@ -1,4 +1,10 @@
 //! Requests made into prompts: what the template takes, what it does not take told in words, and what is refused.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
 
 mod common;
 

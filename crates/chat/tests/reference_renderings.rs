@@ -2,6 +2,12 @@
 //!
 //! Runs when `MURMUR_TEMPLATES_DIR` names a directory of real models' templates (`*.jinja`; llama.cpp's source has some
 //! in `models/templates`) and `MURMUR_PYTHON` a Python that has jinja2. `./x test` sets both.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
 
 use std::{
     collections::{BTreeMap, BTreeSet},

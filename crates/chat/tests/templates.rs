@@ -1,4 +1,10 @@
 //! Templates of our own, in the styles of the families, against goldens; capabilities; limits on hostile templates.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
 
 mod common;
 

@@ -135,6 +135,10 @@ pub struct Counters {
     pub sessions: u64,
     /// Stages lost.
     pub stages_lost: u64,
+    /// Steps of the last stage that gave tokens, by session: one batch of eight streams counts eight times.
+    pub token_steps: u64,
+    /// Time the batches of these steps took to compute in the last stage, us.
+    pub token_compute_us: u64,
 }
 
 /// The state machine. See the module's page.
@@ -395,6 +399,10 @@ impl Driver {
             }
         }
         let sampled = step.sampled.clone();
+        if sampled.is_some() && !header.has(FLAG_PREFILL) {
+            self.counters.token_steps += 1;
+            self.counters.token_compute_us += u64::from(step.compute_us);
+        }
         self.last_step[stage] = Some(step);
         let Some(sampled) = sampled else { return self.advance(id) };
         let token = sampled.token;

@@ -13,7 +13,10 @@ pub struct GgufError {
 
 impl GgufError {
     pub(crate) fn new(path: &Path, kind: GgufErrorKind) -> Self {
-        Self { path: path.to_path_buf(), kind }
+        Self {
+            path: path.to_path_buf(),
+            kind,
+        }
     }
 
     /// The file that was refused.
@@ -49,25 +52,35 @@ pub enum GgufErrorKind {
     #[error("the file is empty; the download probably never started, fetch it again")]
     Empty,
     /// The first four bytes are not `GGUF`.
-    #[error("this is not a GGUF file (it starts with {found}); convert the model to GGUF, or fetch the .gguf file")]
+    #[error(
+        "this is not a GGUF file (it starts with {found}); convert the model to GGUF, or fetch the .gguf file"
+    )]
     NotGguf {
         /// The first bytes, printable.
         found: String,
     },
     /// Header fields are in the other byte order.
-    #[error("this GGUF file is big-endian; only little-endian files are supported, convert it with gguf-py's gguf_convert_endian")]
+    #[error(
+        "this GGUF file is big-endian; only little-endian files are supported, convert it with gguf-py's gguf_convert_endian"
+    )]
     BigEndian,
     /// GGUF version 1.
-    #[error("this is a GGUF version 1 file, a format given up in 2023; convert the original model again, or fetch a newer file")]
+    #[error(
+        "this is a GGUF version 1 file, a format given up in 2023; convert the original model again, or fetch a newer file"
+    )]
     VersionTooOld,
     /// A version nobody knows yet.
-    #[error("this is a GGUF version {version} file; versions 2 and 3 are supported, update this program or fetch another file")]
+    #[error(
+        "this is a GGUF version {version} file; versions 2 and 3 are supported, update this program or fetch another file"
+    )]
     VersionUnknown {
         /// The version that the file states.
         version: u32,
     },
     /// The file ends too early.
-    #[error("the file is cut short: {missing_bytes} bytes or more are missing ({while_reading}); the download was probably interrupted, fetch it again")]
+    #[error(
+        "the file is cut short: {missing_bytes} bytes or more are missing ({while_reading}); the download was probably interrupted, fetch it again"
+    )]
     Truncated {
         /// Bytes known to be missing. Exact when tensor data is cut, a lower bound when the header is.
         missing_bytes: u64,
@@ -85,7 +98,9 @@ pub enum GgufErrorKind {
         limit: u64,
     },
     /// The file breaks the format.
-    #[error("the file is malformed: {0}; it is damaged or hostile, fetch it again from a source you trust")]
+    #[error(
+        "the file is malformed: {0}; it is damaged or hostile, fetch it again from a source you trust"
+    )]
     Malformed(String),
     /// The file is well formed, but llama.cpp would abort or crash on it.
     #[error("the model cannot be run: {0}")]

@@ -128,7 +128,10 @@ impl TensorType {
 
     /// Whether ggml can multiply with a matrix of this type. Others crash it (F64 by a null function pointer).
     pub fn is_weight(self) -> bool {
-        !matches!(self, Self::F64 | Self::I8 | Self::I16 | Self::I32 | Self::I64 | Self::Q8_1 | Self::Q8_K)
+        !matches!(
+            self,
+            Self::F64 | Self::I8 | Self::I16 | Self::I32 | Self::I64 | Self::Q8_1 | Self::Q8_K
+        )
     }
 
     /// Average bits per element.

@@ -35,14 +35,19 @@ impl Gguf {
 
 fn check(gguf: &Gguf) -> Rule {
     if gguf.architecture().is_empty() {
-        return Err("it does not state its architecture (general.architecture); it is not a language model".into());
+        return Err(
+            "it does not state its architecture (general.architecture); it is not a language model"
+                .into(),
+        );
     }
     if gguf.tensors().is_empty() {
         return Err("it holds no weights, only a vocabulary; fetch the model itself".into());
     }
     if let Some(count @ 2..) = gguf.u32("split.count") {
         let part = gguf.u32("split.no").unwrap_or(0).saturating_add(1);
-        return Err(format!("it is part {part} of {count} of a model in several files; merge them with llama-gguf-split --merge"));
+        return Err(format!(
+            "it is part {part} of {count} of a model in several files; merge them with llama-gguf-split --merge"
+        ));
     }
     contiguous(gguf)?;
     weight_types(gguf)?;
@@ -50,7 +55,9 @@ fn check(gguf: &Gguf) -> Rule {
     if let Some(layers) = gguf.layer_count()
         && (layers == 0 || layers > LAYERS_MAX)
     {
-        return Err(format!("it states {layers} layers; llama.cpp takes 1 to {LAYERS_MAX}"));
+        return Err(format!(
+            "it states {layers} layers; llama.cpp takes 1 to {LAYERS_MAX}"
+        ));
     }
     if let Some(arch) = Arch::from_name(gguf.architecture()) {
         let facts = Facts::of(gguf)?;
@@ -69,7 +76,10 @@ fn contiguous(gguf: &Gguf) -> Rule {
     let mut expected = gguf.data_offset();
     for tensor in gguf.tensors() {
         if tensor.offset != expected {
-            return Err(format!("the tensor {} is not where llama.cpp expects it; write the file anew with gguf-py", tensor.name));
+            return Err(format!(
+                "the tensor {} is not where llama.cpp expects it; write the file anew with gguf-py",
+                tensor.name
+            ));
         }
         expected = (tensor.offset + tensor.bytes).next_multiple_of(gguf.alignment().into());
     }
@@ -79,25 +89,43 @@ fn contiguous(gguf: &Gguf) -> Rule {
 /// F64 has no kernels (a call through a null pointer); integers and ggml's internal formats have none either.
 fn weight_types(gguf: &Gguf) -> Rule {
     match gguf.tensors().iter().find(|tensor| !tensor.ty.is_weight()) {
-        Some(tensor) => Err(format!("the tensor {} has the type {}, which llama.cpp cannot compute with; quantize the model anew", tensor.name, tensor.ty)),
+        Some(tensor) => Err(format!(
+            "the tensor {} has the type {}, which llama.cpp cannot compute with; quantize the model anew",
+            tensor.name, tensor.ty
+        )),
         None => Ok(()),
     }
 }
 
 /// The known architectures read layer 0's value for all; the cache then disagrees with the graph.
 fn uniform_layers(gguf: &Gguf) -> Rule {
-    for suffix in ["attention.head_count", "attention.head_count_kv", "feed_forward_length", "expert_feed_forward_length", "expert_used_count"] {
-        let Some(Value::Array(array)) = gguf.arch_get(suffix) else { continue };
+    for suffix in [
+        "attention.head_count",
+        "attention.head_count_kv",
+        "feed_forward_length",
+        "expert_feed_forward_length",
+        "expert_used_count",
+    ] {
+        let Some(Value::Array(array)) = gguf.arch_get(suffix) else {
+            continue;
+        };
         let values = array.integers().unwrap_or_default();
         if values.is_empty() || values.iter().any(|v| Some(v) != values.first()) {
-            return Err(format!("{} differs from layer to layer, which this architecture does not have", gguf.arch_key(suffix)));
+            return Err(format!(
+                "{} differs from layer to layer, which this architecture does not have",
+                gguf.arch_key(suffix)
+            ));
         }
     }
     Ok(())
 }
 
 fn in_range(what: &str, n: u32, max: u32) -> Rule {
-    if n == 0 || n > max { Err(format!("its {what} is {n}; 1 to {max} make sense")) } else { Ok(()) }
+    if n == 0 || n > max {
+        Err(format!("its {what} is {n}; 1 to {max} make sense"))
+    } else {
+        Ok(())
+    }
 }
 
 /// Divisions by zero, and the assertions on head sizes at the top of each graph.
@@ -105,25 +133,48 @@ fn widths(arch: Arch, facts: &Facts) -> Rule {
     in_range("embedding length", facts.embedding_length, WIDTH_MAX)?;
     in_range("number of attention heads", facts.heads, HEADS_MAX)?;
     in_range("number of key-value heads", facts.kv_heads, facts.heads)?;
-    in_range("key length", facts.key_length, WIDTH_MAX / facts.heads.max(1))?;
-    in_range("value length", facts.value_length, WIDTH_MAX / facts.heads.max(1))?;
+    in_range(
+        "key length",
+        facts.key_length,
+        WIDTH_MAX / facts.heads.max(1),
+    )?;
+    in_range(
+        "value length",
+        facts.value_length,
+        WIDTH_MAX / facts.heads.max(1),
+    )?;
     in_range("context length", facts.context_length, CONTEXT_MAX)?;
     in_range("vocabulary size", facts.vocabulary, vocabulary::TOKENS_MAX)?;
-    if facts.feed_forward_length > WIDTH_MAX || facts.expert_feed_forward_length > WIDTH_MAX || facts.shared_feed_forward_length > WIDTH_MAX {
+    if facts.feed_forward_length > WIDTH_MAX
+        || facts.expert_feed_forward_length > WIDTH_MAX
+        || facts.shared_feed_forward_length > WIDTH_MAX
+    {
         return Err("its feed-forward part is impossibly wide".into());
     }
     if !facts.heads.is_multiple_of(facts.kv_heads) {
-        return Err(format!("its {} attention heads cannot share {} key-value heads evenly", facts.heads, facts.kv_heads));
+        return Err(format!(
+            "its {} attention heads cannot share {} key-value heads evenly",
+            facts.heads, facts.kv_heads
+        ));
     }
     if facts.key_length != facts.value_length {
-        return Err(format!("its keys have {} elements and its values {}; this architecture wants them equal", facts.key_length, facts.value_length));
+        return Err(format!(
+            "its keys have {} elements and its values {}; this architecture wants them equal",
+            facts.key_length, facts.value_length
+        ));
     }
     let rope = facts.rope_dimensions;
     if !rope.is_multiple_of(2) || rope > facts.key_length || rope == 0 {
-        return Err(format!("it rotates {rope} of {} elements per head; an even number from 2 to all is possible", facts.key_length));
+        return Err(format!(
+            "it rotates {rope} of {} elements per head; an even number from 2 to all is possible",
+            facts.key_length
+        ));
     }
     if arch.wants_equal_head_dims() && rope != facts.key_length {
-        return Err(format!("it rotates {rope} of {} elements per head; this architecture rotates all", facts.key_length));
+        return Err(format!(
+            "it rotates {rope} of {} elements per head; this architecture rotates all",
+            facts.key_length
+        ));
     }
     Ok(())
 }
@@ -132,7 +183,9 @@ fn widths(arch: Arch, facts: &Facts) -> Rule {
 fn experts(gguf: &Gguf, arch: Arch, facts: &Facts) -> Rule {
     let (experts, used) = (facts.experts, facts.experts_used);
     if experts > EXPERTS_MAX || used > experts || (used == 0) != (experts == 0) {
-        return Err(format!("it uses {used} of {experts} experts; at least one, at most all, and at most {EXPERTS_MAX} are possible"));
+        return Err(format!(
+            "it uses {used} of {experts} experts; at least one, at most all, and at most {EXPERTS_MAX} are possible"
+        ));
     }
     if arch.has_experts(experts) && (experts == 0 || facts.expert_feed_forward_length == 0) {
         return Err("its architecture has experts, but it states none".into());
@@ -140,11 +193,18 @@ fn experts(gguf: &Gguf, arch: Arch, facts: &Facts) -> Rule {
     let groups = gguf.arch_u32("expert_group_count").unwrap_or(0);
     if groups > 0 {
         let used = gguf.arch_u32("expert_group_used_count").unwrap_or(0);
-        if groups >= experts || groups > 1 && (!experts.is_multiple_of(groups) || used == 0 || used >= groups) {
-            return Err(format!("its {experts} experts cannot form {groups} groups of which {used} are used"));
+        if groups >= experts
+            || groups > 1 && (!experts.is_multiple_of(groups) || used == 0 || used >= groups)
+        {
+            return Err(format!(
+                "its {experts} experts cannot form {groups} groups of which {used} are used"
+            ));
         }
     }
-    if gguf.arch_u32("nextn_predict_layers").is_some_and(|n| n > facts.layers) {
+    if gguf
+        .arch_u32("nextn_predict_layers")
+        .is_some_and(|n| n > facts.layers)
+    {
         return Err("it has more extra prediction layers than layers".into());
     }
     Ok(())
@@ -156,18 +216,34 @@ fn windows(arch: Arch, facts: &Facts) -> Rule {
     match (arch.window(), facts.sliding_window) {
         (Window::Never, _) | (Window::WhenDeclared { .. }, None) => Ok(()),
         (_, Some(window)) if any && window > 0 && window <= CONTEXT_MAX => Ok(()),
-        (_, Some(window)) if any => Err(format!("its attention window of {window} tokens makes no sense")),
+        (_, Some(window)) if any => Err(format!(
+            "its attention window of {window} tokens makes no sense"
+        )),
         _ => Err("it declares an attention window, but no layer has one".into()),
     }
 }
 
 /// Numbers that become divisors, square roots or enumerations.
 fn numbers(gguf: &Gguf, arch: Arch) -> Rule {
-    let epsilon = if arch == Arch::Bert { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" };
+    let epsilon = if arch == Arch::Bert {
+        "attention.layer_norm_epsilon"
+    } else {
+        "attention.layer_norm_rms_epsilon"
+    };
     match gguf.arch_f32(epsilon) {
         Some(x) if (0.0..1.0).contains(&x) => {}
-        Some(x) => return Err(format!("{} is {x}; a small positive number belongs there", gguf.arch_key(epsilon))),
-        None => return Err(format!("the metadata key {} is missing", gguf.arch_key(epsilon))),
+        Some(x) => {
+            return Err(format!(
+                "{} is {x}; a small positive number belongs there",
+                gguf.arch_key(epsilon)
+            ));
+        }
+        None => {
+            return Err(format!(
+                "the metadata key {} is missing",
+                gguf.arch_key(epsilon)
+            ));
+        }
     }
     let positive = [
         "rope.freq_base",
@@ -177,9 +253,16 @@ fn numbers(gguf: &Gguf, arch: Arch) -> Rule {
         "final_logit_softcapping",
         "expert_weights_scale",
     ];
-    let not_negative = ["rope.scaling.factor", "rope.scale_linear", "attention.temperature_scale", "attention.scale"];
+    let not_negative = [
+        "rope.scaling.factor",
+        "rope.scale_linear",
+        "attention.temperature_scale",
+        "attention.scale",
+    ];
     for suffix in positive.into_iter().chain(not_negative) {
-        let Some(value) = gguf.arch_get(suffix) else { continue };
+        let Some(value) = gguf.arch_get(suffix) else {
+            continue;
+        };
         // llama.cpp takes a scale of zero for "not set", but divides by caps.
         let zero_ok = not_negative.contains(&suffix);
         match value.as_f32() {
@@ -190,19 +273,33 @@ fn numbers(gguf: &Gguf, arch: Arch) -> Rule {
         }
     }
     if let Some(value) = gguf.arch_get("rope.scaling.type") {
-        let known = value.as_str().is_some_and(|name| matches!(name, "none" | "linear" | "yarn" | "longrope"));
+        let known = value
+            .as_str()
+            .is_some_and(|name| matches!(name, "none" | "linear" | "yarn" | "longrope"));
         if !known {
-            return Err(format!("{} names no kind of scaling that llama.cpp knows", gguf.arch_key("rope.scaling.type")));
+            return Err(format!(
+                "{} names no kind of scaling that llama.cpp knows",
+                gguf.arch_key("rope.scaling.type")
+            ));
         }
     }
     if let Some(original) = gguf.arch_get("rope.scaling.original_context_length")
         && !original.as_u32().is_some_and(|n| n > 0 && n <= CONTEXT_MAX)
     {
-        return Err(format!("{} is not a usable number", gguf.arch_key("rope.scaling.original_context_length")));
+        return Err(format!(
+            "{} is not a usable number",
+            gguf.arch_key("rope.scaling.original_context_length")
+        ));
     }
     // LLAMA_POOLING_TYPE_NONE to _RANK.
-    if gguf.arch_get("pooling_type").is_some_and(|value| !value.as_u32().is_some_and(|n| n <= 4)) {
-        return Err(format!("{} names no kind of pooling", gguf.arch_key("pooling_type")));
+    if gguf
+        .arch_get("pooling_type")
+        .is_some_and(|value| !value.as_u32().is_some_and(|n| n <= 4))
+    {
+        return Err(format!(
+            "{} names no kind of pooling",
+            gguf.arch_key("pooling_type")
+        ));
     }
     Ok(())
 }
@@ -227,15 +324,22 @@ fn shapes(gguf: &Gguf, arch: Arch, facts: &Facts) -> Rule {
     }
     for tensor in gguf.tensors() {
         if tensor.layer().is_some_and(|(il, _)| il >= facts.layers) {
-            return Err(format!("the tensor {} belongs to a layer beyond the {} it states", tensor.name, facts.layers));
+            return Err(format!(
+                "the tensor {} belongs to a layer beyond the {} it states",
+                tensor.name, facts.layers
+            ));
         }
         let vector = tensor.dims.len() == 1 || tensor.name.ends_with(".bias");
         if vector && tensor.ty != TensorType::F32 {
-            return Err(format!("the tensor {} has the type {}; llama.cpp computes with vectors in F32 only", tensor.name, tensor.ty));
+            return Err(format!(
+                "the tensor {} has the type {}; llama.cpp computes with vectors in F32 only",
+                tensor.name, tensor.ty
+            ));
         }
     }
     // llama_model_base::load_tensors: scales of a head that is not there.
-    let scaled = gguf.tensor("output.scale").is_some() || gguf.tensor("output.input_scale").is_some();
+    let scaled =
+        gguf.tensor("output.scale").is_some() || gguf.tensor("output.input_scale").is_some();
     if scaled && gguf.tensor("output.weight").is_none() {
         return Err("it has scales for a head, but no head".into());
     }
@@ -245,7 +349,10 @@ fn shapes(gguf: &Gguf, arch: Arch, facts: &Facts) -> Rule {
 fn fits(gguf: &Gguf, slot: &Slot, name: &str, replaced: bool) -> Rule {
     match gguf.tensor(name) {
         Some(tensor) if same_shape(tensor, &slot.dims) => Ok(()),
-        Some(tensor) => Err(format!("the tensor {name} has the shape {:?}, not {:?}", tensor.dims, slot.dims)),
+        Some(tensor) => Err(format!(
+            "the tensor {name} has the shape {:?}, not {:?}",
+            tensor.dims, slot.dims
+        )),
         None if slot.required && !replaced => Err(format!("the tensor {name} is missing")),
         None => Ok(()),
     }

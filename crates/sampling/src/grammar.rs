@@ -27,9 +27,9 @@ pub const MAX_SCHEMA_BYTES: usize = 512 * 1024;
 pub const MAX_REGEX_BYTES: usize = 8 * 1024;
 /// How long a Lark grammar may be, for the same reason.
 pub const MAX_LARK_BYTES: usize = 16 * 1024;
-/// How many `&` a Lark grammar may have. Intersected expressions have product automata, whose states llguidance's fuel counts too
-/// late: two hundred in 4 kB took three minutes.
-pub const MAX_LARK_INTERSECTIONS: usize = 8;
+/// Lark's intersection and complement are refused, wherever in the text they stand: they make product automata, whose states llguidance's
+/// fuel counts too late (nine expressions in 200 bytes took a minute).
+pub const REFUSED_LARK_OPERATORS: [char; 2] = ['&', '~'];
 /// Steps for building the lexer of a grammar: tens of milliseconds. (A fifth of llguidance's default, with which
 /// intersections took minutes; a schema may still have thousands of properties.)
 pub const MAX_COMPILE_FUEL: u64 = 200_000;
@@ -356,10 +356,15 @@ fn read(source: &Grammar) -> Result<TopLevelGrammar, String> {
         Grammar::Regex(text) => within(text.len(), MAX_REGEX_BYTES)?,
         Grammar::Lark(text) => {
             within(text.len(), MAX_LARK_BYTES)?;
-            let intersections = text.bytes().filter(|byte| *byte == b'&').count();
-            if intersections > MAX_LARK_INTERSECTIONS {
+            if let Some(operator) = text
+                .chars()
+                .find(|char| REFUSED_LARK_OPERATORS.contains(char))
+            {
                 return Err(format!(
-                    "it has {intersections} `&`, at most {MAX_LARK_INTERSECTIONS} are allowed: use fewer"
+                    "it contains `{operator}`: intersection and complement are not supported, because nothing bounds their \
+                     cost; write repetition as {{n,m}} and the character as \\u{:04x} in a string or \\x{:02x} in an expression",
+                    u32::from(operator),
+                    u32::from(operator)
                 ));
             }
         }

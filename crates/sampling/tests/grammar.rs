@@ -408,6 +408,10 @@ fn what_cannot_be_used_is_refused_with_a_reason() {
     refused(Grammar::Regex(r"a\bb".into()));
     assert!(refused(Grammar::Lark("start: missing".into())).contains("missing"));
     refused(Grammar::Lark(String::new()));
+    assert!(refused(Grammar::Lark("start: A & B\nA: /a*/\nB: /b*/".into())).contains("\\u0026"));
+    assert!(refused(Grammar::Lark("start: A\nA: ~/a*/".into())).contains("complement"));
+    let escaped = Grammar::Lark(r#"start: "\u0026" /\x7e/"#.into());
+    assert_eq!(generate(&common::bytes(), &escaped, 1), "&~");
     for long in [
         Grammar::Regex("a".repeat(MAX_REGEX_BYTES + 1)),
         Grammar::Lark(" ".repeat(MAX_LARK_BYTES + 1)),
@@ -495,20 +499,19 @@ fn hostile_grammars_end_in_an_error_or_a_sampler_never_in_a_crash() {
                 .collect::<Vec<_>>()
                 .join(",")
         )),
-        Grammar::Lark(format!(
-            "start: T\nT: {}",
-            (1..10)
-                .map(|i| format!("/(a{{{i}00}})*b/"))
-                .collect::<Vec<_>>()
-                .join("&")
-        )),
-        Grammar::Lark(format!(
-            "start: T\nT: {}",
+        schema(&format!(
+            r#"{{"type":"string","allOf":[{}]}}"#,
             (8..17)
-                .map(|i| format!("/(.{{{i}}})*b/"))
+                .map(|i| format!(r#"{{"pattern":"^(.{{{i}}})*b$"}}"#))
                 .collect::<Vec<_>>()
-                .join("&")
+                .join(",")
         )),
+        schema(
+            r#"{"type":"string","allOf":[{"pattern":"^(.{109})*b$"},{"pattern":"^(.{113})*b$"},{"pattern":"^(.{101})*b$"}]}"#,
+        ),
+        schema(
+            r#"{"type":"string","allOf":[{"pattern":"^(a{109})*b$"},{"pattern":"^(a{113})*b$"},{"pattern":"^(a{101})*b$"}]}"#,
+        ),
         // Intersections whose shortest text is as long as the least common multiple.
         Grammar::Lark("start: T\nT: /(a{1009})+/ & /(a{1013})+/ & /(a{1019})+/".into()),
         Grammar::Lark(format!(

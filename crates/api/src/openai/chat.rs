@@ -32,10 +32,14 @@ pub(crate) async fn create(
 ) -> Result<Response, ApiError> {
     let input = ChatInput::read(Fields::new(map), &*state.backend)?;
     let (input, prompt) = templates::prepare(&state, input).await?;
-    let generations = input.generations(&prompt)?;
-    let choices = Choices::start(&*state.backend, state.metrics.clone(), generations, input.common.n)
-        .await
-        .map_err(|error| error.rename_param("grammar", input.grammar_param()))?;
+    let choices = Choices::start(
+        &*state.backend,
+        state.metrics.clone(),
+        input.generations(&prompt),
+        input.common.n,
+    )
+    .await
+    .map_err(|error| error.rename_param("grammar", input.grammar_param()))?;
     if input.common.stream {
         let render = ChatStream::new(&input, &prompt);
         return Ok(sse::respond(choices, render, state.keep_alive));
@@ -55,8 +59,12 @@ struct Reader {
 
 impl Reader {
     fn all(input: &ChatInput, prompt: &ChatPrompt) -> Vec<Reader> {
-        let reader =
-            || Reader { parser: prompt.parser(), single_call: !input.parallel_tool_calls, calls: 0, is_full: false };
+        let reader = || Reader {
+            parser: prompt.parser(),
+            single_call: !input.parallel_tool_calls,
+            calls: 0,
+            is_full: false,
+        };
         (0..input.common.n).map(|_| reader()).collect()
     }
 
@@ -115,7 +123,9 @@ impl Message {
             match delta {
                 Delta::Content(text) => self.content.push_str(&text),
                 Delta::Reasoning(text) => self.reasoning.push_str(&text),
-                Delta::ToolCallStart { id, name, .. } => self.calls.push((call_id(id), name, String::new())),
+                Delta::ToolCallStart { id, name, .. } => {
+                    self.calls.push((call_id(id), name, String::new()))
+                }
                 Delta::ToolCallArguments { index, fragment } => {
                     if let Some((_, _, arguments)) = self.calls.get_mut(index) {
                         arguments.push_str(&fragment);
@@ -130,16 +140,20 @@ impl Message {
         let has_content = !self.content.is_empty() || self.calls.is_empty();
         let mut message = Map::new();
         message.insert("role".to_owned(), json!("assistant"));
-        message.insert("content".to_owned(), json!(has_content.then_some(self.content)));
+        message.insert(
+            "content".to_owned(),
+            json!(has_content.then_some(self.content)),
+        );
         message.insert("refusal".to_owned(), Value::Null);
         if !self.reasoning.is_empty() {
             message.insert("reasoning_content".to_owned(), json!(self.reasoning));
         }
         if !self.calls.is_empty() {
-            let call = |(id, name, arguments)| {
-                json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
-            };
-            message.insert("tool_calls".to_owned(), self.calls.into_iter().map(call).collect());
+            let call = |(id, name, arguments)| json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
+            message.insert(
+                "tool_calls".to_owned(),
+                self.calls.into_iter().map(call).collect(),
+            );
         }
         json!({
             "index": index,
@@ -150,12 +164,19 @@ impl Message {
     }
 }
 
-async fn collect(mut choices: Choices, input: &ChatInput, prompt: &ChatPrompt) -> Result<Value, ApiError> {
+async fn collect(
+    mut choices: Choices,
+    input: &ChatInput,
+    prompt: &ChatPrompt,
+) -> Result<Value, ApiError> {
     let mut readers = Reader::all(input, prompt);
     let mut messages: Vec<Message> = readers.iter().map(|_| Message::default()).collect();
     let wants_logprobs = input.common.sampling.top_logprobs.is_some();
     while let Some((index, event)) = choices.next().await {
-        let (Some(reader), Some(message)) = (readers.get_mut(index), messages.get_mut(index)) else { continue };
+        let (Some(reader), Some(message)) = (readers.get_mut(index), messages.get_mut(index))
+        else {
+            continue;
+        };
         match event {
             ChoiceEvent::Text { text, tokens } => {
                 message.add(reader.push(&text));
@@ -174,8 +195,16 @@ async fn collect(mut choices: Choices, input: &ChatInput, prompt: &ChatPrompt) -
             ChoiceEvent::Failed(refusal) => return Err(refusal.into()),
         }
     }
-    let head = Head::new("chat.completion", "chatcmpl-", &input.common.model, input.common.sampling.seed);
-    let rendered = messages.into_iter().enumerate().map(|(index, message)| message.render(index, wants_logprobs));
+    let head = Head::new(
+        "chat.completion",
+        "chatcmpl-",
+        &input.common.model,
+        input.common.sampling.seed,
+    );
+    let rendered = messages
+        .into_iter()
+        .enumerate()
+        .map(|(index, message)| message.render(index, wants_logprobs));
     let mut answer = head.with_choices(rendered.collect());
     answer["usage"] = choices.usage();
     Ok(answer)
@@ -192,20 +221,38 @@ struct ChatStream {
 impl ChatStream {
     fn new(input: &ChatInput, prompt: &ChatPrompt) -> Self {
         ChatStream {
-            head: Head::new("chat.completion.chunk", "chatcmpl-", &input.common.model, input.common.sampling.seed),
+            head: Head::new(
+                "chat.completion.chunk",
+                "chatcmpl-",
+                &input.common.model,
+                input.common.sampling.seed,
+            ),
             readers: Reader::all(input, prompt),
             wants_logprobs: input.common.sampling.top_logprobs.is_some(),
             include_usage: input.common.include_usage,
         }
     }
 
-    fn push(&self, index: usize, delta: Value, logprobs: Option<Value>, finish: Option<&str>, out: &mut Chunks) {
+    fn push(
+        &self,
+        index: usize,
+        delta: Value,
+        logprobs: Option<Value>,
+        finish: Option<&str>,
+        out: &mut Chunks,
+    ) {
         let choice = json!([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]);
         out.push(&self.head.chunk(choice, self.include_usage));
     }
 
     /// One chunk per delta; the log-probabilities go with the first.
-    fn push_deltas(&self, index: usize, deltas: Vec<Delta>, tokens: &[TokenInfo], out: &mut Chunks) {
+    fn push_deltas(
+        &self,
+        index: usize,
+        deltas: Vec<Delta>,
+        tokens: &[TokenInfo],
+        out: &mut Chunks,
+    ) {
         let mut logprobs = (self.wants_logprobs && !tokens.is_empty())
             .then(|| json!({"content": logprobs::chat(tokens), "refusal": null}));
         for delta in deltas.into_iter().filter_map(render_delta) {
@@ -237,12 +284,26 @@ fn render_delta(delta: Delta) -> Option<Value> {
 impl Render for ChatStream {
     fn begin(&mut self, out: &mut Chunks) {
         for index in 0..self.readers.len() {
-            self.push(index, json!({"role": "assistant", "content": ""}), None, None, out);
+            self.push(
+                index,
+                json!({"role": "assistant", "content": ""}),
+                None,
+                None,
+                out,
+            );
         }
     }
 
-    fn text(&mut self, choice: usize, text: String, tokens: &[TokenInfo], out: &mut Chunks) -> bool {
-        let Some(reader) = self.readers.get_mut(choice) else { return false };
+    fn text(
+        &mut self,
+        choice: usize,
+        text: String,
+        tokens: &[TokenInfo],
+        out: &mut Chunks,
+    ) -> bool {
+        let Some(reader) = self.readers.get_mut(choice) else {
+            return false;
+        };
         let deltas = reader.push(&text);
         let is_full = reader.is_full;
         self.push_deltas(choice, deltas, tokens, out);
@@ -250,7 +311,9 @@ impl Render for ChatStream {
     }
 
     fn done(&mut self, choice: usize, finish: &Finish, out: &mut Chunks) {
-        let Some(reader) = self.readers.get_mut(choice) else { return };
+        let Some(reader) = self.readers.get_mut(choice) else {
+            return;
+        };
         let deltas = reader.finish();
         let finish_reason = reader.finish_reason(finish);
         self.push_deltas(choice, deltas, &[], out);

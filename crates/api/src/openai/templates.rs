@@ -7,12 +7,12 @@ use std::{
 
 use axum::http::StatusCode;
 use murmur_chat::{ChatPrompt, ChatRequest, ChatTemplate, PromptError, Timestamp};
-use murmur_protocol::sampling::Token;
+use murmur_protocol::sampling::{Grammar, Token};
 
 use crate::{
     backend::ModelCard,
     errors::ApiError,
-    openai::{chat_request::ChatInput, head::unix_seconds},
+    openai::{chat_request::ChatInput, constraint::Constraint, head::unix_seconds},
     router::AppState,
 };
 
@@ -30,9 +30,16 @@ impl Templates {
         if let Some(template) = lock().get(source) {
             return Ok(template.clone());
         }
-        let compiled = if source.is_empty() { ChatTemplate::chatml() } else { ChatTemplate::compile(source) };
+        let compiled = if source.is_empty() {
+            ChatTemplate::chatml()
+        } else {
+            ChatTemplate::compile(source)
+        };
         let template = Arc::new(compiled.map_err(|error| {
-            let message = format!("The chat template of `{}` cannot be used: {error}", model.id);
+            let message = format!(
+                "The chat template of `{}` cannot be used: {error}",
+                model.id
+            );
             ApiError::param("model", message).code("bad_chat_template")
         })?);
         let mut templates = lock();
@@ -53,7 +60,11 @@ pub(crate) async fn prepare(
     let work = tokio::task::spawn_blocking(move || {
         let template = state.templates.get(&input.common.model)?;
         let model = input.common.model.id.as_str();
-        let prompt = render(&input, &|text| state.backend.control_token(model, text), &template)?;
+        let prompt = render(
+            &input,
+            &|text| state.backend.control_token(model, text),
+            &template,
+        )?;
         Ok((input, prompt))
     });
     work.await.unwrap_or_else(|_| {
@@ -77,18 +88,47 @@ fn render(
         bos_token: &model.bos_text,
         eos_token: &model.eos_text,
         // The standard library does not know the local time zone; a prompt's date is in UTC.
-        now: Timestamp { unix_seconds: unix_seconds() as i64, utc_offset_seconds: 0 },
+        now: Timestamp {
+            unix_seconds: unix_seconds() as i64,
+            utc_offset_seconds: 0,
+        },
         control_token: Some(control_token),
     };
-    template.prepare(&request).map_err(refuse)
+    let mut prompt = template.prepare(&request).map_err(refuse)?;
+    if let Some(constraint) = &input.constraint {
+        prompt.grammar = Some(constrain(&prompt, constraint, control_token)?);
+    }
+    Ok(prompt)
+}
+
+/// The grammar of an answer whose format is given: reasoning stays possible before it.
+fn constrain(
+    prompt: &ChatPrompt,
+    constraint: &Constraint,
+    control_token: &dyn Fn(&str) -> Option<Token>,
+) -> Result<Grammar, ApiError> {
+    if prompt.output.starts_in_reasoning && matches!(constraint.grammar, Grammar::Lark(_)) {
+        let message = format!(
+            "The chat template begins the answer with reasoning, which `{}` would have to describe, too. Turn reasoning \
+             off, where the template can (`chat_template_kwargs`: {{\"enable_thinking\": false}}), or send \
+             `guided_regex` or `response_format`.",
+            constraint.param
+        );
+        return Err(ApiError::unsupported(constraint.param, message));
+    }
+    Ok(prompt.response_grammar(constraint.grammar.clone(), Some(control_token)))
 }
 
 fn refuse(error: PromptError) -> ApiError {
     let message = error.to_string();
     match error {
-        PromptError::Message { index, .. } => ApiError::param(format!("messages[{index}]"), message),
+        PromptError::Message { index, .. } => {
+            ApiError::param(format!("messages[{index}]"), message)
+        }
         PromptError::Tool { index, .. } => ApiError::param(format!("tools[{index}]"), message),
         PromptError::ToolChoice(_) => ApiError::param("tool_choice", message),
-        PromptError::Template(_) => ApiError::param("messages", message).code("chat_template_failed"),
+        PromptError::Template(_) => {
+            ApiError::param("messages", message).code("chat_template_failed")
+        }
     }
 }

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::{Session, small_runtime};
-use crate::ui;
+use crate::{ui, units::Size};
 
 pub(super) fn run(session: &Session) -> anyhow::Result<()> {
     let client = session.client();
@@ -11,58 +11,100 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
     if session.global.json {
         return ui::print_json(&status);
     }
-    let text = |value: &Value, name: &str| value.get(name).map(plain).unwrap_or_default();
-    let mut out = format!(
-        "murmur {} at http://{}\n",
-        text(&status, "version"),
-        client.address()
-    );
-    let models = status
-        .get("models")
-        .and_then(Value::as_array)
-        .map(Vec::as_slice)
-        .unwrap_or_default();
+    let version = status.get("version").map(plain).unwrap_or_default();
+    let mut page = format!("murmur {version} at http://{}\n", client.address());
+    let models = list(&status, "/models");
     if models.is_empty() {
-        out.push_str("no models\n");
+        page.push_str("no models\n");
     } else {
-        let details = |model: &Value| match model.get("details") {
-            Some(Value::Object(facts)) => facts
-                .iter()
-                .map(|(name, value)| format!("{name} {}", plain(value)))
-                .collect::<Vec<_>>()
-                .join(", "),
-            _ => String::new(),
-        };
-        let rows: Vec<Vec<String>> = models
-            .iter()
-            .map(|m| {
-                vec![
-                    text(m, "id"),
-                    text(m, "state"),
-                    text(m, "context_tokens"),
-                    details(m),
-                ]
-            })
-            .collect();
-        out.push('\n');
-        out.push_str(&ui::table(
-            &["MODEL", "STATE", "CONTEXT", "DETAILS"],
-            &rows,
-            &[2],
+        page.push('\n');
+        page.push_str(&models_table(models, list(&status, "/node/models")));
+    }
+    let stages = stage_rows(list(&status, "/node/models"));
+    if !stages.is_empty() {
+        page.push('\n');
+        page.push_str(&ui::table(
+            &[
+                "STAGE OF", "LAYERS", "PROCESS", "RESTARTS", "WEIGHTS", "KV CELLS",
+            ],
+            &stages,
+            &[2, 3, 4, 5],
         ));
     }
-    if let Some(Value::Object(node)) = status
-        .get("node")
-        .filter(|node| node.as_object().is_some_and(|facts| !facts.is_empty()))
-    {
-        let rows: Vec<Vec<String>> = node
-            .iter()
-            .map(|(name, value)| vec![name.clone(), plain(value)])
-            .collect();
-        out.push('\n');
-        out.push_str(&ui::table(&["NODE", ""], &rows, &[]));
+    ui::print(&ui::without_controls(&page))
+}
+
+fn list<'a>(value: &'a Value, pointer: &str) -> &'a [Value] {
+    value
+        .pointer(pointer)
+        .and_then(Value::as_array)
+        .map(Vec::as_slice)
+        .unwrap_or_default()
+}
+
+/// What the API knows of each model, beside what the node does with it.
+fn models_table(models: &[Value], at_work: &[Value]) -> String {
+    let rows: Vec<Vec<String>> = models
+        .iter()
+        .map(|model| {
+            let work = at_work
+                .iter()
+                .find(|other| other.get("id") == model.get("id"));
+            let known = |name: &str| model.get(name).map(plain).unwrap_or_default();
+            let counted = |name: &str| {
+                work.and_then(|work| work.get(name))
+                    .map(plain)
+                    .unwrap_or_default()
+            };
+            let memory = work
+                .and_then(|work| work.get("memory_bytes_planned"))
+                .and_then(Value::as_u64);
+            vec![
+                known("id"),
+                known("state"),
+                known("context_tokens"),
+                memory
+                    .map(|bytes| Size(bytes).to_string())
+                    .unwrap_or_default(),
+                counted("requests_running"),
+                counted("requests_queued"),
+                counted("prompt_tokens"),
+                counted("generated_tokens"),
+            ]
+        })
+        .collect();
+    let headings = [
+        "MODEL",
+        "STATE",
+        "CONTEXT",
+        "MEMORY",
+        "RUNNING",
+        "QUEUED",
+        "PROMPT TOKENS",
+        "GENERATED",
+    ];
+    ui::table(&headings, &rows, &[2, 3, 4, 5, 6, 7])
+}
+
+fn stage_rows(at_work: &[Value]) -> Vec<Vec<String>> {
+    let mut rows = Vec::new();
+    for model in at_work {
+        for stage in list(model, "/stages") {
+            let layer = |end: &str| stage.pointer(end).map(plain).unwrap_or_default();
+            let weights = stage.get("weight_bytes").and_then(Value::as_u64);
+            rows.push(vec![
+                model.get("id").map(plain).unwrap_or_default(),
+                format!("{} to {}", layer("/layers/0"), layer("/layers/1")),
+                stage.get("process_id").map(plain).unwrap_or_default(),
+                stage.get("restarts").map(plain).unwrap_or_default(),
+                weights
+                    .map(|bytes| Size(bytes).to_string())
+                    .unwrap_or_default(),
+                stage.get("kv_cells").map(plain).unwrap_or_default(),
+            ]);
+        }
     }
-    ui::print(&ui::without_controls(&out))
+    rows
 }
 
 /// A value for people: texts without quotes.

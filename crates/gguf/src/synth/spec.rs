@@ -110,20 +110,41 @@ const QKV_BIASES: [&str; 3] = ["attn_q.bias", "attn_k.bias", "attn_v.bias"];
 impl Spec {
     /// Names that [`Spec::preset`] knows.
     pub const PRESETS: &'static [&'static str] = &[
-        "llama", "llama-tied", "mixtral", "mistral3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "olmo2",
-        "olmo3", "gpt-oss", "smollm3", "bert", "bench-1b", "bench-0.5b",
+        "llama",
+        "llama-tied",
+        "mixtral",
+        "mistral3",
+        "qwen2",
+        "qwen2moe",
+        "qwen3",
+        "qwen3moe",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "olmo2",
+        "olmo3",
+        "gpt-oss",
+        "smollm3",
+        "bert",
+        "bench-1b",
+        "bench-0.5b",
     ];
 
     /// The presets that are small: every one but the benchmarks.
     pub fn tiny_presets() -> impl Iterator<Item = &'static str> {
-        Self::PRESETS.iter().copied().filter(|name| !name.starts_with("bench-"))
+        Self::PRESETS
+            .iter()
+            .copied()
+            .filter(|name| !name.starts_with("bench-"))
     }
 
     /// A small model (about 1 to 8 million parameters) with F32 weights.
     pub fn tiny(name: &str) -> Result<Self, SynthError> {
         match Self::preset(name) {
             Ok(spec) if !name.starts_with("bench-") => Ok(spec),
-            _ => Err(SynthError::UnknownPreset { name: name.to_owned() }),
+            _ => Err(SynthError::UnknownPreset {
+                name: name.to_owned(),
+            }),
         }
     }
 
@@ -149,7 +170,11 @@ impl Spec {
         };
         Ok(match name {
             "llama" => spec(Arch::Llama, shape(8, 8, 4, 32)),
-            "llama-tied" => Self { tied: true, optional_tensors: vec!["rope_freqs.weight"], ..spec(Arch::Llama, shape(8, 8, 4, 32)) },
+            "llama-tied" => Self {
+                tied: true,
+                optional_tensors: vec!["rope_freqs.weight"],
+                ..spec(Arch::Llama, shape(8, 8, 4, 32))
+            },
             "mixtral" => {
                 let mut facts = with_experts(shape(8, 8, 4, 32), 0);
                 // The llama architecture has one width for both.
@@ -159,10 +184,19 @@ impl Spec {
             "mistral3" => {
                 let mut keys = yarn(64);
                 keys.push(("attention.temperature_scale", 0.1f32.into()));
-                Self { keys, ..spec(Arch::Mistral3, shape(8, 8, 4, 32)) }
+                Self {
+                    keys,
+                    ..spec(Arch::Mistral3, shape(8, 8, 4, 32))
+                }
             }
-            "qwen2" => Self { optional_tensors: QKV_BIASES.to_vec(), ..spec(Arch::Qwen2, shape(8, 8, 2, 32)) },
-            "qwen2moe" => Self { optional_tensors: QKV_BIASES.to_vec(), ..spec(Arch::Qwen2Moe, with_experts(shape(8, 8, 2, 32), 256)) },
+            "qwen2" => Self {
+                optional_tensors: QKV_BIASES.to_vec(),
+                ..spec(Arch::Qwen2, shape(8, 8, 2, 32))
+            },
+            "qwen2moe" => Self {
+                optional_tensors: QKV_BIASES.to_vec(),
+                ..spec(Arch::Qwen2Moe, with_experts(shape(8, 8, 2, 32), 256))
+            },
             "qwen3" => spec(Arch::Qwen3, shape(8, 8, 2, 64)),
             "qwen3moe" => spec(Arch::Qwen3Moe, with_experts(shape(8, 8, 4, 32), 0)),
             "gemma2" => Self {
@@ -176,33 +210,62 @@ impl Spec {
             },
             "gemma3" => Self {
                 tied: true,
-                keys: vec![("attention.sliding_window", 16u32.into()), ("rope.freq_base_swa", 10_000f32.into())],
+                keys: vec![
+                    ("attention.sliding_window", 16u32.into()),
+                    ("rope.freq_base_swa", 10_000f32.into()),
+                ],
                 ..spec(Arch::Gemma3, shape(12, 4, 2, 64))
             },
             "phi3" => {
-                let mut keys = vec![("rope.scaling.original_context_length", Value::from(64u32)), ("attention.sliding_window", 47u32.into())];
+                let mut keys = vec![
+                    ("rope.scaling.original_context_length", Value::from(64u32)),
+                    ("attention.sliding_window", 47u32.into()),
+                ];
                 keys.push(("rope.scaling.attn_factor", 1.19f32.into()));
-                let optional_tensors = vec!["rope_factors_long.weight", "rope_factors_short.weight"];
-                Self { keys, optional_tensors, ..spec(Arch::Phi3, shape(8, 8, 4, 32)) }
+                let optional_tensors =
+                    vec!["rope_factors_long.weight", "rope_factors_short.weight"];
+                Self {
+                    keys,
+                    optional_tensors,
+                    ..spec(Arch::Phi3, shape(8, 8, 4, 32))
+                }
             }
             "olmo2" => spec(Arch::Olmo2, shape(8, 8, 4, 32)),
             "olmo3" => {
                 let mut keys = yarn(64);
                 keys.push(("attention.sliding_window", 16u32.into()));
-                Self { keys, ..spec(Arch::Olmo2, shape(8, 8, 4, 32)) }
+                Self {
+                    keys,
+                    ..spec(Arch::Olmo2, shape(8, 8, 4, 32))
+                }
             }
             "gpt-oss" => {
                 let mut keys = yarn(64);
                 keys.push(("attention.sliding_window", 16u32.into()));
-                Self { keys, optional_tensors: QKV_BIASES.to_vec(), ..spec(Arch::GptOss, with_experts(shape(8, 8, 4, 64), 0)) }
+                Self {
+                    keys,
+                    optional_tensors: QKV_BIASES.to_vec(),
+                    ..spec(Arch::GptOss, with_experts(shape(8, 8, 4, 64), 0))
+                }
             }
-            "smollm3" => Self { tied: true, ..spec(Arch::SmolLm3, shape(8, 8, 4, 32)) },
+            "smollm3" => Self {
+                tied: true,
+                ..spec(Arch::SmolLm3, shape(8, 8, 4, 32))
+            },
             "bert" => {
                 let mut facts = shape(4, 8, 8, 32);
                 facts.context_length = 512;
                 let mut optional_tensors = QKV_BIASES.to_vec();
-                optional_tensors.extend(["attn_output.bias", "ffn_up.bias", "ffn_down.bias", "token_types.weight"]);
-                Self { optional_tensors, ..spec(Arch::Bert, facts) }
+                optional_tensors.extend([
+                    "attn_output.bias",
+                    "ffn_up.bias",
+                    "ffn_down.bias",
+                    "token_types.weight",
+                ]);
+                Self {
+                    optional_tensors,
+                    ..spec(Arch::Bert, facts)
+                }
             }
             "bench-1b" => {
                 let mut facts = shape(16, 32, 8, 64);
@@ -210,7 +273,12 @@ impl Spec {
                 facts.feed_forward_length = 8192;
                 facts.vocabulary = 128_256;
                 facts.context_length = 131_072;
-                Self { weights: Weights::Q4KM, tied: true, optional_tensors: vec!["rope_freqs.weight"], ..spec(Arch::Llama, facts) }
+                Self {
+                    weights: Weights::Q4KM,
+                    tied: true,
+                    optional_tensors: vec!["rope_freqs.weight"],
+                    ..spec(Arch::Llama, facts)
+                }
             }
             "bench-0.5b" => {
                 let mut facts = shape(24, 14, 2, 64);
@@ -218,9 +286,18 @@ impl Spec {
                 facts.feed_forward_length = 4864;
                 facts.vocabulary = 151_936;
                 facts.context_length = 32_768;
-                Self { weights: Weights::Q8_0, tied: true, optional_tensors: QKV_BIASES.to_vec(), ..spec(Arch::Qwen2, facts) }
+                Self {
+                    weights: Weights::Q8_0,
+                    tied: true,
+                    optional_tensors: QKV_BIASES.to_vec(),
+                    ..spec(Arch::Qwen2, facts)
+                }
             }
-            _ => return Err(SynthError::UnknownPreset { name: name.to_owned() }),
+            _ => {
+                return Err(SynthError::UnknownPreset {
+                    name: name.to_owned(),
+                });
+            }
         })
     }
 

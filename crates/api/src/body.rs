@@ -190,3 +190,42 @@ impl<T: Unpin> HttpBody for Held<T> {
         self.body.size_hint()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures::{StreamExt, stream};
+
+    use super::*;
+
+    type Piece = Result<&'static str, std::io::Error>;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_does_not_arrive_is_given_up() {
+        let dripping = stream::iter([Ok::<_, std::io::Error>("{")]).chain(stream::pending());
+        let rejection = read(Request::new(Body::from_stream(dripping)))
+            .await
+            .unwrap_err();
+        assert_eq!(rejection.status(), StatusCode::REQUEST_TIMEOUT);
+        assert_eq!(rejection.headers()[header::CONNECTION], "close");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refused_body_is_thrown_away_for_a_bounded_time_only() {
+        let endless = stream::repeat_with(|| Piece::Ok("x")).then(|piece| async {
+            tokio::time::sleep(DISCARD_TIMEOUT / 100).await;
+            piece
+        });
+        let started = tokio::time::Instant::now();
+        let response = reject(Request::new(Body::from_stream(endless)), too_large()).await;
+        assert_eq!(response.headers()[header::CONNECTION], "close");
+        assert!(started.elapsed() <= 2 * DISCARD_TIMEOUT);
+    }
+
+    #[tokio::test]
+    async fn a_refused_body_is_thrown_away_up_to_a_limit_only() {
+        const PIECE: &str = "0123456789abcdef";
+        let endless = stream::repeat_with(|| Ok::<_, std::io::Error>(PIECE.repeat(65_536)));
+        let response = reject(Request::new(Body::from_stream(endless)), too_large()).await;
+        assert_eq!(response.headers()[header::CONNECTION], "close");
+    }
+}

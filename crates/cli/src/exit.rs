@@ -70,6 +70,13 @@ impl Failure {
     }
 }
 
+impl Failure {
+    /// An exit code whose reason the user has been told.
+    pub(crate) fn told(code: Code) -> anyhow::Error {
+        Self::because(code, "")
+    }
+}
+
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
@@ -151,6 +158,9 @@ pub(crate) fn report(error: &anyhow::Error, wants_json: bool) -> ExitCode {
     }
     let code = code_of(error);
     let message = format!("{error:#}");
+    if message.is_empty() {
+        return ExitCode::from(code as u8);
+    }
     if wants_json {
         let body = serde_json::json!({"error": {"message": message, "code": code.name(), "exit_code": code as u8}});
         let _ = crate::ui::print_json(&body);

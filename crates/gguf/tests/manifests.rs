@@ -61,7 +61,7 @@ fn a_layer_has_the_same_digest_in_a_slice_and_so_have_embedding_head_and_tokeniz
         assert_ne!(middle.tokenizer, whole.tokenizer);
         assert_eq!(
             first.shared.map(|part| part.digest),
-            whole.shared.map(|part| part.digest)
+            whole.shared.as_ref().map(|part| part.digest)
         );
         assert_eq!(last.slice, Some(LayerRange::new(3, 4)));
         assert_ne!(digests(&whole)[0], digests(&whole)[1]);

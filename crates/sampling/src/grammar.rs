@@ -456,7 +456,7 @@ fn reason_of(message: &str) -> String {
     if essence == "NoExtensionBias" {
         return "no token of the model's vocabulary continues the text as it demands".to_owned();
     }
-    if essence.starts_with("panic:") {
+    if essence.starts_with("panic:") || essence.contains("lexer precomputation failed") {
         return "it is beyond what the grammar engine can handle: make it simpler".to_owned();
     }
     let chars = essence.chars().count();

@@ -19,17 +19,22 @@ pub(crate) fn max_logit(logits: &[f32]) -> Option<f32> {
             } else {
                 best[lane]
             };
-            // False for NaN as well as for +∞.
-            invalid[lane] |= !(logit < f32::INFINITY);
+            invalid[lane] |= is_broken(logit);
         }
     }
     let mut max = best.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut bad = invalid.contains(&true);
     for &logit in rest {
         max = if logit > max { logit } else { max };
-        bad |= !(logit < f32::INFINITY);
+        bad |= is_broken(logit);
     }
     (!bad).then_some(max)
+}
+
+/// NaN or +∞: what no model means.
+#[inline(always)]
+pub(crate) fn is_broken(logit: f32) -> bool {
+    logit.is_nan() | (logit == f32::INFINITY)
 }
 
 /// Σ exp(logit − max), in f64. `max` must be finite and the largest.

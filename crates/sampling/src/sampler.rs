@@ -23,7 +23,7 @@ use crate::error::SamplingError;
 use crate::filters::{self, Candidate};
 use crate::grammar::GrammarState;
 use crate::noise::PositionNoise;
-use crate::numeric::{mass, max_logit};
+use crate::numeric::{is_broken, mass, max_logit};
 use crate::params::{BAN_BIAS, validate};
 use crate::penalties::History;
 use crate::vocabulary::Vocabulary;
@@ -235,8 +235,10 @@ impl Sampler {
 }
 
 fn not_finite(logits: &[f32], position: u32) -> SamplingError {
-    let is_bad = |logit: &f32| logit.is_nan() || *logit == f32::INFINITY;
-    let at = logits.iter().position(is_bad).unwrap_or(0);
+    let at = logits
+        .iter()
+        .position(|logit| is_broken(*logit))
+        .unwrap_or(0);
     let logit = logits.get(at).copied().unwrap_or(f32::NAN);
     SamplingError::LogitNotFinite {
         position,

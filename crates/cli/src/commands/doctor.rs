@@ -5,11 +5,11 @@ use std::{fmt::Write, fs, io, net::TcpListener};
 use murmur_store::{available_bytes, hub::HubConfig};
 use serde::Serialize;
 
-use super::{Session, machine, small_runtime};
+use super::{Session, machine, self_test, small_runtime};
 use crate::{
     exit::{Code, Failure},
     ui,
-    units::Size,
+    units::{Size, human_duration},
 };
 
 /// Below this, not even a small model fits.
@@ -73,6 +73,7 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
         port(session),
         store(session),
         hub(),
+        engine(session),
     ];
     if session.global.json {
         ui::print_json(&serde_json::json!({
@@ -94,8 +95,8 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
         return Ok(());
     }
     if session.global.json {
-        // The report is on standard output already, and is one JSON document.
-        std::process::exit(Code::Failed as i32);
+        // The report says it already, and is one JSON document.
+        return Err(Failure::told(Code::Failed));
     }
     Err(Failure::because(
         Code::Failed,
@@ -324,5 +325,24 @@ fn hub() -> Check {
             )
         }
         Err(error) => Check::fail(NAME, "the hub settings cannot be used", error.to_string()),
+    }
+}
+
+fn engine(session: &Session) -> Check {
+    const NAME: &str = "engine";
+    let started = std::time::Instant::now();
+    match self_test::run(session) {
+        Ok(()) => Check::ok(
+            NAME,
+            format!(
+                "a small model ran as two stages, in {}",
+                human_duration(started.elapsed())
+            ),
+        ),
+        Err(error) => Check::fail(
+            NAME,
+            format!("a small model does not run: {error:#}"),
+            "If the program was built for another processor, build it here or with a lower target-cpu.",
+        ),
     }
 }

@@ -8,6 +8,7 @@ mod machine;
 mod models;
 mod pages;
 mod run;
+mod self_test;
 mod serve;
 mod show;
 mod status;
@@ -25,7 +26,7 @@ use crate::{
 };
 
 /// What every command may need.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Session {
     pub(crate) global: Global,
     pub(crate) data_dir: PathBuf,

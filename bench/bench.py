@@ -16,6 +16,7 @@ import pathlib
 import platform
 import statistics
 import subprocess
+import tempfile
 import threading
 import time
 
@@ -27,7 +28,7 @@ CACHED_TOKENS = 512
 STREAMS = (1, 4, 8)
 CONTEXT = 4608
 STATUS_RUNS = 25
-PARTS = ("decode", "prefill", "streams", "cache", "memory", "stages", "status", "llama-bench")
+PARTS = ("decode", "prefill", "streams", "cache", "memory", "stages", "status", "llama-bench", "engine")
 
 
 class Table:
@@ -190,6 +191,23 @@ def against_llama_bench(options, model, table):
             table.pairs(f"{model.stem}: {what} / llama-bench", "tok/s", *columns, bar=bar)
 
 
+def engine_alone(options, table):
+    """What murmur's own engine benchmark reports: the cost of the process boundary, and the default mode's flips."""
+    with tempfile.TemporaryDirectory(prefix="murmur-bench-") as scratch:
+        command = [options.engine_bench, options.murmur, options.demo_model, scratch]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        row = json.loads(line)
+        mode = f"{'exact' if row['exact'] else 'default'} mode"
+        if row["temperature"] == 0:
+            table.limit(f"child process per step, {mode}", "us", row["outside_compute_us"], 50)
+        print(
+            f"{mode}, temperature {row['temperature']}, 8 streams together against alone: {row['streams_diverged']} flips in "
+            f"{row['tokens_compared']} tokens, {row['flips_per_million_tokens']} per million",
+            flush=True,
+        )
+
+
 def bench_models(options):
     """Models with random weights of two usual shapes, made once by the binary."""
     options.models.mkdir(parents=True, exist_ok=True)
@@ -214,6 +232,8 @@ def arguments():
     parser.add_argument("--murmur", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--llama", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--models", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--engine-bench", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--demo-model", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of both sides (default: %(default)s, all of them)")
     parser.add_argument("--rounds", type=int, default=7, help="pairs per figure (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"what to measure (default: all): {', '.join(PARTS)}")
@@ -228,6 +248,8 @@ def main():
     models = list(bench_models(options))
     options.first_model = models[0]
     table = Table()
+    if "engine" in options.only:
+        engine_alone(options, table)
     for model in models:
         if {"decode", "prefill", "streams", "cache", "memory", "status"} & set(options.only):
             against_llama_server(options, model, table)

@@ -13,6 +13,13 @@ def server():
 
 
 @pytest.fixture(scope="session")
+def default_server():
+    """The demo model with the defaults, as users start it."""
+    with murmur_server.Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def client(server):
     return server.client()
 

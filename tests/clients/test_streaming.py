@@ -92,7 +92,7 @@ def test_a_slow_reader_loses_nothing(client, model, ask):
 
 def test_a_client_that_leaves_stops_the_computation(server):
     """The engine's own counter of tokens stands still soon after, far below what was asked for."""
-    name = "murmur_engine_tokens_total"
+    name = "murmur_generated_tokens_total"
     before = server.metric(name)
     assert before is not None, f"/metrics has no {name}"
     body = {"model": server.model, "messages": user(STORY), "n": 8, "temperature": 1, "max_tokens": 400, "ignore_eos": True}

@@ -189,7 +189,7 @@ pub enum Refusal {
 /// Embeddings of several inputs.
 #[derive(Debug, Clone)]
 pub struct Embeddings {
-    /// One unit-length vector per input, [n_embd] f32.
+    /// One unit-length vector per input, `[n_embd]` f32.
     pub vectors: Vec<Vec<f32>>,
     /// Tokens over all inputs.
     pub prompt_tokens: u32,
@@ -203,20 +203,11 @@ pub trait Backend: Send + Sync + 'static {
     /// end: a queued request is an accepted one, and its events start later.
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Generation, Refusal>>;
     /// Embeds texts or token lists.
-    fn embed(
-        &self,
-        model: String,
-        inputs: Vec<Prompt>,
-    ) -> BoxFuture<'_, Result<Embeddings, Refusal>>;
+    fn embed(&self, model: String, inputs: Vec<Prompt>) -> BoxFuture<'_, Result<Embeddings, Refusal>>;
     /// Tokenises as the prompt of a request would be.
-    fn tokenize(&self, model: String, prompt: Prompt)
-    -> BoxFuture<'_, Result<Vec<Token>, Refusal>>;
+    fn tokenize(&self, model: String, prompt: Prompt) -> BoxFuture<'_, Result<Vec<Token>, Refusal>>;
     /// Text of tokens.
-    fn detokenize(
-        &self,
-        model: String,
-        tokens: Vec<Token>,
-    ) -> BoxFuture<'_, Result<String, Refusal>>;
+    fn detokenize(&self, model: String, tokens: Vec<Token>) -> BoxFuture<'_, Result<String, Refusal>>;
     /// The id of the *control* token with exactly this text, if the model has one: a grammar names it by id.
     fn control_token(&self, model: &str, text: &str) -> Option<Token> {
         let _ = (model, text);

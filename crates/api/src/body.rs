@@ -39,17 +39,12 @@ impl<S: Send + Sync> FromRequest<S> for JsonObject {
             return Err(reject(request, error).await);
         }
         let bytes = read(request).await?;
-        parse(&bytes)
-            .map(JsonObject)
-            .map_err(IntoResponse::into_response)
+        parse(&bytes).map(JsonObject).map_err(IntoResponse::into_response)
     }
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
-    let Some(Ok(value)) = headers
-        .get(header::CONTENT_TYPE)
-        .map(|value| value.to_str())
-    else {
+    let Some(Ok(value)) = headers.get(header::CONTENT_TYPE).map(|value| value.to_str()) else {
         return false;
     };
     let essence = value.split(';').next().unwrap_or_default().trim();
@@ -67,10 +62,7 @@ async fn read(request: Request) -> Result<Bytes, Response> {
     let reading = async {
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| {
-                ApiError::new(
-                    StatusCode::BAD_REQUEST,
-                    format!("The request's body broke off: {error}."),
-                )
+                ApiError::new(StatusCode::BAD_REQUEST, format!("The request's body broke off: {error}."))
             })?;
             if let Ok(data) = frame.into_data() {
                 if bytes.len() + data.len() > MAX_BODY_BYTES {
@@ -87,10 +79,7 @@ async fn read(request: Request) -> Result<Bytes, Response> {
         Err(_) => {
             let error = ApiError::new(
                 StatusCode::REQUEST_TIMEOUT,
-                format!(
-                    "The request's body did not arrive within {} seconds.",
-                    BODY_READ_TIMEOUT.as_secs()
-                ),
+                format!("The request's body did not arrive within {} seconds.", BODY_READ_TIMEOUT.as_secs()),
             );
             Err(closing(error))
         }
@@ -107,10 +96,7 @@ fn parse(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
     let text = match std::str::from_utf8(bytes) {
         Ok(text) => text,
         Err(error) => {
-            return bad(format!(
-                "The request's body is not valid UTF-8 at byte {}.",
-                error.valid_up_to()
-            ));
+            return bad(format!("The request's body is not valid UTF-8 at byte {}.", error.valid_up_to()));
         }
     };
     match serde_json::from_str(text) {
@@ -158,12 +144,7 @@ fn closing(error: ApiError) -> Response {
 
 /// Keeps a value until the answer's body has been sent or given up.
 pub(crate) fn hold<T: Unpin + Send + 'static>(response: Response, value: T) -> Response {
-    response.map(|body| {
-        Body::new(Held {
-            body,
-            _value: value,
-        })
-    })
+    response.map(|body| Body::new(Held { body, _value: value }))
 }
 
 struct Held<T> {
@@ -175,10 +156,7 @@ impl<T: Unpin> HttpBody for Held<T> {
     type Data = Bytes;
     type Error = axum::Error;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         Pin::new(&mut self.body).poll_frame(cx)
     }
 
@@ -202,9 +180,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_body_that_does_not_arrive_is_given_up() {
         let dripping = stream::iter([Ok::<_, std::io::Error>("{")]).chain(stream::pending());
-        let rejection = read(Request::new(Body::from_stream(dripping)))
-            .await
-            .unwrap_err();
+        let rejection = read(Request::new(Body::from_stream(dripping))).await.unwrap_err();
         assert_eq!(rejection.status(), StatusCode::REQUEST_TIMEOUT);
         assert_eq!(rejection.headers()[header::CONNECTION], "close");
     }

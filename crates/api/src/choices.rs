@@ -10,9 +10,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use crate::{
-    backend::{
-        Backend, Completion, Event, Finish, GenerateRequest, Generation, Refusal, TokenInfo,
-    },
+    backend::{Backend, Completion, Event, Finish, GenerateRequest, Generation, Refusal, TokenInfo},
     errors::ApiError,
     metrics::Metrics,
 };
@@ -20,10 +18,7 @@ use crate::{
 /// What happened to a choice, as far as an answer shows it.
 #[derive(Debug)]
 pub(crate) enum ChoiceEvent {
-    Text {
-        text: String,
-        tokens: Vec<TokenInfo>,
-    },
+    Text { text: String, tokens: Vec<TokenInfo> },
     Done(Finish),
     Failed(Refusal),
 }
@@ -56,12 +51,7 @@ impl Choices {
         requests: Vec<GenerateRequest>,
         per_prompt: usize,
     ) -> Result<Self, ApiError> {
-        let mut choices = Choices {
-            slots: Vec::with_capacity(requests.len()),
-            per_prompt,
-            turn: 0,
-            metrics,
-        };
+        let mut choices = Choices { slots: Vec::with_capacity(requests.len()), per_prompt, turn: 0, metrics };
         for request in requests {
             let generation = backend.generate(request).await?;
             choices.slots.push(Slot::new(generation));
@@ -94,17 +84,9 @@ impl Choices {
 
     /// Prompt tokens done and to do, while any prompt is still being read.
     pub(crate) fn prefill_progress(&self) -> Option<(u64, u64)> {
-        let waiting = self
-            .slots
-            .iter()
-            .filter(|slot| slot.events.is_some() && !slot.has_text);
+        let waiting = self.slots.iter().filter(|slot| slot.events.is_some() && !slot.has_text);
         waiting
-            .map(|slot| {
-                (
-                    u64::from(slot.prefilled_tokens),
-                    u64::from(slot.prompt_tokens),
-                )
-            })
+            .map(|slot| (u64::from(slot.prefilled_tokens), u64::from(slot.prompt_tokens)))
             .reduce(|sum, slot| (sum.0 + slot.0, sum.1 + slot.1))
     }
 
@@ -113,11 +95,7 @@ impl Choices {
         let prompts = || self.slots.iter().step_by(self.per_prompt.max(1));
         let prompt: u64 = prompts().map(|slot| u64::from(slot.prompt_tokens)).sum();
         let cached: u64 = prompts().map(|slot| u64::from(slot.cached_tokens)).sum();
-        let completion: u64 = self
-            .slots
-            .iter()
-            .map(|slot| u64::from(slot.completion_tokens))
-            .sum();
+        let completion: u64 = self.slots.iter().map(|slot| u64::from(slot.completion_tokens)).sum();
         json!({
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -142,11 +120,7 @@ impl Choices {
                     return Poll::Ready(Some((index, event)));
                 }
             }
-            if all_ended {
-                Poll::Ready(None)
-            } else {
-                Poll::Pending
-            }
+            if all_ended { Poll::Ready(None) } else { Poll::Pending }
         })
         .await
     }
@@ -154,10 +128,7 @@ impl Choices {
     fn account(&mut self, index: usize, event: Option<Event>) -> Option<ChoiceEvent> {
         let slot = self.slots.get_mut(index)?;
         match event {
-            Some(Event::Prefill {
-                done_tokens,
-                cached_tokens,
-            }) => {
+            Some(Event::Prefill { done_tokens, cached_tokens }) => {
                 slot.prefilled_tokens = done_tokens;
                 slot.cached_tokens = cached_tokens;
                 None
@@ -183,8 +154,7 @@ impl Choices {
             None => {
                 slot.events = None;
                 self.metrics.ended("failed");
-                let message =
-                    "The generation broke off without a result. Send the request again.".to_owned();
+                let message = "The generation broke off without a result. Send the request again.".to_owned();
                 Some(ChoiceEvent::Failed(Refusal::Failed { message }))
             }
         }
@@ -207,33 +177,17 @@ impl Slot {
     fn first_token(&mut self, metrics: &Metrics) {
         if !self.has_text {
             self.has_text = true;
-            metrics.prefilled(
-                self.prompt_tokens,
-                self.cached_tokens,
-                self.started.elapsed(),
-            );
+            metrics.prefilled(self.prompt_tokens, self.cached_tokens, self.started.elapsed());
         }
     }
 
     fn end(&mut self, completion: &Completion, metrics: &Metrics) {
         self.events = None;
         // Tokens that made no text, such as the one that ends the turn, are in the account only.
-        metrics.generated(
-            completion
-                .completion_tokens
-                .saturating_sub(self.completion_tokens)
-                .into(),
-        );
+        metrics.generated(completion.completion_tokens.saturating_sub(self.completion_tokens).into());
         self.prompt_tokens = completion.prompt_tokens;
         self.completion_tokens = completion.completion_tokens;
-        metrics.completed(
-            completion,
-            if completion.finish == Finish::Length {
-                "length"
-            } else {
-                "stop"
-            },
-        );
+        metrics.completed(completion, if completion.finish == Finish::Length { "length" } else { "stop" });
     }
 }
 

@@ -23,21 +23,12 @@ pub(crate) struct ApiError {
 
 impl ApiError {
     pub(crate) fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        ApiError {
-            status,
-            message: message.into(),
-            param: None,
-            code: None,
-            retry_after: None,
-        }
+        ApiError { status, message: message.into(), param: None, code: None, retry_after: None }
     }
 
     /// 400 about one field.
     pub(crate) fn param(param: impl Into<String>, message: impl Into<String>) -> Self {
-        ApiError {
-            param: Some(param.into()),
-            ..Self::new(StatusCode::BAD_REQUEST, message)
-        }
+        ApiError { param: Some(param.into()), ..Self::new(StatusCode::BAD_REQUEST, message) }
     }
 
     /// 400 about a field that is known, and not supported.
@@ -64,11 +55,7 @@ impl ApiError {
     }
 
     pub(crate) fn no_such_model(message: impl Into<String>) -> Self {
-        ApiError {
-            param: Some("model".into()),
-            ..Self::new(StatusCode::NOT_FOUND, message)
-        }
-        .code("model_not_found")
+        ApiError { param: Some("model".into()), ..Self::new(StatusCode::NOT_FOUND, message) }.code("model_not_found")
     }
 
     /// The `error` object, alone: what a stream sends once its status is out.
@@ -91,23 +78,17 @@ impl From<Refusal> for ApiError {
     fn from(refusal: Refusal) -> Self {
         let message = refusal.to_string();
         match refusal {
-            Refusal::Busy { retry_after, .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, message)
-                .code("rate_limit_exceeded")
-                .retry_after(retry_after),
-            Refusal::BadRequest { param, code, .. } => ApiError {
-                param,
-                code,
-                ..Self::new(StatusCode::BAD_REQUEST, message)
-            },
+            Refusal::Busy { retry_after, .. } => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, message).code("rate_limit_exceeded").retry_after(retry_after)
+            }
+            Refusal::BadRequest { param, code, .. } => {
+                ApiError { param, code, ..Self::new(StatusCode::BAD_REQUEST, message) }
+            }
             Refusal::NoSuchModel { .. } => Self::no_such_model(message),
             Refusal::NotReady { retry_after, .. } => {
-                Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
-                    .code("model_not_ready")
-                    .retry_after(retry_after)
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, message).code("model_not_ready").retry_after(retry_after)
             }
-            Refusal::Failed { .. } => {
-                Self::new(StatusCode::INTERNAL_SERVER_ERROR, message).code("generation_failed")
-            }
+            Refusal::Failed { .. } => Self::new(StatusCode::INTERNAL_SERVER_ERROR, message).code("generation_failed"),
         }
     }
 }

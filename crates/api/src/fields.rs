@@ -22,19 +22,13 @@ type Read<T> = Result<Option<T>, ApiError>;
 impl Fields {
     /// The request itself.
     pub(crate) fn new(map: Map<String, Value>) -> Self {
-        Fields {
-            map,
-            prefix: String::new(),
-        }
+        Fields { map, prefix: String::new() }
     }
 
     /// An object within the request, found at `path`.
     pub(crate) fn within(path: &str, value: Value) -> Result<Self, ApiError> {
         match value {
-            Value::Object(map) => Ok(Fields {
-                map,
-                prefix: format!("{path}."),
-            }),
+            Value::Object(map) => Ok(Fields { map, prefix: format!("{path}.") }),
             other => Err(wrong_type(path, "an object", &other)),
         }
     }
@@ -91,12 +85,8 @@ impl Fields {
 
     /// A finite number; JSON has no others.
     pub(crate) fn number(&mut self, key: &str, range: RangeInclusive<f64>) -> Read<f64> {
-        let read = self.read(key, "a number", |value| {
-            value
-                .as_f64()
-                .filter(|number| number.is_finite())
-                .ok_or(value)
-        })?;
+        let read =
+            self.read(key, "a number", |value| value.as_f64().filter(|number| number.is_finite()).ok_or(value))?;
         self.within_range(key, read, &range)
     }
 
@@ -104,19 +94,15 @@ impl Fields {
     pub(crate) fn refuse(&mut self, key: &str, advice: &str) -> Result<(), ApiError> {
         match self.take(key) {
             None => Ok(()),
-            Some(_) => Err(ApiError::unsupported(
-                self.path(key),
-                format!("`{}` is not supported: {advice}", self.path(key)),
-            )),
+            Some(_) => {
+                Err(ApiError::unsupported(self.path(key), format!("`{}` is not supported: {advice}", self.path(key))))
+            }
         }
     }
 
     pub(crate) fn missing(&self, key: &str) -> ApiError {
-        ApiError::param(
-            self.path(key),
-            format!("Missing required parameter: `{}`.", self.path(key)),
-        )
-        .code("missing_required_parameter")
+        ApiError::param(self.path(key), format!("Missing required parameter: `{}`.", self.path(key)))
+            .code("missing_required_parameter")
     }
 
     /// The end: a field that nobody read is one that would be ignored.
@@ -134,18 +120,11 @@ impl Fields {
         }
     }
 
-    fn read<T>(
-        &mut self,
-        key: &str,
-        wanted: &str,
-        convert: impl FnOnce(Value) -> Result<T, Value>,
-    ) -> Read<T> {
+    fn read<T>(&mut self, key: &str, wanted: &str, convert: impl FnOnce(Value) -> Result<T, Value>) -> Read<T> {
         let Some(value) = self.take(key) else {
             return Ok(None);
         };
-        convert(value)
-            .map(Some)
-            .map_err(|value| wrong_type(&self.path(key), wanted, &value))
+        convert(value).map(Some).map_err(|value| wrong_type(&self.path(key), wanted, &value))
     }
 
     fn within_range<T: PartialOrd + std::fmt::Display>(
@@ -155,9 +134,7 @@ impl Fields {
         range: &RangeInclusive<T>,
     ) -> Read<T> {
         match value {
-            Some(value) if !range.contains(&value) => {
-                Err(out_of_range(&self.path(key), &value, range))
-            }
+            Some(value) if !range.contains(&value) => Err(out_of_range(&self.path(key), &value, range)),
             value => Ok(value),
         }
     }
@@ -168,10 +145,7 @@ pub(crate) fn as_integer(value: &Value) -> Option<i64> {
     /// Beyond it, a double does not stand for one integer.
     const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
     value.as_i64().or_else(|| {
-        value
-            .as_f64()
-            .filter(|number| number.fract() == 0.0 && number.abs() <= MAX_EXACT)
-            .map(|number| number as i64)
+        value.as_f64().filter(|number| number.fract() == 0.0 && number.abs() <= MAX_EXACT).map(|number| number as i64)
     })
 }
 
@@ -186,38 +160,26 @@ pub(crate) fn wrong_type(path: &str, wanted: &str, value: &Value) -> ApiError {
         Value::Array(_) => "an array",
         Value::Object(_) => "an object",
     };
-    ApiError::param(
-        path,
-        format!("Invalid type for `{path}`: expected {wanted}, but got {got} instead."),
-    )
-    .code("invalid_type")
+    ApiError::param(path, format!("Invalid type for `{path}`: expected {wanted}, but got {got} instead."))
+        .code("invalid_type")
 }
 
 /// 400: a number beyond its bounds.
-pub(crate) fn out_of_range<T: std::fmt::Display>(
-    path: &str,
-    value: &T,
-    range: &RangeInclusive<T>,
-) -> ApiError {
-    let message = format!(
-        "Invalid value for `{path}`: {value} is out of range; use {} to {}.",
-        range.start(),
-        range.end()
-    );
+pub(crate) fn out_of_range<T: std::fmt::Display>(path: &str, value: &T, range: &RangeInclusive<T>) -> ApiError {
+    let message =
+        format!("Invalid value for `{path}`: {value} is out of range; use {} to {}.", range.start(), range.end());
     ApiError::param(path, message).code("out_of_range")
 }
 
 /// 400: more of something than a limit allows.
 pub(crate) fn too_many(path: &str, what: &str, count: usize, limit: usize) -> ApiError {
-    let message =
-        format!("`{path}` has {count} {what}, and at most {limit} are allowed; send fewer.");
+    let message = format!("`{path}` has {count} {what}, and at most {limit} are allowed; send fewer.");
     ApiError::param(path, message).code("array_above_max_length")
 }
 
 /// 400: longer than a limit allows.
 pub(crate) fn too_long(path: &str, bytes: usize, limit: usize) -> ApiError {
-    let message =
-        format!("`{path}` is {bytes} bytes long, and at most {limit} are allowed; shorten it.");
+    let message = format!("`{path}` is {bytes} bytes long, and at most {limit} are allowed; shorten it.");
     ApiError::param(path, message).code("string_above_max_length")
 }
 
@@ -259,44 +221,24 @@ mod tests {
     fn a_nested_field_is_named_with_its_path() {
         let mut outer = fields(json!({"stream_options": {"include_usage": "yes"}}));
         let mut inner = outer.fields("stream_options").unwrap().unwrap();
-        assert_eq!(
-            error(inner.boolean("include_usage"))["param"],
-            "stream_options.include_usage"
-        );
+        assert_eq!(error(inner.boolean("include_usage"))["param"], "stream_options.include_usage");
     }
 
     #[test]
     fn integers_may_be_written_as_decimals_but_not_be_fractions() {
-        for (value, wanted) in [
-            (json!(5), Some(5)),
-            (json!(5.0), Some(5)),
-            (json!(-1), Some(-1)),
-        ] {
-            assert_eq!(
-                fields(json!({"n": value})).integer("n", -10..=10).unwrap(),
-                wanted
-            );
+        for (value, wanted) in [(json!(5), Some(5)), (json!(5.0), Some(5)), (json!(-1), Some(-1))] {
+            assert_eq!(fields(json!({"n": value})).integer("n", -10..=10).unwrap(), wanted);
         }
         for value in [json!(0.5), json!("5"), json!([]), json!(1e300), json!(true)] {
-            assert_eq!(
-                error(fields(json!({"n": value})).integer("n", -10..=10))["code"],
-                "invalid_type"
-            );
+            assert_eq!(error(fields(json!({"n": value})).integer("n", -10..=10))["code"], "invalid_type");
         }
-        assert_eq!(
-            error(fields(json!({"n": 11})).integer("n", -10..=10))["code"],
-            "out_of_range"
-        );
-        assert_eq!(
-            error(fields(json!({"n": u64::MAX})).integer("n", -10..=10))["param"],
-            "n"
-        );
+        assert_eq!(error(fields(json!({"n": 11})).integer("n", -10..=10))["code"], "out_of_range");
+        assert_eq!(error(fields(json!({"n": u64::MAX})).integer("n", -10..=10))["param"], "n");
     }
 
     #[test]
     fn a_very_long_name_is_not_repeated_in_full() {
-        let message =
-            error(fields(json!({"é".repeat(100_000): 1})).finish())["message"].to_string();
+        let message = error(fields(json!({"é".repeat(100_000): 1})).finish())["message"].to_string();
         assert!(message.len() < 1000, "{}", message.len());
     }
 

@@ -20,9 +20,7 @@ use axum::{
 use crate::{backend::Completion, router::AppState};
 
 /// Upper bounds of the histograms' buckets, in seconds: from a cached prompt's first token to a long answer.
-const BUCKETS: [f64; 13] = [
-    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0,
-];
+const BUCKETS: [f64; 13] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
 
 #[derive(Debug, Default)]
 struct Histogram {
@@ -44,21 +42,10 @@ impl Histogram {
     fn render(&self, name: &str, labels: &str, out: &mut String) {
         let comma = if labels.is_empty() { "" } else { "," };
         for (count, bound) in self.buckets.iter().zip(BUCKETS) {
-            let _ = writeln!(
-                out,
-                "{name}_bucket{{{labels}{comma}le=\"{bound}\"}} {count}"
-            );
+            let _ = writeln!(out, "{name}_bucket{{{labels}{comma}le=\"{bound}\"}} {count}");
         }
-        let _ = writeln!(
-            out,
-            "{name}_bucket{{{labels}{comma}le=\"+Inf\"}} {}",
-            self.count
-        );
-        let braces = if labels.is_empty() {
-            String::new()
-        } else {
-            format!("{{{labels}}}")
-        };
+        let _ = writeln!(out, "{name}_bucket{{{labels}{comma}le=\"+Inf\"}} {}", self.count);
+        let braces = if labels.is_empty() { String::new() } else { format!("{{{labels}}}") };
         let _ = writeln!(out, "{name}_sum{braces} {}", self.sum_seconds);
         let _ = writeln!(out, "{name}_count{braces} {}", self.count);
     }
@@ -106,8 +93,7 @@ impl Metrics {
     }
 
     pub(crate) fn completed(&self, completion: &Completion, outcome: &'static str) {
-        self.decode_milliseconds
-            .fetch_add(completion.decode.as_millis() as u64, Relaxed);
+        self.decode_milliseconds.fetch_add(completion.decode.as_millis() as u64, Relaxed);
         self.ended(outcome);
     }
 
@@ -121,12 +107,7 @@ impl Metrics {
         let head = |name: &str, kind: &str, help: &str, out: &mut String| {
             let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
         };
-        head(
-            "murmur_http_requests_total",
-            "counter",
-            "Requests answered.",
-            &mut out,
-        );
+        head("murmur_http_requests_total", "counter", "Requests answered.", &mut out);
         for ((route, method, status), count) in lock(&self.requests).iter() {
             let _ = writeln!(
                 out,
@@ -134,34 +115,16 @@ impl Metrics {
             );
         }
         let name = "murmur_http_request_duration_seconds";
-        head(
-            name,
-            "histogram",
-            "Time from a request's headers to the end of its answer.",
-            &mut out,
-        );
+        head(name, "histogram", "Time from a request's headers to the end of its answer.", &mut out);
         for (route, histogram) in lock(&self.durations).iter() {
             histogram.render(name, &format!("route=\"{route}\""), &mut out);
         }
         let name = "murmur_time_to_first_token_seconds";
-        head(
-            name,
-            "histogram",
-            "Time from a generation's acceptance to its first token.",
-            &mut out,
-        );
+        head(name, "histogram", "Time from a generation's acceptance to its first token.", &mut out);
         lock(&self.time_to_first_token).render(name, "", &mut out);
-        head(
-            "murmur_generations_total",
-            "counter",
-            "Generations ended, by how.",
-            &mut out,
-        );
+        head("murmur_generations_total", "counter", "Generations ended, by how.", &mut out);
         for (outcome, count) in lock(&self.generations).iter() {
-            let _ = writeln!(
-                out,
-                "murmur_generations_total{{outcome=\"{outcome}\"}} {count}"
-            );
+            let _ = writeln!(out, "murmur_generations_total{{outcome=\"{outcome}\"}} {count}");
         }
         let decode_seconds = self.decode_milliseconds.load(Relaxed) as f64 / 1000.0;
         for (name, kind, help, value) in [
@@ -171,12 +134,7 @@ impl Metrics {
                 "Requests being answered.",
                 self.requests_in_flight.load(Relaxed) as f64,
             ),
-            (
-                "murmur_http_connections",
-                "gauge",
-                "Open connections.",
-                self.connections.load(Relaxed) as f64,
-            ),
+            ("murmur_http_connections", "gauge", "Open connections.", self.connections.load(Relaxed) as f64),
             (
                 "murmur_http_accept_errors_total",
                 "counter",
@@ -249,34 +207,15 @@ impl Drop for Observation {
         let metrics = &self.in_flight.metrics;
         let elapsed = self.started.elapsed();
         let route = std::mem::take(&mut self.route);
-        tracing::debug!(
-            route,
-            method = self.method,
-            status = self.status,
-            ?elapsed,
-            "answered"
-        );
-        *lock(&metrics.requests)
-            .entry((route.clone(), self.method, self.status))
-            .or_default() += 1;
-        lock(&metrics.durations)
-            .entry(route)
-            .or_default()
-            .observe(elapsed);
+        tracing::debug!(route, method = self.method, status = self.status, ?elapsed, "answered");
+        *lock(&metrics.requests).entry((route.clone(), self.method, self.status)).or_default() += 1;
+        lock(&metrics.durations).entry(route).or_default().observe(elapsed);
     }
 }
 
 /// Middleware: counts and times every request, to the end of its answer's body.
-pub(crate) async fn observe(
-    State(state): State<Arc<AppState>>,
-    request: Request,
-    next: Next,
-) -> Response {
-    let route = request
-        .extensions()
-        .get::<MatchedPath>()
-        .map_or("unmatched", MatchedPath::as_str)
-        .to_owned();
+pub(crate) async fn observe(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
+    let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
     let method = match *request.method() {
         Method::GET => "GET",
         Method::POST => "POST",
@@ -286,13 +225,7 @@ pub(crate) async fn observe(
     };
     const CLIENT_LEFT: u16 = 499;
     let in_flight = Gauge::up(state.metrics.clone(), |metrics| &metrics.requests_in_flight);
-    let mut observation = Observation {
-        in_flight,
-        route,
-        method,
-        status: CLIENT_LEFT,
-        started: Instant::now(),
-    };
+    let mut observation = Observation { in_flight, route, method, status: CLIENT_LEFT, started: Instant::now() };
     let response = next.run(request).await;
     observation.status = response.status().as_u16();
     crate::body::hold(response, observation)

@@ -33,36 +33,20 @@ pub(crate) async fn health(State(state): State<Arc<AppState>>) -> impl IntoRespo
     if models.is_empty() || models.iter().any(|model| model.state == READY) {
         (StatusCode::OK, Json(json!({"status": "ok"})))
     } else {
-        (
-            StatusCode::SERVICE_UNAVAILABLE,
-            Json(json!({"status": "loading"})),
-        )
+        (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "loading"})))
     }
 }
 
 /// `GET /metrics`.
 pub(crate) async fn metrics(State(state): State<Arc<AppState>>) -> impl IntoResponse {
     let text = state.metrics.render() + &state.backend.metrics();
-    (
-        [(
-            header::CONTENT_TYPE,
-            "text/plain; version=0.0.4; charset=utf-8",
-        )],
-        text,
-    )
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 
 /// `GET /api/status`.
 pub(crate) async fn status(State(state): State<Arc<AppState>>) -> Json<Value> {
-    let models: Vec<Value> = state
-        .backend
-        .models()
-        .iter()
-        .map(|model| describe(model))
-        .collect();
-    Json(
-        json!({"version": env!("CARGO_PKG_VERSION"), "models": models, "node": state.backend.status()}),
-    )
+    let models: Vec<Value> = state.backend.models().iter().map(|model| describe(model)).collect();
+    Json(json!({"version": env!("CARGO_PKG_VERSION"), "models": models, "node": state.backend.status()}))
 }
 
 /// `POST /api/tokenize`: `{"model", "content", "parse_special"}` to `{"tokens"}`. The content is read as the prompt of a
@@ -76,11 +60,7 @@ pub(crate) async fn tokenize(
     let content = fields.required_string("content")?;
     let is_rendered = fields.boolean("parse_special")?.unwrap_or(false);
     fields.finish()?;
-    let prompt = if is_rendered {
-        Prompt::Rendered(content)
-    } else {
-        Prompt::Text(content)
-    };
+    let prompt = if is_rendered { Prompt::Rendered(content) } else { Prompt::Text(content) };
     let tokens = state.backend.tokenize(model.id.clone(), prompt).await?;
     Ok(Json(json!({"tokens": tokens})))
 }

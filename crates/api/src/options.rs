@@ -60,9 +60,7 @@ pub enum OptionsError {
     )]
     KeyRequired(SocketAddr),
     /// A key that no client could send.
-    #[error(
-        "an API key must be 1 or more printable ASCII characters without spaces; choose another one"
-    )]
+    #[error("an API key must be 1 or more printable ASCII characters without spaces; choose another one")]
     BadKey,
     /// Any web page could use the node.
     #[error(
@@ -71,14 +69,10 @@ pub enum OptionsError {
     )]
     AnyOriginWithoutKey,
     /// Not an origin.
-    #[error(
-        "`{0}` is not an origin: write scheme, host and port, such as https://chat.example.org, without a path"
-    )]
+    #[error("`{0}` is not an origin: write scheme, host and port, such as https://chat.example.org, without a path")]
     BadOrigin(String),
     /// Not a host name.
-    #[error(
-        "`{0}` is not a host name: write the name alone, such as murmur.example.org, without scheme and port"
-    )]
+    #[error("`{0}` is not a host name: write the name alone, such as murmur.example.org, without scheme and port")]
     BadHost(String),
     /// Nothing could ever be served.
     #[error("max_in_flight is 0: no request could ever be served; allow at least 1")]
@@ -88,11 +82,7 @@ pub enum OptionsError {
 impl ApiOptions {
     /// Checks the options against the address that the server listens on.
     pub fn validate(&self, bound: SocketAddr) -> Result<(), OptionsError> {
-        if !self
-            .api_keys
-            .iter()
-            .all(|key| !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic()))
-        {
+        if !self.api_keys.iter().all(|key| !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic())) {
             return Err(OptionsError::BadKey);
         }
         if self.api_keys.is_empty() && !bound.ip().to_canonical().is_loopback() {
@@ -120,19 +110,14 @@ impl ApiOptions {
 fn is_origin(text: &str) -> bool {
     text.split_once("://").is_some_and(|(scheme, authority)| {
         !scheme.is_empty()
-            && scheme
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte))
+            && scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte))
             && !authority.contains(['/', '?', '#', '@'])
             && authority.parse::<axum::http::uri::Authority>().is_ok()
     })
 }
 
 fn is_host_name(text: &str) -> bool {
-    !text.is_empty()
-        && text
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
 }
 
 #[cfg(test)]
@@ -150,24 +135,14 @@ mod tests {
 
     #[test]
     fn a_loopback_address_needs_no_key() {
-        for address in [
-            LOOPBACK,
-            "[::1]:80",
-            "127.3.2.1:80",
-            "[::ffff:127.0.0.1]:80",
-        ] {
+        for address in [LOOPBACK, "[::1]:80", "127.3.2.1:80", "[::ffff:127.0.0.1]:80"] {
             assert_eq!(check(address, |_| ()), Ok(()), "{address}");
         }
     }
 
     #[test]
     fn any_other_address_needs_a_key() {
-        for address in [
-            ANYWHERE,
-            "[::]:80",
-            "192.168.1.2:80",
-            "[::ffff:10.0.0.1]:80",
-        ] {
+        for address in [ANYWHERE, "[::]:80", "192.168.1.2:80", "[::ffff:10.0.0.1]:80"] {
             let error = check(address, |_| ()).unwrap_err();
             assert_eq!(error, OptionsError::KeyRequired(address.parse().unwrap()));
             assert!(error.to_string().contains("Set an API key"), "{error}");
@@ -178,11 +153,7 @@ mod tests {
     #[test]
     fn an_empty_or_unsendable_key_is_no_key() {
         for key in ["", "two words", "tab\t", "schlüssel"] {
-            assert_eq!(
-                check(ANYWHERE, |o| o.api_keys = vec![key.into()]),
-                Err(OptionsError::BadKey),
-                "{key:?}"
-            );
+            assert_eq!(check(ANYWHERE, |o| o.api_keys = vec![key.into()]), Err(OptionsError::BadKey), "{key:?}");
         }
     }
 
@@ -201,13 +172,7 @@ mod tests {
 
     #[test]
     fn origins_and_hosts_are_checked_before_they_are_compared() {
-        for origin in [
-            "example.org",
-            "https://example.org/",
-            "https://",
-            "https://a@b",
-            "",
-        ] {
+        for origin in ["example.org", "https://example.org/", "https://", "https://a@b", ""] {
             let result = check(LOOPBACK, |o| o.allowed_origins = vec![origin.into()]);
             assert_eq!(result, Err(OptionsError::BadOrigin(origin.into())));
         }
@@ -226,10 +191,7 @@ mod tests {
 
     #[test]
     fn keys_are_not_printed() {
-        let options = ApiOptions {
-            api_keys: vec!["hunter2".into()],
-            ..Default::default()
-        };
+        let options = ApiOptions { api_keys: vec!["hunter2".into()], ..Default::default() };
         assert!(!format!("{options:?}").contains("hunter2"));
     }
 }

@@ -104,29 +104,18 @@ async fn not_found(method: Method, uri: Uri, request: Request) -> Response {
          /v1/models, /health, /metrics and /api/status.",
         shorten(uri.path())
     );
-    reject(
-        request,
-        ApiError::new(StatusCode::NOT_FOUND, message).code("unknown_url"),
-    )
-    .await
+    reject(request, ApiError::new(StatusCode::NOT_FOUND, message).code("unknown_url")).await
 }
 
 async fn method_not_allowed(method: Method, uri: Uri, request: Request) -> Response {
     let message = format!("{} does not take {method} requests.", shorten(uri.path()));
-    reject(
-        request,
-        ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message).code("method_not_allowed"),
-    )
-    .await
+    reject(request, ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message).code("method_not_allowed")).await
 }
 
 /// A defect of ours must cost one request, not the server.
 fn panicked(_: Box<dyn std::any::Any + Send>) -> Response {
     tracing::error!("a request handler panicked; this is a defect");
-    ApiError::new(
-        StatusCode::INTERNAL_SERVER_ERROR,
-        "The server has a defect that this request brought out.",
-    )
-    .code("internal_error")
-    .into_response()
+    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "The server has a defect that this request brought out.")
+        .code("internal_error")
+        .into_response()
 }

@@ -36,21 +36,9 @@ pub(crate) struct Policy {
 impl Policy {
     pub(crate) fn new(options: &ApiOptions) -> Self {
         Policy {
-            keys: options
-                .api_keys
-                .iter()
-                .map(|key| blake3::hash(key.as_bytes()))
-                .collect(),
-            hosts: options
-                .allowed_hosts
-                .iter()
-                .map(|host| host.to_ascii_lowercase())
-                .collect(),
-            origins: options
-                .allowed_origins
-                .iter()
-                .map(|origin| origin.to_ascii_lowercase())
-                .collect(),
+            keys: options.api_keys.iter().map(|key| blake3::hash(key.as_bytes())).collect(),
+            hosts: options.allowed_hosts.iter().map(|host| host.to_ascii_lowercase()).collect(),
+            origins: options.allowed_origins.iter().map(|origin| origin.to_ascii_lowercase()).collect(),
             any_origin: options.allowed_origins.iter().any(|origin| origin == "*"),
         }
     }
@@ -59,17 +47,11 @@ impl Policy {
     fn check_host(&self, headers: &HeaderMap, uri: &Uri) -> Result<Authority, ApiError> {
         let mut hosts = headers.get_all(header::HOST).iter();
         let (Some(host), None) = (hosts.next(), hosts.next()) else {
-            return Err(ApiError::new(
-                StatusCode::BAD_REQUEST,
-                "The request must have exactly one `Host` header.",
-            ));
+            return Err(ApiError::new(StatusCode::BAD_REQUEST, "The request must have exactly one `Host` header."));
         };
-        let authority =
-            parse_authority(host).filter(|authority| self.is_own_name(authority.host()));
+        let authority = parse_authority(host).filter(|authority| self.is_own_name(authority.host()));
         // The absolute form (`GET http://name/path`) has a second place for a name.
-        let target_is_own = uri
-            .authority()
-            .is_none_or(|target| self.is_own_name(target.host()));
+        let target_is_own = uri.authority().is_none_or(|target| self.is_own_name(target.host()));
         authority.filter(|_| target_is_own).ok_or_else(|| {
             let message = format!(
                 "This server does not answer to the host name `{}`, to protect it from DNS rebinding. Use localhost or \
@@ -86,11 +68,7 @@ impl Policy {
     }
 
     /// The origin to allow in the answer, if the request has one.
-    fn check_origin(
-        &self,
-        headers: &HeaderMap,
-        host: &Authority,
-    ) -> Result<Option<HeaderValue>, ApiError> {
+    fn check_origin(&self, headers: &HeaderMap, host: &Authority) -> Result<Option<HeaderValue>, ApiError> {
         let mut origins = headers.get_all(header::ORIGIN).iter();
         let Some(origin) = origins.next() else {
             return Ok(None);
@@ -120,17 +98,14 @@ impl Policy {
             return false;
         };
         let web = scheme == "http" || scheme == "https";
-        web && (is_loopback(authority.host())
-            || authority.as_str().eq_ignore_ascii_case(host.as_str()))
+        web && (is_loopback(authority.host()) || authority.as_str().eq_ignore_ascii_case(host.as_str()))
     }
 
     fn check_key(&self, headers: &HeaderMap) -> Result<(), ApiError> {
         if self.keys.is_empty() {
             return Ok(());
         }
-        let unauthorised = |message: &str, code: &str| {
-            Err(ApiError::new(StatusCode::UNAUTHORIZED, message).code(code))
-        };
+        let unauthorised = |message: &str, code: &str| Err(ApiError::new(StatusCode::UNAUTHORIZED, message).code(code));
         let Some(value) = headers.get(header::AUTHORIZATION) else {
             return unauthorised(
                 "An API key is required: send the header `Authorization: Bearer KEY`.",
@@ -144,18 +119,8 @@ impl Policy {
         };
         let hash = blake3::hash(key);
         // No early end: the time must not tell which key came close, nor how many there are before it.
-        let known = self
-            .keys
-            .iter()
-            .fold(false, |known, candidate| known | (*candidate == hash));
-        if known {
-            Ok(())
-        } else {
-            unauthorised(
-                "The API key is not valid for this server.",
-                "invalid_api_key",
-            )
-        }
+        let known = self.keys.iter().fold(false, |known, candidate| known | (*candidate == hash));
+        if known { Ok(()) } else { unauthorised("The API key is not valid for this server.", "invalid_api_key") }
     }
 }
 
@@ -174,9 +139,7 @@ fn is_ip_literal(host: &str) -> bool {
 
 fn is_loopback(host: &str) -> bool {
     is_loopback_name(host)
-        || host
-            .parse::<std::net::Ipv4Addr>()
-            .is_ok_and(|address| address.is_loopback())
+        || host.parse::<std::net::Ipv4Addr>().is_ok_and(|address| address.is_loopback())
         || ipv6(host).is_some_and(|address| address.to_canonical().is_loopback())
 }
 
@@ -185,11 +148,7 @@ fn ipv6(host: &str) -> Option<Ipv6Addr> {
 }
 
 /// Middleware: the checks, in the order of what they cost an attacker to pass.
-pub(crate) async fn guard(
-    State(state): State<Arc<AppState>>,
-    request: Request,
-    next: Next,
-) -> Response {
+pub(crate) async fn guard(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
     let policy = &state.policy;
     let origin = policy
         .check_host(request.headers(), request.uri())
@@ -200,9 +159,7 @@ pub(crate) async fn guard(
     };
     let is_preflight = request.method() == Method::OPTIONS
         && origin.is_some()
-        && request
-            .headers()
-            .contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+        && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
     let mut response = if is_preflight {
         preflight(request.headers())
     } else if request.uri().path() == OPEN_ROUTE {
@@ -216,16 +173,10 @@ pub(crate) async fn guard(
     };
     let headers = response.headers_mut();
     headers.append(header::VARY, HeaderValue::from_static("origin"));
-    headers.insert(
-        header::X_CONTENT_TYPE_OPTIONS,
-        HeaderValue::from_static("nosniff"),
-    );
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     if let Some(origin) = origin {
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
-        headers.insert(
-            header::ACCESS_CONTROL_EXPOSE_HEADERS,
-            HeaderValue::from_static("retry-after"),
-        );
+        headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("retry-after"));
     }
     response
 }
@@ -233,14 +184,8 @@ pub(crate) async fn guard(
 fn preflight(headers: &HeaderMap) -> Response {
     let mut response = StatusCode::NO_CONTENT.into_response();
     let answer = response.headers_mut();
-    answer.insert(
-        header::ACCESS_CONTROL_ALLOW_METHODS,
-        HeaderValue::from_static("GET, POST, OPTIONS"),
-    );
-    answer.insert(
-        header::ACCESS_CONTROL_MAX_AGE,
-        HeaderValue::from_static(PREFLIGHT_MAX_AGE_SECONDS),
-    );
+    answer.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, OPTIONS"));
+    answer.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static(PREFLIGHT_MAX_AGE_SECONDS));
     // The headers that OpenAI's clients send vary with their version, and none of them gives a page any power.
     if let Some(wanted) = headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS) {
         answer.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, wanted.clone());
@@ -261,16 +206,11 @@ mod tests {
     fn host_passes(policy: &Policy, host: &str) -> bool {
         let mut headers = HeaderMap::new();
         headers.insert(header::HOST, HeaderValue::from_str(host).unwrap());
-        policy
-            .check_host(&headers, &Uri::from_static("/v1/models"))
-            .is_ok()
+        policy.check_host(&headers, &Uri::from_static("/v1/models")).is_ok()
     }
 
     fn origin_passes(policy: &Policy, host: &str, origin: &str) -> bool {
-        policy.allows_origin(
-            &HeaderValue::from_str(origin).unwrap(),
-            &host.parse().unwrap(),
-        )
+        policy.allows_origin(&HeaderValue::from_str(origin).unwrap(), &host.parse().unwrap())
     }
 
     #[test]
@@ -309,11 +249,7 @@ mod tests {
     fn a_foreign_name_in_the_request_line_is_found() {
         let mut headers = HeaderMap::new();
         headers.insert(header::HOST, HeaderValue::from_static("localhost"));
-        assert!(
-            policy(|_| ())
-                .check_host(&headers, &Uri::from_static("http://evil.com/v1/models"))
-                .is_err()
-        );
+        assert!(policy(|_| ()).check_host(&headers, &Uri::from_static("http://evil.com/v1/models")).is_err());
     }
 
     #[test]
@@ -354,16 +290,9 @@ mod tests {
             policy.check_key(&headers).is_ok()
         };
         assert!(passes(Some("Bearer alpha")) && passes(Some("bearer beta")));
-        for value in [
-            "Bearer alph",
-            "Bearer alphaa",
-            "Bearer ",
-            "Bearer",
-            "alpha",
-            "Basic alpha",
-            "Bearer alpha beta",
-            "",
-        ] {
+        for value in
+            ["Bearer alph", "Bearer alphaa", "Bearer ", "Bearer", "alpha", "Basic alpha", "Bearer alpha beta", ""]
+        {
             assert!(!passes(Some(value)), "{value:?}");
         }
         assert!(!passes(None));

@@ -23,8 +23,7 @@ use tower::ServiceExt;
 use crate::{
     ApiOptions, Backend, OptionsError,
     limits::{
-        ACCEPT_RETRY_DELAY, HEADER_READ_TIMEOUT, MAX_CONNECTIONS, MAX_HEADER_BYTES, MAX_HEADERS,
-        WRITE_STALL_TIMEOUT,
+        ACCEPT_RETRY_DELAY, HEADER_READ_TIMEOUT, MAX_CONNECTIONS, MAX_HEADER_BYTES, MAX_HEADERS, WRITE_STALL_TIMEOUT,
     },
     metrics::Metrics,
     router::{AppState, routes},
@@ -52,11 +51,7 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     options.validate(listener.local_addr()?)?;
     let state = Arc::new(AppState::new(backend, &options));
-    let server = Server {
-        metrics: state.metrics.clone(),
-        routes: routes(state),
-        grace: options.shutdown_grace,
-    };
+    let server = Server { metrics: state.metrics.clone(), routes: routes(state), grace: options.shutdown_grace };
     server.run(&listener, shutdown).await;
     Ok(())
 }
@@ -95,10 +90,7 @@ impl Server {
         let _ = stop.send(true);
         let all_ended = async { while connections.join_next().await.is_some() {} };
         if timeout(self.grace, all_ended).await.is_err() {
-            tracing::warn!(
-                connections = connections.len(),
-                "cutting off answers that did not finish in time"
-            );
+            tracing::warn!(connections = connections.len(), "cutting off answers that did not finish in time");
             connections.shutdown().await;
         }
     }
@@ -118,8 +110,7 @@ impl Server {
             };
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let connection =
-                        serve_connection(stream, self.routes.clone(), stopping.clone());
+                    let connection = serve_connection(stream, self.routes.clone(), stopping.clone());
                     let gauge = self.metrics.connection();
                     connections.spawn(async move {
                         let _held = (slot, gauge);
@@ -142,9 +133,8 @@ async fn serve_connection<S>(stream: S, routes: Router, mut stopping: watch::Rec
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let service = TowerToHyperService::new(
-        routes.map_request(|request: Request<Incoming>| request.map(axum::body::Body::new)),
-    );
+    let service =
+        TowerToHyperService::new(routes.map_request(|request: Request<Incoming>| request.map(axum::body::Body::new)));
     let io = TokioIo::new(StallGuard::new(stream, WRITE_STALL_TIMEOUT));
     let mut builder = http1::Builder::new();
     builder
@@ -208,29 +198,16 @@ mod tests {
     }
 
     fn server(routes: Router) -> Server {
-        Server {
-            routes,
-            metrics: Arc::default(),
-            grace: Duration::from_secs(5),
-        }
+        Server { routes, metrics: Arc::default(), grace: Duration::from_secs(5) }
     }
 
     fn flaky(failures: u32) -> (Flaky, mpsc::Sender<DuplexStream>) {
         let (sender, receiver) = mpsc::channel(8);
-        (
-            Flaky {
-                failures: Mutex::new(failures),
-                incoming: tokio::sync::Mutex::new(receiver),
-            },
-            sender,
-        )
+        (Flaky { failures: Mutex::new(failures), incoming: tokio::sync::Mutex::new(receiver) }, sender)
     }
 
     async fn ask(client: &mut DuplexStream) -> String {
-        client
-            .write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
-            .await
-            .unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await.unwrap();
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();
         answer
@@ -247,11 +224,7 @@ mod tests {
             assert!(ask(&mut client).await.ends_with("here"));
         };
         server.run(&listener, client).await;
-        assert!(
-            metrics
-                .render()
-                .contains("murmur_http_accept_errors_total 10")
-        );
+        assert!(metrics.render().contains("murmur_http_accept_errors_total 10"));
     }
 
     #[tokio::test(start_paused = true)]
@@ -298,9 +271,7 @@ mod tests {
         let (mut client, stream) = duplex(4096);
         connect.send(stream).await.unwrap();
         let asking = tokio::spawn(async move { ask(&mut client).await });
-        server(routes)
-            .run(&listener, async { was_asked.await.unwrap() })
-            .await;
+        server(routes).run(&listener, async { was_asked.await.unwrap() }).await;
         assert_eq!(asking.await.unwrap(), "");
     }
 
@@ -310,18 +281,10 @@ mod tests {
         let client = async {
             let (mut client, stream) = duplex(4096);
             connect.send(stream).await.unwrap();
-            client
-                .write_all(b"GET / HTTP/1.1\r\nhost: loc")
-                .await
-                .unwrap();
+            client.write_all(b"GET / HTTP/1.1\r\nhost: loc").await.unwrap();
             let mut answer = String::new();
             client.read_to_string(&mut answer).await.unwrap();
         };
-        timeout(
-            2 * HEADER_READ_TIMEOUT,
-            server(Router::new()).run(&listener, client),
-        )
-        .await
-        .unwrap();
+        timeout(2 * HEADER_READ_TIMEOUT, server(Router::new()).run(&listener, client)).await.unwrap();
     }
 }

@@ -30,8 +30,7 @@ pub(crate) trait Render: Send + 'static {
     /// Before the first token.
     fn begin(&mut self, out: &mut Chunks);
     /// New text of a choice. Returns whether the choice has all that is wanted of it.
-    fn text(&mut self, choice: usize, text: String, tokens: &[TokenInfo], out: &mut Chunks)
-    -> bool;
+    fn text(&mut self, choice: usize, text: String, tokens: &[TokenInfo], out: &mut Chunks) -> bool;
     /// The end of a choice.
     fn done(&mut self, choice: usize, finish: &Finish, out: &mut Chunks);
     /// After the end of all choices.
@@ -69,13 +68,7 @@ struct Stream<R> {
 pub(crate) fn respond(choices: Choices, mut render: impl Render, keep_alive: Duration) -> Response {
     let mut chunks = Chunks::default();
     render.begin(&mut chunks);
-    let stream = Stream {
-        choices,
-        render,
-        chunks,
-        keep_alive,
-        has_ended: false,
-    };
+    let stream = Stream { choices, render, chunks, keep_alive, has_ended: false };
     let body = stream::unfold(stream, |mut stream| async move {
         let chunk = stream.next().await?;
         Some((Ok::<_, std::convert::Infallible>(chunk), stream))
@@ -111,13 +104,10 @@ impl<R: Render> Stream<R> {
             Some((choice, ChoiceEvent::Text { text, tokens })) => {
                 if self.render.text(choice, text, &tokens, &mut self.chunks) {
                     self.choices.finish(choice);
-                    self.render
-                        .done(choice, &Finish::EndOfText, &mut self.chunks);
+                    self.render.done(choice, &Finish::EndOfText, &mut self.chunks);
                 }
             }
-            Some((choice, ChoiceEvent::Done(finish))) => {
-                self.render.done(choice, &finish, &mut self.chunks)
-            }
+            Some((choice, ChoiceEvent::Done(finish))) => self.render.done(choice, &finish, &mut self.chunks),
             Some((_, ChoiceEvent::Failed(refusal))) => {
                 self.has_ended = true;
                 self.chunks.push(&ApiError::from(refusal).body());

@@ -86,11 +86,7 @@ impl CallReader {
         if !self.announced {
             self.raw.push(c);
         }
-        let step = if self.raw.len() > HELD_BYTES_MAX {
-            CallStep::Failed
-        } else {
-            self.step(c, sink)
-        };
+        let step = if self.raw.len() > HELD_BYTES_MAX { CallStep::Failed } else { self.step(c, sink) };
         match step {
             CallStep::Failed if self.announced => {
                 // The client has seen the call begin; it ends here, and what follows is text.
@@ -198,11 +194,7 @@ impl CallReader {
 
     /// An object streams once the name is known. Anything else (text that holds JSON, null) is needed whole.
     fn argument_character(&mut self, c: char, first: bool, in_string: bool, sink: &mut Sink) {
-        let streams = if first {
-            c == '{'
-        } else {
-            self.text.starts_with('{')
-        };
+        let streams = if first { c == '{' } else { self.text.starts_with('{') };
         if !streams {
             self.text.push(c);
             return;
@@ -217,9 +209,7 @@ impl CallReader {
         if self.announced {
             sink.arguments(&piece);
         } else {
-            self.early_arguments
-                .get_or_insert_default()
-                .push_str(&piece);
+            self.early_arguments.get_or_insert_default().push_str(&piece);
         }
     }
 
@@ -230,10 +220,7 @@ impl CallReader {
                 let Ok(name) = serde_json::from_str::<String>(&self.text) else {
                     return false;
                 };
-                let known = self
-                    .names
-                    .as_ref()
-                    .is_none_or(|names| names.contains(&name));
+                let known = self.names.as_ref().is_none_or(|names| names.contains(&name));
                 if name.is_empty() || name.len() > NAME_BYTES_MAX || !known {
                     return false;
                 }
@@ -243,24 +230,18 @@ impl CallReader {
                 }
             }
             Field::Id => {
-                self.id = serde_json::from_str::<String>(&self.text)
-                    .ok()
-                    .filter(|id| id.len() <= NAME_BYTES_MAX)
+                self.id = serde_json::from_str::<String>(&self.text).ok().filter(|id| id.len() <= NAME_BYTES_MAX)
             }
             Field::Arguments if self.text.starts_with('"') => {
                 let Ok(inner) = serde_json::from_str::<String>(&self.text) else {
                     return false;
                 };
-                if serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&inner)
-                    .is_err()
-                {
+                if serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&inner).is_err() {
                     return false;
                 }
                 self.whole_arguments(inner, sink);
             }
-            Field::Arguments if self.text.starts_with('n') => {
-                self.whole_arguments("{}".to_owned(), sink)
-            }
+            Field::Arguments if self.text.starts_with('n') => self.whole_arguments("{}".to_owned(), sink),
             Field::Arguments | Field::Other => {}
         }
         true
@@ -301,9 +282,7 @@ impl CallReader {
 /// A character of arguments; control characters inside strings get the escape that JSON asks for.
 pub(crate) fn argument_text(c: char, in_string: bool) -> String {
     if in_string && c < ' ' {
-        return crate::python::json_string(c.encode_utf8(&mut [0; 4]), false)
-            .trim_matches('"')
-            .to_owned();
+        return crate::python::json_string(c.encode_utf8(&mut [0; 4]), false).trim_matches('"').to_owned();
     }
     c.to_string()
 }

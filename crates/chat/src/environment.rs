@@ -80,10 +80,7 @@ pub(crate) fn adapt(source: &str) -> String {
             break;
         };
         let (open, inner) = tag[..end].split_at(2);
-        let keyword = inner
-            .trim_start_matches(['-', '+'])
-            .trim_end_matches(['-', '+'])
-            .trim();
+        let keyword = inner.trim_start_matches(['-', '+']).trim_end_matches(['-', '+']).trim();
         out.push_str(open);
         match (open, keyword) {
             ("{%", "generation") => out.push_str(&inner.replacen(keyword, "if true", 1)),
@@ -99,64 +96,41 @@ pub(crate) fn adapt(source: &str) -> String {
 
 /// Where the next tag, expression or comment begins, and what closes it.
 fn next_tag(text: &str) -> Option<(usize, &'static str)> {
-    text.match_indices('{')
-        .find_map(|(start, _)| match text.as_bytes().get(start + 1)? {
-            b'%' => Some((start, "%}")),
-            b'{' => Some((start, "}}")),
-            b'#' => Some((start, "#}")),
-            _ => None,
-        })
+    text.match_indices('{').find_map(|(start, _)| match text.as_bytes().get(start + 1)? {
+        b'%' => Some((start, "%}")),
+        b'{' => Some((start, "}}")),
+        b'#' => Some((start, "#}")),
+        _ => None,
+    })
 }
 
 fn add_functions(env: &mut Environment<'static>) {
-    env.add_function(
-        "raise_exception",
-        |message: Value| -> Result<Value, Error> {
-            let message = python::py_str(&message, OUTPUT_BYTES_MAX)?;
-            Err(
-                Error::new(ErrorKind::InvalidOperation, "the template raised")
-                    .with_source(Raised(message)),
-            )
-        },
-    );
+    env.add_function("raise_exception", |message: Value| -> Result<Value, Error> {
+        let message = python::py_str(&message, OUTPUT_BYTES_MAX)?;
+        Err(Error::new(ErrorKind::InvalidOperation, "the template raised").with_source(Raised(message)))
+    });
 }
 
 fn is_text_or_container(value: &Value) -> bool {
-    matches!(
-        value.kind(),
-        ValueKind::String | ValueKind::Seq | ValueKind::Iterable | ValueKind::Map
-    )
+    matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Iterable | ValueKind::Map)
 }
 
 fn add_tests(env: &mut Environment<'static>) {
     // Python: whatever has a length and takes an index, which a string and a dict do.
-    env.add_test("sequence", |value: &Value| {
-        value.is_undefined() || is_text_or_container(value)
-    });
-    env.add_test("iterable", |value: &Value| {
-        value.is_undefined() || is_text_or_container(value)
-    });
+    env.add_test("sequence", |value: &Value| value.is_undefined() || is_text_or_container(value));
+    env.add_test("iterable", |value: &Value| value.is_undefined() || is_text_or_container(value));
     // Python: `bool` is a number.
-    env.add_test("number", |value: &Value| {
-        matches!(value.kind(), ValueKind::Number | ValueKind::Bool)
-    });
+    env.add_test("number", |value: &Value| matches!(value.kind(), ValueKind::Number | ValueKind::Bool));
     env.add_test("callable", |value: &Value| value.kind() == ValueKind::Plain);
 }
 
 fn refuse(filter: &str, value: &Value) -> Error {
-    Error::new(
-        ErrorKind::InvalidOperation,
-        format!("{filter} does not apply to {}", value.kind()),
-    )
+    Error::new(ErrorKind::InvalidOperation, format!("{filter} does not apply to {}", value.kind()))
 }
 
 /// Whatever Jinja on Python iterates over: none and numbers are errors, undefined is empty.
 fn iterate(filter: &str, value: &Value) -> Result<minijinja::value::ValueIter, Error> {
-    if value.is_undefined() || is_text_or_container(value) {
-        value.try_iter()
-    } else {
-        Err(refuse(filter, value))
-    }
+    if value.is_undefined() || is_text_or_container(value) { value.try_iter() } else { Err(refuse(filter, value)) }
 }
 
 fn text_of(value: &Value) -> Result<String, Error> {
@@ -171,63 +145,44 @@ fn bounded(text: String) -> Result<String, Error> {
 }
 
 fn add_filters(env: &mut Environment<'static>) {
-    env.add_filter(
-        "tojson",
-        |value: &Value, args: Rest<Value>, kwargs: Kwargs| {
-            python::to_json(value, &args, &kwargs, OUTPUT_BYTES_MAX)
-        },
-    );
+    env.add_filter("tojson", |value: &Value, args: Rest<Value>, kwargs: Kwargs| {
+        python::to_json(value, &args, &kwargs, OUTPUT_BYTES_MAX)
+    });
     env.add_filter("string", |value: &Value| text_of(value));
-    env.add_filter(
-        "trim",
-        |value: &Value, chars: Option<&str>| -> Result<String, Error> {
-            let text = text_of(value)?;
-            Ok(methods::strip(&text, chars, true, true).to_owned())
-        },
-    );
-    env.add_filter("upper", |value: &Value| {
-        text_of(value).map(|text| text.to_uppercase())
+    env.add_filter("trim", |value: &Value, chars: Option<&str>| -> Result<String, Error> {
+        let text = text_of(value)?;
+        Ok(methods::strip(&text, chars, true, true).to_owned())
     });
-    env.add_filter("lower", |value: &Value| {
-        text_of(value).map(|text| text.to_lowercase())
+    env.add_filter("upper", |value: &Value| text_of(value).map(|text| text.to_uppercase()));
+    env.add_filter("lower", |value: &Value| text_of(value).map(|text| text.to_lowercase()));
+    env.add_filter("replace", |value: &Value, old: Value, new: Value, count: Option<usize>| -> Result<String, Error> {
+        methods::replace(&text_of(value)?, &text_of(&old)?, &text_of(&new)?, count)
     });
-    env.add_filter(
-        "replace",
-        |value: &Value, old: Value, new: Value, count: Option<usize>| -> Result<String, Error> {
-            methods::replace(&text_of(value)?, &text_of(&old)?, &text_of(&new)?, count)
-        },
-    );
-    env.add_filter(
-        "join",
-        |value: &Value, args: Rest<Value>, kwargs: Kwargs| -> Result<String, Error> {
-            let separator = match args.first() {
-                Some(separator) => Some(separator.clone()),
-                None => kwargs.get::<Option<Value>>("d")?,
-            };
-            let separator = separator
-                .map(|s| text_of(&s))
-                .transpose()?
-                .unwrap_or_default();
-            let attribute = match args.get(1) {
-                Some(attribute) => Some(attribute.clone()),
-                None => kwargs.get::<Option<Value>>("attribute")?,
-            };
-            kwargs.assert_all_used()?;
-            let mut out = String::new();
-            for (i, item) in iterate("join", value)?.enumerate() {
-                if i > 0 {
-                    out.push_str(&separator);
-                }
-                let item = match &attribute {
-                    Some(attribute) => item.get_item(attribute)?,
-                    None => item,
-                };
-                out.push_str(&text_of(&item)?);
-                out = bounded(out)?;
+    env.add_filter("join", |value: &Value, args: Rest<Value>, kwargs: Kwargs| -> Result<String, Error> {
+        let separator = match args.first() {
+            Some(separator) => Some(separator.clone()),
+            None => kwargs.get::<Option<Value>>("d")?,
+        };
+        let separator = separator.map(|s| text_of(&s)).transpose()?.unwrap_or_default();
+        let attribute = match args.get(1) {
+            Some(attribute) => Some(attribute.clone()),
+            None => kwargs.get::<Option<Value>>("attribute")?,
+        };
+        kwargs.assert_all_used()?;
+        let mut out = String::new();
+        for (i, item) in iterate("join", value)?.enumerate() {
+            if i > 0 {
+                out.push_str(&separator);
             }
-            Ok(out)
-        },
-    );
+            let item = match &attribute {
+                Some(attribute) => item.get_item(attribute)?,
+                None => item,
+            };
+            out.push_str(&text_of(&item)?);
+            out = bounded(out)?;
+        }
+        Ok(out)
+    });
     env.add_filter("list", |value: &Value| -> Result<Value, Error> {
         Ok(Value::from(iterate("list", value)?.collect::<Vec<_>>()))
     });
@@ -259,37 +214,20 @@ fn add_filters(env: &mut Environment<'static>) {
     env.add_filter("last", |value: &Value| -> Result<Value, Error> {
         Ok(iterate("last", value)?.last().unwrap_or(Value::UNDEFINED))
     });
-    env.add_filter(
-        "int",
-        |value: &Value, default: Option<Value>, base: Option<u32>| {
-            methods::int(
-                value,
-                default.unwrap_or_else(|| Value::from(0)),
-                base.unwrap_or(10),
-            )
-        },
-    );
+    env.add_filter("int", |value: &Value, default: Option<Value>, base: Option<u32>| {
+        methods::int(value, default.unwrap_or_else(|| Value::from(0)), base.unwrap_or(10))
+    });
     env.add_filter("float", |value: &Value, default: Option<Value>| {
         methods::float(value, default.unwrap_or_else(|| Value::from(0.0)))
     });
     env.add_filter("indent", indent);
     // Filters that Jinja has and minijinja has not.
-    env.add_filter(
-        "center",
-        |value: &Value, width: Option<usize>| -> Result<String, Error> {
-            let text = text_of(value)?;
-            let missing = width
-                .unwrap_or(80)
-                .min(OUTPUT_BYTES_MAX)
-                .saturating_sub(text.chars().count());
-            let left = missing / 2;
-            Ok(format!(
-                "{}{text}{}",
-                " ".repeat(left),
-                " ".repeat(missing - left)
-            ))
-        },
-    );
+    env.add_filter("center", |value: &Value, width: Option<usize>| -> Result<String, Error> {
+        let text = text_of(value)?;
+        let missing = width.unwrap_or(80).min(OUTPUT_BYTES_MAX).saturating_sub(text.chars().count());
+        let left = missing / 2;
+        Ok(format!("{}{text}{}", " ".repeat(left), " ".repeat(missing - left)))
+    });
     env.add_filter("wordcount", |value: &Value| -> Result<usize, Error> {
         Ok(text_of(value)?.split_whitespace().count())
     });

@@ -52,10 +52,7 @@ impl Writer<'_> {
     fn text_up_to(&mut self, name: &str, marker: &str) {
         match (self.control_token)(marker) {
             Some(id) => self.rule(name, &format!("/(?s:.*)/ <[{id}]>")),
-            None => self.rule(
-                &format!("{name}[lazy]"),
-                &format!("/(?s:.*){}/", regex_literal(marker)),
-            ),
+            None => self.rule(&format!("{name}[lazy]"), &format!("/(?s:.*){}/", regex_literal(marker))),
         }
     }
 
@@ -74,13 +71,9 @@ impl Writer<'_> {
                 }
             }
             ReasoningFormat::Harmony => {
-                let [channel, message, start] =
-                    ["<|channel|>", "<|message|>", "<|start|>"].map(|t| self.marker(t));
+                let [channel, message, start] = ["<|channel|>", "<|message|>", "<|start|>"].map(|t| self.marker(t));
                 self.text_up_to("thought", "<|end|>");
-                self.rule(
-                    "preamble",
-                    &format!("({channel} \"analysis\" {message} thought {start} \"assistant\")?"),
-                );
+                self.rule("preamble", &format!("({channel} \"analysis\" {message} thought {start} \"assistant\")?"));
             }
         }
         true
@@ -95,13 +88,7 @@ fn literal(text: &str) -> String {
 /// Text that a regular expression between slashes takes literally.
 fn regex_literal(text: &str) -> String {
     text.chars()
-        .map(|c| {
-            if c.is_alphanumeric() || c == '_' {
-                c.to_string()
-            } else {
-                format!("\\x{{{:x}}}", c as u32)
-            }
-        })
+        .map(|c| if c.is_alphanumeric() || c == '_' { c.to_string() } else { format!("\\x{{{:x}}}", c as u32) })
         .collect()
 }
 
@@ -111,10 +98,7 @@ fn arguments_schema(parameters: Option<&Value>, place: &str) -> Value {
         Some(Value::Object(schema)) => schema.clone(),
         _ => Map::new(),
     };
-    if !["type", "$ref", "anyOf", "oneOf", "allOf"]
-        .iter()
-        .any(|key| schema.contains_key(*key))
-    {
+    if !["type", "$ref", "anyOf", "oneOf", "allOf"].iter().any(|key| schema.contains_key(*key)) {
         schema.insert("type".into(), "object".into());
     }
     let mut schema = Value::Object(schema);
@@ -135,9 +119,7 @@ fn move_references(schema: &mut Value, place: &str) {
                 }
             }
         }
-        Value::Array(items) => items
-            .iter_mut()
-            .for_each(|item| move_references(item, place)),
+        Value::Array(items) => items.iter_mut().for_each(|item| move_references(item, place)),
         _ => {}
     }
 }
@@ -150,24 +132,10 @@ pub(crate) fn forced_call(
     preamble: Preamble,
     control_token: ControlToken<'_>,
 ) -> Grammar {
-    let mut writer = Writer {
-        control_token,
-        rules: String::new(),
-    };
-    let start = if writer.preamble(preamble) {
-        "preamble calls"
-    } else {
-        "calls"
-    };
-    let arguments_key = if format == ToolFormat::Llama3 {
-        "parameters"
-    } else {
-        "arguments"
-    };
-    let named = matches!(
-        format,
-        ToolFormat::Mistral { named: true } | ToolFormat::Harmony
-    );
+    let mut writer = Writer { control_token, rules: String::new() };
+    let start = if writer.preamble(preamble) { "preamble calls" } else { "calls" };
+    let arguments_key = if format == ToolFormat::Llama3 { "parameters" } else { "arguments" };
+    let named = matches!(format, ToolFormat::Mistral { named: true } | ToolFormat::Harmony);
     let mut alternatives = Vec::new();
     for (i, function) in functions.iter().enumerate() {
         let rule = format!("json_{i}");
@@ -177,16 +145,11 @@ pub(crate) fn forced_call(
             let alternative = match format {
                 ToolFormat::Harmony => {
                     let [channel, constrain, message, call] =
-                        ["<|channel|>", "<|constrain|>", "<|message|>", "<|call|>"]
-                            .map(|text| writer.marker(text));
+                        ["<|channel|>", "<|constrain|>", "<|message|>", "<|call|>"].map(|text| writer.marker(text));
                     let header = literal(&format!("commentary to=functions.{} ", function.name));
                     format!("{channel} {header} {constrain} \"json\" {message} {rule} {call}")
                 }
-                _ => format!(
-                    "{} {} {rule}",
-                    literal(function.name),
-                    writer.marker(MISTRAL_ARGS)
-                ),
+                _ => format!("{} {} {rule}", literal(function.name), writer.marker(MISTRAL_ARGS)),
             };
             alternatives.push(alternative);
         } else {
@@ -205,11 +168,7 @@ pub(crate) fn forced_call(
     }
     writer.rule("call", &alternatives.join(" | "));
     let more = |separator: &str, item: &str| {
-        if parallel {
-            format!("{item} ({separator} {item})*")
-        } else {
-            item.to_owned()
-        }
+        if parallel { format!("{item} ({separator} {item})*") } else { item.to_owned() }
     };
     let calls = match format {
         ToolFormat::Tagged { open, close } => {
@@ -223,11 +182,7 @@ pub(crate) fn forced_call(
             more("", "marked")
         }
         ToolFormat::Mistral { named: false } => {
-            format!(
-                "{} \"[\" {} \"]\"",
-                writer.marker(MISTRAL_CALLS),
-                more("\", \"", "call")
-            )
+            format!("{} \"[\" {} \"]\"", writer.marker(MISTRAL_CALLS), more("\", \"", "call"))
         }
         // A message is one call, and `<|call|>` ends the answer.
         ToolFormat::Harmony => "call".to_owned(),
@@ -240,11 +195,7 @@ pub(crate) fn forced_call(
 
 /// A response format for a model that reasons first: the grammar holds for what follows the reasoning. `Lark` grammars
 /// are the caller's own and stay as they are.
-pub(crate) fn after_reasoning(
-    grammar: Grammar,
-    preamble: Preamble,
-    control_token: ControlToken<'_>,
-) -> Grammar {
+pub(crate) fn after_reasoning(grammar: Grammar, preamble: Preamble, control_token: ControlToken<'_>) -> Grammar {
     if preamble.reasoning == ReasoningFormat::None {
         return grammar;
     }
@@ -254,18 +205,11 @@ pub(crate) fn after_reasoning(
         Grammar::Regex(regex) => format!("/{}/", regex.replace('/', "\\/")),
         Grammar::Lark(_) => return grammar,
     };
-    let mut writer = Writer {
-        control_token,
-        rules: String::new(),
-    };
+    let mut writer = Writer { control_token, rules: String::new() };
     writer.preamble(preamble);
     let channel = match preamble.reasoning {
         ReasoningFormat::Harmony => {
-            format!(
-                "{} \"final\" {}",
-                writer.marker("<|channel|>"),
-                writer.marker("<|message|>")
-            )
+            format!("{} \"final\" {}", writer.marker("<|channel|>"), writer.marker("<|message|>"))
         }
         _ => String::new(),
     };

@@ -10,15 +10,8 @@ const MESSAGE: &str = "<|message|>";
 /// What ends a message's body.
 const BODY_ENDS: [&str; 4] = ["<|end|>", "<|call|>", "<|return|>", "<|start|>"];
 /// Every control token the reader needs to see.
-pub(crate) const TOKENS: [&str; 7] = [
-    CHANNEL,
-    MESSAGE,
-    "<|constrain|>",
-    "<|end|>",
-    "<|call|>",
-    "<|return|>",
-    "<|start|>",
-];
+pub(crate) const TOKENS: [&str; 7] =
+    [CHANNEL, MESSAGE, "<|constrain|>", "<|end|>", "<|call|>", "<|return|>", "<|start|>"];
 /// A header longer than this is none.
 const HEADER_BYTES_MAX: usize = 1024;
 
@@ -48,10 +41,7 @@ pub(crate) struct HarmonyReader {
 
 impl HarmonyReader {
     pub(crate) fn new() -> HarmonyReader {
-        HarmonyReader {
-            state: State::Header { first: true },
-            held: String::new(),
-        }
+        HarmonyReader { state: State::Header { first: true }, held: String::new() }
     }
 
     pub(crate) fn feed(&mut self, c: char, sink: &mut Sink) {
@@ -70,8 +60,7 @@ impl HarmonyReader {
             return;
         }
         let text = self.held.trim_start();
-        let may_begin =
-            |beginning: &str| text.starts_with(beginning) || beginning.starts_with(text);
+        let may_begin = |beginning: &str| text.starts_with(beginning) || beginning.starts_with(text);
         let is_plain_text = first && !["<|", "to=", "assistant"].into_iter().any(may_begin);
         if is_plain_text || self.held.len() > HEADER_BYTES_MAX {
             sink.content(&std::mem::take(&mut self.held));
@@ -86,10 +75,7 @@ impl HarmonyReader {
             self.state = State::Header { first: false };
             return;
         }
-        if BODY_ENDS
-            .iter()
-            .any(|end| end.starts_with(self.held.as_str()))
-        {
+        if BODY_ENDS.iter().any(|end| end.starts_with(self.held.as_str())) {
             return;
         }
         // All ends begin with `<`, and none contains another: only the last character can begin one anew.
@@ -106,9 +92,7 @@ impl HarmonyReader {
             Body::Content => sink.content(&text),
             Body::Arguments { any } => {
                 sink.arguments(&text);
-                self.state = State::Body(Body::Arguments {
-                    any: any || !text.trim().is_empty(),
-                });
+                self.state = State::Body(Body::Arguments { any: any || !text.trim().is_empty() });
             }
         }
     }

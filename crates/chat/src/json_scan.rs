@@ -56,10 +56,7 @@ pub(crate) struct ValueScanner {
 
 impl ValueScanner {
     pub(crate) fn new() -> ValueScanner {
-        ValueScanner {
-            stack: Vec::new(),
-            state: State::Value,
-        }
+        ValueScanner { stack: Vec::new(), state: State::Value }
     }
 
     /// The next character belongs to a string's content (or closes it).
@@ -72,9 +69,7 @@ impl ValueScanner {
         use State::*;
         let space = matches!(c, ' ' | '\t' | '\n' | '\r');
         self.state = match (self.state, c) {
-            (Value | ValueOrClose | Key | KeyOrClose | Colon | CommaOrClose, _) if space => {
-                self.state
-            }
+            (Value | ValueOrClose | Key | KeyOrClose | Colon | CommaOrClose, _) if space => self.state,
             (ValueOrClose, ']') | (KeyOrClose, '}') => return self.close(c),
             (Value | ValueOrClose, _) => match c {
                 '{' | '[' if self.stack.len() >= DEPTH_MAX => return Scan::Invalid,
@@ -106,23 +101,11 @@ impl ValueScanner {
             (Text { is_key: true }, '"') => Colon,
             (Text { is_key: false }, '"') => return self.value_ended(),
             (Text { .. }, _) => self.state,
-            (Escape { is_key }, 'u') => Unicode {
-                is_key,
-                digits_left: 4,
-            },
+            (Escape { is_key }, 'u') => Unicode { is_key, digits_left: 4 },
             (Escape { is_key }, '"' | '\\' | '/' | 'b' | 'f' | 'n' | 'r' | 't') => Text { is_key },
-            (
-                Unicode {
-                    is_key,
-                    digits_left,
-                },
-                _,
-            ) if c.is_ascii_hexdigit() => match digits_left {
+            (Unicode { is_key, digits_left }, _) if c.is_ascii_hexdigit() => match digits_left {
                 1 => Text { is_key },
-                _ => Unicode {
-                    is_key,
-                    digits_left: digits_left - 1,
-                },
+                _ => Unicode { is_key, digits_left: digits_left - 1 },
             },
             (Literal { rest }, _) if rest.starts_with(c) => match &rest[1..] {
                 "" => return self.value_ended(),
@@ -183,10 +166,7 @@ mod tests {
 
     #[test]
     fn the_end_of_a_value_is_found() {
-        assert_eq!(
-            scan(r#"{"a":[1,-2.5e+3,true,null,"\"}\u00e9"],"b":{}} x"#),
-            (Scan::Complete, 45)
-        );
+        assert_eq!(scan(r#"{"a":[1,-2.5e+3,true,null,"\"}\u00e9"],"b":{}} x"#), (Scan::Complete, 45));
         assert_eq!(scan("12 "), (Scan::CompleteBefore, 2));
         assert_eq!(scan(" [ ] "), (Scan::Complete, 3));
         assert_eq!(scan("{\"a\":1"), (Scan::More, 6));
@@ -194,26 +174,11 @@ mod tests {
 
     #[test]
     fn what_is_no_json_is_invalid() {
-        for text in [
-            "{a",
-            "{\"a\" 1",
-            "[1 2",
-            "[1,]",
-            "{\"a\":1,}",
-            "tru ",
-            "01",
-            "-a",
-            "1.x",
-            "[}",
-            "\"\\x",
-            "\"\\u00g",
-            "]",
-        ] {
+        for text in
+            ["{a", "{\"a\" 1", "[1 2", "[1,]", "{\"a\":1,}", "tru ", "01", "-a", "1.x", "[}", "\"\\x", "\"\\u00g", "]"]
+        {
             let (step, _) = scan(text);
-            assert!(
-                matches!(step, Scan::Invalid | Scan::CompleteBefore),
-                "{text}: {step:?}"
-            );
+            assert!(matches!(step, Scan::Invalid | Scan::CompleteBefore), "{text}: {step:?}");
         }
         assert_eq!(scan(&"[".repeat(DEPTH_MAX + 1)), (Scan::Invalid, DEPTH_MAX));
     }

@@ -24,10 +24,7 @@ pub(crate) enum CallHistory {
 }
 
 fn wrong(index: usize, reason: impl Into<String>) -> PromptError {
-    PromptError::Message {
-        index,
-        reason: reason.into(),
-    }
+    PromptError::Message { index, reason: reason.into() }
 }
 
 /// Checks and converts a conversation. `instructions` go to the end of the system message.
@@ -69,10 +66,7 @@ fn convert_one(
     let role = match message.get("role") {
         Some(Value::String(role)) if !role.is_empty() => role.clone(),
         _ => {
-            return Err(wrong(
-                index,
-                "needs a role: system, user, assistant or tool",
-            ));
+            return Err(wrong(index, "needs a role: system, user, assistant or tool"));
         }
     };
     let content = text_of(index, message.get("content"))?;
@@ -86,7 +80,9 @@ fn convert_one(
             .map_err(|(i, _)| {
                 wrong(
                     index,
-                    format!("tool_calls[{i}] needs a function with a name and with arguments that are a JSON object as text"),
+                    format!(
+                        "tool_calls[{i}] needs a function with a name and with arguments that are a JSON object as text"
+                    ),
                 )
             })?,
         Some(_) => return Err(wrong(index, "tool_calls must be a list")),
@@ -100,11 +96,8 @@ fn convert_one(
             message.insert("role".into(), "system".into());
         }
         ("tool" | "function", CallHistory::Told) => {
-            let name = message
-                .get("name")
-                .and_then(Value::as_str)
-                .map(|name| format!(" of {name}"))
-                .unwrap_or_default();
+            let name =
+                message.get("name").and_then(Value::as_str).map(|name| format!(" of {name}")).unwrap_or_default();
             let told = json!({"role": "user", "content": format!("Result{name}:\n{content}")});
             return Ok(told.as_object().cloned().unwrap_or_default());
         }
@@ -121,20 +114,10 @@ fn convert_one(
                 message.insert("tool_calls".into(), calls.into());
             }
             CallHistory::Told => {
-                let told: Vec<String> = calls
-                    .iter()
-                    .map(|call| told_call(call).to_string())
-                    .collect();
-                let told = if told.len() == 1 {
-                    told.concat()
-                } else {
-                    format!("[{}]", told.join(", "))
-                };
+                let told: Vec<String> = calls.iter().map(|call| told_call(call).to_string()).collect();
+                let told = if told.len() == 1 { told.concat() } else { format!("[{}]", told.join(", ")) };
                 let separator = if content.is_empty() { "" } else { "\n" };
-                message.insert(
-                    "content".into(),
-                    format!("{content}{separator}{told}").into(),
-                );
+                message.insert("content".into(), format!("{content}{separator}{told}").into());
             }
         }
     }
@@ -156,9 +139,7 @@ fn text_of(index: usize, content: Option<&Value>) -> Result<Option<String>, Prom
                     _ => {
                         return Err(wrong(
                             index,
-                            format!(
-                                "content[{i}] is of type {kind:?}; this model reads text only, send type \"text\""
-                            ),
+                            format!("content[{i}] is of type {kind:?}; this model reads text only, send type \"text\""),
                         ));
                     }
                 };
@@ -167,10 +148,7 @@ fn text_of(index: usize, content: Option<&Value>) -> Result<Option<String>, Prom
             }
             Ok(Some(texts.join("\n")))
         }
-        Some(_) => Err(wrong(
-            index,
-            "content must be text, a list of parts or null",
-        )),
+        Some(_) => Err(wrong(index, "content must be text, a list of parts or null")),
     }
 }
 
@@ -186,17 +164,12 @@ fn convert_call(call: &Value, capabilities: &Capabilities) -> Option<Value> {
     };
     let arguments = match (capabilities.object_arguments, function.get("arguments")) {
         (true, _) => Value::Object(arguments),
-        (false, Some(Value::String(text))) if !text.trim().is_empty() => {
-            Value::String(text.clone())
-        }
+        (false, Some(Value::String(text))) if !text.trim().is_empty() => Value::String(text.clone()),
         (false, _) => Value::String(Value::Object(arguments).to_string()),
     };
     let mut converted = call.as_object()?.clone();
     converted.entry("type").or_insert_with(|| "function".into());
-    converted.insert(
-        "function".into(),
-        json!({"name": name, "arguments": arguments}),
-    );
+    converted.insert("function".into(), json!({"name": name, "arguments": arguments}));
     Some(Value::Object(converted))
 }
 
@@ -211,47 +184,26 @@ fn told_call(call: &Value) -> Value {
 }
 
 fn role_of(message: &Map<String, Value>) -> &str {
-    message
-        .get("role")
-        .and_then(Value::as_str)
-        .unwrap_or_default()
+    message.get("role").and_then(Value::as_str).unwrap_or_default()
 }
 
 fn content_of(message: &Map<String, Value>) -> &str {
-    message
-        .get("content")
-        .and_then(Value::as_str)
-        .unwrap_or_default()
+    message.get("content").and_then(Value::as_str).unwrap_or_default()
 }
 
 fn text_message(role: &str, content: String) -> Map<String, Value> {
-    Map::from_iter([
-        ("role".to_owned(), role.into()),
-        ("content".to_owned(), content.into()),
-    ])
+    Map::from_iter([("role".to_owned(), role.into()), ("content".to_owned(), content.into())])
 }
 
 /// Joins the system messages at the beginning into one, with `instructions` at its end.
-fn join_system(
-    messages: Vec<Map<String, Value>>,
-    instructions: Option<&str>,
-) -> Vec<Map<String, Value>> {
-    let leading = messages
-        .iter()
-        .take_while(|message| role_of(message) == "system")
-        .count();
+fn join_system(messages: Vec<Map<String, Value>>, instructions: Option<&str>) -> Vec<Map<String, Value>> {
+    let leading = messages.iter().take_while(|message| role_of(message) == "system").count();
     if leading + usize::from(instructions.is_some()) < 2 && instructions.is_none() {
         return messages;
     }
-    let texts: Vec<&str> = messages[..leading]
-        .iter()
-        .map(content_of)
-        .chain(instructions)
-        .collect();
+    let texts: Vec<&str> = messages[..leading].iter().map(content_of).chain(instructions).collect();
     let system = text_message("system", texts.join("\n\n"));
-    std::iter::once(system)
-        .chain(messages.into_iter().skip(leading))
-        .collect()
+    std::iter::once(system).chain(messages.into_iter().skip(leading)).collect()
 }
 
 /// Puts each system message's text before that of the next user message; without one, it becomes a user message.

@@ -13,12 +13,7 @@ use crate::template::{OUTPUT_BYTES_MAX, OUTPUT_LIMIT_MESSAGE};
 pub(crate) const REVERSED: &str = "__reversed__";
 
 /// Calls `value.method(args)`.
-pub(crate) fn call(
-    state: &State<'_, '_>,
-    value: &Value,
-    method: &str,
-    args: &[Value],
-) -> Result<Value, Error> {
+pub(crate) fn call(state: &State<'_, '_>, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     let own = match value.kind() {
         ValueKind::String => string_method(value.as_str().unwrap_or_default(), method, args)?,
         ValueKind::Map => map_method(value, method, args)?,
@@ -42,25 +37,12 @@ pub(crate) fn strip<'a>(text: &'a str, chars: Option<&str>, left: bool, right: b
         Some(chars) => chars.contains(c),
         None => is_space(c),
     };
-    let text = if left {
-        text.trim_start_matches(drop)
-    } else {
-        text
-    };
-    if right {
-        text.trim_end_matches(drop)
-    } else {
-        text
-    }
+    let text = if left { text.trim_start_matches(drop) } else { text };
+    if right { text.trim_end_matches(drop) } else { text }
 }
 
 /// `str.replace`, with a limit: a replacement for the empty string or a long one multiplies the text.
-pub(crate) fn replace(
-    text: &str,
-    old: &str,
-    new: &str,
-    count: Option<usize>,
-) -> Result<String, Error> {
+pub(crate) fn replace(text: &str, old: &str, new: &str, count: Option<usize>) -> Result<String, Error> {
     let found = text.matches(old).count().min(count.unwrap_or(usize::MAX));
     if text.len().saturating_add(found.saturating_mul(new.len())) > OUTPUT_BYTES_MAX {
         return Err(Error::new(ErrorKind::WriteFailure, OUTPUT_LIMIT_MESSAGE));
@@ -74,11 +56,7 @@ pub(crate) fn split_lines(text: &str, keep_ends: bool) -> Vec<&str> {
     let mut rest = text;
     while !rest.is_empty() {
         let end_of_line = |c: char| {
-            matches!(
-                c,
-                '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{1c}'
-                    ..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}'
-            )
+            matches!(c, '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}')
         };
         let Some(end) = rest.find(end_of_line) else {
             lines.push(rest);
@@ -89,11 +67,7 @@ pub(crate) fn split_lines(text: &str, keep_ends: bool) -> Vec<&str> {
         } else {
             end + rest[end..].chars().next().map_or(1, char::len_utf8)
         };
-        lines.push(if keep_ends {
-            &rest[..after]
-        } else {
-            &rest[..end]
-        });
+        lines.push(if keep_ends { &rest[..after] } else { &rest[..end] });
         rest = &rest[after..];
     }
     lines
@@ -137,9 +111,7 @@ pub(crate) fn float(value: &Value, default: Value) -> Value {
 
 /// A padding to `width` characters, refused where it would be absurd.
 fn padding(text: &str, width: i64, fill: char) -> Result<String, Error> {
-    let missing = usize::try_from(width)
-        .unwrap_or(0)
-        .saturating_sub(text.chars().count());
+    let missing = usize::try_from(width).unwrap_or(0).saturating_sub(text.chars().count());
     if missing > OUTPUT_BYTES_MAX / 4 {
         return Err(Error::new(ErrorKind::WriteFailure, OUTPUT_LIMIT_MESSAGE));
     }
@@ -147,9 +119,7 @@ fn padding(text: &str, width: i64, fill: char) -> Result<String, Error> {
 }
 
 fn character_position(text: &str, byte: Option<usize>) -> i64 {
-    byte.map_or(-1, |byte| {
-        i64::try_from(text[..byte].chars().count()).unwrap_or(i64::MAX)
-    })
+    byte.map_or(-1, |byte| i64::try_from(text[..byte].chars().count()).unwrap_or(i64::MAX))
 }
 
 fn all_and_some(text: &str, test: impl Fn(char) -> bool) -> bool {
@@ -162,11 +132,7 @@ fn is_cased(text: &str, this: impl Fn(char) -> bool, other: impl Fn(char) -> boo
 }
 
 fn three_parts(before: &str, separator: &str, after: &str) -> Value {
-    Value::from(vec![
-        Value::from(before),
-        Value::from(separator),
-        Value::from(after),
-    ])
+    Value::from(vec![Value::from(before), Value::from(separator), Value::from(after)])
 }
 
 fn split(text: &str, args: &[Value], from_right: bool) -> Result<Value, Error> {
@@ -181,34 +147,19 @@ fn split(text: &str, args: &[Value], from_right: bool) -> Result<Value, Error> {
         None => kwargs.get::<Option<i64>>("maxsplit")?,
     };
     kwargs.assert_all_used()?;
-    let splits_max = limit
-        .and_then(|n| usize::try_from(n).ok())
-        .unwrap_or(usize::MAX - 1);
+    let splits_max = limit.and_then(|n| usize::try_from(n).ok()).unwrap_or(usize::MAX - 1);
     let Some(separator) = separator else {
         return Ok(split_at_space(text, splits_max, from_right));
     };
-    let separator = separator
-        .as_str()
-        .filter(|s| !s.is_empty())
-        .ok_or_else(|| {
-            Error::new(
-                ErrorKind::InvalidOperation,
-                "split: the separator must be a string that is not empty",
-            )
-        })?;
+    let separator = separator.as_str().filter(|s| !s.is_empty()).ok_or_else(|| {
+        Error::new(ErrorKind::InvalidOperation, "split: the separator must be a string that is not empty")
+    })?;
     Ok(if from_right {
-        let mut parts: Vec<Value> = text
-            .rsplitn(splits_max + 1, separator)
-            .map(Value::from)
-            .collect();
+        let mut parts: Vec<Value> = text.rsplitn(splits_max + 1, separator).map(Value::from).collect();
         parts.reverse();
         Value::from(parts)
     } else {
-        Value::from(
-            text.splitn(splits_max + 1, separator)
-                .map(Value::from)
-                .collect::<Vec<_>>(),
-        )
+        Value::from(text.splitn(splits_max + 1, separator).map(Value::from).collect::<Vec<_>>())
     })
 }
 
@@ -260,12 +211,7 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
         }
         "replace" => {
             let (old, new, count): (&str, &str, Option<i64>) = from_args(args)?;
-            Value::from(replace(
-                text,
-                old,
-                new,
-                count.and_then(|n| usize::try_from(n).ok()),
-            )?)
+            Value::from(replace(text, old, new, count.and_then(|n| usize::try_from(n).ok()))?)
         }
         "partition" => {
             let (separator,): (&str,) = from_args(args)?;
@@ -291,27 +237,16 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
         }
         "find" | "rfind" | "index" | "rindex" => {
             let (needle,): (&str,) = from_args(args)?;
-            let byte = if method.starts_with('r') {
-                text.rfind(needle)
-            } else {
-                text.find(needle)
-            };
+            let byte = if method.starts_with('r') { text.rfind(needle) } else { text.find(needle) };
             if byte.is_none() && method.ends_with("index") {
-                return Err(Error::new(
-                    ErrorKind::InvalidOperation,
-                    "index: substring not found",
-                ));
+                return Err(Error::new(ErrorKind::InvalidOperation, "index: substring not found"));
             }
             Value::from(character_position(text, byte))
         }
         "ljust" | "rjust" => {
             let (width, fill): (i64, Option<char>) = from_args(args)?;
             let padding = padding(text, width, fill.unwrap_or(' '))?;
-            Value::from(if method == "ljust" {
-                format!("{text}{padding}")
-            } else {
-                format!("{padding}{text}")
-            })
+            Value::from(if method == "ljust" { format!("{text}{padding}") } else { format!("{padding}{text}") })
         }
         "zfill" => {
             let (width,): (i64,) = from_args(args)?;
@@ -324,11 +259,7 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
         "swapcase" => Value::from(
             text.chars()
                 .flat_map(|c| -> Vec<char> {
-                    if c.is_uppercase() {
-                        c.to_lowercase().collect()
-                    } else {
-                        c.to_uppercase().collect()
-                    }
+                    if c.is_uppercase() { c.to_lowercase().collect() } else { c.to_uppercase().collect() }
                 })
                 .collect::<String>(),
         ),
@@ -348,10 +279,7 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
                     out.push_str(text);
                 }
                 let item = item.as_str().ok_or_else(|| {
-                    Error::new(
-                        ErrorKind::InvalidOperation,
-                        format!("join: item {i} is not a string"),
-                    )
+                    Error::new(ErrorKind::InvalidOperation, format!("join: item {i} is not a string"))
                 })?;
                 out.push_str(item);
                 if out.len() > OUTPUT_BYTES_MAX {
@@ -376,10 +304,7 @@ fn list_method(value: &Value, method: &str, args: &[Value]) -> Result<Option<Val
             match value.try_iter()?.position(|item| item == *wanted) {
                 Some(position) => Value::from(position),
                 None => {
-                    return Err(Error::new(
-                        ErrorKind::InvalidOperation,
-                        "index: not in the list",
-                    ));
+                    return Err(Error::new(ErrorKind::InvalidOperation, "index: not in the list"));
                 }
             }
         }
@@ -415,11 +340,7 @@ mod tests {
     fn eval(expression: &str) -> String {
         let mut env = Environment::new();
         env.set_unknown_method_callback(super::call);
-        let value = env
-            .compile_expression(expression)
-            .unwrap()
-            .eval(())
-            .unwrap();
+        let value = env.compile_expression(expression).unwrap().eval(()).unwrap();
         crate::python::py_str(&value, 1 << 16).unwrap()
     }
 
@@ -433,10 +354,7 @@ mod tests {
             ("' a b  c '.rsplit(none, 1)", "[' a b', 'c']"),
             ("' a b  c '.rsplit()", "['a', 'b', 'c']"),
             ("' '.split() ~ ''.split()", "[][]"),
-            (
-                "'abc'.__reversed__() ~ [1, 2].__reversed__() ~ [].__reversed__()",
-                "cba[2, 1][]",
-            ),
+            ("'abc'.__reversed__() ~ [1, 2].__reversed__() ~ [].__reversed__()", "cba[2, 1][]"),
             ("'a,b,c'.split(',', 1)", "['a', 'b,c']"),
             ("'a,b,c'.split(sep=',', maxsplit=1)", "['a', 'b,c']"),
             ("'a,b,c'.rsplit(',', 1)", "['a,b', 'c']"),
@@ -468,13 +386,7 @@ mod tests {
         let mut env = Environment::new();
         env.set_unknown_method_callback(super::call);
         for expression in ["[1].append(2)", "[1].pop()", "{}.update({})", "{}.pop('a')"] {
-            assert!(
-                env.compile_expression(expression)
-                    .unwrap()
-                    .eval(())
-                    .is_err(),
-                "{expression}"
-            );
+            assert!(env.compile_expression(expression).unwrap().eval(()).is_err(), "{expression}");
         }
     }
 }

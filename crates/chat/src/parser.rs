@@ -67,10 +67,7 @@ pub struct OutputSpec {
 #[derive(Debug)]
 enum Reader {
     Harmony(HarmonyReader),
-    Layers {
-        reasoning: Option<ReasoningReader>,
-        tools: Option<Box<ToolReader>>,
-    },
+    Layers { reasoning: Option<ReasoningReader>, tools: Option<Box<ToolReader>> },
 }
 
 /// Reads an answer as it streams.
@@ -84,8 +81,7 @@ pub struct OutputParser {
 impl OutputParser {
     /// A parser at the beginning of an answer.
     pub fn new(spec: OutputSpec) -> OutputParser {
-        let harmony = spec.reasoning == ReasoningFormat::Harmony
-            || spec.tool_format == Some(ToolFormat::Harmony);
+        let harmony = spec.reasoning == ReasoningFormat::Harmony || spec.tool_format == Some(ToolFormat::Harmony);
         let reader = if harmony {
             Reader::Harmony(HarmonyReader::new())
         } else {
@@ -95,16 +91,10 @@ impl OutputParser {
                 }
                 ReasoningFormat::None | ReasoningFormat::Harmony => None,
             };
-            let tools = spec
-                .tool_format
-                .map(|format| Box::new(ToolReader::new(format, spec.tool_names)));
+            let tools = spec.tool_format.map(|format| Box::new(ToolReader::new(format, spec.tool_names)));
             Reader::Layers { reasoning, tools }
         };
-        OutputParser {
-            reader,
-            sink: Sink::default(),
-            calls_max: spec.calls_max,
-        }
+        OutputParser { reader, sink: Sink::default(), calls_max: spec.calls_max }
     }
 
     /// All calls that were asked for are complete: generation can stop. What is pushed from here on is ignored.
@@ -120,22 +110,13 @@ impl OutputParser {
             }
             match &mut self.reader {
                 Reader::Harmony(reader) => reader.feed(c, &mut self.sink),
-                Reader::Layers {
-                    reasoning: Some(reasoning),
-                    tools,
-                } => {
+                Reader::Layers { reasoning: Some(reasoning), tools } => {
                     if let Some(piece) = reasoning.feed(c) {
                         give(piece, tools, &mut self.sink);
                     }
                 }
-                Reader::Layers {
-                    reasoning: None,
-                    tools: Some(tools),
-                } => tools.feed(c, &mut self.sink),
-                Reader::Layers {
-                    reasoning: None,
-                    tools: None,
-                } => self.sink.content(c.encode_utf8(&mut [0; 4])),
+                Reader::Layers { reasoning: None, tools: Some(tools) } => tools.feed(c, &mut self.sink),
+                Reader::Layers { reasoning: None, tools: None } => self.sink.content(c.encode_utf8(&mut [0; 4])),
             }
         }
         self.sink.take()

@@ -37,10 +37,7 @@ const NEEDLE: &str = "xq7needle";
 const KEY_NEEDLE: &str = "xq7key";
 
 /// `render` renders the template with given input.
-pub(crate) fn probe(
-    source: &str,
-    render: &dyn Fn(&RenderInput<'_>) -> Result<String, TemplateError>,
-) -> Capabilities {
+pub(crate) fn probe(source: &str, render: &dyn Fn(&RenderInput<'_>) -> Result<String, TemplateError>) -> Capabilities {
     let extra = Map::new();
     // One probe that runs into a limit is enough: the template will do so again, and time is short.
     let exhausted = Cell::new(false);
@@ -55,25 +52,15 @@ pub(crate) fn probe(
             bos_token: "",
             eos_token: "",
             extra,
-            now: Timestamp {
-                unix_seconds: 0,
-                utc_offset_seconds: 0,
-            },
+            now: Timestamp { unix_seconds: 0, utc_offset_seconds: 0 },
         });
-        exhausted.set(matches!(
-            rendered,
-            Err(TemplateError::OutOfFuel | TemplateError::OutputTooLong)
-        ));
+        exhausted.set(matches!(rendered, Err(TemplateError::OutOfFuel | TemplateError::OutputTooLong)));
         rendered.unwrap_or_default()
     };
-    let shows =
-        |messages: &[Value], needle: &str| try_render(messages, None, &extra).contains(needle);
+    let shows = |messages: &[Value], needle: &str| try_render(messages, None, &extra).contains(needle);
 
     let user = json!({"role": "user", "content": "Hi"});
-    let system_role = shows(
-        &[json!({"role": "system", "content": NEEDLE}), user.clone()],
-        NEEDLE,
-    );
+    let system_role = shows(&[json!({"role": "system", "content": NEEDLE}), user.clone()], NEEDLE);
 
     let text = json!({"role": "user", "content": NEEDLE});
     let parts = json!({"role": "user", "content": [{"type": "text", "text": NEEDLE}]});
@@ -84,8 +71,7 @@ pub(crate) fn probe(
         "description": "Probe.",
         "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "A."}}, "required": ["a"]},
     }})];
-    let shows_tools =
-        try_render(std::slice::from_ref(&user), Some(&tools), &extra).contains(NEEDLE);
+    let shows_tools = try_render(std::slice::from_ref(&user), Some(&tools), &extra).contains(NEEDLE);
     let native_format = detect_tool_format(source).filter(|_| shows_tools);
 
     let calling = |arguments: Value, result: &str| {
@@ -98,25 +84,15 @@ pub(crate) fn probe(
         ]
     };
     let as_object = try_render(&calling(json!({KEY_NEEDLE: 1}), "R"), Some(&tools), &extra);
-    let as_text = try_render(
-        &calling(json!(json!({KEY_NEEDLE: 1}).to_string()), "R"),
-        Some(&tools),
-        &extra,
-    );
+    let as_text = try_render(&calling(json!(json!({KEY_NEEDLE: 1}).to_string()), "R"), Some(&tools), &extra);
     // As an object, a template that prints it as it is shows Python's quotes; as text, one that applies `tojson` shows
     // escaped quotes.
-    let object_shown =
-        as_object.contains(KEY_NEEDLE) && !as_object.contains(&format!("'{KEY_NEEDLE}'"));
+    let object_shown = as_object.contains(KEY_NEEDLE) && !as_object.contains(&format!("'{KEY_NEEDLE}'"));
     let text_shown = as_text.contains(&format!("\"{KEY_NEEDLE}\""));
     let object_arguments = object_shown || !text_shown;
     let tool_calls = object_shown || text_shown;
-    let arguments = if object_arguments {
-        json!({KEY_NEEDLE: 1})
-    } else {
-        json!("{}")
-    };
-    let tool_results =
-        try_render(&calling(arguments, "xq7result"), Some(&tools), &extra).contains("xq7result");
+    let arguments = if object_arguments { json!({KEY_NEEDLE: 1}) } else { json!("{}") };
+    let tool_results = try_render(&calling(arguments, "xq7result"), Some(&tools), &extra).contains("xq7result");
 
     let switched = |on: bool| {
         let mut extra = Map::new();

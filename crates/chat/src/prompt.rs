@@ -4,8 +4,7 @@ use murmur_protocol::sampling::Grammar;
 use serde_json::{Map, Value};
 
 use crate::{
-    ChatTemplate, OutputParser, OutputSpec, ReasoningFormat, RenderInput, TemplateError, Timestamp,
-    ToolFormat,
+    ChatTemplate, OutputParser, OutputSpec, ReasoningFormat, RenderInput, TemplateError, Timestamp, ToolFormat,
     call_reader::NAME_BYTES_MAX,
     grammar::{self, ControlToken, Function, Preamble},
     harmony,
@@ -75,19 +74,12 @@ impl ChatPrompt {
 
     /// A response format (`response_format`) for this prompt: where the model reasons first, the grammar has to leave
     /// room for that. Grammars in Lark stay as they are.
-    pub fn response_grammar(
-        &self,
-        grammar: Grammar,
-        control_token: Option<ControlToken<'_>>,
-    ) -> Grammar {
+    pub fn response_grammar(&self, grammar: Grammar, control_token: Option<ControlToken<'_>>) -> Grammar {
         grammar::after_reasoning(grammar, self.preamble(), control_token.unwrap_or(&|_| None))
     }
 
     fn preamble(&self) -> Preamble {
-        Preamble {
-            reasoning: self.output.reasoning,
-            starts_in_reasoning: self.output.starts_in_reasoning,
-        }
+        Preamble { reasoning: self.output.reasoning, starts_in_reasoning: self.output.starts_in_reasoning }
     }
 }
 
@@ -125,47 +117,24 @@ struct Tool<'a> {
 }
 
 fn check_tools(tools: &[Value]) -> Result<Vec<Tool<'_>>, PromptError> {
-    let wrong = |index: usize, reason: &str| PromptError::Tool {
-        index,
-        reason: reason.into(),
-    };
+    let wrong = |index: usize, reason: &str| PromptError::Tool { index, reason: reason.into() };
     let mut checked: Vec<Tool<'_>> = Vec::with_capacity(tools.len());
     for (index, tool) in tools.iter().enumerate() {
         if tool.get("type").and_then(Value::as_str) != Some("function") {
-            return Err(wrong(
-                index,
-                "only tools of type \"function\" are supported",
-            ));
+            return Err(wrong(index, "only tools of type \"function\" are supported"));
         }
-        let function = tool
-            .get("function")
-            .filter(|f| f.is_object())
-            .ok_or_else(|| wrong(index, "needs a function"))?;
-        let name = function
-            .get("name")
-            .and_then(Value::as_str)
-            .unwrap_or_default();
+        let function =
+            tool.get("function").filter(|f| f.is_object()).ok_or_else(|| wrong(index, "needs a function"))?;
+        let name = function.get("name").and_then(Value::as_str).unwrap_or_default();
         let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
         if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(allowed) {
-            return Err(wrong(
-                index,
-                "the function's name must be made of letters, digits, '_', '-' and '.'",
-            ));
+            return Err(wrong(index, "the function's name must be made of letters, digits, '_', '-' and '.'"));
         }
         if checked.iter().any(|tool| tool.name == name) {
-            return Err(wrong(
-                index,
-                "another function has the same name; names must differ",
-            ));
+            return Err(wrong(index, "another function has the same name; names must differ"));
         }
-        if function
-            .get("parameters")
-            .is_some_and(|p| !p.is_object() && !p.is_null())
-        {
-            return Err(wrong(
-                index,
-                "the function's parameters must be a JSON Schema object",
-            ));
+        if function.get("parameters").is_some_and(|p| !p.is_object() && !p.is_null()) {
+            return Err(wrong(index, "the function's parameters must be a JSON Schema object"));
         }
         checked.push(Tool { name, function });
     }
@@ -203,21 +172,13 @@ impl ChatTemplate {
     /// in a format that the parser does not read, are described in the system message, in [`ToolFormat::Generic`].
     pub fn prepare(&self, request: &ChatRequest<'_>) -> Result<ChatPrompt, PromptError> {
         let tools = check_tools(request.tools)?;
-        let callable: &[Tool<'_>] = if *request.tool_choice == ToolChoice::None {
-            &[]
-        } else {
-            &tools
-        };
+        let callable: &[Tool<'_>] = if *request.tool_choice == ToolChoice::None { &[] } else { &tools };
         match request.tool_choice {
             ToolChoice::Required if tools.is_empty() => {
-                return Err(PromptError::ToolChoice(
-                    "is \"required\", but no tools are given".into(),
-                ));
+                return Err(PromptError::ToolChoice("is \"required\", but no tools are given".into()));
             }
             ToolChoice::Function(name) if !tools.iter().any(|tool| tool.name == name) => {
-                return Err(PromptError::ToolChoice(format!(
-                    "names {name:?}, which is not among the tools"
-                )));
+                return Err(PromptError::ToolChoice(format!("names {name:?}, which is not among the tools")));
             }
             _ => {}
         }
@@ -229,15 +190,9 @@ impl ChatTemplate {
         } else {
             CallHistory::Native
         };
-        let instructions = told.then(|| {
-            generic_instructions(callable, request.tool_choice, request.parallel_tool_calls)
-        });
-        let messages = messages::convert(
-            request.messages,
-            capabilities,
-            history,
-            instructions.as_deref(),
-        )?;
+        let instructions =
+            told.then(|| generic_instructions(callable, request.tool_choice, request.parallel_tool_calls));
+        let messages = messages::convert(request.messages, capabilities, history, instructions.as_deref())?;
         let text = self.render(&RenderInput {
             messages: &messages,
             tools: native.then_some(request.tools),
@@ -252,12 +207,8 @@ impl ChatTemplate {
             ReasoningFormat::Tags { open, .. } => text.trim_end().ends_with(open),
             _ => false,
         };
-        let forced = matches!(
-            request.tool_choice,
-            ToolChoice::Required | ToolChoice::Function(_)
-        );
-        let single =
-            !request.parallel_tool_calls || matches!(request.tool_choice, ToolChoice::Function(_));
+        let forced = matches!(request.tool_choice, ToolChoice::Required | ToolChoice::Function(_));
+        let single = !request.parallel_tool_calls || matches!(request.tool_choice, ToolChoice::Function(_));
         let output = OutputSpec {
             tool_format: (!callable.is_empty()).then_some(capabilities.tool_format),
             tool_names: callable.iter().map(|tool| tool.name.to_owned()).collect(),
@@ -279,20 +230,12 @@ impl ChatTemplate {
                     ToolChoice::Function(name) => tool.name == name,
                     _ => true,
                 })
-                .map(|tool| Function {
-                    name: tool.name,
-                    parameters: tool.function.get("parameters"),
-                })
+                .map(|tool| Function { name: tool.name, parameters: tool.function.get("parameters") })
                 .collect();
             let control_token: ControlToken<'_> = request.control_token.unwrap_or(&|_| None);
             let preamble = prompt.preamble();
-            prompt.grammar = Some(grammar::forced_call(
-                capabilities.tool_format,
-                &functions,
-                !single,
-                preamble,
-                control_token,
-            ));
+            prompt.grammar =
+                Some(grammar::forced_call(capabilities.tool_format, &functions, !single, preamble, control_token));
         }
         Ok(prompt)
     }
@@ -308,9 +251,7 @@ fn visible_tokens(output: &OutputSpec) -> Vec<&'static str> {
     match output.tool_format {
         Some(ToolFormat::Tagged { open, close }) => tokens.extend([open, close]),
         Some(ToolFormat::Llama3) => tokens.push(PYTHON_TAG),
-        Some(ToolFormat::Mistral { .. }) => {
-            tokens.extend([MISTRAL_CALLS, MISTRAL_ID, MISTRAL_ARGS])
-        }
+        Some(ToolFormat::Mistral { .. }) => tokens.extend([MISTRAL_CALLS, MISTRAL_ID, MISTRAL_ARGS]),
         Some(ToolFormat::Harmony | ToolFormat::Generic) | None => {}
     }
     tokens

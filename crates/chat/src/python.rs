@@ -22,18 +22,12 @@ struct BoundedText {
 
 impl BoundedText {
     fn new(bytes_max: usize) -> BoundedText {
-        BoundedText {
-            text: String::new(),
-            bytes_max,
-        }
+        BoundedText { text: String::new(), bytes_max }
     }
 
     fn push(&mut self, piece: &str) -> Result<(), Error> {
         if self.text.len() + piece.len() > self.bytes_max {
-            return Err(Error::new(
-                ErrorKind::WriteFailure,
-                crate::template::OUTPUT_LIMIT_MESSAGE,
-            ));
+            return Err(Error::new(ErrorKind::WriteFailure, crate::template::OUTPUT_LIMIT_MESSAGE));
         }
         self.text.push_str(piece);
         Ok(())
@@ -54,10 +48,7 @@ pub(crate) fn py_str(value: &Value, bytes_max: usize) -> Result<String, Error> {
 }
 
 fn too_deep() -> Error {
-    Error::new(
-        ErrorKind::InvalidOperation,
-        format!("value is nested more than {NESTING_MAX} levels deep"),
-    )
+    Error::new(ErrorKind::InvalidOperation, format!("value is nested more than {NESTING_MAX} levels deep"))
 }
 
 fn repr_into(value: &Value, out: &mut BoundedText, depth: usize) -> Result<(), Error> {
@@ -121,11 +112,7 @@ pub(crate) fn py_float(x: f64) -> String {
     let exponent: i32 = exponent.parse().unwrap_or(0);
     if (-4..16).contains(&exponent) {
         let plain = format!("{x}");
-        return if plain.contains('.') {
-            plain
-        } else {
-            plain + ".0"
-        };
+        return if plain.contains('.') { plain } else { plain + ".0" };
     }
     let sign = if exponent < 0 { '-' } else { '+' };
     format!("{mantissa}e{sign}{:02}", exponent.unsigned_abs())
@@ -133,11 +120,7 @@ pub(crate) fn py_float(x: f64) -> String {
 
 /// Python's `repr(str)`: single quotes unless only they occur inside.
 fn quoted(text: &str) -> String {
-    let quote = if text.contains('\'') && !text.contains('"') {
-        '"'
-    } else {
-        '\''
-    };
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     let mut out = String::with_capacity(text.len() + 2);
     out.push(quote);
     for c in text.chars() {
@@ -171,12 +154,7 @@ struct JsonStyle {
 
 /// The `tojson` filter of transformers: `json.dumps(x, ensure_ascii=False, indent=..., separators=..., sort_keys=...)`.
 /// Unlike Jinja's own it escapes nothing for HTML.
-pub(crate) fn to_json(
-    value: &Value,
-    args: &[Value],
-    kwargs: &Kwargs,
-    bytes_max: usize,
-) -> Result<String, Error> {
+pub(crate) fn to_json(value: &Value, args: &[Value], kwargs: &Kwargs, bytes_max: usize) -> Result<String, Error> {
     const PARAMETERS: [&str; 4] = ["ensure_ascii", "indent", "separators", "sort_keys"];
     let argument = |position: usize| -> Result<Option<Value>, Error> {
         match args.get(position) {
@@ -191,49 +169,30 @@ pub(crate) fn to_json(
             (Some(text), _) => Some(text.to_owned()),
             (None, Some(width)) if width <= 64 => Some(" ".repeat(width)),
             _ => {
-                return Err(Error::new(
-                    ErrorKind::InvalidOperation,
-                    "tojson: indent must be 0..=64 or a string",
-                ));
+                return Err(Error::new(ErrorKind::InvalidOperation, "tojson: indent must be 0..=64 or a string"));
             }
         },
         None => None,
     };
-    let (mut item_separator, mut key_separator) = (
-        if indent.is_some() { "," } else { ", " }.to_owned(),
-        ": ".to_owned(),
-    );
+    let (mut item_separator, mut key_separator) =
+        (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned());
     if let Some(separators) = argument(2)?.filter(|v| !v.is_none() && !v.is_undefined()) {
         let pair: Vec<Value> = separators.try_iter()?.collect();
         let [item, key] = pair.as_slice() else {
-            return Err(Error::new(
-                ErrorKind::InvalidOperation,
-                "tojson: separators must be a pair of strings",
-            ));
+            return Err(Error::new(ErrorKind::InvalidOperation, "tojson: separators must be a pair of strings"));
         };
         item_separator = item.to_string();
         key_separator = key.to_string();
     }
     let sort_keys = argument(3)?.is_some_and(|v| v.is_true());
     kwargs.assert_all_used()?;
-    let style = JsonStyle {
-        indent,
-        item_separator,
-        key_separator,
-        sort_keys,
-        ascii,
-    };
+    let style = JsonStyle { indent, item_separator, key_separator, sort_keys, ascii };
     let mut out = BoundedText::new(bytes_max);
     json_into(value, &style, &mut out, 0)?;
     Ok(out.text)
 }
 
-fn json_into(
-    value: &Value,
-    style: &JsonStyle,
-    out: &mut BoundedText,
-    depth: usize,
-) -> Result<(), Error> {
+fn json_into(value: &Value, style: &JsonStyle, out: &mut BoundedText, depth: usize) -> Result<(), Error> {
     if depth > NESTING_MAX {
         return Err(too_deep());
     }
@@ -241,10 +200,7 @@ fn json_into(
         ValueKind::None => out.push("null"),
         ValueKind::Bool => out.push(if value.is_true() { "true" } else { "false" }),
         ValueKind::Number => out.push(&json_number(value)),
-        ValueKind::String => out.push(&json_string(
-            value.as_str().unwrap_or_default(),
-            style.ascii,
-        )),
+        ValueKind::String => out.push(&json_string(value.as_str().unwrap_or_default(), style.ascii)),
         ValueKind::Map => {
             let mut entries = Vec::new();
             for key in value.try_iter()? {
@@ -286,10 +242,7 @@ fn json_into(
             close(style, out, empty, depth)?;
             out.push("]")
         }
-        kind => Err(Error::new(
-            ErrorKind::InvalidOperation,
-            format!("tojson: {kind} cannot be written as JSON"),
-        )),
+        kind => Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: {kind} cannot be written as JSON"))),
     }
 }
 
@@ -301,11 +254,7 @@ fn separate(style: &JsonStyle, out: &mut BoundedText, i: usize, depth: usize) ->
 }
 
 fn close(style: &JsonStyle, out: &mut BoundedText, empty: bool, depth: usize) -> Result<(), Error> {
-    if empty {
-        Ok(())
-    } else {
-        new_line(style, out, depth)
-    }
+    if empty { Ok(()) } else { new_line(style, out, depth) }
 }
 
 fn new_line(style: &JsonStyle, out: &mut BoundedText, depth: usize) -> Result<(), Error> {
@@ -379,35 +328,22 @@ mod tests {
 
     #[test]
     fn values_print_as_python_prints_them() {
-        let value =
-            Value::from_serialize(serde_json::json!({"a": [1, true, null, "it's", 1.0], "b": {}}));
-        assert_eq!(
-            py_str(&value, LIMIT).unwrap(),
-            r#"{'a': [1, True, None, "it's", 1.0], 'b': {}}"#
-        );
+        let value = Value::from_serialize(serde_json::json!({"a": [1, true, null, "it's", 1.0], "b": {}}));
+        assert_eq!(py_str(&value, LIMIT).unwrap(), r#"{'a': [1, True, None, "it's", 1.0], 'b': {}}"#);
     }
 
     #[test]
     fn json_is_laid_out_as_json_dumps_does() {
         let value = Value::from_serialize(serde_json::json!({"b": [1, "<é\u{1}>"], "a": {}}));
         let none = Kwargs::from_iter(Vec::<(String, Value)>::new());
-        assert_eq!(
-            to_json(&value, &[], &none, LIMIT).unwrap(),
-            "{\"b\": [1, \"<é\\u0001>\"], \"a\": {}}"
-        );
+        assert_eq!(to_json(&value, &[], &none, LIMIT).unwrap(), "{\"b\": [1, \"<é\\u0001>\"], \"a\": {}}");
         let indent = Kwargs::from_iter([("indent", Value::from(2))]);
         assert_eq!(
             to_json(&value, &[], &indent, LIMIT).unwrap(),
             "{\n  \"b\": [\n    1,\n    \"<é\\u0001>\"\n  ],\n  \"a\": {}\n}"
         );
-        let ascii = Kwargs::from_iter([
-            ("ensure_ascii", Value::from(true)),
-            ("sort_keys", Value::from(true)),
-        ]);
-        assert_eq!(
-            to_json(&value, &[], &ascii, LIMIT).unwrap(),
-            r#"{"a": {}, "b": [1, "<\u00e9\u0001>"]}"#
-        );
+        let ascii = Kwargs::from_iter([("ensure_ascii", Value::from(true)), ("sort_keys", Value::from(true))]);
+        assert_eq!(to_json(&value, &[], &ascii, LIMIT).unwrap(), r#"{"a": {}, "b": [1, "<\u00e9\u0001>"]}"#);
     }
 
     #[test]

@@ -32,23 +32,9 @@ pub(crate) struct ReasoningReader {
 }
 
 impl ReasoningReader {
-    pub(crate) fn new(
-        open: &'static str,
-        close: &'static str,
-        starts_inside: bool,
-    ) -> ReasoningReader {
-        let state = if starts_inside {
-            State::Inside { fresh: true }
-        } else {
-            State::Start
-        };
-        ReasoningReader {
-            open,
-            close,
-            state,
-            space: String::new(),
-            held: String::new(),
-        }
+    pub(crate) fn new(open: &'static str, close: &'static str, starts_inside: bool) -> ReasoningReader {
+        let state = if starts_inside { State::Inside { fresh: true } } else { State::Start };
+        ReasoningReader { open, close, state, space: String::new(), held: String::new() }
     }
 
     pub(crate) fn feed(&mut self, c: char) -> Option<Piece> {
@@ -101,8 +87,7 @@ impl ReasoningReader {
             return None;
         }
         // A model that was told to think may open the tag although the prompt has done so already.
-        if fresh && self.held.len() <= self.open.len() && self.open.starts_with(self.held.as_str())
-        {
+        if fresh && self.held.len() <= self.open.len() && self.open.starts_with(self.held.as_str()) {
             if self.held == self.open {
                 self.held.clear();
             }

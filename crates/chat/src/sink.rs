@@ -39,21 +39,14 @@ impl Sink {
     pub(crate) fn start_call(&mut self, id: Option<String>, name: String) {
         self.end_call();
         self.open = true;
-        self.deltas.push(Delta::ToolCallStart {
-            index: self.calls,
-            id,
-            name,
-        });
+        self.deltas.push(Delta::ToolCallStart { index: self.calls, id, name });
     }
 
     pub(crate) fn arguments(&mut self, text: &str) {
         match self.deltas.last_mut() {
             _ if text.is_empty() => {}
             Some(Delta::ToolCallArguments { fragment, .. }) => fragment.push_str(text),
-            _ => self.deltas.push(Delta::ToolCallArguments {
-                index: self.calls,
-                fragment: text.to_owned(),
-            }),
+            _ => self.deltas.push(Delta::ToolCallArguments { index: self.calls, fragment: text.to_owned() }),
         }
     }
 

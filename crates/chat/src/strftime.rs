@@ -20,15 +20,7 @@ const MONTHS: [&str; 12] = [
     "November",
     "December",
 ];
-const WEEKDAYS: [&str; 7] = [
-    "Sunday",
-    "Monday",
-    "Tuesday",
-    "Wednesday",
-    "Thursday",
-    "Friday",
-    "Saturday",
-];
+const WEEKDAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 const SECONDS_PER_DAY: i64 = 86_400;
 
 struct Civil {
@@ -50,41 +42,22 @@ fn is_leap(year: i64) -> bool {
 }
 
 fn civil(now: Timestamp) -> Civil {
-    let local = now
-        .unix_seconds
-        .saturating_add(i64::from(now.utc_offset_seconds));
+    let local = now.unix_seconds.saturating_add(i64::from(now.utc_offset_seconds));
     let days = local.div_euclid(SECONDS_PER_DAY);
     let seconds = local.rem_euclid(SECONDS_PER_DAY);
     let shifted = days + 719_468;
     let era = shifted.div_euclid(146_097);
     let day_of_era = shifted.rem_euclid(146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_from_march = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_from_march = (5 * day_from_march + 2) / 153;
     let day = day_from_march - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 {
-        month_from_march + 3
-    } else {
-        month_from_march - 9
-    };
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
     let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let before: i64 = [
-        31,
-        28 + i64::from(is_leap(year)),
-        31,
-        30,
-        31,
-        30,
-        31,
-        31,
-        30,
-        31,
-        30,
-    ]
-    .iter()
-    .take(usize::try_from(month - 1).unwrap_or(0))
-    .sum();
+    let before: i64 = [31, 28 + i64::from(is_leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30]
+        .iter()
+        .take(usize::try_from(month - 1).unwrap_or(0))
+        .sum();
     Civil {
         year,
         month: usize::try_from(month).unwrap_or(1),
@@ -116,11 +89,7 @@ pub(crate) fn strftime(now: Timestamp, format: &str) -> String {
             directive = rest.next();
         }
         let padded = |value: i64, width: usize| {
-            if unpadded {
-                value.to_string()
-            } else {
-                format!("{value:0width$}")
-            }
+            if unpadded { value.to_string() } else { format!("{value:0width$}") }
         };
         let hour_12 = (t.hour + 11) % 12 + 1;
         match directive {
@@ -174,55 +143,28 @@ mod tests {
     use super::*;
 
     fn at(unix_seconds: i64) -> Timestamp {
-        Timestamp {
-            unix_seconds,
-            utc_offset_seconds: 0,
-        }
+        Timestamp { unix_seconds, utc_offset_seconds: 0 }
     }
 
     #[test]
     fn dates_are_those_of_the_calendar() {
         // `date -u -d @N` of GNU coreutils.
-        assert_eq!(
-            strftime(at(0), "%Y-%m-%d %H:%M:%S %a %j"),
-            "1970-01-01 00:00:00 Thu 001"
-        );
-        assert_eq!(
-            strftime(at(951_782_400), "%d %b %Y, %A %j"),
-            "29 Feb 2000, Tuesday 060"
-        );
-        assert_eq!(
-            strftime(at(1_735_689_599), "%-d %B %y %I:%M %p %j"),
-            "31 December 24 11:59 PM 366"
-        );
+        assert_eq!(strftime(at(0), "%Y-%m-%d %H:%M:%S %a %j"), "1970-01-01 00:00:00 Thu 001");
+        assert_eq!(strftime(at(951_782_400), "%d %b %Y, %A %j"), "29 Feb 2000, Tuesday 060");
+        assert_eq!(strftime(at(1_735_689_599), "%-d %B %y %I:%M %p %j"), "31 December 24 11:59 PM 366");
         assert_eq!(strftime(at(-1), "%F %T"), "1969-12-31 23:59:59");
     }
 
     #[test]
     fn the_offset_moves_the_date() {
-        let now = Timestamp {
-            unix_seconds: 1_735_689_599,
-            utc_offset_seconds: 3600,
-        };
+        let now = Timestamp { unix_seconds: 1_735_689_599, utc_offset_seconds: 3600 };
         assert_eq!(strftime(now, "%F %R"), "2025-01-01 00:59");
     }
 
     #[test]
     fn odd_formats_do_no_harm() {
         assert_eq!(strftime(at(0), "100%% %Q %-Q %"), "100% %Q %-Q %");
-        let _ = strftime(
-            Timestamp {
-                unix_seconds: i64::MAX,
-                utc_offset_seconds: 1,
-            },
-            "%c %x",
-        );
-        let _ = strftime(
-            Timestamp {
-                unix_seconds: i64::MIN,
-                utc_offset_seconds: -1,
-            },
-            "%c %x",
-        );
+        let _ = strftime(Timestamp { unix_seconds: i64::MAX, utc_offset_seconds: 1 }, "%c %x");
+        let _ = strftime(Timestamp { unix_seconds: i64::MIN, utc_offset_seconds: -1 }, "%c %x");
     }
 }

@@ -82,9 +82,7 @@ pub enum TemplateError {
         bytes: usize,
     },
     /// It does not parse.
-    #[error(
-        "the model's chat template cannot be compiled: {0}; give another template or use /v1/completions"
-    )]
+    #[error("the model's chat template cannot be compiled: {0}; give another template or use /v1/completions")]
     Syntax(String),
     /// It called `raise_exception`: the conversation is not one that the model was trained for.
     #[error("the model's chat template refuses this conversation: {0}")]
@@ -101,9 +99,7 @@ pub enum TemplateError {
     )]
     OutputTooLong,
     /// Anything else that went wrong while rendering.
-    #[error(
-        "the model's chat template failed: {0}; check the messages' fields or give another template"
-    )]
+    #[error("the model's chat template failed: {0}; check the messages' fields or give another template")]
     Failed(String),
 }
 
@@ -116,9 +112,7 @@ pub struct ChatTemplate {
 
 impl fmt::Debug for ChatTemplate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ChatTemplate")
-            .field("capabilities", &self.capabilities)
-            .finish_non_exhaustive()
+        f.debug_struct("ChatTemplate").field("capabilities", &self.capabilities).finish_non_exhaustive()
     }
 }
 
@@ -126,20 +120,14 @@ impl ChatTemplate {
     /// Compiles a template and probes what it can do by rendering small conversations. Takes milliseconds; keep it.
     pub fn compile(source: &str) -> Result<ChatTemplate, TemplateError> {
         if source.len() > SOURCE_BYTES_MAX {
-            return Err(TemplateError::TooLong {
-                bytes: source.len(),
-            });
+            return Err(TemplateError::TooLong { bytes: source.len() });
         }
         on_own_stack(|| {
             let mut env = environment::environment();
             env.add_template_owned(NAME, environment::adapt(source))
                 .map_err(|error| TemplateError::Syntax(describe(&error)))?;
             let capabilities = probe::probe(source, &|input| render(&env, input));
-            Ok(ChatTemplate {
-                env,
-                capabilities,
-                extra_stops: Vec::new(),
-            })
+            Ok(ChatTemplate { env, capabilities, extra_stops: Vec::new() })
         })
     }
 
@@ -168,20 +156,14 @@ impl ChatTemplate {
 
 /// Runs `work` on a thread with a large stack. A panic of the template engine (its index arithmetic can overflow) is an
 /// error of the template.
-fn on_own_stack<T: Send>(
-    work: impl FnOnce() -> Result<T, TemplateError> + Send,
-) -> Result<T, TemplateError> {
+fn on_own_stack<T: Send>(work: impl FnOnce() -> Result<T, TemplateError> + Send) -> Result<T, TemplateError> {
     thread::scope(|scope| {
         let thread = thread::Builder::new()
             .name("chat-template".into())
             .stack_size(STACK_BYTES)
             .spawn_scoped(scope, work)
-            .map_err(|error| {
-                TemplateError::Failed(format!("no thread to render it on ({error})"))
-            })?;
-        thread
-            .join()
-            .unwrap_or_else(|_| Err(TemplateError::Failed("the template engine panicked".into())))
+            .map_err(|error| TemplateError::Failed(format!("no thread to render it on ({error})")))?;
+        thread.join().unwrap_or_else(|_| Err(TemplateError::Failed("the template engine panicked".into())))
     })
 }
 
@@ -192,21 +174,14 @@ fn render(env: &Environment<'static>, input: &RenderInput<'_>) -> Result<String,
     variables.insert("messages".into(), input.messages.into());
     variables.insert("tools".into(), input.tools.map_or(Value::Null, Value::from));
     variables.insert("documents".into(), Value::Null);
-    variables.insert(
-        "add_generation_prompt".into(),
-        input.add_generation_prompt.into(),
-    );
+    variables.insert("add_generation_prompt".into(), input.add_generation_prompt.into());
     variables.insert("bos_token".into(), input.bos_token.into());
     variables.insert("eos_token".into(), input.eos_token.into());
     for (name, value) in input.extra {
         variables.insert(name.clone(), value.clone());
     }
-    let mut output = BoundedOutput {
-        bytes: Vec::new(),
-        too_long: false,
-    };
-    let rendered =
-        template.render_captured_to(TemplateValue::from_serialize(&variables), &mut output);
+    let mut output = BoundedOutput { bytes: Vec::new(), too_long: false };
+    let rendered = template.render_captured_to(TemplateValue::from_serialize(&variables), &mut output);
     if output.too_long {
         return Err(TemplateError::OutputTooLong);
     }

@@ -25,30 +25,15 @@ enum State {
     /// Content, in which the marker is looked for.
     Text,
     /// Between and in the JSON calls of a list.
-    List {
-        in_array: bool,
-        any: bool,
-        fenced: bool,
-        reader: Option<CallReader>,
-    },
+    List { in_array: bool, any: bool, fenced: bool, reader: Option<CallReader> },
     /// After the calls: the closing marker may follow.
     Trailer { close: &'static str },
     /// Mistral, after the marker: a list or a name.
     ListOrName,
     /// Mistral's `name[CALL_ID]id[ARGS]`; which of the two texts is being read.
-    Named {
-        reads_id: bool,
-        tag: String,
-        name: String,
-        id: String,
-    },
+    Named { reads_id: bool, tag: String, name: String, id: String },
     /// Mistral's arguments, after the name.
-    NamedArguments {
-        scanner: ValueScanner,
-        name: String,
-        id: String,
-        begun: bool,
-    },
+    NamedArguments { scanner: ValueScanner, name: String, id: String, begun: bool },
 }
 
 /// The reader of an answer's content.
@@ -71,14 +56,7 @@ impl ToolReader {
             ToolFormat::Llama3 | ToolFormat::Generic => State::Start,
             _ => State::Text,
         };
-        ToolReader {
-            format,
-            names,
-            state,
-            space: String::new(),
-            held: String::new(),
-            after_call: false,
-        }
+        ToolReader { format, names, state, space: String::new(), held: String::new(), after_call: false }
     }
 
     /// What announces calls in the middle of the text.
@@ -122,18 +100,8 @@ impl ToolReader {
             return None;
         }
         self.state = match c {
-            '[' | '{' => State::List {
-                in_array: false,
-                any: false,
-                fenced: false,
-                reader: None,
-            },
-            _ => State::Named {
-                reads_id: false,
-                tag: String::new(),
-                name: String::new(),
-                id: String::new(),
-            },
+            '[' | '{' => State::List { in_array: false, any: false, fenced: false, reader: None },
+            _ => State::Named { reads_id: false, tag: String::new(), name: String::new(), id: String::new() },
         };
         Some(c)
     }
@@ -144,14 +112,7 @@ impl ToolReader {
                 self.space.push(c);
                 return None;
             }
-            '{' | '[' => {
-                self.state = State::List {
-                    in_array: false,
-                    any: false,
-                    fenced: false,
-                    reader: None,
-                }
-            }
+            '{' | '[' => self.state = State::List { in_array: false, any: false, fenced: false, reader: None },
             '`' if self.format == ToolFormat::Generic => self.state = State::Fence,
             _ => self.state = State::Text,
         }
@@ -161,12 +122,7 @@ impl ToolReader {
     fn fence(&mut self, c: char, sink: &mut Sink) -> Option<char> {
         self.held.push(c);
         if FENCES.contains(&self.held.as_str()) {
-            self.state = State::List {
-                in_array: false,
-                any: false,
-                fenced: true,
-                reader: None,
-            };
+            self.state = State::List { in_array: false, any: false, fenced: true, reader: None };
         } else if !FENCES.iter().any(|fence| fence.starts_with(&self.held)) {
             self.give_up(sink);
         }
@@ -175,10 +131,7 @@ impl ToolReader {
 
     /// What was held back is content after all.
     fn give_up(&mut self, sink: &mut Sink) {
-        let (space, held) = (
-            std::mem::take(&mut self.space),
-            std::mem::take(&mut self.held),
-        );
+        let (space, held) = (std::mem::take(&mut self.space), std::mem::take(&mut self.held));
         sink.content(&space);
         sink.content(&held);
         self.after_call = false;
@@ -206,12 +159,7 @@ impl ToolReader {
         if self.held == marker {
             self.state = match self.format {
                 ToolFormat::Mistral { .. } => State::ListOrName,
-                _ => State::List {
-                    in_array: false,
-                    any: false,
-                    fenced: false,
-                    reader: None,
-                },
+                _ => State::List { in_array: false, any: false, fenced: false, reader: None },
             };
         } else if !marker.starts_with(self.held.as_str()) {
             // Only a marker's first character can begin it anew: markers are not periodic.
@@ -227,13 +175,7 @@ impl ToolReader {
     }
 
     fn list(&mut self, c: char, sink: &mut Sink) -> Option<char> {
-        let State::List {
-            in_array,
-            any,
-            fenced,
-            reader,
-        } = &mut self.state
-        else {
+        let State::List { in_array, any, fenced, reader } = &mut self.state else {
             return None;
         };
         if let Some(call) = reader {
@@ -281,11 +223,7 @@ impl ToolReader {
             _ if c.is_whitespace() => self.held.push(c),
             _ if *any && !*in_array => {
                 // The list is over. Separators were held; they are content only if no closing marker follows.
-                let close = if *fenced {
-                    FENCE_END
-                } else {
-                    self.close_marker()
-                };
+                let close = if *fenced { FENCE_END } else { self.close_marker() };
                 self.space.push_str(&std::mem::take(&mut self.held));
                 self.state = State::Trailer { close };
                 return Some(c);
@@ -328,13 +266,7 @@ impl ToolReader {
 
     fn named(&mut self, c: char, sink: &mut Sink) -> Option<char> {
         self.held.push(c);
-        let State::Named {
-            reads_id,
-            tag,
-            name,
-            id,
-        } = &mut self.state
-        else {
+        let State::Named { reads_id, tag, name, id } = &mut self.state else {
             return None;
         };
         let text = if *reads_id { &mut *id } else { &mut *name };
@@ -369,23 +301,12 @@ impl ToolReader {
     fn begin_named_arguments(&mut self) {
         if let State::Named { name, id, .. } = &self.state {
             let (name, id) = (name.trim().to_owned(), id.trim().to_owned());
-            self.state = State::NamedArguments {
-                scanner: ValueScanner::new(),
-                name,
-                id,
-                begun: false,
-            };
+            self.state = State::NamedArguments { scanner: ValueScanner::new(), name, id, begun: false };
         }
     }
 
     fn named_arguments(&mut self, c: char, sink: &mut Sink) -> Option<char> {
-        let State::NamedArguments {
-            scanner,
-            name,
-            id,
-            begun,
-        } = &mut self.state
-        else {
+        let State::NamedArguments { scanner, name, id, begun } = &mut self.state else {
             return None;
         };
         if !*begun {
@@ -400,10 +321,7 @@ impl ToolReader {
             *begun = true;
             self.held.clear();
             self.space.clear();
-            sink.start_call(
-                Some(std::mem::take(id)).filter(|id| !id.is_empty()),
-                std::mem::take(name),
-            );
+            sink.start_call(Some(std::mem::take(id)).filter(|id| !id.is_empty()), std::mem::take(name));
         }
         let in_string = scanner.in_string();
         match scanner.feed(c) {
@@ -426,10 +344,7 @@ impl ToolReader {
 
     /// The answer has ended.
     pub(crate) fn finish(&mut self, sink: &mut Sink) {
-        if let State::List {
-            reader: Some(call), ..
-        } = &mut self.state
-        {
+        if let State::List { reader: Some(call), .. } = &mut self.state {
             let raw = call.take_raw();
             if raw.is_empty() {
                 // Cut off within a call that the client has seen begin.

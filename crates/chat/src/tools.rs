@@ -65,17 +65,12 @@ pub(crate) fn detect_tool_format(source: &str) -> Option<ToolFormat> {
         return Some(ToolFormat::Harmony);
     }
     if source.contains(MISTRAL_CALLS) {
-        return Some(ToolFormat::Mistral {
-            named: source.contains(MISTRAL_ARGS),
-        });
+        return Some(ToolFormat::Mistral { named: source.contains(MISTRAL_ARGS) });
     }
     if let Some(&(open, close)) = CALL_TAGS.iter().find(|(open, _)| source.contains(open)) {
         return Some(ToolFormat::Tagged { open, close });
     }
-    if source.contains("<|start_header_id|>")
-        && source.contains("parameters")
-        && source.contains("\"name\":")
-    {
+    if source.contains("<|start_header_id|>") && source.contains("parameters") && source.contains("\"name\":") {
         return Some(ToolFormat::Llama3);
     }
     None
@@ -103,9 +98,9 @@ pub enum ReasoningFormat {
 
 /// Tags around reasoning, by family.
 const REASONING_TAGS: [(&str, &str); 5] = [
-    ("<think>", "</think>"),           // DeepSeek-R1, Qwen3, SmolLM3, ...
-    ("[THINK]", "[/THINK]"),           // Magistral, Ministral reasoning
-    ("<seed:think>", "</seed:think>"), // Seed-OSS
+    ("<think>", "</think>"),                    // DeepSeek-R1, Qwen3, SmolLM3, ...
+    ("[THINK]", "[/THINK]"),                    // Magistral, Ministral reasoning
+    ("<seed:think>", "</seed:think>"),          // Seed-OSS
     ("<|START_THINKING|>", "<|END_THINKING|>"), // Command A reasoning, R7B
     ("<thinking>", "</thinking>"),
 ];
@@ -119,7 +114,5 @@ pub(crate) fn detect_reasoning(source: &str) -> ReasoningFormat {
     REASONING_TAGS
         .iter()
         .find(|(open, close)| source.contains(open) || source.contains(close))
-        .map_or(ReasoningFormat::None, |&(open, close)| {
-            ReasoningFormat::Tags { open, close }
-        })
+        .map_or(ReasoningFormat::None, |&(open, close)| ReasoningFormat::Tags { open, close })
 }

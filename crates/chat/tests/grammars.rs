@@ -1,11 +1,6 @@
 //! The grammars of forced calls, under llguidance itself: what they accept, what they refuse, and that whatever they let
 //! a model write is read as a call.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a test that cannot go on has failed"
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
 mod common;
 
@@ -27,9 +22,7 @@ static BYTES: LazyLock<TokEnv> = LazyLock::new(ApproximateTokEnv::single_byte_en
 fn matcher(grammar: &Grammar) -> Matcher {
     let grammar = match grammar {
         Grammar::Lark(lark) => TopLevelGrammar::from_lark(lark.clone()),
-        Grammar::JsonSchema(schema) => {
-            TopLevelGrammar::from_json_schema(serde_json::from_str(schema).unwrap())
-        }
+        Grammar::JsonSchema(schema) => TopLevelGrammar::from_json_schema(serde_json::from_str(schema).unwrap()),
         other => panic!("{other:?}"),
     };
     let mut factory = ParserFactory::new_simple(&BYTES).unwrap();
@@ -70,10 +63,7 @@ fn forced(source: &str, choice: ToolChoice, parallel: bool) -> ChatPrompt {
     let template = template(source);
     let tools = [weather(), small()];
     let messages = [user("Hi")];
-    let request = murmur_chat::ChatRequest {
-        parallel_tool_calls: parallel,
-        ..request(&messages, &tools, &choice)
-    };
+    let request = murmur_chat::ChatRequest { parallel_tool_calls: parallel, ..request(&messages, &tools, &choice) };
     template.prepare(&request).unwrap()
 }
 
@@ -87,66 +77,37 @@ fn hermes_calls_can_be_forced() {
     };
     let good = call("get_weather", WEATHER);
     assert!(accepts(&grammar, &good));
-    assert!(accepts(
-        &grammar,
-        &format!("{good}\n{}", call("set", "{\"on\": true}"))
-    ));
-    assert!(accepts(
-        &grammar,
-        &format!("<think>\nHm < .\n</think>\n\n{good}")
-    ));
+    assert!(accepts(&grammar, &format!("{good}\n{}", call("set", "{\"on\": true}"))));
+    assert!(accepts(&grammar, &format!("<think>\nHm < .\n</think>\n\n{good}")));
     assert!(!accepts(&grammar, "Hello"));
     assert!(!accepts(&grammar, &call("other", "{}")));
-    assert!(!accepts(
-        &grammar,
-        &call("get_weather", "{\"unit\": \"K\"}")
-    ));
+    assert!(!accepts(&grammar, &call("get_weather", "{\"unit\": \"K\"}")));
     assert!(!accepts(&grammar, &call("set", WEATHER)));
-    assert!(!accepts(
-        &forced(CHATML, ToolChoice::Required, false).grammar.unwrap(),
-        &format!("{good}\n{good}")
-    ));
-    let named = forced(CHATML, ToolChoice::Function("set".into()), true)
-        .grammar
-        .unwrap();
+    assert!(!accepts(&forced(CHATML, ToolChoice::Required, false).grammar.unwrap(), &format!("{good}\n{good}")));
+    let named = forced(CHATML, ToolChoice::Function("set".into()), true).grammar.unwrap();
     assert!(accepts(&named, &call("set", "{\"on\": false}")) && !accepts(&named, &good));
 }
 
 #[test]
 fn other_formats_can_be_forced() {
     let grammar = forced(HEADERS, ToolChoice::Required, true).grammar.unwrap();
-    assert!(accepts(
-        &grammar,
-        &format!("{{\"name\": \"get_weather\", \"parameters\": {WEATHER}}}")
-    ));
+    assert!(accepts(&grammar, &format!("{{\"name\": \"get_weather\", \"parameters\": {WEATHER}}}")));
     assert!(accepts(
         &grammar,
         "{\"name\": \"set\", \"parameters\": {\"on\": true}}; {\"name\": \"set\", \"parameters\": {\"on\": true}}"
     ));
-    assert!(!accepts(
-        &grammar,
-        "{\"name\": \"set\", \"parameters\": {}}"
-    ));
+    assert!(!accepts(&grammar, "{\"name\": \"set\", \"parameters\": {}}"));
 
     let grammar = forced(INST, ToolChoice::Required, true).grammar.unwrap();
-    assert!(accepts(
-        &grammar,
-        &format!("[TOOL_CALLS]get_weather[ARGS]{WEATHER}[TOOL_CALLS]set[ARGS]{{\"on\": true}}")
-    ));
+    assert!(accepts(&grammar, &format!("[TOOL_CALLS]get_weather[ARGS]{WEATHER}[TOOL_CALLS]set[ARGS]{{\"on\": true}}")));
     assert!(!accepts(&grammar, "[TOOL_CALLS]set[ARGS]{}"));
 
     let older = INST.replace("[ARGS]", " ");
     let grammar = forced(&older, ToolChoice::Required, true).grammar.unwrap();
-    assert!(accepts(
-        &grammar,
-        &format!("[TOOL_CALLS][{{\"name\": \"get_weather\", \"arguments\": {WEATHER}}}]")
-    ));
+    assert!(accepts(&grammar, &format!("[TOOL_CALLS][{{\"name\": \"get_weather\", \"arguments\": {WEATHER}}}]")));
 
     let grammar = forced(TURNS, ToolChoice::Required, true).grammar.unwrap();
-    assert!(accepts(
-        &grammar,
-        &format!("{{\"name\": \"get_weather\", \"arguments\": {WEATHER}}}")
-    ));
+    assert!(accepts(&grammar, &format!("{{\"name\": \"get_weather\", \"arguments\": {WEATHER}}}")));
     assert!(accepts(
         &grammar,
         "[{\"name\": \"set\", \"arguments\": {\"on\": true}}, {\"name\": \"set\", \"arguments\": {\"on\": true}}]"
@@ -161,13 +122,9 @@ const HARMONY: &str = "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{
 fn harmony_calls_can_be_forced() {
     let prompt = forced(HARMONY, ToolChoice::Required, false);
     let grammar = prompt.grammar.clone().unwrap();
-    let call =
-        "<|channel|>commentary to=functions.set <|constrain|>json<|message|>{\"on\": true}<|call|>";
+    let call = "<|channel|>commentary to=functions.set <|constrain|>json<|message|>{\"on\": true}<|call|>";
     assert!(accepts(&grammar, call));
-    assert!(accepts(
-        &grammar,
-        &format!("<|channel|>analysis<|message|>Hm<|end|><|start|>assistant{call}")
-    ));
+    assert!(accepts(&grammar, &format!("<|channel|>analysis<|message|>Hm<|end|><|start|>assistant{call}")));
     assert!(!accepts(&grammar, "<|channel|>final<|message|>no"));
 }
 
@@ -176,33 +133,14 @@ fn control_tokens_are_named_by_their_ids() {
     let tools = [small()];
     let messages = [user("Hi")];
     let control = |text: &str| (text == "[TOOL_CALLS]").then_some(9);
-    let request = murmur_chat::ChatRequest {
-        control_token: Some(&control),
-        ..request(&messages, &tools, &ToolChoice::Required)
-    };
-    let Some(Grammar::Lark(lark)) = template(INST).prepare(&request).unwrap().grammar else {
-        panic!()
-    };
-    assert!(
-        lark.contains("<[9]>") && !lark.contains("\"[TOOL_CALLS]\"") && lark.contains("\"[ARGS]\""),
-        "{lark}"
-    );
-    let control = |text: &str| {
-        (text == "</think>")
-            .then_some(300)
-            .or((text == "<think>").then_some(301))
-    };
-    let request = murmur_chat::ChatRequest {
-        control_token: Some(&control),
-        ..request
-    };
-    let Some(Grammar::Lark(lark)) = template(CHATML).prepare(&request).unwrap().grammar else {
-        panic!()
-    };
-    assert!(
-        lark.contains("<[300]>") && lark.contains("<[301]>"),
-        "{lark}"
-    );
+    let request =
+        murmur_chat::ChatRequest { control_token: Some(&control), ..request(&messages, &tools, &ToolChoice::Required) };
+    let Some(Grammar::Lark(lark)) = template(INST).prepare(&request).unwrap().grammar else { panic!() };
+    assert!(lark.contains("<[9]>") && !lark.contains("\"[TOOL_CALLS]\"") && lark.contains("\"[ARGS]\""), "{lark}");
+    let control = |text: &str| (text == "</think>").then_some(300).or((text == "<think>").then_some(301));
+    let request = murmur_chat::ChatRequest { control_token: Some(&control), ..request };
+    let Some(Grammar::Lark(lark)) = template(CHATML).prepare(&request).unwrap().grammar else { panic!() };
+    assert!(lark.contains("<[300]>") && lark.contains("<[301]>"), "{lark}");
 }
 
 #[test]
@@ -215,15 +153,10 @@ fn a_response_format_leaves_room_for_reasoning() {
     assert!(!accepts(&grammar, "<think>\nHm.\n</think>\n\nNo"));
     let regex = prompt.response_grammar(Grammar::Regex("a/b+".into()), None);
     assert!(accepts(&regex, "<think></think>a/bb") && !accepts(&regex, "a/"));
-    let harmony = prepare(HARMONY, &[user("Hi")], &[])
-        .unwrap()
-        .response_grammar(schema.clone(), None);
+    let harmony = prepare(HARMONY, &[user("Hi")], &[]).unwrap().response_grammar(schema.clone(), None);
     let last = "<|channel|>final<|message|>{\"a\": 1}";
     assert!(accepts(&harmony, last) && !accepts(&harmony, "{\"a\": 1}"));
-    assert!(accepts(
-        &harmony,
-        &format!("<|channel|>analysis<|message|>Hm<|end|><|start|>assistant{last}")
-    ));
+    assert!(accepts(&harmony, &format!("<|channel|>analysis<|message|>Hm<|end|><|start|>assistant{last}")));
     let plain = prepare(TURNS, &[user("Hi")], &[]).unwrap();
     assert_eq!(plain.response_grammar(schema.clone(), None), schema);
 }
@@ -240,20 +173,10 @@ fn babble(grammar: &Grammar, choices: &[u8]) -> Option<String> {
         if matcher.is_accepting().ok()? && (choice % 3 == 0 || matcher.is_stopped()) {
             return String::from_utf8(text).ok();
         }
-        let allowed: Vec<u32> = (0x20u32..0x7f)
-            .chain([10])
-            .filter(|&byte| mask.is_allowed(byte))
-            .collect();
-        let closing: Vec<u32> = allowed
-            .iter()
-            .copied()
-            .filter(|&byte| matches!(byte, 0x22 | 0x5d | 0x7d | 0x3c))
-            .collect();
-        let from = if choice % 2 == 0 && !closing.is_empty() {
-            &closing
-        } else {
-            &allowed
-        };
+        let allowed: Vec<u32> = (0x20u32..0x7f).chain([10]).filter(|&byte| mask.is_allowed(byte)).collect();
+        let closing: Vec<u32> =
+            allowed.iter().copied().filter(|&byte| matches!(byte, 0x22 | 0x5d | 0x7d | 0x3c)).collect();
+        let from = if choice % 2 == 0 && !closing.is_empty() { &closing } else { &allowed };
         let byte = *from.get(choice % from.len().max(1))?;
         matcher.consume_token(byte).ok()?;
         text.push(u8::try_from(byte).ok()?);

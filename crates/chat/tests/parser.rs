@@ -1,23 +1,12 @@
 //! Answers of the families, as their models write them, split into content, reasoning and tool calls.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a test that cannot go on has failed"
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
 use murmur_chat::{Delta, OutputParser, OutputSpec, ReasoningFormat, ToolFormat};
 use proptest::prelude::*;
 
-const HERMES: ToolFormat = ToolFormat::Tagged {
-    open: "<tool_call>",
-    close: "</tool_call>",
-};
+const HERMES: ToolFormat = ToolFormat::Tagged { open: "<tool_call>", close: "</tool_call>" };
 const MISTRAL: ToolFormat = ToolFormat::Mistral { named: true };
-const THINK: ReasoningFormat = ReasoningFormat::Tags {
-    open: "<think>",
-    close: "</think>",
-};
+const THINK: ReasoningFormat = ReasoningFormat::Tags { open: "<think>", close: "</think>" };
 
 fn spec(tool_format: Option<ToolFormat>, reasoning: ReasoningFormat) -> OutputSpec {
     OutputSpec {
@@ -34,12 +23,10 @@ fn join(deltas: impl IntoIterator<Item = Delta>) -> Vec<Delta> {
     let mut joined: Vec<Delta> = Vec::new();
     for delta in deltas {
         match (joined.last_mut(), &delta) {
-            (Some(Delta::Content(a)), Delta::Content(b))
-            | (Some(Delta::Reasoning(a)), Delta::Reasoning(b)) => a.push_str(b),
-            (
-                Some(Delta::ToolCallArguments { fragment, .. }),
-                Delta::ToolCallArguments { fragment: b, .. },
-            ) => {
+            (Some(Delta::Content(a)), Delta::Content(b)) | (Some(Delta::Reasoning(a)), Delta::Reasoning(b)) => {
+                a.push_str(b)
+            }
+            (Some(Delta::ToolCallArguments { fragment, .. }), Delta::ToolCallArguments { fragment: b, .. }) => {
                 fragment.push_str(b);
             }
             _ => joined.push(delta),
@@ -59,9 +46,7 @@ fn summary(deltas: &[Delta]) -> Vec<String> {
                 let id = id.as_ref().map(|id| format!("#{id}")).unwrap_or_default();
                 lines.push(format!("call {index}{id} {name}("));
             }
-            Delta::ToolCallArguments { fragment, .. } => {
-                lines.last_mut().unwrap().push_str(fragment)
-            }
+            Delta::ToolCallArguments { fragment, .. } => lines.last_mut().unwrap().push_str(fragment),
             Delta::ToolCallEnd { .. } => lines.last_mut().unwrap().push(')'),
         }
     }
@@ -83,11 +68,7 @@ fn parse(spec: &OutputSpec, text: &str) -> Vec<String> {
 }
 
 fn check(format: ToolFormat, text: &str, expected: &[&str]) {
-    assert_eq!(
-        parse(&spec(Some(format), THINK), text),
-        expected,
-        "{format:?}: {text}"
-    );
+    assert_eq!(parse(&spec(Some(format), THINK), text), expected, "{format:?}: {text}");
 }
 
 #[test]
@@ -100,46 +81,22 @@ fn hermes_calls_are_read() {
     check(
         HERMES,
         &format!("I look.\n{call}\n{call}\n"),
-        &[
-            "content \"I look.\"",
-            &format!("call 0 {read}"),
-            &format!("call 1 {read}"),
-        ],
+        &["content \"I look.\"", &format!("call 0 {read}"), &format!("call 1 {read}")],
     );
     check(
         HERMES,
         &format!("<think>\nHm.\n</think>\n\n{call}Done."),
-        &[
-            "reasoning \"Hm.\"",
-            &format!("call 0 {read}"),
-            "content \"Done.\"",
-        ],
+        &["reasoning \"Hm.\"", &format!("call 0 {read}"), "content \"Done.\""],
     );
     // A marker says that a call is meant, whatever its name; the closing tag may be missing; several in one tag.
-    check(
-        HERMES,
-        r#"<tool_call>{"name": "other"}"#,
-        &["call 0 other({})"],
-    );
-    check(
-        HERMES,
-        "<tool_call>[{\"name\": \"a\"}, {\"name\": \"b\"}]</tool_call>",
-        &["call 0 a({})", "call 1 b({})"],
-    );
-    check(
-        HERMES,
-        "<tool_call>{\"name\": \"a\"}\n{\"name\": \"b\"}\n</tool_call>",
-        &["call 0 a({})", "call 1 b({})"],
-    );
+    check(HERMES, r#"<tool_call>{"name": "other"}"#, &["call 0 other({})"]);
+    check(HERMES, "<tool_call>[{\"name\": \"a\"}, {\"name\": \"b\"}]</tool_call>", &["call 0 a({})", "call 1 b({})"]);
+    check(HERMES, "<tool_call>{\"name\": \"a\"}\n{\"name\": \"b\"}\n</tool_call>", &["call 0 a({})", "call 1 b({})"]);
 }
 
 #[test]
 fn keys_may_stand_in_any_order_and_arguments_may_be_text_or_null() {
-    check(
-        HERMES,
-        r#"<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>"#,
-        &[r#"call 0 f({"a": 1})"#],
-    );
+    check(HERMES, r#"<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>"#, &[r#"call 0 f({"a": 1})"#]);
     check(
         HERMES,
         r#"<tool_call>{"id": "x1", "type": "function", "name": "f", "arguments": {}}</tool_call>"#,
@@ -150,16 +107,8 @@ fn keys_may_stand_in_any_order_and_arguments_may_be_text_or_null() {
         r#"<tool_call>{"name": "f", "arguments": "{\"a\": \"\\n\"}"}</tool_call>"#,
         &[r#"call 0 f({"a": "\n"})"#],
     );
-    check(
-        HERMES,
-        r#"<tool_call>{"name": "f", "arguments": null}</tool_call>"#,
-        &["call 0 f({})"],
-    );
-    check(
-        HERMES,
-        r#"<tool_call>{"score": 1, "tool_name": "f", "parameters": {}}</tool_call>"#,
-        &["call 0 f({})"],
-    );
+    check(HERMES, r#"<tool_call>{"name": "f", "arguments": null}</tool_call>"#, &["call 0 f({})"]);
+    check(HERMES, r#"<tool_call>{"score": 1, "tool_name": "f", "parameters": {}}</tool_call>"#, &["call 0 f({})"]);
 }
 
 #[test]
@@ -204,26 +153,14 @@ fn a_call_that_breaks_after_it_was_announced_ends_there() {
         "<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": oops}} more",
         &["call 0 f({\"a\": )", "content \"oops}} more\""],
     );
-    check(
-        HERMES,
-        "<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": \"cut of",
-        &["call 0 f({\"a\": \"cut of)"],
-    );
+    check(HERMES, "<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": \"cut of", &["call 0 f({\"a\": \"cut of)"]);
 }
 
 #[test]
 fn llama_calls_are_read() {
     let format = ToolFormat::Llama3;
-    check(
-        format,
-        r#"{"name": "ping", "parameters": {}}"#,
-        &["call 0 ping({})"],
-    );
-    check(
-        format,
-        r#"{"type": "function", "name": "ping", "parameters": {"a": "b"}}"#,
-        &[r#"call 0 ping({"a": "b"})"#],
-    );
+    check(format, r#"{"name": "ping", "parameters": {}}"#, &["call 0 ping({})"]);
+    check(format, r#"{"type": "function", "name": "ping", "parameters": {"a": "b"}}"#, &[r#"call 0 ping({"a": "b"})"#]);
     check(
         format,
         r#"<|python_tag|>{"name": "ping", "parameters": {}}; {"name": "ping", "parameters": {"n": 2}}"#,
@@ -241,11 +178,7 @@ fn llama_calls_are_read() {
 
 #[test]
 fn mistral_calls_are_read() {
-    check(
-        MISTRAL,
-        r#"[TOOL_CALLS][{"name": "ping", "arguments": {}, "id": "abc123xyz"}]"#,
-        &["call 0 ping({})"],
-    );
+    check(MISTRAL, r#"[TOOL_CALLS][{"name": "ping", "arguments": {}, "id": "abc123xyz"}]"#, &["call 0 ping({})"]);
     check(
         MISTRAL,
         r#"[TOOL_CALLS] [{"id": "abc123xyz", "name": "f", "arguments": {"a": 1}}, {"name": "ping", "arguments": {}}]"#,
@@ -254,25 +187,12 @@ fn mistral_calls_are_read() {
     check(
         MISTRAL,
         r#"Let me see.[TOOL_CALLS]get_weather[ARGS]{"city": "Bern"}[TOOL_CALLS]ping[CALL_ID]abc123xyz[ARGS] {}"#,
-        &[
-            "content \"Let me see.\"",
-            r#"call 0 get_weather({"city": "Bern"})"#,
-            "call 1#abc123xyz ping({})",
-        ],
+        &["content \"Let me see.\"", r#"call 0 get_weather({"city": "Bern"})"#, "call 1#abc123xyz ping({})"],
     );
-    check(
-        MISTRAL,
-        r#"[TOOL_CALLS]ping{"a": [1]}"#,
-        &[r#"call 0 ping({"a": [1]})"#],
-    );
-    for text in [
-        "[TOOL_CALLS]",
-        "[TOOL_CALLS]a b?",
-        "[TOOL_CALLS]f[ARGS]x",
-        "[TOOL_CALLS][1]",
-        "[TOOL_CALLS][ARGS]{}",
-        "[TOOL",
-    ] {
+    check(MISTRAL, r#"[TOOL_CALLS]ping{"a": [1]}"#, &[r#"call 0 ping({"a": [1]})"#]);
+    for text in
+        ["[TOOL_CALLS]", "[TOOL_CALLS]a b?", "[TOOL_CALLS]f[ARGS]x", "[TOOL_CALLS][1]", "[TOOL_CALLS][ARGS]{}", "[TOOL"]
+    {
         check(MISTRAL, text, &[&format!("content {text:?}")]);
     }
 }
@@ -280,41 +200,16 @@ fn mistral_calls_are_read() {
 #[test]
 fn generic_calls_are_read() {
     let format = ToolFormat::Generic;
-    check(
-        format,
-        r#" {"name": "ping", "arguments": {}}"#,
-        &["call 0 ping({})"],
-    );
-    check(
-        format,
-        "```json\n{\"name\": \"ping\", \"arguments\": {}}\n```",
-        &["call 0 ping({})"],
-    );
+    check(format, r#" {"name": "ping", "arguments": {}}"#, &["call 0 ping({})"]);
+    check(format, "```json\n{\"name\": \"ping\", \"arguments\": {}}\n```", &["call 0 ping({})"]);
     check(
         format,
         r#"[{"name": "ping", "arguments": {}}, {"name": "ping", "arguments": {"n": 1}}]"#,
         &["call 0 ping({})", r#"call 1 ping({"n": 1})"#],
     );
-    check(
-        format,
-        "{\"name\": \"ping\"}\nThat was it.",
-        &["call 0 ping({})", "content \"\\nThat was it.\""],
-    );
-    for text in [
-        "Hello",
-        "[1, 2]",
-        "{\"a\": 1}",
-        "```python\nx\n```",
-        "``",
-        "{\"name\": \"pong\"}",
-        "",
-        "  ",
-    ] {
-        let expected: Vec<String> = if text.is_empty() {
-            vec![]
-        } else {
-            vec![format!("content {text:?}")]
-        };
+    check(format, "{\"name\": \"ping\"}\nThat was it.", &["call 0 ping({})", "content \"\\nThat was it.\""]);
+    for text in ["Hello", "[1, 2]", "{\"a\": 1}", "```python\nx\n```", "``", "{\"name\": \"pong\"}", "", "  "] {
+        let expected: Vec<String> = if text.is_empty() { vec![] } else { vec![format!("content {text:?}")] };
         assert_eq!(parse(&spec(Some(format), THINK), text), expected);
     }
 }
@@ -327,65 +222,39 @@ fn reasoning_is_split_off() {
         ["reasoning \"A </ b\\n\\nc\"", "content \"Yes \\n\""]
     );
     assert_eq!(think("\n<think></think>Yes"), ["content \"Yes\""]);
-    assert_eq!(
-        think("Yes <think>no</think>"),
-        ["content \"Yes <think>no</think>\""]
-    );
+    assert_eq!(think("Yes <think>no</think>"), ["content \"Yes <think>no</think>\""]);
     assert_eq!(think("<thinking>"), ["content \"<thinking>\""]);
     assert_eq!(think("<think>cut </thi"), ["reasoning \"cut </thi\""]);
 
-    let opened = OutputSpec {
-        starts_in_reasoning: true,
-        ..spec(None, THINK)
-    };
-    assert_eq!(
-        parse(&opened, "Hm.\n</think>\nYes"),
-        ["reasoning \"Hm.\"", "content \"Yes\""]
-    );
-    assert_eq!(
-        parse(&opened, "<think>\nHm.</think>Yes"),
-        ["reasoning \"Hm.\"", "content \"Yes\""]
-    );
+    let opened = OutputSpec { starts_in_reasoning: true, ..spec(None, THINK) };
+    assert_eq!(parse(&opened, "Hm.\n</think>\nYes"), ["reasoning \"Hm.\"", "content \"Yes\""]);
+    assert_eq!(parse(&opened, "<think>\nHm.</think>Yes"), ["reasoning \"Hm.\"", "content \"Yes\""]);
 }
 
 #[test]
 fn harmony_channels_are_read() {
-    let harmony = |text: &str| {
-        parse(
-            &spec(Some(ToolFormat::Harmony), ReasoningFormat::Harmony),
-            text,
-        )
-    };
+    let harmony = |text: &str| parse(&spec(Some(ToolFormat::Harmony), ReasoningFormat::Harmony), text);
     assert_eq!(
         harmony(
             "<|channel|>analysis<|message|>Hm. a<b<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>"
         ),
         ["reasoning \"Hm. a<b\"", "content \"Yes.\""]
     );
-    let call =
-        "<|channel|>commentary to=functions.ping <|constrain|>json<|message|>{\"a\": 1}<|call|>";
+    let call = "<|channel|>commentary to=functions.ping <|constrain|>json<|message|>{\"a\": 1}<|call|>";
     assert_eq!(harmony(call), ["call 0 ping({\"a\": 1})"]);
     let call = " to=functions.ping<|channel|>commentary json<|message|>{}";
     assert_eq!(
-        harmony(&format!(
-            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant{call}"
-        )),
+        harmony(&format!("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant{call}")),
         ["reasoning \"Hm.\"", "call 0 ping({})"]
     );
     assert_eq!(harmony("Plain text."), ["content \"Plain text.\""]);
-    assert_eq!(
-        harmony("<|channel|>final<|message|>cut <|en"),
-        ["content \"cut <|en\""]
-    );
+    assert_eq!(harmony("<|channel|>final<|message|>cut <|en"), ["content \"cut <|en\""]);
 }
 
 #[test]
 fn without_tools_nothing_is_a_call() {
     let text = "<tool_call>{\"name\": \"f\"}</tool_call>";
-    assert_eq!(
-        parse(&spec(None, ReasoningFormat::None), text),
-        [format!("content {text:?}")]
-    );
+    assert_eq!(parse(&spec(None, ReasoningFormat::None), text), [format!("content {text:?}")]);
 }
 
 #[test]
@@ -395,33 +264,14 @@ fn arguments_stream_as_they_come() {
     assert_eq!(
         parser.push("ents\": {\"a\": \"x"),
         [
-            Delta::ToolCallStart {
-                index: 0,
-                id: None,
-                name: "f".into()
-            },
-            Delta::ToolCallArguments {
-                index: 0,
-                fragment: "{\"a\": \"x".into()
-            },
+            Delta::ToolCallStart { index: 0, id: None, name: "f".into() },
+            Delta::ToolCallArguments { index: 0, fragment: "{\"a\": \"x".into() },
         ]
     );
-    assert_eq!(
-        parser.push("y"),
-        [Delta::ToolCallArguments {
-            index: 0,
-            fragment: "y".into()
-        }]
-    );
+    assert_eq!(parser.push("y"), [Delta::ToolCallArguments { index: 0, fragment: "y".into() }]);
     assert_eq!(
         parser.push("\"}}"),
-        [
-            Delta::ToolCallArguments {
-                index: 0,
-                fragment: "\"}".into()
-            },
-            Delta::ToolCallEnd { index: 0 },
-        ]
+        [Delta::ToolCallArguments { index: 0, fragment: "\"}".into() }, Delta::ToolCallEnd { index: 0 },]
     );
 }
 
@@ -433,21 +283,14 @@ fn text_that_can_be_no_marker_streams_at_once() {
     assert_eq!(parser.push("b>"), [Delta::Content(" <b>".into())]);
     // An answer in JSON is known as such from its first foreign key on.
     let mut parser = OutputParser::new(spec(Some(ToolFormat::Generic), ReasoningFormat::None));
-    assert_eq!(
-        parser.push("{\"answer\""),
-        [Delta::Content("{\"answer\"".into())]
-    );
+    assert_eq!(parser.push("{\"answer\""), [Delta::Content("{\"answer\"".into())]);
 }
 
 #[test]
 fn one_call_is_enough_where_parallel_calls_are_not_wanted() {
-    let mut parser = OutputParser::new(OutputSpec {
-        calls_max: 1,
-        ..spec(Some(HERMES), ReasoningFormat::None)
-    });
+    let mut parser = OutputParser::new(OutputSpec { calls_max: 1, ..spec(Some(HERMES), ReasoningFormat::None) });
     assert!(!parser.is_complete());
-    let deltas = parser
-        .push("<tool_call>{\"name\": \"a\"}</tool_call><tool_call>{\"name\": \"b\"}</tool_call>");
+    let deltas = parser.push("<tool_call>{\"name\": \"a\"}</tool_call><tool_call>{\"name\": \"b\"}</tool_call>");
     assert_eq!(summary(&deltas), ["call 0 a({})"]);
     assert!(parser.is_complete());
     assert_eq!(parser.finish(), []);
@@ -509,19 +352,13 @@ fn any_spec() -> impl Strategy<Value = OutputSpec> {
         Some(ToolFormat::Harmony),
     ]);
     let reasoning = prop::sample::select(vec![ReasoningFormat::None, THINK]);
-    (
-        format,
-        reasoning,
-        any::<bool>(),
-        prop::sample::select(vec![1, usize::MAX]),
+    (format, reasoning, any::<bool>(), prop::sample::select(vec![1, usize::MAX])).prop_map(
+        |(format, reasoning, starts_in_reasoning, calls_max)| OutputSpec {
+            starts_in_reasoning,
+            calls_max,
+            ..spec(format, reasoning)
+        },
     )
-        .prop_map(
-            |(format, reasoning, starts_in_reasoning, calls_max)| OutputSpec {
-                starts_in_reasoning,
-                calls_max,
-                ..spec(format, reasoning)
-            },
-        )
 }
 
 proptest! {

@@ -1,10 +1,5 @@
 //! Templates of our own, in the styles of the families, against goldens; capabilities; limits on hostile templates.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a test that cannot go on has failed"
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
 mod common;
 
@@ -12,11 +7,7 @@ use common::*;
 use murmur_chat::{ChatTemplate, ReasoningFormat, RenderInput, TemplateError, ToolFormat};
 use serde_json::{Map, Value, json};
 
-fn render(
-    source: &str,
-    messages: &[Value],
-    tools: Option<&[Value]>,
-) -> Result<String, TemplateError> {
+fn render(source: &str, messages: &[Value], tools: Option<&[Value]>) -> Result<String, TemplateError> {
     template(source).render(&RenderInput {
         messages,
         tools,
@@ -92,10 +83,7 @@ fn turn_style_renders_like_its_golden() {
         "<s><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHo<end_of_turn>\n<start_of_turn>user\nHm<end_of_turn>\n\
          <start_of_turn>model\n"
     );
-    assert_eq!(
-        render(TURNS, &[system("S")], None),
-        Err(TemplateError::Raised("System role not supported".into()))
-    );
+    assert_eq!(render(TURNS, &[system("S")], None), Err(TemplateError::Raised("System role not supported".into())));
 }
 
 #[test]
@@ -112,10 +100,7 @@ fn the_default_template_is_chatml() {
             now: NOW,
         })
         .unwrap();
-    assert_eq!(
-        text,
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n<|im_start|>assistant\n"
-    );
+    assert_eq!(text, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n<|im_start|>assistant\n");
     assert!(!chatml.capabilities().tools);
     assert!(chatml.capabilities().system_role);
 }
@@ -123,40 +108,14 @@ fn the_default_template_is_chatml() {
 #[test]
 fn capabilities_are_found_by_probing() {
     let chatml = template(CHATML).capabilities().clone();
-    assert!(
-        chatml.system_role
-            && chatml.tools
-            && chatml.tool_calls
-            && chatml.tool_results
-            && chatml.object_arguments
-    );
+    assert!(chatml.system_role && chatml.tools && chatml.tool_calls && chatml.tool_results && chatml.object_arguments);
     assert!(chatml.thinking_switch);
-    assert_eq!(
-        chatml.tool_format,
-        ToolFormat::Tagged {
-            open: "<tool_call>",
-            close: "</tool_call>"
-        }
-    );
-    assert_eq!(
-        chatml.reasoning,
-        ReasoningFormat::Tags {
-            open: "<think>",
-            close: "</think>"
-        }
-    );
+    assert_eq!(chatml.tool_format, ToolFormat::Tagged { open: "<tool_call>", close: "</tool_call>" });
+    assert_eq!(chatml.reasoning, ReasoningFormat::Tags { open: "<think>", close: "</think>" });
 
     let headers = template(HEADERS).capabilities().clone();
-    assert!(
-        headers.system_role
-            && headers.tools
-            && headers.object_arguments
-            && !headers.thinking_switch
-    );
-    assert_eq!(
-        (headers.tool_format, headers.reasoning),
-        (ToolFormat::Llama3, ReasoningFormat::None)
-    );
+    assert!(headers.system_role && headers.tools && headers.object_arguments && !headers.thinking_switch);
+    assert_eq!((headers.tool_format, headers.reasoning), (ToolFormat::Llama3, ReasoningFormat::None));
 
     let inst = template(INST).capabilities().clone();
     assert!(inst.tools && inst.tool_calls && inst.tool_results);
@@ -171,8 +130,7 @@ fn capabilities_are_found_by_probing() {
 fn arguments_stay_text_for_a_template_that_prints_them() {
     let source = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments }}{% endfor %}{{ m.content }}{% endfor %}";
     assert!(!template(source).capabilities().object_arguments);
-    let source =
-        "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}";
+    let source = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}";
     assert!(template(source).capabilities().content_parts_only);
 }
 
@@ -191,32 +149,20 @@ fn extra_variables_reach_the_template() {
             now: NOW,
         })
         .unwrap();
-    assert!(
-        text.ends_with("<|im_start|>assistant\n<think>\n\n</think>\n\n"),
-        "{text}"
-    );
+    assert!(text.ends_with("<|im_start|>assistant\n<think>\n\n</think>\n\n"), "{text}");
 }
 
 #[test]
 fn values_print_as_python_prints_them() {
     let source = "{{ true }} {{ none }} {{ [1.0, 'a'] }} {{ {'a': false} }} {{ nothing }} {{ 'x' | string }}|{{ [1, none] | join(',') }}";
-    assert_eq!(
-        render(source, &[], None).unwrap(),
-        "True None [1.0, 'a'] {'a': False}  x|1,None"
-    );
+    assert_eq!(render(source, &[], None).unwrap(), "True None [1.0, 'a'] {'a': False}  x|1,None");
 }
 
 #[test]
 fn a_template_that_does_not_parse_is_refused_with_its_line() {
     let error = ChatTemplate::compile("a\n{% if %}").unwrap_err();
-    assert!(
-        matches!(&error, TemplateError::Syntax(text) if text.contains("line 2")),
-        "{error}"
-    );
-    assert!(matches!(
-        ChatTemplate::compile(&"x".repeat(1 << 20)),
-        Err(TemplateError::TooLong { .. })
-    ));
+    assert!(matches!(&error, TemplateError::Syntax(text) if text.contains("line 2")), "{error}");
+    assert!(matches!(ChatTemplate::compile(&"x".repeat(1 << 20)), Err(TemplateError::TooLong { .. })));
 }
 
 #[test]
@@ -229,10 +175,7 @@ fn a_template_that_fails_says_why() {
         ("{% include 'other' %}", "other"),
     ] {
         let error = render(source, &[], None).unwrap_err();
-        assert!(
-            matches!(&error, TemplateError::Failed(text) if text.contains(why)),
-            "{source}: {error}"
-        );
+        assert!(matches!(&error, TemplateError::Failed(text) if text.contains(why)), "{source}: {error}");
     }
 }
 
@@ -242,33 +185,20 @@ fn a_template_without_end_is_stopped() {
         "{% for a in range(100000) %}{% for b in range(100000) %}{% for c in range(100000) %}{% endfor %}{% endfor %}{% endfor %}",
         "{% set ns = namespace(x=0) %}{% for a in range(100000) %}{% for b in range(100000) %}{% set ns.x = ns.x + 1 %}{% endfor %}{% endfor %}",
     ] {
-        assert_eq!(
-            render(source, &[], None),
-            Err(TemplateError::OutOfFuel),
-            "{source}"
-        );
+        assert_eq!(render(source, &[], None), Err(TemplateError::OutOfFuel), "{source}");
     }
     let recursive = "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}";
-    assert!(matches!(
-        render(recursive, &[], None),
-        Err(TemplateError::Failed(_))
-    ));
+    assert!(matches!(render(recursive, &[], None), Err(TemplateError::Failed(_))));
 }
 
 #[test]
 fn a_template_that_prints_without_end_is_stopped() {
     let doubling = "{% set ns = namespace(x='0123456789') %}{% for a in range(60) %}{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = x %}{% endfor %}{{ ns.x }}";
-    assert_eq!(
-        render(doubling, &[], None),
-        Err(TemplateError::OutputTooLong)
-    );
+    assert_eq!(render(doubling, &[], None), Err(TemplateError::OutputTooLong));
     let nested = "{% set ns = namespace(x=['0123456789']) %}{% for a in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | tojson }}";
     assert_eq!(render(nested, &[], None), Err(TemplateError::OutputTooLong));
     let replacing = "{% set ns = namespace(x='aaaaaaaaaa') %}{% for a in range(60) %}{% set ns.x = ns.x.replace('a', 'aa') %}{% endfor %}";
-    assert_eq!(
-        render(replacing, &[], None),
-        Err(TemplateError::OutputTooLong)
-    );
+    assert_eq!(render(replacing, &[], None), Err(TemplateError::OutputTooLong));
 }
 
 #[test]
@@ -276,22 +206,16 @@ fn a_value_nested_as_deep_as_the_fuel_allows_does_no_harm() {
     // Literals nest with one instruction per level, about as many levels as the stack is bought for.
     const LITERAL_DEPTH: usize = 60;
     for (open, close) in [("[", "]"), ("{'a': ", "}")] {
-        let literal = format!(
-            "{}ns.x{}",
-            open.repeat(LITERAL_DEPTH),
-            close.repeat(LITERAL_DEPTH)
-        );
+        let literal = format!("{}ns.x{}", open.repeat(LITERAL_DEPTH), close.repeat(LITERAL_DEPTH));
         let nesting = format!(
             "{{% set ns = namespace(x=[]) %}}{{% for a in range(100000) %}}{{% for b in range(100000) %}}{{% set ns.x = {literal} %}}\
              {{% endfor %}}{{% endfor %}}"
         );
         assert_eq!(render(&nesting, &[], None), Err(TemplateError::OutOfFuel));
     }
-    let printed = "{% set ns = namespace(x=[]) %}{% for a in range(100000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}";
-    assert!(matches!(
-        render(printed, &[], None),
-        Err(TemplateError::Failed(_))
-    ));
+    let printed =
+        "{% set ns = namespace(x=[]) %}{% for a in range(100000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}";
+    assert!(matches!(render(printed, &[], None), Err(TemplateError::Failed(_))));
 }
 
 #[test]

@@ -6,10 +6,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use clap::{
-    ArgAction, Args, Parser, Subcommand, ValueHint, builder::NonEmptyStringValueParser,
-    value_parser,
-};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueHint, builder::NonEmptyStringValueParser, value_parser};
 use murmur_store::{ModelName, ModelRef};
 
 use crate::{
@@ -69,13 +66,7 @@ pub(crate) struct Global {
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub(crate) quiet: bool,
     /// What to log, part by part, such as info,murmur_node=debug
-    #[arg(
-        long,
-        global = true,
-        env = "MURMUR_LOG",
-        value_name = "FILTER",
-        hide_short_help = true
-    )]
+    #[arg(long, global = true, env = "MURMUR_LOG", value_name = "FILTER", hide_short_help = true)]
     pub(crate) log: Option<String>,
 }
 
@@ -116,12 +107,7 @@ pub(crate) struct EngineArgs {
     #[arg(long, env = "MURMUR_STAGES", value_name = "N", default_value = "1", value_parser = value_parser!(u32).range(1..=512))]
     pub(crate) stages: u32,
     /// Threads that compute; auto measures, and measures again when the machine is busy
-    #[arg(
-        long,
-        env = "MURMUR_THREADS",
-        value_name = "N|auto",
-        default_value = "auto"
-    )]
+    #[arg(long, env = "MURMUR_THREADS", value_name = "N|auto", default_value = "auto")]
     pub(crate) threads: Threads,
     /// Tokens per request at most, prompt and answer together [default: the model's own, as far as memory allows]
     #[arg(long, env = "MURMUR_CTX", value_name = "N", value_parser = value_parser!(u32).range(1..=16_777_216))]
@@ -149,13 +135,7 @@ pub(crate) struct Serve {
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
     /// The name under which clients find a MODEL; once per MODEL, in the same order
-    #[arg(
-        long,
-        env = "MURMUR_ALIAS",
-        value_name = "NAME",
-        value_delimiter = ',',
-        help_heading = "Server options"
-    )]
+    #[arg(long, env = "MURMUR_ALIAS", value_name = "NAME", value_delimiter = ',', help_heading = "Server options")]
     pub(crate) alias: Vec<ModelName>,
     /// A web origin that may use the API, such as https://chat.example; may be repeated
     #[arg(
@@ -286,10 +266,7 @@ mod tests {
             for arg in command.get_arguments() {
                 let Some(env) = arg.get_env() else { continue };
                 let flag = arg.get_long().unwrap();
-                assert_eq!(
-                    env.to_str().unwrap(),
-                    format!("MURMUR_{}", flag.replace('-', "_").to_ascii_uppercase())
-                );
+                assert_eq!(env.to_str().unwrap(), format!("MURMUR_{}", flag.replace('-', "_").to_ascii_uppercase()));
             }
             command.get_subcommands().for_each(check);
         }
@@ -301,12 +278,7 @@ mod tests {
         fn check(command: &clap::Command) {
             assert!(command.get_about().is_some(), "{}", command.get_name());
             for arg in command.get_arguments() {
-                assert!(
-                    arg.get_help().is_some(),
-                    "{} of {}",
-                    arg.get_id(),
-                    command.get_name()
-                );
+                assert!(arg.get_help().is_some(), "{} of {}", arg.get_id(), command.get_name());
             }
             command.get_subcommands().for_each(check);
         }

@@ -75,26 +75,19 @@ impl ApiClient {
     /// `GET`, and the JSON that comes back.
     pub(crate) async fn get(&self, path: &str) -> anyhow::Result<Value> {
         let whole = async { self.json(self.send(Method::GET, path, None).await?).await };
-        timeout(ANSWER_TIMEOUT, whole)
-            .await
-            .map_err(|_| self.silent())?
+        timeout(ANSWER_TIMEOUT, whole).await.map_err(|_| self.silent())?
     }
 
     /// `POST`, and the JSON that comes back.
     pub(crate) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
-        self.json(self.send(Method::POST, path, Some(body)).await?)
-            .await
+        self.json(self.send(Method::POST, path, Some(body)).await?).await
     }
 
     /// `POST`, and the events that come back.
     pub(crate) async fn stream(&self, path: &str, body: &Value) -> anyhow::Result<Events> {
         let answer = self.send(Method::POST, path, Some(body)).await?;
         if answer.response.status().is_success() {
-            return Ok(Events {
-                answer,
-                parser: SseParser::default(),
-                ready: Default::default(),
-            });
+            return Ok(Events { answer, parser: SseParser::default(), ready: Default::default() });
         }
         match self.json(answer).await {
             Ok(_) => Err(self.nonsense("an error without a reason")),
@@ -102,30 +95,21 @@ impl ApiClient {
         }
     }
 
-    async fn send(
-        &self,
-        method: Method,
-        path: &str,
-        body: Option<&Value>,
-    ) -> anyhow::Result<Answer> {
+    async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Answer> {
         let connected = timeout(CONNECT_TIMEOUT, TcpStream::connect(self.address)).await;
         let stream = connected
             .unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut)))
             .map_err(|error| self.unreachable(&error))?;
         // Questions are small and wanted at once; where it cannot be set, they are merely later.
         let _ = stream.set_nodelay(true);
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(|error| self.broken(&error))?;
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.broken(&error))?;
         let connection = AbortOnDrop(tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "connection to the server ended");
             }
         }));
-        let mut request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header(header::HOST, self.address.to_string());
+        let mut request = Request::builder().method(method).uri(path).header(header::HOST, self.address.to_string());
         if let Some(key) = &self.key {
             request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
         }
@@ -136,20 +120,11 @@ impl ApiClient {
             }
             None => Bytes::new(),
         };
-        let request = request.body(Full::new(bytes)).map_err(|_| {
-            Failure::because(
-                Code::Usage,
-                "the API key has characters that a header cannot have",
-            )
-        })?;
-        let response = sender
-            .send_request(request)
-            .await
-            .map_err(|error| self.broken(&error))?;
-        Ok(Answer {
-            response,
-            _connection: connection,
-        })
+        let request = request
+            .body(Full::new(bytes))
+            .map_err(|_| Failure::because(Code::Usage, "the API key has characters that a header cannot have"))?;
+        let response = sender.send_request(request).await.map_err(|error| self.broken(&error))?;
+        Ok(Answer { response, _connection: connection })
     }
 
     async fn json(&self, mut answer: Answer) -> anyhow::Result<Value> {
@@ -168,10 +143,7 @@ impl ApiClient {
         if status.is_success() {
             return value.ok_or_else(|| self.nonsense("no JSON"));
         }
-        let message = value
-            .as_ref()
-            .and_then(|value| value.pointer("/error/message"))
-            .and_then(Value::as_str);
+        let message = value.as_ref().and_then(|value| value.pointer("/error/message")).and_then(Value::as_str);
         Err(self.refusal(status, message))
     }
 
@@ -188,12 +160,10 @@ impl ApiClient {
                 ),
             ),
             StatusCode::NOT_FOUND => Failure::because(Code::NotFound, message),
-            StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY => {
-                Failure::because(Code::Usage, message)
+            StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY => Failure::because(Code::Usage, message),
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE | StatusCode::FORBIDDEN => {
+                Failure::because(Code::Unavailable, message)
             }
-            StatusCode::TOO_MANY_REQUESTS
-            | StatusCode::SERVICE_UNAVAILABLE
-            | StatusCode::FORBIDDEN => Failure::because(Code::Unavailable, message),
             _ => Failure::because(Code::Failed, message),
         }
     }
@@ -214,8 +184,7 @@ impl ApiClient {
     }
 
     fn broken(&self, error: &hyper::Error) -> anyhow::Error {
-        let why =
-            std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+        let why = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
         Failure::because(
             Code::Unavailable,
             format!(
@@ -239,10 +208,7 @@ impl ApiClient {
     fn nonsense(&self, what: &str) -> anyhow::Error {
         Failure::because(
             Code::Failed,
-            format!(
-                "the server at {} answers with {what}. Is it murmur? `murmur doctor` tells.",
-                self.address
-            ),
+            format!("the server at {} answers with {what}. Is it murmur? `murmur doctor` tells.", self.address),
         )
     }
 }
@@ -257,7 +223,12 @@ impl Events {
             let Some(frame) = self.answer.response.body_mut().frame().await else {
                 return Ok(None);
             };
-            let frame = frame.map_err(|error| Failure::because(Code::Unavailable, format!("the answer broke off: {error}. Ask again; `murmur status` says how the server is.")))?;
+            let frame = frame.map_err(|error| {
+                Failure::because(
+                    Code::Unavailable,
+                    format!("the answer broke off: {error}. Ask again; `murmur status` says how the server is."),
+                )
+            })?;
             if let Ok(data) = frame.into_data() {
                 self.ready.extend(self.parser.push(&data)?);
             }

@@ -62,11 +62,7 @@ pub(crate) struct Failure {
 impl Failure {
     /// Makes an error for `?`.
     pub(crate) fn because(code: Code, message: impl Into<String>) -> anyhow::Error {
-        Self {
-            code,
-            message: message.into(),
-        }
-        .into()
+        Self { code, message: message.into() }.into()
     }
 }
 
@@ -114,9 +110,7 @@ fn code_of(error: &anyhow::Error) -> Code {
         if let Some(gguf) = cause.downcast_ref::<GgufError>() {
             return code_of_gguf(gguf);
         }
-        if cause.is::<OptionsError>()
-            || matches!(cause.downcast_ref(), Some(ServeError::Options(_)))
-        {
+        if cause.is::<OptionsError>() || matches!(cause.downcast_ref(), Some(ServeError::Options(_))) {
             return Code::Usage;
         }
         if let Some(io) = cause.downcast_ref::<io::Error>() {
@@ -185,10 +179,7 @@ mod tests {
             Code::Damaged,
             Code::Interrupted,
         ] {
-            assert!(
-                EXIT_CODES_HELP.contains(&format!("\n  {:<5}", code as u8)),
-                "{code:?}"
-            );
+            assert!(EXIT_CODES_HELP.contains(&format!("\n  {:<5}", code as u8)), "{code:?}");
         }
     }
 

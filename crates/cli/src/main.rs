@@ -20,10 +20,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     // The engine's child process has a socket for everything it needs to know, and reads no settings.
-    if std::env::args_os()
-        .nth(1)
-        .is_some_and(|name| name == murmur_node::CHILD_SUBCOMMAND)
-    {
+    if std::env::args_os().nth(1).is_some_and(|name| name == murmur_node::CHILD_SUBCOMMAND) {
         return match commands::engine::run() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => exit::report(&error, false),

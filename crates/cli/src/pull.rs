@@ -45,10 +45,7 @@ struct Progress {
 
 impl Progress {
     fn new(quiet: bool) -> Self {
-        Self {
-            bar: Arc::default(),
-            quiet,
-        }
+        Self { bar: Arc::default(), quiet }
     }
 
     fn listener(&self) -> OnPullEvent {
@@ -57,38 +54,25 @@ impl Progress {
             let Ok(mut bar) = bar.lock() else { return };
             match event {
                 _ if quiet => {}
-                PullEvent::Chosen {
-                    file,
-                    total_bytes,
-                    resumed_bytes,
-                } => {
+                PullEvent::Chosen { file, total_bytes, resumed_bytes } => {
                     let going_on = if resumed_bytes > 0 {
                         format!(", going on after {}", Size(resumed_bytes))
                     } else {
                         String::new()
                     };
-                    ui::say(&format!(
-                        "pulling {} ({}{going_on})",
-                        ui::without_controls(&file),
-                        Size(total_bytes)
-                    ));
+                    ui::say(&format!("pulling {} ({}{going_on})", ui::without_controls(&file), Size(total_bytes)));
                     *bar = Some(new_bar(total_bytes, resumed_bytes));
                 }
-                PullEvent::AlreadyThere { file } => ui::say(&format!(
-                    "{} is in the hub's cache already",
-                    ui::without_controls(&file)
-                )),
+                PullEvent::AlreadyThere { file } => {
+                    ui::say(&format!("{} is in the hub's cache already", ui::without_controls(&file)))
+                }
                 PullEvent::Progress { done_bytes, .. } => {
                     if let Some(bar) = bar.as_ref() {
                         bar.set_position(done_bytes);
                     }
                 }
                 PullEvent::Retrying { pause, why } => {
-                    let line = format!(
-                        "{}; trying again in {}",
-                        ui::without_controls(&why),
-                        human_duration(pause)
-                    );
+                    let line = format!("{}; trying again in {}", ui::without_controls(&why), human_duration(pause));
                     match bar.as_ref() {
                         Some(bar) => bar.suspend(|| ui::say(&line)),
                         None => ui::say(&line),
@@ -108,13 +92,10 @@ impl Progress {
 /// Draws on standard error, and only when that is a terminal.
 fn new_bar(total_bytes: u64, resumed_bytes: u64) -> ProgressBar {
     const REDRAWS_PER_SECOND: u8 = 8;
-    let bar = ProgressBar::with_draw_target(
-        Some(total_bytes),
-        ProgressDrawTarget::stderr_with_hz(REDRAWS_PER_SECOND),
-    );
-    if let Ok(style) = ProgressStyle::with_template(
-        "{wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}",
-    ) {
+    let bar = ProgressBar::with_draw_target(Some(total_bytes), ProgressDrawTarget::stderr_with_hz(REDRAWS_PER_SECOND));
+    if let Ok(style) =
+        ProgressStyle::with_template("{wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}")
+    {
         bar.set_style(style);
     }
     bar.set_position(resumed_bytes);

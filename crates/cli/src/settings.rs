@@ -68,10 +68,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Re
             read_file(path)?.ok_or_else(|| {
                 Failure::because(
                     Code::Usage,
-                    format!(
-                        "there is no configuration file {}. Check --config and MURMUR_CONFIG.",
-                        path.display()
-                    ),
+                    format!("there is no configuration file {}. Check --config and MURMUR_CONFIG.", path.display()),
                 )
             })?,
         ),
@@ -88,31 +85,25 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Re
         Some(path) if !values.is_empty() => file_error(path, &error),
         _ => error.into(),
     };
-    let matches = command
-        .clone()
-        .try_get_matches_from(&arguments)
-        .map_err(blame_file)?;
+    let matches = command.clone().try_get_matches_from(&arguments).map_err(blame_file)?;
     // A server's settings as they would be here, also when another command is run.
-    let serve = command
-        .clone()
-        .try_get_matches_from(["murmur", "serve"])
-        .map_err(blame_file)?;
+    let serve = command.clone().try_get_matches_from(["murmur", "serve"]).map_err(blame_file)?;
     let effective = effective(&command, &matches, &serve, &values);
     let cli = Cli::from_arg_matches(&matches)?;
-    Ok(Invocation {
-        cli,
-        data_dir,
-        config_file,
-        effective,
-    })
+    Ok(Invocation { cli, data_dir, config_file, effective })
 }
 
 fn data_dir(given: Option<&Path>) -> anyhow::Result<PathBuf> {
     let path = match given {
-        Some(path) if path.as_os_str().is_empty() => return Err(Failure::because(Code::Usage, "--data-dir is empty. Name a directory.")),
+        Some(path) if path.as_os_str().is_empty() => {
+            return Err(Failure::because(Code::Usage, "--data-dir is empty. Name a directory."));
+        }
         Some(path) => path.to_owned(),
         None => dirs::data_dir().map(|data| data.join("murmur")).ok_or_else(|| {
-            Failure::because(Code::Usage, "this user has no home directory to keep data in. Choose a place with --data-dir or MURMUR_DATA_DIR.")
+            Failure::because(
+                Code::Usage,
+                "this user has no home directory to keep data in. Choose a place with --data-dir or MURMUR_DATA_DIR.",
+            )
         })?,
     };
     std::path::absolute(&path).with_context(|| format!("finding {}", path.display()))
@@ -121,34 +112,23 @@ fn data_dir(given: Option<&Path>) -> anyhow::Result<PathBuf> {
 /// The file's values as texts, as the command line would have them. `None`: no such file.
 fn read_file(path: &Path) -> anyhow::Result<Option<BTreeMap<String, Vec<String>>>> {
     let wrong = |why: String| {
-        Failure::because(
-            Code::Usage,
-            format!(
-                "the configuration file {} cannot be used: {why}",
-                path.display()
-            ),
-        )
+        Failure::because(Code::Usage, format!("the configuration file {} cannot be used: {why}", path.display()))
     };
     let mut text = String::new();
-    match File::open(path)
-        .and_then(|file| file.take(CONFIG_BYTES_MAX + 1).read_to_string(&mut text))
-    {
+    match File::open(path).and_then(|file| file.take(CONFIG_BYTES_MAX + 1).read_to_string(&mut text)) {
         Ok(_) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // A data directory that is a file is for the command to complain about, if it needs one.
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
         Err(error) => {
-            return Err(wrong(format!(
-                "{error}. Name a readable text file with --config."
-            )));
+            return Err(wrong(format!("{error}. Name a readable text file with --config.")));
         }
     }
     if text.len() as u64 > CONFIG_BYTES_MAX {
-        return Err(wrong(format!(
-            "it is larger than {CONFIG_BYTES_MAX} bytes."
-        )));
+        return Err(wrong(format!("it is larger than {CONFIG_BYTES_MAX} bytes.")));
     }
-    let table: toml::Table = text
-        .parse()
-        .map_err(|error: toml::de::Error| wrong(error.to_string()))?;
+    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| wrong(error.to_string()))?;
     let known = settable(&Cli::command());
     let mut values = BTreeMap::new();
     for (key, value) in table {
@@ -159,17 +139,12 @@ fn read_file(path: &Path) -> anyhow::Result<Option<BTreeMap<String, Vec<String>>
             )));
         }
         if !known.contains_key(&key) {
-            return Err(wrong(format!(
-                "it has an unknown key '{key}'.{}",
-                hint(&key, known.keys())
-            )));
+            return Err(wrong(format!("it has an unknown key '{key}'.{}", hint(&key, known.keys()))));
         }
         values.insert(
             key.clone(),
             texts(value).ok_or_else(|| {
-                wrong(format!(
-                    "'{key}' must be a text, a number, true or false, or a list of these."
-                ))
+                wrong(format!("'{key}' must be a text, a number, true or false, or a list of these."))
             })?,
         );
     }
@@ -215,28 +190,14 @@ fn hint<'a>(key: &str, known: impl Iterator<Item = &'a String>) -> String {
     let wanted = plain(key);
     let shared = |candidate: &str| {
         let candidate = plain(candidate);
-        let pairs = |text: &str| {
-            text.as_bytes()
-                .windows(2)
-                .map(<[u8]>::to_vec)
-                .collect::<Vec<_>>()
-        };
+        let pairs = |text: &str| text.as_bytes().windows(2).map(<[u8]>::to_vec).collect::<Vec<_>>();
         let (a, b) = (pairs(&wanted), pairs(&candidate));
         2 * a.iter().filter(|pair| b.contains(pair)).count() * 100 / (a.len() + b.len()).max(1)
     };
-    let known: Vec<&String> = known
-        .filter(|key| !NOT_IN_FILE.contains(&key.as_str()))
-        .collect();
+    let known: Vec<&String> = known.filter(|key| !NOT_IN_FILE.contains(&key.as_str())).collect();
     match known.iter().max_by_key(|candidate| shared(candidate)) {
         Some(nearest) if shared(nearest) >= 50 => format!(" Did you mean '{nearest}'?"),
-        _ => format!(
-            " Known keys: {}.",
-            known
-                .iter()
-                .map(|k| k.as_str())
-                .collect::<Vec<_>>()
-                .join(", ")
-        ),
+        _ => format!(" Known keys: {}.", known.iter().map(|k| k.as_str()).collect::<Vec<_>>().join(", ")),
     }
 }
 
@@ -250,10 +211,7 @@ fn with_file_values(mut command: Command, values: &BTreeMap<String, Vec<String>>
     for (id, texts) in here {
         command = command.mut_arg(id, |arg| arg.default_values(texts));
     }
-    let below: Vec<String> = command
-        .get_subcommands()
-        .map(|c| c.get_name().to_owned())
-        .collect();
+    let below: Vec<String> = command.get_subcommands().map(|c| c.get_name().to_owned()).collect();
     for name in below {
         command = command.mut_subcommand(name, |sub| with_file_values(sub, values));
     }
@@ -266,18 +224,9 @@ fn file_error(path: &Path, error: &clap::Error) -> anyhow::Error {
         Some(ContextValue::String(text)) => Some(text.clone()),
         _ => None,
     };
-    let key = text(ContextKind::InvalidArg).map(|arg| {
-        arg.trim_start_matches('-')
-            .split([' ', '=', '['])
-            .next()
-            .unwrap_or_default()
-            .to_owned()
-    });
-    let why = match (
-        key,
-        text(ContextKind::InvalidValue),
-        std::error::Error::source(error),
-    ) {
+    let key = text(ContextKind::InvalidArg)
+        .map(|arg| arg.trim_start_matches('-').split([' ', '=', '[']).next().unwrap_or_default().to_owned());
+    let why = match (key, text(ContextKind::InvalidValue), std::error::Error::source(error)) {
         (Some(key), Some(value), Some(source)) => {
             format!("'{value}' does not do for '{key}': {source}")
         }
@@ -287,13 +236,7 @@ fn file_error(path: &Path, error: &clap::Error) -> anyhow::Error {
         (Some(key), None, _) => format!("'{key}' is wrong: {error}"),
         _ => error.to_string(),
     };
-    Failure::because(
-        Code::Usage,
-        format!(
-            "the configuration file {} cannot be used: {why}",
-            path.display()
-        ),
-    )
+    Failure::because(Code::Usage, format!("the configuration file {} cannot be used: {why}", path.display()))
 }
 
 fn effective(
@@ -305,10 +248,7 @@ fn effective(
     let serve_matches = serve.subcommand_matches("serve");
     let serve_command = Serve::command_for_help(command);
     let mut settings = Vec::new();
-    let owners = [
-        (command, Some(matches)),
-        (serve_command.unwrap_or(command), serve_matches),
-    ];
+    let owners = [(command, Some(matches)), (serve_command.unwrap_or(command), serve_matches)];
     for (owner, matches) in owners {
         let Some(matches) = matches else { continue };
         for arg in owner.get_arguments() {
@@ -319,18 +259,8 @@ fn effective(
                 continue;
             }
             let id = arg.get_id().as_str();
-            let value = matches.get_raw(id).map(|raw| {
-                raw.map(|v| v.to_string_lossy())
-                    .collect::<Vec<_>>()
-                    .join(",")
-            });
-            let value = value.map(|text| {
-                if SECRET.contains(&key) {
-                    "(set)".to_owned()
-                } else {
-                    text
-                }
-            });
+            let value = matches.get_raw(id).map(|raw| raw.map(|v| v.to_string_lossy()).collect::<Vec<_>>().join(","));
+            let value = value.map(|text| if SECRET.contains(&key) { "(set)".to_owned() } else { text });
             let source = match matches.value_source(id) {
                 Some(ValueSource::CommandLine) => "flag",
                 Some(ValueSource::EnvVariable) => "environment",
@@ -364,11 +294,7 @@ mod tests {
     fn parse_with(config: &str, arguments: &[&str]) -> anyhow::Result<Invocation> {
         let home = tempfile::tempdir().unwrap();
         fs::write(home.path().join("config.toml"), config).unwrap();
-        let mut all = vec![
-            OsString::from("murmur"),
-            "--data-dir".into(),
-            home.path().into(),
-        ];
+        let mut all = vec![OsString::from("murmur"), "--data-dir".into(), home.path().into()];
         all.extend(arguments.iter().map(OsString::from));
         parse(all)
     }
@@ -390,9 +316,7 @@ mod tests {
         assert_eq!(engine(&invocation).stages, 2);
         assert_eq!(engine(&invocation).max_memory.unwrap().0, 2 << 30);
         assert!(engine(&invocation).exact);
-        let args::Command::Serve(serve) = &invocation.cli.command else {
-            panic!()
-        };
+        let args::Command::Serve(serve) = &invocation.cli.command else { panic!() };
         assert_eq!(serve.allow_host, ["a", "b"]);
     }
 
@@ -404,20 +328,10 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_an_error_with_a_hint() {
-        let error = parse_with("max_memory = 1", &["status"])
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("unknown key 'max_memory'") && error.contains("'max-memory'"),
-            "{error}"
-        );
-        let error = parse_with("colour = 1", &["status"])
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("Known keys: ") && error.contains("threads"),
-            "{error}"
-        );
+        let error = parse_with("max_memory = 1", &["status"]).unwrap_err().to_string();
+        assert!(error.contains("unknown key 'max_memory'") && error.contains("'max-memory'"), "{error}");
+        let error = parse_with("colour = 1", &["status"]).unwrap_err().to_string();
+        assert!(error.contains("Known keys: ") && error.contains("threads"), "{error}");
     }
 
     #[test]
@@ -429,51 +343,20 @@ mod tests {
             ("stages = -1", "stages"),
         ] {
             let error = parse_with(config, &["serve"]).unwrap_err().to_string();
-            assert!(
-                error.contains("config.toml") && error.contains(&format!("'{key}'")),
-                "{error}"
-            );
+            assert!(error.contains("config.toml") && error.contains(&format!("'{key}'")), "{error}");
         }
-        assert!(
-            parse_with("stages = { a = 1 }", &["status"])
-                .unwrap_err()
-                .to_string()
-                .contains("'stages' must be")
-        );
-        assert!(
-            parse_with("stages = ", &["status"])
-                .unwrap_err()
-                .to_string()
-                .contains("config.toml")
-        );
-        assert!(
-            parse_with("data-dir = \"/x\"", &["status"])
-                .unwrap_err()
-                .to_string()
-                .contains("MURMUR_DATA_DIR")
-        );
+        assert!(parse_with("stages = { a = 1 }", &["status"]).unwrap_err().to_string().contains("'stages' must be"));
+        assert!(parse_with("stages = ", &["status"]).unwrap_err().to_string().contains("config.toml"));
+        assert!(parse_with("data-dir = \"/x\"", &["status"]).unwrap_err().to_string().contains("MURMUR_DATA_DIR"));
     }
 
     #[test]
     fn every_setting_tells_where_its_value_comes_from() {
-        let invocation = parse_with(
-            "stages = 3\napi-key = \"hunter2\"",
-            &["doctor", "--api", "127.0.0.1:1"],
-        )
-        .unwrap();
+        let invocation = parse_with("stages = 3\napi-key = \"hunter2\"", &["doctor", "--api", "127.0.0.1:1"]).unwrap();
         let find = |key: &str| invocation.effective.iter().find(|s| s.key == key).unwrap();
-        assert_eq!(
-            (find("api").source, find("api").value.as_deref()),
-            ("flag", Some("127.0.0.1:1"))
-        );
-        assert_eq!(
-            (find("stages").source, find("stages").value.as_deref()),
-            ("file", Some("3"))
-        );
-        assert_eq!(
-            (find("threads").source, find("threads").value.as_deref()),
-            ("default", Some("auto"))
-        );
+        assert_eq!((find("api").source, find("api").value.as_deref()), ("flag", Some("127.0.0.1:1")));
+        assert_eq!((find("stages").source, find("stages").value.as_deref()), ("file", Some("3")));
+        assert_eq!((find("threads").source, find("threads").value.as_deref()), ("default", Some("auto")));
         assert!(!format!("{:?}", invocation.effective).contains("hunter2"));
     }
 

@@ -45,17 +45,13 @@ impl SseParser {
     fn take_line(&mut self, line: &[u8], events: &mut Vec<String>) -> Result<(), SseError> {
         if line.is_empty() {
             if std::mem::take(&mut self.has_data) {
-                events.push(
-                    String::from_utf8(std::mem::take(&mut self.data))
-                        .map_err(|_| SseError::NotText)?,
-                );
+                events.push(String::from_utf8(std::mem::take(&mut self.data)).map_err(|_| SseError::NotText)?);
             }
         } else if let Some(data) = line.strip_prefix(b"data:") {
             if self.has_data {
                 self.data.push(b'\n');
             }
-            self.data
-                .extend_from_slice(data.strip_prefix(b" ").unwrap_or(data));
+            self.data.extend_from_slice(data.strip_prefix(b" ").unwrap_or(data));
             self.has_data = true;
         }
         Ok(())
@@ -68,30 +64,18 @@ mod tests {
 
     #[test]
     fn events_are_the_same_however_the_bytes_are_cut() {
-        let stream = ": comment\r\n\r\ndata: {\"a\":\"ä\"}\n\nevent: x\ndata:one\ndata: two\n\ndata: [DONE]\n\n".as_bytes();
+        let stream =
+            ": comment\r\n\r\ndata: {\"a\":\"ä\"}\n\nevent: x\ndata:one\ndata: two\n\ndata: [DONE]\n\n".as_bytes();
         for size in 1..=stream.len() {
             let mut parser = SseParser::default();
-            let events: Vec<String> = stream
-                .chunks(size)
-                .flat_map(|piece| parser.push(piece).unwrap())
-                .collect();
-            assert_eq!(
-                events,
-                ["{\"a\":\"ä\"}", "one\ntwo", "[DONE]"],
-                "pieces of {size}"
-            );
+            let events: Vec<String> = stream.chunks(size).flat_map(|piece| parser.push(piece).unwrap()).collect();
+            assert_eq!(events, ["{\"a\":\"ä\"}", "one\ntwo", "[DONE]"], "pieces of {size}");
         }
     }
 
     #[test]
     fn an_endless_event_and_bytes_that_are_no_text_are_errors() {
-        assert_eq!(
-            SseParser::default().push(&vec![b'x'; EVENT_BYTES_MAX + 1]),
-            Err(SseError::TooLong)
-        );
-        assert_eq!(
-            SseParser::default().push(b"data: \xff\n\n"),
-            Err(SseError::NotText)
-        );
+        assert_eq!(SseParser::default().push(&vec![b'x'; EVENT_BYTES_MAX + 1]), Err(SseError::TooLong));
+        assert_eq!(SseParser::default().push(b"data: \xff\n\n"), Err(SseError::NotText));
     }
 }

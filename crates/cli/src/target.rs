@@ -39,17 +39,11 @@ pub(crate) async fn find(session: &Session, model: Option<&ModelRef>) -> anyhow:
             [only] => Ok(Target::Server(client, only.clone())),
             [] => Err(Failure::because(
                 Code::NotFound,
-                format!(
-                    "the server at {} has no model. Name one to start it here.",
-                    client.address()
-                ),
+                format!("the server at {} has no model. Name one to start it here.", client.address()),
             )),
             several => Err(Failure::because(
                 Code::Usage,
-                format!(
-                    "the server has several models: {}. Name one.",
-                    several.join(", ")
-                ),
+                format!("the server has several models: {}. Name one.", several.join(", ")),
             )),
         };
     };
@@ -64,11 +58,9 @@ pub(crate) async fn find(session: &Session, model: Option<&ModelRef>) -> anyhow:
         }
         ModelRef::Hub(_) => {
             let known = session.store().resolve(model).ok();
-            if let Some(id) = served.into_iter().find(|id| {
-                known
-                    .as_ref()
-                    .is_some_and(|known| id == known.name.as_str())
-            }) {
+            if let Some(id) =
+                served.into_iter().find(|id| known.as_ref().is_some_and(|known| id == known.name.as_str()))
+            {
                 return Ok(Target::Server(client, id));
             }
         }
@@ -77,16 +69,8 @@ pub(crate) async fn find(session: &Session, model: Option<&ModelRef>) -> anyhow:
 }
 
 fn ids(answer: &Value) -> Vec<String> {
-    let models = answer
-        .get("data")
-        .and_then(Value::as_array)
-        .map(Vec::as_slice)
-        .unwrap_or_default();
-    models
-        .iter()
-        .filter_map(|model| model.get("id").and_then(Value::as_str))
-        .map(str::to_owned)
-        .collect()
+    let models = answer.get("data").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    models.iter().filter_map(|model| model.get("id").and_then(Value::as_str)).map(str::to_owned).collect()
 }
 
 /// Finds the file of a model on this machine; one on a hub is pulled when it is not here yet.
@@ -98,10 +82,7 @@ pub(crate) async fn local(session: &Session, model: &ModelRef) -> anyhow::Result
         }
         (other, _) => other?,
     };
-    Ok(LocalModel {
-        path: resolved.path,
-        id: resolved.name.to_string(),
-    })
+    Ok(LocalModel { path: resolved.path, id: resolved.name.to_string() })
 }
 
 async fn pull_and_resolve(
@@ -110,8 +91,5 @@ async fn pull_and_resolve(
     reference: &HubRef,
 ) -> anyhow::Result<murmur_store::Resolved> {
     let entry = pull::pull(store, reference, None, session.global.quiet).await?;
-    Ok(murmur_store::Resolved {
-        name: entry.name,
-        path: entry.path,
-    })
+    Ok(murmur_store::Resolved { name: entry.name, path: entry.path })
 }

@@ -18,17 +18,16 @@ pub(crate) fn start_log(global: &Global) -> anyhow::Result<()> {
         (None, 0) if global.quiet => "error",
         (None, 0) => "warn",
         (None, 1) => "info",
-        (None, 2) => {
-            "info,murmur=debug,murmur_node=debug,murmur_engine=debug,murmur_api=debug,murmur_store=debug"
-        }
+        (None, 2) => "info,murmur=debug,murmur_node=debug,murmur_engine=debug,murmur_api=debug,murmur_store=debug",
         (None, _) => "trace",
     };
     let filter = EnvFilter::try_new(filter).map_err(|error| {
-        Failure::because(Code::Usage, format!("the log filter '{filter}' cannot be read: {error}. Write for instance info, or murmur_node=debug"))
+        Failure::because(
+            Code::Usage,
+            format!("the log filter '{filter}' cannot be read: {error}. Write for instance info, or murmur_node=debug"),
+        )
     })?;
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr);
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     let started = if global.json {
         subscriber.json().try_init()
     } else {
@@ -46,9 +45,7 @@ pub(crate) fn say(line: &str) {
 /// Text on standard output, and out at once.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .context("writing to standard output")
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("writing to standard output")
 }
 
 /// A value as indented JSON on standard output.
@@ -61,14 +58,8 @@ pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
 /// Rows under headings, columns as wide as their content; columns named in `right` are aligned to the right.
 pub(crate) fn table(headings: &[&str], rows: &[Vec<String>], right: &[usize]) -> String {
     let width = |column: usize| {
-        let cells = rows
-            .iter()
-            .filter_map(|row| row.get(column))
-            .map(|cell| cell.chars().count());
-        cells
-            .chain([headings[column].chars().count()])
-            .max()
-            .unwrap_or(0)
+        let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
+        cells.chain([headings[column].chars().count()]).max().unwrap_or(0)
     };
     let widths: Vec<usize> = (0..headings.len()).map(width).collect();
     let line = |cells: &mut dyn Iterator<Item = &str>| {
@@ -99,9 +90,7 @@ pub(crate) fn table(headings: &[&str], rows: &[Vec<String>], right: &[usize]) ->
 
 /// Text from elsewhere, safe for a terminal: control characters could move the cursor, change colours or answer for the user.
 pub(crate) fn without_controls(text: &str) -> String {
-    text.chars()
-        .filter(|c| !c.is_control() || matches!(c, '\n' | '\t'))
-        .collect()
+    text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect()
 }
 
 #[cfg(test)]
@@ -110,23 +99,14 @@ mod tests {
 
     #[test]
     fn tables_align_their_columns_and_end_no_line_in_spaces() {
-        let rows = vec![
-            vec!["a".to_owned(), "1".to_owned()],
-            vec!["long".to_owned(), "100".to_owned()],
-        ];
-        assert_eq!(
-            table(&["NAME", "SIZE"], &rows, &[1]),
-            "NAME  SIZE\na        1\nlong   100\n"
-        );
+        let rows = vec![vec!["a".to_owned(), "1".to_owned()], vec!["long".to_owned(), "100".to_owned()]];
+        assert_eq!(table(&["NAME", "SIZE"], &rows, &[1]), "NAME  SIZE\na        1\nlong   100\n");
         let rows = vec![vec!["x".to_owned(), String::new()]];
         assert_eq!(table(&["N", "WHY"], &rows, &[]), "N  WHY\nx\n");
     }
 
     #[test]
     fn escape_sequences_of_a_model_do_not_reach_the_terminal() {
-        assert_eq!(
-            without_controls("a\x1b[31mred\x07\u{9b}\tb\n"),
-            "a[31mred\tb\n"
-        );
+        assert_eq!(without_controls("a\x1b[31mred\x07\u{9b}\tb\n"), "a[31mred\tb\n");
     }
 }

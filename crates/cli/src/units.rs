@@ -12,9 +12,7 @@ impl FromStr for Size {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || format!("'{text}' is not a size; write for instance 8GiB or 512M");
         let text = text.trim();
-        let digits = text
-            .find(|c: char| !c.is_ascii_digit() && c != '.')
-            .unwrap_or(text.len());
+        let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
         let (number, unit) = text.split_at(digits);
         let shift = match unit.trim().to_ascii_lowercase().as_str() {
             "" | "b" => 0,
@@ -26,9 +24,7 @@ impl FromStr for Size {
         };
         let bytes = number.parse::<f64>().map_err(|_| wrong())? * (1u64 << shift) as f64;
         if !(1.0..=(1u64 << 60) as f64).contains(&bytes) {
-            return Err(format!(
-                "'{text}' is out of range; write for instance 8GiB or 512M"
-            ));
+            return Err(format!("'{text}' is out of range; write for instance 8GiB or 512M"));
         }
         Ok(Self(bytes as u64))
     }
@@ -92,11 +88,7 @@ pub(crate) fn human_duration(duration: Duration) -> String {
     } else if seconds < 120.0 {
         format!("{seconds:.1} s")
     } else {
-        format!(
-            "{} min {} s",
-            duration.as_secs() / 60,
-            duration.as_secs() % 60
-        )
+        format!("{} min {} s", duration.as_secs() / 60, duration.as_secs() % 60)
     }
 }
 
@@ -116,18 +108,7 @@ mod tests {
         ] {
             assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
         }
-        for text in [
-            "",
-            "GiB",
-            "-1G",
-            "1X",
-            "nan",
-            "1e99",
-            "inf",
-            "0",
-            "99999999T",
-            "1.2.3",
-        ] {
+        for text in ["", "GiB", "-1G", "1X", "nan", "1e99", "inf", "0", "99999999T", "1.2.3"] {
             assert!(text.parse::<Size>().is_err(), "{text}");
         }
     }

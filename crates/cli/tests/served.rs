@@ -10,51 +10,18 @@ use common::{Home, Server, with_input};
 fn a_served_model_answers_status_run_and_bench_and_ends_in_order() {
     let home = Home::new();
     let model = home.model("tiny.gguf");
-    let mut server = Server::start(
-        &home,
-        [
-            "--stages",
-            "2",
-            "--alias",
-            "other-name",
-            model.to_str().unwrap(),
-        ],
-    );
+    let mut server = Server::start(&home, ["--stages", "2", "--alias", "other-name", model.to_str().unwrap()]);
     let api = server.address.clone();
 
-    let status = home
-        .run(["status", "--json", "--api", &api])
-        .succeeds()
-        .json();
+    let status = home.run(["status", "--json", "--api", &api]).succeeds().json();
     assert_eq!(status["models"][0]["id"], "other-name");
     let page = home.run(["status", "--api", &api]).succeeds().out;
-    assert!(
-        page.contains("other-name") && page.contains("STAGE OF"),
-        "{page}"
-    );
-    assert!(
-        home.run(["doctor", "--api", &api])
-            .out
-            .contains("a murmur server is at")
-    );
-    home.run(["serve", "tiny.gguf", "--api", &api])
-        .fails(5, "in use by a murmur server");
+    assert!(page.contains("other-name") && page.contains("STAGE OF"), "{page}");
+    assert!(home.run(["doctor", "--api", &api]).out.contains("a murmur server is at"));
+    home.run(["serve", "tiny.gguf", "--api", &api]).fails(5, "in use by a murmur server");
 
-    let run = [
-        "run",
-        "other-name",
-        "--raw",
-        "--max-tokens",
-        "8",
-        "--seed",
-        "1",
-        "--api",
-        &api,
-    ];
-    let once = home
-        .run(run.into_iter().chain(["hello", "--json"]))
-        .succeeds()
-        .json();
+    let run = ["run", "other-name", "--raw", "--max-tokens", "8", "--seed", "1", "--api", &api];
+    let once = home.run(run.into_iter().chain(["hello", "--json"])).succeeds().json();
     assert_eq!(once["finish_reason"], "length");
     assert_eq!(once["completion_tokens"], 8);
     let piped = with_input(home.murmur(run), "hello").succeeds();
@@ -79,15 +46,9 @@ fn a_served_model_answers_status_run_and_bench_and_ends_in_order() {
         "--api",
         &api,
     ];
-    let levels = home.run(bench).succeeds().json()["levels"]
-        .as_array()
-        .unwrap()
-        .clone();
+    let levels = home.run(bench).succeeds().json()["levels"].as_array().unwrap().clone();
     assert_eq!(levels.len(), 2);
-    assert_eq!(
-        (&levels[1]["streams"], &levels[1]["prompt_tokens"]),
-        (&2.into(), &16.into())
-    );
+    assert_eq!((&levels[1]["streams"], &levels[1]["prompt_tokens"]), (&2.into(), &16.into()));
 
     server.signal("TERM");
     assert_eq!(server.child.wait().unwrap().code(), Some(0));
@@ -98,8 +59,7 @@ fn a_key_is_demanded_and_given() {
     let home = Home::new();
     let model = home.model("tiny.gguf");
     let server = Server::start(&home, ["--api-key", "k3y", model.to_str().unwrap()]);
-    home.run(["status", "--api", &server.address])
-        .fails(5, "--api-key");
+    home.run(["status", "--api", &server.address]).fails(5, "--api-key");
     home.murmur(["status", "--api", &server.address])
         .env("MURMUR_API_KEY", "k3y")
         .output()
@@ -113,22 +73,11 @@ fn without_a_server_a_model_runs_in_the_command_itself() {
     let home = Home::new();
     home.model("tiny.gguf");
     let answer = home
-        .run([
-            "run",
-            "tiny.gguf",
-            "hello",
-            "--raw",
-            "--max-tokens",
-            "4",
-            "--threads",
-            "1",
-            "--json",
-        ])
+        .run(["run", "tiny.gguf", "hello", "--raw", "--max-tokens", "4", "--threads", "1", "--json"])
         .succeeds()
         .json();
     assert_eq!(answer["completion_tokens"], 4);
-    home.run(["run", "tiny.gguf", "hello", "--max-memory", "1M"])
-        .fails(4, "tiny");
+    home.run(["run", "tiny.gguf", "hello", "--max-memory", "1M"]).fails(4, "does not fit");
     with_input(home.murmur(["run", "tiny.gguf"]), "  \n").fails(2, "no prompt");
 }
 
@@ -136,6 +85,5 @@ fn without_a_server_a_model_runs_in_the_command_itself() {
 fn one_model_may_not_hide_another() {
     let home = Home::new();
     home.model("tiny.gguf");
-    home.run(["serve", "tiny.gguf", "./tiny.gguf", "--api", "127.0.0.1:0"])
-        .fails(2, "--alias");
+    home.run(["serve", "tiny.gguf", "./tiny.gguf", "--api", "127.0.0.1:0"]).fails(2, "--alias");
 }

@@ -115,10 +115,7 @@ pub fn run(socket: UnixStream) -> Result<(), ChildError> {
     out.flush()?;
     let inbox = Arc::new(Inbox::default());
     let reader = inbox.clone();
-    thread::Builder::new()
-        .name("reader".into())
-        .spawn(move || reader.read_all(input))
-        .map_err(FrameError::from)?;
+    thread::Builder::new().name("reader".into()).spawn(move || reader.read_all(input)).map_err(FrameError::from)?;
     server.serve(&inbox, &mut out)
 }
 
@@ -261,7 +258,10 @@ fn receive_stage(stage: &mut Stage, schedule: &mut Schedule<Work>, frame: &Frame
             let (tokens, state) =
                 frame.payload.split_at_checked(ids).ok_or(StageError::Protocol("a state shorter than its tokens"))?;
             stage.restore(header.session, &bytemuck::pod_collect_to_vec(tokens), state)?;
-            Ok(Some(Frame { header: Header { kind: Kind::Restored, position: header.rows, ..header }, payload: Vec::new() }))
+            Ok(Some(Frame {
+                header: Header { kind: Kind::Restored, position: header.rows, ..header },
+                payload: Vec::new(),
+            }))
         }
         _ => Err(StageError::Protocol("a stage does not take this kind of frame")),
     }

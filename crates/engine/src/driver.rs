@@ -322,7 +322,8 @@ impl Driver {
         let Some(id) = self.queue.pop_front() else { return };
         let stages = self.options.stages;
         let Some(session) = self.sessions.get_mut(&id) else { return };
-        session.phase = Phase::Opening { missing: vec![true; stages], cached_tokens: u32::MAX, releases: self.releases };
+        session.phase =
+            Phase::Opening { missing: vec![true; stages], cached_tokens: u32::MAX, releases: self.releases };
         let mut header = Header::new(Kind::Open, id);
         header.epoch = session.epoch;
         for stage in 0..stages {
@@ -392,8 +393,10 @@ impl Driver {
         let done = header.position + header.rows;
         if header.has(FLAG_PREFILL) {
             self.counters.prompt_tokens += u64::from(header.rows);
-            let progress =
-                SessionEvent::Prefill { done_tokens: done.min(session.prompt_tokens), cached_tokens: session.cached_tokens };
+            let progress = SessionEvent::Prefill {
+                done_tokens: done.min(session.prompt_tokens),
+                cached_tokens: session.cached_tokens,
+            };
             if session.events.capacity() > EVENTS_MARGIN {
                 let _ = session.events.try_send(progress);
             }

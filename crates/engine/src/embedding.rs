@@ -40,7 +40,11 @@ impl EmbeddingModel {
             },
         )?;
         context.set_threads(load.threads.unwrap_or(load.threads_max));
-        Ok(EmbeddingModel { context, context_tokens: load.context_tokens, load_ms: started.elapsed().as_millis() as u64 })
+        Ok(EmbeddingModel {
+            context,
+            context_tokens: load.context_tokens,
+            load_ms: started.elapsed().as_millis() as u64,
+        })
     }
 
     /// What was loaded; the vocabulary comes with it.

@@ -186,7 +186,10 @@ type Progress = Arc<dyn Fn(usize, f32) + Send + Sync>;
 impl Engine {
     /// Cuts the file if needed, starts the child processes and waits until they are loaded. Blocks; `progress` hears
     /// (stage, fraction).
-    pub fn load(options: EngineOptions, progress: impl Fn(usize, f32) + Send + Sync + 'static) -> Result<Engine, EngineError> {
+    pub fn load(
+        options: EngineOptions,
+        progress: impl Fn(usize, f32) + Send + Sync + 'static,
+    ) -> Result<Engine, EngineError> {
         let progress: Progress = Arc::new(progress);
         let gguf = Gguf::open(&options.model)?;
         let helper = Arc::new(Helper::new(&options)?);
@@ -228,7 +231,12 @@ impl Engine {
 
     /// Text to tokens. `add_special`: with what the model wants at the start; `parse_special`: control tokens written in
     /// the text are read as such.
-    pub async fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, EngineError> {
+    pub async fn tokenize(
+        &self,
+        text: &str,
+        add_special: bool,
+        parse_special: bool,
+    ) -> Result<Vec<Token>, EngineError> {
         let request = Tokenize { text: text.to_owned(), add_special, parse_special };
         let frame = Frame::message(Header::new(Kind::Tokenize, 0), &request).map_err(LinkError::from)?;
         let answer = self.helper.ask(frame).await?;
@@ -533,7 +541,9 @@ impl Helper {
             }
             link.send(std::slice::from_ref(&frame)).map_err(LinkError::from)?;
             match receiver.await {
-                Ok(answer) if answer.header.kind == Kind::StepFailed => return Err(EngineError::Child(answer.as_text())),
+                Ok(answer) if answer.header.kind == Kind::StepFailed => {
+                    return Err(EngineError::Child(answer.as_text()));
+                }
                 Ok(answer) => return Ok(answer),
                 Err(_) => {}
             }

@@ -125,7 +125,11 @@ unsafe extern "C" fn on_progress(fraction: f32, user_data: *mut c_void) -> bool 
 
 impl Model {
     /// Loads a GGUF file; `progress` hears fractions from 0 to 1.
-    pub(crate) fn load(path: &Path, options: &ModelOptions, mut progress: &mut dyn FnMut(f32)) -> Result<Model, LlamaError> {
+    pub(crate) fn load(
+        path: &Path,
+        options: &ModelOptions,
+        mut progress: &mut dyn FnMut(f32),
+    ) -> Result<Model, LlamaError> {
         init();
         let shown = path.display().to_string();
         let c_path = CString::new(path.as_os_str().as_encoded_bytes())
@@ -143,9 +147,7 @@ impl Model {
             params.progress_callback_user_data = (&raw mut progress).cast();
             sys::llama_model_load_from_file(c_path.as_ptr(), params)
         };
-        NonNull::new(model)
-            .map(Model)
-            .ok_or_else(|| LlamaError::Load { path: shown, reason: take_last_error() })
+        NonNull::new(model).map(Model).ok_or_else(|| LlamaError::Load { path: shown, reason: take_last_error() })
     }
 
     /// Width of the hidden state.
@@ -216,7 +218,12 @@ impl Model {
     }
 
     /// Text to tokens.
-    pub(crate) fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, LlamaError> {
+    pub(crate) fn tokenize(
+        &self,
+        text: &str,
+        add_special: bool,
+        parse_special: bool,
+    ) -> Result<Vec<Token>, LlamaError> {
         let failed = || LlamaError::Tokenize(text.len());
         let length = i32::try_from(text.len()).map_err(|_| failed())?;
         let mut tokens: Vec<Token> = vec![0; text.len() / 2 + 16];
@@ -520,9 +527,8 @@ impl Context {
     /// Restores a KV state into a sequence.
     pub(crate) fn restore(&mut self, sequence: i32, bytes: &[u8]) -> Result<(), LlamaError> {
         // SAFETY: the slice has the length given; llama.cpp checks its content against the context.
-        let read = unsafe {
-            sys::llama_state_seq_set_data(self.context.as_ptr(), bytes.as_ptr(), bytes.len(), sequence)
-        };
+        let read =
+            unsafe { sys::llama_state_seq_set_data(self.context.as_ptr(), bytes.as_ptr(), bytes.len(), sequence) };
         if read == 0 { Err(LlamaError::State) } else { Ok(()) }
     }
 }

@@ -160,7 +160,10 @@ impl Link {
         let stderr = Arc::new(Mutex::new(Vec::new()));
         if let Some(pipe) = process.stderr.take() {
             let kept = stderr.clone();
-            thread::Builder::new().name("engine-stderr".into()).spawn(move || keep_tail(pipe, &kept)).map_err(failed)?;
+            thread::Builder::new()
+                .name("engine-stderr".into())
+                .spawn(move || keep_tail(pipe, &kept))
+                .map_err(failed)?;
         }
         let sender = Arc::new(Sender {
             socket: ours.try_clone().map_err(FrameError::from)?,

@@ -140,7 +140,8 @@ impl Slots {
     fn evict(&mut self, kv: &mut Vec<KvOp>) {
         while self.slots.iter().map(Slot::cells).sum::<u32>() > self.cells {
             let idle = (0..self.slots.len()).filter(|&i| self.slots[i].session.is_none());
-            let Some(oldest) = idle.filter(|&i| self.slots[i].cells() > 0).min_by_key(|&i| self.slots[i].used_at) else {
+            let Some(oldest) = idle.filter(|&i| self.slots[i].cells() > 0).min_by_key(|&i| self.slots[i].used_at)
+            else {
                 return;
             };
             self.cut(oldest, 0);

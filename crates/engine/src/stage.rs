@@ -98,8 +98,7 @@ impl Stage {
             return Err(StageError::Protocol("not the role of a stage"));
         };
         let started = Instant::now();
-        let options =
-            ModelOptions { vocabulary_only: false, repack: !load.exact, gpu_layers: load.gpu_layers };
+        let options = ModelOptions { vocabulary_only: false, repack: !load.exact, gpu_layers: load.gpu_layers };
         let model = Arc::new(Model::load(&load.path, &options, progress)?);
         let vocabulary = if last { Some(Arc::new(vocabulary::from_facts(model.vocabulary())?)) } else { None };
         let batch_rows = (load.chunk_rows * 2).max(load.sequences);
@@ -221,13 +220,14 @@ impl Stage {
 
     /// Computes a batch. One answer per piece of work, in order.
     pub(crate) fn forward(&mut self, works: &[Work]) -> Vec<Frame> {
-        let (ready, mut answers): (Vec<&Work>, Vec<Frame>) = (works.iter()).fold(Default::default(), |mut acc, work| {
-            match self.rewind(work) {
-                Ok(()) => acc.0.push(work),
-                Err(error) => acc.1.push(failure(work, &error)),
-            }
-            acc
-        });
+        let (ready, mut answers): (Vec<&Work>, Vec<Frame>) =
+            (works.iter()).fold(Default::default(), |mut acc, work| {
+                match self.rewind(work) {
+                    Ok(()) => acc.0.push(work),
+                    Err(error) => acc.1.push(failure(work, &error)),
+                }
+                acc
+            });
         if ready.is_empty() {
             return answers;
         }

@@ -9,7 +9,9 @@ use murmur_engine::{Engine, SessionEvent, SessionRequest};
 use murmur_gguf::synth::Weights;
 
 fn eight() -> Vec<SessionRequest> {
-    (0..8).map(|i| request(prompt(20 + 45 * i, i as i32), 40, if i % 2 == 0 { greedy() } else { sampled(i as u64) })).collect()
+    (0..8)
+        .map(|i| request(prompt(20 + 45 * i, i as i32), 40, if i % 2 == 0 { greedy() } else { sampled(i as u64) }))
+        .collect()
 }
 
 async fn one_by_one(engine: &Engine) -> Vec<Answer> {

@@ -105,14 +105,16 @@ async fn a_grammar_is_obeyed_through_a_three_stage_ring() {
     let lab = Lab::new();
     let model = lab.tiny("llama", Weights::F32);
     let engine = lab.engine(&model, ranges(&[0, 2, 5, 8]), false);
-    let sampling = SamplingParams {
-        grammar: Some(Grammar::Regex("[a-f]{12}".into())),
-        ignore_eos: false,
-        ..sampled(3)
-    };
+    let sampling =
+        SamplingParams { grammar: Some(Grammar::Regex("[a-f]{12}".into())), ignore_eos: false, ..sampled(3) };
     let answer = run(&engine, request(prompt(30, 1), 100, sampling)).await;
     let vocabulary = engine.vocabulary();
-    let text: Vec<u8> = answer.tokens.iter().filter(|&&t| !vocabulary.is_control(t)).flat_map(|&t| vocabulary.bytes(t).to_vec()).collect();
+    let text: Vec<u8> = answer
+        .tokens
+        .iter()
+        .filter(|&&t| !vocabulary.is_control(t))
+        .flat_map(|&t| vocabulary.bytes(t).to_vec())
+        .collect();
     assert_eq!(answer.ending, Ending::EndOfText);
     assert!(text.len() == 12 && text.iter().all(|b| (b'a'..=b'f').contains(b)), "{text:?}");
 }

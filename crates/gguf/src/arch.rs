@@ -141,14 +141,8 @@ impl Arch {
     /// Which layers have a sliding window. (llama.cpp ignores the window that Phi 3 and Mistral files declare.)
     pub fn window(self) -> Window {
         match self {
-            Self::Gemma2 => Window::Always {
-                period: 2,
-                default_window: Some(4096),
-            },
-            Self::GptOss => Window::Always {
-                period: 2,
-                default_window: None,
-            },
+            Self::Gemma2 => Window::Always { period: 2, default_window: Some(4096) },
+            Self::GptOss => Window::Always { period: 2, default_window: None },
             Self::Gemma3 => Window::WhenDeclared { period: 6 },
             Self::Olmo2 => Window::WhenDeclared { period: 4 },
             _ => Window::Never,
@@ -165,9 +159,7 @@ impl Arch {
     pub fn hidden_input(self) -> HiddenInput {
         match self {
             // gemma2.cpp scales `inpL` whatever it is; gemma3.cpp scales token rows only.
-            Self::Gemma2 => HiddenInput::OverwriteScaled {
-                tensor: "inp_scaled",
-            },
+            Self::Gemma2 => HiddenInput::OverwriteScaled { tensor: "inp_scaled" },
             _ => HiddenInput::Batch,
         }
     }
@@ -199,12 +191,14 @@ impl Arch {
         }
     }
 
+    /// Whether the loader takes the heads to be as wide together as the hidden state, where others multiply.
+    pub(crate) fn heads_fill_embedding(self) -> bool {
+        matches!(self, Self::Qwen2 | Self::Qwen2Moe | Self::Phi3 | Self::Olmo2 | Self::Bert)
+    }
+
     /// Whether the graph asserts that key, value and rotary dimensions are one and the same.
     pub(crate) fn wants_equal_head_dims(self) -> bool {
-        !matches!(
-            self,
-            Self::Gemma2 | Self::Gemma3 | Self::Phi3 | Self::GptOss | Self::Bert
-        )
+        !matches!(self, Self::Gemma2 | Self::Gemma3 | Self::Phi3 | Self::GptOss | Self::Bert)
     }
 }
 
@@ -214,9 +208,7 @@ impl Arch {
 /// Read in each `src/models/<arch>.cpp`: `cb(cur, "l_out", il)` is the last thing every layer of the listed
 /// architectures does. `llama_context::graph_get_cb` appends `-{il}`.
 pub fn hidden_tap_name(architecture: &str) -> Option<&'static str> {
-    Arch::from_name(architecture)
-        .filter(|arch| arch.can_slice())
-        .map(|_| "l_out")
+    Arch::from_name(architecture).filter(|arch| arch.can_slice()).map(|_| "l_out")
 }
 
 #[cfg(test)]

@@ -13,10 +13,7 @@ pub struct GgufError {
 
 impl GgufError {
     pub(crate) fn new(path: &Path, kind: GgufErrorKind) -> Self {
-        Self {
-            path: path.to_path_buf(),
-            kind,
-        }
+        Self { path: path.to_path_buf(), kind }
     }
 
     /// The file that was refused.
@@ -52,9 +49,7 @@ pub enum GgufErrorKind {
     #[error("the file is empty; the download probably never started, fetch it again")]
     Empty,
     /// The first four bytes are not `GGUF`.
-    #[error(
-        "this is not a GGUF file (it starts with {found}); convert the model to GGUF, or fetch the .gguf file"
-    )]
+    #[error("this is not a GGUF file (it starts with {found}); convert the model to GGUF, or fetch the .gguf file")]
     NotGguf {
         /// The first bytes, printable.
         found: String,
@@ -98,9 +93,7 @@ pub enum GgufErrorKind {
         limit: u64,
     },
     /// The file breaks the format.
-    #[error(
-        "the file is malformed: {0}; it is damaged or hostile, fetch it again from a source you trust"
-    )]
+    #[error("the file is malformed: {0}; it is damaged or hostile, fetch it again from a source you trust")]
     Malformed(String),
     /// The file is well formed, but llama.cpp would abort or crash on it.
     #[error("the model cannot be run: {0}")]

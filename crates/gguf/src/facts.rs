@@ -48,15 +48,9 @@ impl Facts {
     /// Reads the facts of a file. The error says which key is missing or senseless.
     pub fn of(gguf: &Gguf) -> Result<Self, String> {
         let need = |suffix: &str| match gguf.arch_get(suffix) {
-            None => Err(format!(
-                "the metadata key {} is missing",
-                gguf.arch_key(suffix)
-            )),
+            None => Err(format!("the metadata key {} is missing", gguf.arch_key(suffix))),
             Some(value) => first_or_scalar(value).ok_or_else(|| {
-                format!(
-                    "the metadata key {} is not a non-negative integer below 2^32",
-                    gguf.arch_key(suffix)
-                )
+                format!("the metadata key {} is not a non-negative integer below 2^32", gguf.arch_key(suffix))
             }),
         };
         let optional = |suffix: &str| match gguf.arch_get(suffix) {
@@ -67,9 +61,7 @@ impl Facts {
 
         let layers = need("block_count")?;
         if layers == 0 || layers > LAYERS_MAX {
-            return Err(format!(
-                "it states {layers} layers; llama.cpp takes 1 to {LAYERS_MAX}"
-            ));
+            return Err(format!("it states {layers} layers; llama.cpp takes 1 to {LAYERS_MAX}"));
         }
         let embedding_length = need("embedding_length")?;
         let heads = need("attention.head_count")?;
@@ -124,14 +116,9 @@ impl Facts {
 
 /// Vocabulary size: the token list, or `vocab_size`, or the embedding's rows.
 fn vocabulary(gguf: &Gguf) -> u32 {
-    let listed = gguf
-        .tokens()
-        .and_then(|tokens| u32::try_from(tokens.len()).ok());
+    let listed = gguf.tokens().and_then(|tokens| u32::try_from(tokens.len()).ok());
     let stated = || gguf.arch_u32("vocab_size");
-    let rows = || {
-        gguf.tensor("token_embd.weight")
-            .and_then(|t| u32::try_from(*t.dims.get(1)?).ok())
-    };
+    let rows = || gguf.tensor("token_embd.weight").and_then(|t| u32::try_from(*t.dims.get(1)?).ok());
     listed.or_else(stated).or_else(rows).unwrap_or(0)
 }
 
@@ -144,11 +131,7 @@ fn first_or_scalar(value: &Value) -> Option<u32> {
 }
 
 /// Window length and the layers it applies to.
-fn windows(
-    gguf: &Gguf,
-    arch: Option<Arch>,
-    layers: u32,
-) -> Result<(Option<u32>, Vec<bool>), String> {
+fn windows(gguf: &Gguf, arch: Option<Arch>, layers: u32) -> Result<(Option<u32>, Vec<bool>), String> {
     let none = || (None, vec![false; layers as usize]);
     let declared = gguf.arch_u32("attention.sliding_window");
     let (period, window) = match arch.map_or(Window::Never, Arch::window) {
@@ -157,32 +140,21 @@ fn windows(
             Some(window) if window > 0 => (period, window),
             _ => return Ok(none()),
         },
-        Window::Always {
-            period,
-            default_window,
-        } => match declared.or(default_window) {
+        Window::Always { period, default_window } => match declared.or(default_window) {
             Some(window) => (period, window),
             None => {
-                return Err(format!(
-                    "the metadata key {} is missing",
-                    gguf.arch_key("attention.sliding_window")
-                ));
+                return Err(format!("the metadata key {} is missing", gguf.arch_key("attention.sliding_window")));
             }
         },
     };
     let key = "attention.sliding_window_pattern";
     let pattern = match gguf.arch_get(key) {
         None => by_period(period, layers),
-        Some(Value::Array(Array::Bool(pattern))) if pattern.len() == layers as usize => {
-            pattern.clone()
-        }
+        Some(Value::Array(Array::Bool(pattern))) if pattern.len() == layers as usize => pattern.clone(),
         Some(Value::Array(array)) if array.len() == layers as usize => match array.integers() {
             Some(integers) => integers.iter().map(|&x| x != 0).collect(),
             None => {
-                return Err(format!(
-                    "the metadata key {} is not a list of booleans",
-                    gguf.arch_key(key)
-                ));
+                return Err(format!("the metadata key {} is not a list of booleans", gguf.arch_key(key)));
             }
         },
         Some(value) => match value.as_u32() {
@@ -200,9 +172,7 @@ fn windows(
 
 /// `llama_hparams::set_swa_pattern`: all layers but each `period`-th; a period of zero means every layer.
 fn by_period(period: u32, layers: u32) -> Vec<bool> {
-    (0..layers)
-        .map(|il| period == 0 || il % period < period - 1)
-        .collect()
+    (0..layers).map(|il| period == 0 || il % period < period - 1).collect()
 }
 
 #[cfg(test)]

@@ -37,36 +37,19 @@ impl Gguf {
             return Err(fail(GgufErrorKind::NotAFile));
         }
         let file = File::open(path).map_err(|e| fail(GgufErrorKind::from_io(e)))?;
-        let file_bytes = file
-            .metadata()
-            .map_err(|e| fail(GgufErrorKind::from_io(e)))?
-            .len();
+        let file_bytes = file.metadata().map_err(|e| fail(GgufErrorKind::from_io(e)))?.len();
         Self::from_reader(BufReader::with_capacity(1 << 16, file), file_bytes, path)
     }
 
     /// Checks a header from any reader. `file_bytes` is the size of the whole file, `path` what messages call it.
-    pub fn from_reader(
-        reader: impl Read,
-        file_bytes: u64,
-        path: impl Into<PathBuf>,
-    ) -> Result<Self, GgufError> {
+    pub fn from_reader(reader: impl Read, file_bytes: u64, path: impl Into<PathBuf>) -> Result<Self, GgufError> {
         let path = path.into();
         match parse::parse(reader, file_bytes) {
             Ok(header) => {
                 let key_index = parse::index(header.keys.iter().map(|(key, _)| key.as_str()));
                 let tensor_index = parse::index(header.tensors.iter().map(|t| t.name.as_str()));
-                let mut gguf = Self {
-                    path,
-                    file_bytes,
-                    header,
-                    key_index,
-                    tensor_index,
-                    architecture: String::new(),
-                };
-                gguf.architecture = gguf
-                    .str("general.architecture")
-                    .unwrap_or_default()
-                    .to_owned();
+                let mut gguf = Self { path, file_bytes, header, key_index, tensor_index, architecture: String::new() };
+                gguf.architecture = gguf.str("general.architecture").unwrap_or_default().to_owned();
                 Ok(gguf)
             }
             Err(kind) => Err(GgufError::new(&path, kind)),
@@ -115,18 +98,12 @@ impl Gguf {
 
     /// The value of a metadata key.
     pub fn get(&self, key: &str) -> Option<&Value> {
-        self.header
-            .keys
-            .get(*self.key_index.get(key)?)
-            .map(|(_, value)| value)
+        self.header.keys.get(*self.key_index.get(key)?).map(|(_, value)| value)
     }
 
     /// All keys and values in file order.
     pub fn keys(&self) -> impl Iterator<Item = (&str, &Value)> {
-        self.header
-            .keys
-            .iter()
-            .map(|(key, value)| (key.as_str(), value))
+        self.header.keys.iter().map(|(key, value)| (key.as_str(), value))
     }
 
     /// An integer that fits in 32 unsigned bits, whatever its width in the file.

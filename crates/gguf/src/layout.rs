@@ -17,19 +17,11 @@ pub(crate) struct Slot {
 }
 
 fn required(name: &'static str, dims: &[u64]) -> Slot {
-    Slot {
-        name,
-        dims: dims.to_vec(),
-        required: true,
-    }
+    Slot { name, dims: dims.to_vec(), required: true }
 }
 
 fn optional(name: &'static str, dims: &[u64]) -> Slot {
-    Slot {
-        name,
-        dims: dims.to_vec(),
-        required: false,
-    }
+    Slot { name, dims: dims.to_vec(), required: false }
 }
 
 /// The dimensions that shapes are made of.
@@ -52,27 +44,15 @@ impl Dims {
     fn of(arch: Arch, facts: &Facts) -> Self {
         let head = |n: u32, length: u32| u64::from(n) * u64::from(length);
         let d = u64::from(facts.embedding_length);
-        // These loaders write n_embd where the others write heads * key_length.
-        let square = matches!(
-            arch,
-            Arch::Qwen2 | Arch::Qwen2Moe | Arch::Phi3 | Arch::Olmo2 | Arch::Bert
-        );
-        let key = if arch == Arch::GptOss {
-            facts.rope_dimensions
-        } else {
-            facts.key_length
-        };
-        let value = if matches!(
-            arch,
-            Arch::Llama | Arch::Mistral3 | Arch::SmolLm3 | Arch::Gemma2 | Arch::Gemma3
-        ) {
+        let key = if arch == Arch::GptOss { facts.rope_dimensions } else { facts.key_length };
+        let value = if matches!(arch, Arch::Llama | Arch::Mistral3 | Arch::SmolLm3 | Arch::Gemma2 | Arch::Gemma3) {
             facts.value_length
         } else {
             key
         };
         Self {
             d,
-            q: if square { d } else { head(facts.heads, key) },
+            q: if arch.heads_fill_embedding() { d } else { head(facts.heads, key) },
             k: head(facts.kv_heads, key),
             v: head(facts.kv_heads, value),
             ff: facts.feed_forward_length.into(),
@@ -107,29 +87,19 @@ fn attention(arch: Arch, n: &Dims, slots: &mut Vec<Slot>) {
     // Either fused or separate: the checker knows that one stands for the other.
     let fused = arch == Arch::Phi3;
     let qkv = n.q + n.k + n.v;
-    slots.push(Slot {
-        name: "attn_qkv.weight",
-        dims: vec![n.d, qkv],
-        required: fused,
-    });
+    slots.push(Slot { name: "attn_qkv.weight", dims: vec![n.d, qkv], required: fused });
     slots.push(optional("attn_qkv.bias", &[qkv]));
     for (weight, bias, rows) in [
         ("attn_q.weight", "attn_q.bias", n.q),
         ("attn_k.weight", "attn_k.bias", n.k),
         ("attn_v.weight", "attn_v.bias", n.v),
     ] {
-        slots.push(Slot {
-            name: weight,
-            dims: vec![n.d, rows],
-            required: !fused,
-        });
+        slots.push(Slot { name: weight, dims: vec![n.d, rows], required: !fused });
         slots.push(optional(bias, &[rows]));
     }
     slots.push(required("attn_output.weight", &[n.q, n.d]));
     match arch {
-        Arch::Llama | Arch::Mistral3 | Arch::Bert => {
-            slots.push(optional("attn_output.bias", &[n.d]))
-        }
+        Arch::Llama | Arch::Mistral3 | Arch::Bert => slots.push(optional("attn_output.bias", &[n.d])),
         Arch::GptOss => {
             slots.push(required("attn_output.bias", &[n.d]));
             slots.push(required("attn_sinks.weight", &[n.heads]));
@@ -147,22 +117,16 @@ fn attention(arch: Arch, n: &Dims, slots: &mut Vec<Slot>) {
         }
         _ => {}
     }
-    if matches!(
-        arch,
-        Arch::Gemma2 | Arch::Gemma3 | Arch::Olmo2 | Arch::GptOss
-    ) {
+    if matches!(arch, Arch::Gemma2 | Arch::Gemma3 | Arch::Olmo2 | Arch::GptOss) {
         slots.push(required("post_attention_norm.weight", &[n.d]));
     }
     if matches!(arch, Arch::Gemma2 | Arch::Gemma3 | Arch::Olmo2) {
         slots.push(required("post_ffw_norm.weight", &[n.d]));
     }
     if arch == Arch::Bert {
-        for name in [
-            "attn_output_norm.weight",
-            "attn_output_norm.bias",
-            "layer_output_norm.weight",
-            "layer_output_norm.bias",
-        ] {
+        for name in
+            ["attn_output_norm.weight", "attn_output_norm.bias", "layer_output_norm.weight", "layer_output_norm.bias"]
+        {
             slots.push(required(name, &[n.d]));
         }
     }
@@ -191,18 +155,9 @@ fn dense(arch: Arch, n: &Dims, slots: &mut Vec<Slot>) {
 
 fn experts(arch: Arch, n: &Dims, slots: &mut Vec<Slot>) {
     slots.push(required("ffn_gate_inp.weight", &[n.d, n.experts]));
-    slots.push(required(
-        "ffn_gate_exps.weight",
-        &[n.d, n.expert_ff, n.experts],
-    ));
-    slots.push(required(
-        "ffn_up_exps.weight",
-        &[n.d, n.expert_ff, n.experts],
-    ));
-    slots.push(required(
-        "ffn_down_exps.weight",
-        &[n.expert_ff, n.d, n.experts],
-    ));
+    slots.push(required("ffn_gate_exps.weight", &[n.d, n.expert_ff, n.experts]));
+    slots.push(required("ffn_up_exps.weight", &[n.d, n.expert_ff, n.experts]));
+    slots.push(required("ffn_down_exps.weight", &[n.expert_ff, n.d, n.experts]));
     match arch {
         Arch::GptOss => {
             slots.push(required("ffn_gate_inp.bias", &[n.experts]));
@@ -225,10 +180,7 @@ pub(crate) fn global(arch: Arch, facts: &Facts) -> Vec<Slot> {
     let n = Dims::of(arch, facts);
     let mut slots = vec![required("token_embd.weight", &[n.d, n.vocabulary])];
     if arch == Arch::Bert {
-        slots.push(required(
-            "position_embd.weight",
-            &[n.d, facts.context_length.into()],
-        ));
+        slots.push(required("position_embd.weight", &[n.d, facts.context_length.into()]));
         slots.push(required("token_embd_norm.weight", &[n.d]));
         slots.push(required("token_embd_norm.bias", &[n.d]));
         slots.push(optional("token_types.weight", &[n.d, 2]));
@@ -255,8 +207,5 @@ pub(crate) fn global(arch: Arch, facts: &Facts) -> Vec<Slot> {
 
 /// Whether `name` may be absent because the fused or the separate form of the same projection is there.
 pub(crate) fn is_qkv(name: &str) -> bool {
-    matches!(
-        name,
-        "attn_qkv.weight" | "attn_q.weight" | "attn_k.weight" | "attn_v.weight"
-    )
+    matches!(name, "attn_qkv.weight" | "attn_q.weight" | "attn_k.weight" | "attn_v.weight")
 }

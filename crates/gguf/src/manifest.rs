@@ -64,9 +64,7 @@ impl FromStr for Digest {
     type Err = ParseDigestError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        blake3::Hash::from_hex(text)
-            .map(Self::from)
-            .map_err(|_| ParseDigestError(text.chars().take(80).collect()))
+        blake3::Hash::from_hex(text).map(Self::from).map_err(|_| ParseDigestError(text.chars().take(80).collect()))
     }
 }
 
@@ -204,9 +202,7 @@ impl Manifest {
                         head.push(("output.weight", i));
                     }
                 }
-                (_, name) if name.starts_with("output.") || name.starts_with("output_norm.") => {
-                    head.push((name, i))
-                }
+                (_, name) if name.starts_with("output.") || name.starts_with("output_norm.") => head.push((name, i)),
                 (_, name) => shared.push((name, i)),
             }
         }
@@ -223,31 +219,20 @@ impl Manifest {
             architecture: gguf.architecture().to_owned(),
             name: gguf.name().map(str::to_owned),
             tokenizer: tokenizer_digest(gguf),
-            layers: layers
-                .into_iter()
-                .map(|tensors| hashed.part(gguf, tensors))
-                .collect(),
+            layers: layers.into_iter().map(|tensors| hashed.part(gguf, tensors)).collect(),
             tied: embedding_tensor.is_some() && output.is_none() && !head.is_empty(),
             embedding: (!embedding.is_empty()).then(|| hashed.part(gguf, embedding)),
             head: (!head.is_empty()).then(|| hashed.part(gguf, head)),
             shared: (!shared.is_empty()).then(|| hashed.part(gguf, shared)),
-            parameters: types
-                .values()
-                .fold(0, |sum, used| used.parameters.saturating_add(sum)),
+            parameters: types.values().fold(0, |sum, used| used.parameters.saturating_add(sum)),
             tensor_bytes: types.values().map(|used| used.bytes).sum(),
             quantization: quantization(gguf, &types),
             types,
-            kv_bytes_per_token_per_layer: facts
-                .as_ref()
-                .map_or(0, Facts::kv_bytes_per_token_per_layer),
+            kv_bytes_per_token_per_layer: facts.as_ref().map_or(0, Facts::kv_bytes_per_token_per_layer),
             facts,
             rope: Rope {
                 freq_base: gguf.arch_f32("rope.freq_base").unwrap_or(10_000.0),
-                scaling: gguf
-                    .arch_get("rope.scaling.type")
-                    .and_then(|v| v.as_str())
-                    .unwrap_or("none")
-                    .to_owned(),
+                scaling: gguf.arch_get("rope.scaling.type").and_then(|v| v.as_str()).unwrap_or("none").to_owned(),
                 scaling_factor: gguf.arch_f32("rope.scaling.factor"),
                 original_context_length: gguf.arch_u32("rope.scaling.original_context_length"),
             },
@@ -264,20 +249,13 @@ impl Manifest {
     ///
     /// Layers with a sliding window take that much for the tokens of the window only.
     pub fn kv_bytes_per_token(&self, range: LayerRange) -> u64 {
-        let end = range
-            .end
-            .min(u32::try_from(self.layers.len()).unwrap_or(u32::MAX));
+        let end = range.end.min(u32::try_from(self.layers.len()).unwrap_or(u32::MAX));
         self.kv_bytes_per_token_per_layer * u64::from(end.saturating_sub(range.first))
     }
 
     /// Bytes of tensor data in the layers of `range`, without embedding and head.
     pub fn layer_bytes(&self, range: LayerRange) -> u64 {
-        self.layers
-            .iter()
-            .take(range.end as usize)
-            .skip(range.first as usize)
-            .map(|layer| layer.bytes)
-            .sum()
+        self.layers.iter().take(range.end as usize).skip(range.first as usize).map(|layer| layer.bytes).sum()
     }
 }
 
@@ -303,9 +281,7 @@ impl Hashed {
         let mut buffer = vec![0; CHUNK_BYTES];
         let mut position = 0u64;
         while position < total {
-            let wanted = usize::try_from(total - position)
-                .unwrap_or(CHUNK_BYTES)
-                .min(CHUNK_BYTES);
+            let wanted = usize::try_from(total - position).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
             let chunk = &mut buffer[..wanted];
             file.read_exact(chunk).map_err(|error| match error.kind() {
                 std::io::ErrorKind::UnexpectedEof => {
@@ -336,10 +312,7 @@ impl Hashed {
             position = end;
             progress(position, total);
         }
-        Ok(Self {
-            file: whole.finalize().into(),
-            tensors,
-        })
+        Ok(Self { file: whole.finalize().into(), tensors })
     }
 
     fn part(&self, gguf: &Gguf, mut tensors: Vec<(&str, usize)>) -> Part {
@@ -351,29 +324,17 @@ impl Hashed {
             let (Some(tensor), Some(digest)) = (gguf.tensors().get(i), self.tensors.get(i)) else {
                 continue;
             };
-            hasher
-                .update(&(name.len() as u32).to_le_bytes())
-                .update(name.as_bytes());
-            hasher
-                .update(&tensor.ty.id().to_le_bytes())
-                .update(&(tensor.dims.len() as u32).to_le_bytes());
+            hasher.update(&(name.len() as u32).to_le_bytes()).update(name.as_bytes());
+            hasher.update(&tensor.ty.id().to_le_bytes()).update(&(tensor.dims.len() as u32).to_le_bytes());
             for n in &tensor.dims {
                 hasher.update(&n.to_le_bytes());
             }
             hasher.update(&digest.0);
             bytes += tensor.bytes;
             parameters = parameters.saturating_add(tensor.elements());
-            ranges.push(ByteRange {
-                start: tensor.offset,
-                end: tensor.offset + tensor.bytes,
-            });
+            ranges.push(ByteRange { start: tensor.offset, end: tensor.offset + tensor.bytes });
         }
-        Part {
-            digest: hasher.finalize().into(),
-            bytes,
-            parameters,
-            ranges: join(ranges, gguf.alignment().into()),
-        }
+        Part { digest: hasher.finalize().into(), bytes, parameters, ranges: join(ranges, gguf.alignment().into()) }
     }
 }
 
@@ -383,9 +344,7 @@ fn join(mut ranges: Vec<ByteRange>, alignment: u64) -> Vec<ByteRange> {
     let mut joined: Vec<ByteRange> = vec![];
     for range in ranges {
         match joined.last_mut() {
-            Some(last) if last.end.next_multiple_of(alignment) >= range.start => {
-                last.end = last.end.max(range.end)
-            }
+            Some(last) if last.end.next_multiple_of(alignment) >= range.start => last.end = last.end.max(range.end),
             _ => joined.push(range),
         }
     }
@@ -395,9 +354,7 @@ fn join(mut ranges: Vec<ByteRange>, alignment: u64) -> Vec<ByteRange> {
 fn tokenizer_digest(gguf: &Gguf) -> Option<Digest> {
     let mut keys: Vec<_> = gguf
         .keys()
-        .filter(|(key, _)| {
-            key.starts_with("tokenizer.") && !key.starts_with("tokenizer.chat_template")
-        })
+        .filter(|(key, _)| key.starts_with("tokenizer.") && !key.starts_with("tokenizer.chat_template"))
         .collect();
     if keys.is_empty() {
         return None;
@@ -453,12 +410,8 @@ fn quantization(gguf: &Gguf, types: &BTreeMap<String, TypeUse>) -> String {
             _ => return None,
         })
     });
-    let most = || {
-        types
-            .iter()
-            .max_by_key(|(_, used)| used.bytes)
-            .map_or(TensorType::F32.name(), |(name, _)| name.as_str())
-    };
+    let most =
+        || types.iter().max_by_key(|(_, used)| used.bytes).map_or(TensorType::F32.name(), |(name, _)| name.as_str());
     named.unwrap_or_else(most).to_owned()
 }
 
@@ -469,10 +422,7 @@ mod tests {
     #[test]
     fn ranges_join_over_padding_and_nothing_else() {
         let range = |start, end| ByteRange { start, end };
-        let joined = join(
-            vec![range(96, 100), range(0, 30), range(32, 64), range(128, 130)],
-            32,
-        );
+        let joined = join(vec![range(96, 100), range(0, 30), range(32, 64), range(128, 130)], 32);
         assert_eq!(joined, [range(0, 64), range(96, 130)]);
     }
 

@@ -71,10 +71,7 @@ impl TensorInfo {
 pub(crate) fn split_layer(name: &str) -> Option<(u32, &str)> {
     let (number, rest) = name.strip_prefix("blk.")?.split_once('.')?;
     // "007" and "+7" are other names than "7": llama.cpp would never ask for them.
-    if number.is_empty()
-        || number.len() > 1 && number.starts_with('0')
-        || !number.bytes().all(|b| b.is_ascii_digit())
-    {
+    if number.is_empty() || number.len() > 1 && number.starts_with('0') || !number.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
     Some((number.parse().ok()?, rest))
@@ -101,17 +98,12 @@ pub(crate) fn align_up(n: u64, alignment: u64) -> Option<u64> {
 /// Bytes of a tensor; `None` when the shape is not representable.
 pub(crate) fn tensor_bytes(dims: &[u64], ty: TensorType) -> Option<u64> {
     let (&row, rest) = dims.split_first()?;
-    rest.iter()
-        .try_fold(ty.row_bytes(row)?, |bytes, &n| bytes.checked_mul(n))
+    rest.iter().try_fold(ty.row_bytes(row)?, |bytes, &n| bytes.checked_mul(n))
 }
 
 /// Reads and checks the header of a file of `file_bytes`.
 pub(crate) fn parse(reader: impl Read, file_bytes: u64) -> Result<Header, Kind> {
-    let mut cursor = Cursor {
-        reader,
-        position: 0,
-        file_bytes,
-    };
+    let mut cursor = Cursor { reader, position: 0, file_bytes };
     let version = cursor.magic_and_version()?;
     let n_tensors = cursor.count("the number of tensors", TENSORS_MAX)?;
     let n_keys = cursor.count("the number of metadata keys", KEYS_MAX)?;
@@ -121,9 +113,7 @@ pub(crate) fn parse(reader: impl Read, file_bytes: u64) -> Result<Header, Kind> 
     for _ in 0..n_keys {
         let (key, value) = cursor.key_value()?;
         if !seen.insert(key.clone()) {
-            return Err(Kind::malformed(format!(
-                "the metadata key {key:?} appears twice"
-            )));
+            return Err(Kind::malformed(format!("the metadata key {key:?} appears twice")));
         }
         keys.push((key, value));
     }
@@ -134,29 +124,16 @@ pub(crate) fn parse(reader: impl Read, file_bytes: u64) -> Result<Header, Kind> 
     for _ in 0..n_tensors {
         let tensor = cursor.tensor_info(alignment)?;
         if !names.insert(tensor.name.clone()) {
-            return Err(Kind::malformed(format!(
-                "the tensor {:?} appears twice",
-                tensor.name
-            )));
+            return Err(Kind::malformed(format!("the tensor {:?} appears twice", tensor.name)));
         }
         tensors.push(tensor);
     }
 
     let header_bytes = cursor.position;
-    let data_offset = if tensors.is_empty() {
-        header_bytes
-    } else {
-        align_up(header_bytes, alignment.into()).unwrap_or(u64::MAX)
-    };
+    let data_offset =
+        if tensors.is_empty() { header_bytes } else { align_up(header_bytes, alignment.into()).unwrap_or(u64::MAX) };
     place_tensors(&mut tensors, data_offset, file_bytes)?;
-    Ok(Header {
-        version,
-        keys,
-        tensors,
-        alignment,
-        data_offset,
-        header_bytes,
-    })
+    Ok(Header { version, keys, tensors, alignment, data_offset, header_bytes })
 }
 
 fn alignment_of(keys: &[(String, Value)]) -> Result<u32, Kind> {
@@ -164,35 +141,22 @@ fn alignment_of(keys: &[(String, Value)]) -> Result<u32, Kind> {
         return Ok(ALIGNMENT_DEFAULT);
     };
     match *value {
-        Value::U32(alignment) if alignment.is_power_of_two() && alignment <= ALIGNMENT_MAX => {
-            Ok(alignment)
-        }
+        Value::U32(alignment) if alignment.is_power_of_two() && alignment <= ALIGNMENT_MAX => Ok(alignment),
         Value::U32(alignment) => Err(Kind::malformed(format!(
             "the alignment {alignment} is not a power of two between 1 and {ALIGNMENT_MAX}"
         ))),
-        _ => Err(Kind::malformed(format!(
-            "{KEY_ALIGNMENT} is not a 32-bit unsigned integer"
-        ))),
+        _ => Err(Kind::malformed(format!("{KEY_ALIGNMENT} is not a 32-bit unsigned integer"))),
     }
 }
 
 /// Turns offsets into file offsets, and checks that every tensor lies in the file and on no other.
-fn place_tensors(
-    tensors: &mut [TensorInfo],
-    data_offset: u64,
-    file_bytes: u64,
-) -> Result<(), Kind> {
+fn place_tensors(tensors: &mut [TensorInfo], data_offset: u64, file_bytes: u64) -> Result<(), Kind> {
     let mut furthest_end = 0;
     for tensor in tensors.iter_mut() {
-        let placed = tensor
-            .offset
-            .checked_add(data_offset)
-            .and_then(|start| Some((start, start.checked_add(tensor.bytes)?)));
+        let placed =
+            tensor.offset.checked_add(data_offset).and_then(|start| Some((start, start.checked_add(tensor.bytes)?)));
         let Some((start, end)) = placed else {
-            return Err(Kind::malformed(format!(
-                "the offset of tensor {:?} does not fit in 64 bits",
-                tensor.name
-            )));
+            return Err(Kind::malformed(format!("the offset of tensor {:?} does not fit in 64 bits", tensor.name)));
         };
         tensor.offset = start;
         furthest_end = furthest_end.max(end);
@@ -203,17 +167,11 @@ fn place_tensors(
         if let [a, b] = pair
             && a.offset + a.bytes > b.offset
         {
-            return Err(Kind::malformed(format!(
-                "the tensors {:?} and {:?} overlap",
-                a.name, b.name
-            )));
+            return Err(Kind::malformed(format!("the tensors {:?} and {:?} overlap", a.name, b.name)));
         }
     }
     if furthest_end > file_bytes {
-        return Err(Kind::Truncated {
-            missing_bytes: furthest_end - file_bytes,
-            while_reading: "tensor data".into(),
-        });
+        return Err(Kind::Truncated { missing_bytes: furthest_end - file_bytes, while_reading: "tensor data".into() });
     }
     Ok(())
 }
@@ -229,10 +187,7 @@ impl<R: Read> Cursor<R> {
     fn require(&self, n: u64, what: &str) -> Result<(), Kind> {
         let end = self.position.saturating_add(n);
         if end > self.file_bytes {
-            return Err(Kind::Truncated {
-                missing_bytes: end - self.file_bytes,
-                while_reading: what.to_owned(),
-            });
+            return Err(Kind::Truncated { missing_bytes: end - self.file_bytes, while_reading: what.to_owned() });
         }
         if end > HEADER_BYTES_MAX {
             return Err(Kind::OverLimit {
@@ -246,16 +201,11 @@ impl<R: Read> Cursor<R> {
 
     fn read_exact(&mut self, buffer: &mut [u8], what: &str) -> Result<(), Kind> {
         self.require(buffer.len() as u64, what)?;
-        self.reader
-            .read_exact(buffer)
-            .map_err(|error| match error.kind() {
-                // The file shrank between asking for its length and reading it.
-                std::io::ErrorKind::UnexpectedEof => Kind::Truncated {
-                    missing_bytes: 1,
-                    while_reading: what.to_owned(),
-                },
-                _ => Kind::from_io(error),
-            })?;
+        self.reader.read_exact(buffer).map_err(|error| match error.kind() {
+            // The file shrank between asking for its length and reading it.
+            std::io::ErrorKind::UnexpectedEof => Kind::Truncated { missing_bytes: 1, while_reading: what.to_owned() },
+            _ => Kind::from_io(error),
+        })?;
         self.position += buffer.len() as u64;
         Ok(())
     }
@@ -282,9 +232,7 @@ impl<R: Read> Cursor<R> {
         let present = self.file_bytes.min(4) as usize;
         self.read_exact(&mut magic[..present], "the magic number")?;
         if magic[..present] != b"GGUF"[..present] {
-            return Err(Kind::NotGguf {
-                found: format!("\"{}\"", magic[..present].escape_ascii()),
-            });
+            return Err(Kind::NotGguf { found: format!("\"{}\"", magic[..present].escape_ascii()) });
         }
         self.require(4 - present as u64, "the magic number")?;
         match self.u32("the version")? {
@@ -299,11 +247,7 @@ impl<R: Read> Cursor<R> {
     fn count(&mut self, what: &str, limit: u64) -> Result<u64, Kind> {
         let n = self.u64(what)?;
         if n > limit {
-            return Err(Kind::OverLimit {
-                what: what.to_owned(),
-                found: n,
-                limit,
-            });
+            return Err(Kind::OverLimit { what: what.to_owned(), found: n, limit });
         }
         Ok(n)
     }
@@ -317,8 +261,7 @@ impl<R: Read> Cursor<R> {
     }
 
     fn text(&mut self, what: &str, limit: u64) -> Result<String, Kind> {
-        String::from_utf8(self.bytes(what, limit)?)
-            .map_err(|_| Kind::malformed(format!("{what}: not valid UTF-8")))
+        String::from_utf8(self.bytes(what, limit)?).map_err(|_| Kind::malformed(format!("{what}: not valid UTF-8")))
     }
 
     fn key_value(&mut self) -> Result<(String, Value), Kind> {
@@ -327,9 +270,7 @@ impl<R: Read> Cursor<R> {
             return Err(Kind::malformed("a metadata key is empty"));
         }
         if key.contains('\0') {
-            return Err(Kind::malformed(format!(
-                "the metadata key {key:?} contains a zero byte"
-            )));
+            return Err(Kind::malformed(format!("the metadata key {key:?} contains a zero byte")));
         }
         let what = format!("the value of {key}");
         let value = match self.u32(&what)? {
@@ -354,19 +295,14 @@ impl<R: Read> Cursor<R> {
             id::I64 => Value::I64(i64::from_le_bytes(self.array(what)?)),
             id::F64 => Value::F64(f64::from_le_bytes(self.array(what)?)),
             ty => {
-                return Err(Kind::malformed(format!(
-                    "{key} has the unknown value type {ty}"
-                )));
+                return Err(Kind::malformed(format!("{key} has the unknown value type {ty}")));
             }
         })
     }
 
     fn array_value(&mut self, key: &str, what: &str) -> Result<Array, Kind> {
         let ty = self.u32(what)?;
-        let n = self.count(
-            &format!("the number of elements of {key}"),
-            ARRAY_ELEMENTS_MAX,
-        )?;
+        let n = self.count(&format!("the number of elements of {key}"), ARRAY_ELEMENTS_MAX)?;
         Ok(match ty {
             id::U8 => Array::U8(self.elements(n, what, u8::from_le_bytes)?),
             id::I8 => Array::I8(self.elements(n, what, i8::from_le_bytes)?),
@@ -377,47 +313,28 @@ impl<R: Read> Cursor<R> {
             id::F32 => Array::F32(self.elements(n, what, f32::from_le_bytes)?),
             id::BOOL => {
                 let bytes = self.elements(n, what, u8::from_le_bytes)?;
-                Array::Bool(
-                    bytes
-                        .into_iter()
-                        .map(|b| truth(b, key))
-                        .collect::<Result<_, _>>()?,
-                )
+                Array::Bool(bytes.into_iter().map(|b| truth(b, key)).collect::<Result<_, _>>()?)
             }
             id::STRING => Array::Str(self.strings(n, what)?),
             id::U64 => Array::U64(self.elements(n, what, u64::from_le_bytes)?),
             id::I64 => Array::I64(self.elements(n, what, i64::from_le_bytes)?),
             id::F64 => Array::F64(self.elements(n, what, f64::from_le_bytes)?),
             id::ARRAY => {
-                return Err(Kind::malformed(format!(
-                    "{key} is an array of arrays, which llama.cpp does not read"
-                )));
+                return Err(Kind::malformed(format!("{key} is an array of arrays, which llama.cpp does not read")));
             }
             ty => {
-                return Err(Kind::malformed(format!(
-                    "{key} has the unknown element type {ty}"
-                )));
+                return Err(Kind::malformed(format!("{key} has the unknown element type {ty}")));
             }
         })
     }
 
-    fn elements<T, const N: usize>(
-        &mut self,
-        n: u64,
-        what: &str,
-        decode: fn([u8; N]) -> T,
-    ) -> Result<Vec<T>, Kind> {
+    fn elements<T, const N: usize>(&mut self, n: u64, what: &str, decode: fn([u8; N]) -> T) -> Result<Vec<T>, Kind> {
         // n is at most ARRAY_ELEMENTS_MAX, so the product cannot overflow.
         let total = n * N as u64;
         self.require(total, what)?;
         let mut bytes = vec![0; total as usize];
         self.read_exact(&mut bytes, what)?;
-        Ok(bytes
-            .as_chunks::<N>()
-            .0
-            .iter()
-            .map(|chunk| decode(*chunk))
-            .collect())
+        Ok(bytes.as_chunks::<N>().0.iter().map(|chunk| decode(*chunk)).collect())
     }
 
     fn strings(&mut self, n: u64, what: &str) -> Result<StringArray, Kind> {
@@ -434,30 +351,20 @@ impl<R: Read> Cursor<R> {
     fn tensor_info(&mut self, alignment: u32) -> Result<TensorInfo, Kind> {
         let name = self.text("the length of a tensor name", TENSOR_NAME_BYTES_MAX)?;
         if name.is_empty() || name.contains('\0') {
-            return Err(Kind::malformed(format!(
-                "the tensor name {name:?} is not usable"
-            )));
+            return Err(Kind::malformed(format!("the tensor name {name:?} is not usable")));
         }
         let what = format!("the description of tensor {name}");
         let n_dims = self.u32(&what)?;
         if n_dims == 0 || n_dims > DIMS_MAX {
-            return Err(Kind::malformed(format!(
-                "the tensor {name:?} has {n_dims} dimensions, not 1 to {DIMS_MAX}"
-            )));
+            return Err(Kind::malformed(format!("the tensor {name:?} has {n_dims} dimensions, not 1 to {DIMS_MAX}")));
         }
-        let dims = (0..n_dims)
-            .map(|_| self.u64(&what))
-            .collect::<Result<Vec<u64>, _>>()?;
+        let dims = (0..n_dims).map(|_| self.u64(&what)).collect::<Result<Vec<u64>, _>>()?;
         if dims.contains(&0) {
-            return Err(Kind::malformed(format!(
-                "the tensor {name:?} has a dimension of zero"
-            )));
+            return Err(Kind::malformed(format!("the tensor {name:?} has a dimension of zero")));
         }
         let ty_id = self.u32(&what)?;
         let Some(ty) = TensorType::from_id(ty_id) else {
-            return Err(Kind::malformed(format!(
-                "the tensor {name:?} has the unknown type {ty_id}"
-            )));
+            return Err(Kind::malformed(format!("the tensor {name:?} has the unknown type {ty_id}")));
         };
         if !dims[0].is_multiple_of(ty.block_elements()) {
             let block = ty.block_elements();
@@ -466,17 +373,11 @@ impl<R: Read> Cursor<R> {
                 dims[0]
             )));
         }
-        let elements = dims
-            .iter()
-            .try_fold(1u64, |product, &n| product.checked_mul(n))
-            .filter(|&n| n <= i64::MAX as u64);
-        let bytes = elements
-            .and_then(|_| tensor_bytes(&dims, ty))
-            .filter(|&bytes| bytes <= TENSOR_BYTES_MAX);
+        let elements =
+            dims.iter().try_fold(1u64, |product, &n| product.checked_mul(n)).filter(|&n| n <= i64::MAX as u64);
+        let bytes = elements.and_then(|_| tensor_bytes(&dims, ty)).filter(|&bytes| bytes <= TENSOR_BYTES_MAX);
         let Some(bytes) = bytes else {
-            return Err(Kind::malformed(format!(
-                "the shape {dims:?} of tensor {name:?} is impossibly large"
-            )));
+            return Err(Kind::malformed(format!("the shape {dims:?} of tensor {name:?} is impossibly large")));
         };
         let offset = self.u64(&what)?;
         if !offset.is_multiple_of(alignment.into()) {
@@ -484,13 +385,7 @@ impl<R: Read> Cursor<R> {
                 "the offset {offset} of tensor {name:?} is not aligned to {alignment}"
             )));
         }
-        Ok(TensorInfo {
-            name,
-            dims,
-            ty,
-            offset,
-            bytes,
-        })
+        Ok(TensorInfo { name, dims, ty, offset, bytes })
     }
 }
 
@@ -498,18 +393,13 @@ fn truth(byte: u8, key: &str) -> Result<bool, Kind> {
     match byte {
         0 => Ok(false),
         1 => Ok(true),
-        other => Err(Kind::malformed(format!(
-            "{key} holds {other} where only false (0) or true (1) may stand"
-        ))),
+        other => Err(Kind::malformed(format!("{key} holds {other} where only false (0) or true (1) may stand"))),
     }
 }
 
 /// Position of each name.
 pub(crate) fn index<'a>(names: impl Iterator<Item = &'a str>) -> HashMap<String, usize> {
-    names
-        .enumerate()
-        .map(|(i, name)| (name.to_owned(), i))
-        .collect()
+    names.enumerate().map(|(i, name)| (name.to_owned(), i)).collect()
 }
 
 #[cfg(test)]
@@ -518,21 +408,10 @@ mod tests {
 
     #[test]
     fn layer_names_are_split_and_odd_spellings_are_not_layers() {
-        assert_eq!(
-            split_layer("blk.12.attn_q.weight"),
-            Some((12, "attn_q.weight"))
-        );
+        assert_eq!(split_layer("blk.12.attn_q.weight"), Some((12, "attn_q.weight")));
         assert_eq!(split_layer("blk.0.x"), Some((0, "x")));
-        for odd in [
-            "blk.",
-            "blk.1",
-            "blk.01.x",
-            "blk.+1.x",
-            "blk.-1.x",
-            "blk..x",
-            "blk.99999999999.x",
-            "output.weight",
-        ] {
+        for odd in ["blk.", "blk.1", "blk.01.x", "blk.+1.x", "blk.-1.x", "blk..x", "blk.99999999999.x", "output.weight"]
+        {
             assert_eq!(split_layer(odd), None, "{odd}");
         }
     }

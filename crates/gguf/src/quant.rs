@@ -57,19 +57,13 @@ pub fn q8_0(data: &[f32], out: &mut Vec<u8>) {
 pub fn q4_0(data: &[f32], out: &mut Vec<u8>) {
     for block in data.as_chunks::<32>().0 {
         // The value of largest magnitude becomes -8, the end of the scale that reaches furthest.
-        let extreme = block
-            .iter()
-            .fold(0f32, |m, &x| if x.abs() > m.abs() { x } else { m });
+        let extreme = block.iter().fold(0f32, |m, &x| if x.abs() > m.abs() { x } else { m });
         let scale = extreme / -8.0;
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
         out.extend(f16_from_f32(scale).to_le_bytes());
         let nibble = |x: f32| ((x * inverse + 8.5) as i32).clamp(0, 15) as u8;
         let (low, high) = block.split_at(16);
-        out.extend(
-            low.iter()
-                .zip(high)
-                .map(|(&a, &b)| nibble(a) | nibble(b) << 4),
-        );
+        out.extend(low.iter().zip(high).map(|(&a, &b)| nibble(a) | nibble(b) << 4));
     }
 }
 
@@ -105,11 +99,7 @@ pub(crate) fn random_q6_k(rng: &mut Rng, std: f32, out: &mut Vec<u8>) {
     for j in 0..16 {
         let byte = (random[j / 8] >> (8 * (j % 8))) as u8;
         let magnitude = (64 + (byte & 63)) as i8;
-        out.push(if byte & 128 == 0 {
-            magnitude
-        } else {
-            -magnitude
-        } as u8);
+        out.push(if byte & 128 == 0 { magnitude } else { -magnitude } as u8);
     }
     // rms of q - 32 is 18.5; rms of magnitudes uniform in 64..=127 is 97.
     out.extend(f16_from_f32(std / (18.5 * 97.0)).to_le_bytes());
@@ -171,11 +161,7 @@ mod tests {
         for (block, bytes) in data.chunks(32).zip(packed.chunks(18)) {
             let d = f16_to_f32(u16::from_le_bytes([bytes[0], bytes[1]]));
             for (i, x) in block.iter().enumerate() {
-                let nibble = if i < 16 {
-                    bytes[2 + i] & 15
-                } else {
-                    bytes[2 + i - 16] >> 4
-                };
+                let nibble = if i < 16 { bytes[2 + i] & 15 } else { bytes[2 + i - 16] >> 4 };
                 assert!((x - d * (f32::from(nibble) - 8.0)).abs() <= d.abs() * 1.01);
             }
         }
@@ -184,10 +170,7 @@ mod tests {
     fn moments(weights: &[f32]) -> (f32, f32) {
         let n = weights.len() as f32;
         let mean = weights.iter().sum::<f32>() / n;
-        (
-            mean,
-            (weights.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / n).sqrt(),
-        )
+        (mean, (weights.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / n).sqrt())
     }
 
     #[test]
@@ -206,10 +189,7 @@ mod tests {
                 let (s, m) = if j < 4 {
                     (scales[j] & 63, scales[j + 4] & 63)
                 } else {
-                    (
-                        scales[j + 4] & 15 | scales[j - 4] >> 6 << 4,
-                        scales[j + 4] >> 4 | scales[j] >> 6 << 4,
-                    )
+                    (scales[j + 4] & 15 | scales[j - 4] >> 6 << 4, scales[j + 4] >> 4 | scales[j] >> 6 << 4)
                 };
                 assert_eq!(s, m);
                 assert!((32..64).contains(&s));
@@ -223,11 +203,8 @@ mod tests {
             assert_eq!(block.len(), 210);
             let d = f16_to_f32(u16::from_le_bytes([block[208], block[209]]));
             for i in 0..256 {
-                let low = if i % 128 < 64 {
-                    block[i / 128 * 64 + i % 64] & 15
-                } else {
-                    block[i / 128 * 64 + i % 64] >> 4
-                };
+                let low =
+                    if i % 128 < 64 { block[i / 128 * 64 + i % 64] & 15 } else { block[i / 128 * 64 + i % 64] >> 4 };
                 let high = block[128 + i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
                 let scale = block[192 + i / 16] as i8;
                 q6.push(d * f32::from(scale) * (f32::from(low | high << 4) - 32.0));

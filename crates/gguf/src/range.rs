@@ -7,9 +7,7 @@ use crate::gguf::Gguf;
 use crate::slice::{SliceError, Source};
 
 /// Layers `first..end` of a model, counted from zero.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct LayerRange {
     /// The first layer.
     pub first: u32,
@@ -47,21 +45,16 @@ impl fmt::Display for LayerRange {
 
 /// The text is not of the form `first..end`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{0:?} is not a layer range; write it as 0..8, the second number being the layer after the last"
-)]
+#[error("{0:?} is not a layer range; write it as 0..8, the second number being the layer after the last")]
 pub struct ParseLayerRangeError(String);
 
 impl FromStr for LayerRange {
     type Err = ParseLayerRangeError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let parsed = text
-            .split_once("..")
-            .and_then(|(first, end)| Some(Self::new(first.parse().ok()?, end.parse().ok()?)));
-        parsed
-            .filter(|range| !range.is_empty())
-            .ok_or_else(|| ParseLayerRangeError(text.to_owned()))
+        let parsed =
+            text.split_once("..").and_then(|(first, end)| Some(Self::new(first.parse().ok()?, end.parse().ok()?)));
+        parsed.filter(|range| !range.is_empty()).ok_or_else(|| ParseLayerRangeError(text.to_owned()))
     }
 }
 
@@ -72,9 +65,7 @@ pub fn sliceable(gguf: &Gguf) -> Result<(), SliceError> {
 
 /// The layers before which the model may be cut, from 1 to the number of layers less one. Empty when it cannot be cut.
 pub fn allowed_cuts(gguf: &Gguf) -> Vec<u32> {
-    Source::of(gguf)
-        .map(|source| source.allowed_cuts())
-        .unwrap_or_default()
+    Source::of(gguf).map(|source| source.allowed_cuts()).unwrap_or_default()
 }
 
 /// Cuts the model into `stages` ranges so that the slowest stage reads as few bytes per token as possible.
@@ -97,35 +88,17 @@ pub fn even_cuts(gguf: &Gguf, stages: u32) -> Result<Vec<LayerRange>, SliceError
         }
     }
     if let Some(last) = layer_bytes.last_mut() {
-        *last += gguf
-            .tensor("output.weight")
-            .or_else(|| gguf.tensor("token_embd.weight"))
-            .map_or(0, |t| t.bytes);
+        *last += gguf.tensor("output.weight").or_else(|| gguf.tensor("token_embd.weight")).map_or(0, |t| t.bytes);
     }
     // Between neighbouring bounds lie the smallest pieces that exist.
-    let bounds: Vec<u32> = std::iter::once(0)
-        .chain(allowed)
-        .chain(std::iter::once(source.facts.layers))
-        .collect();
+    let bounds: Vec<u32> = std::iter::once(0).chain(allowed).chain(std::iter::once(source.facts.layers)).collect();
     let pieces: Vec<u64> = bounds
         .windows(2)
-        .map(|pair| {
-            layer_bytes
-                .get(pair[0] as usize..pair[1] as usize)
-                .unwrap_or_default()
-                .iter()
-                .sum()
-        })
+        .map(|pair| layer_bytes.get(pair[0] as usize..pair[1] as usize).unwrap_or_default().iter().sum())
         .collect();
     let cuts = smallest_largest_part(&pieces, stages as usize);
-    let edges: Vec<u32> = cuts
-        .iter()
-        .filter_map(|&i| bounds.get(i).copied())
-        .collect();
-    Ok(edges
-        .windows(2)
-        .map(|pair| LayerRange::new(pair[0], pair[1]))
-        .collect())
+    let edges: Vec<u32> = cuts.iter().filter_map(|&i| bounds.get(i).copied()).collect();
+    Ok(edges.windows(2).map(|pair| LayerRange::new(pair[0], pair[1])).collect())
 }
 
 /// Splits `weights` into `parts` non-empty runs so that the heaviest is as light as possible; returns `parts + 1` edges.
@@ -178,18 +151,11 @@ mod tests {
     #[test]
     fn equal_weights_are_split_evenly() {
         assert_eq!(smallest_largest_part(&[1; 8], 4), [0, 2, 4, 6, 8]);
-        assert_eq!(
-            smallest_largest_part(&[1, 1, 1, 9], 2),
-            [0, 1, 4].map(|x| if x == 1 { 3 } else { x })
-        );
+        assert_eq!(smallest_largest_part(&[1, 1, 1, 9], 2), [0, 1, 4].map(|x| if x == 1 { 3 } else { x }));
     }
 
     fn heaviest(weights: &[u64], edges: &[usize]) -> u64 {
-        edges
-            .windows(2)
-            .map(|e| weights[e[0]..e[1]].iter().sum())
-            .max()
-            .unwrap()
+        edges.windows(2).map(|e| weights[e[0]..e[1]].iter().sum()).max().unwrap()
     }
 
     fn best_by_trying_all(weights: &[u64], parts: usize) -> u64 {
@@ -197,12 +163,7 @@ mod tests {
             return weights.iter().sum();
         }
         (1..=weights.len() - (parts - 1))
-            .map(|i| {
-                weights[..i]
-                    .iter()
-                    .sum::<u64>()
-                    .max(best_by_trying_all(&weights[i..], parts - 1))
-            })
+            .map(|i| weights[..i].iter().sum::<u64>().max(best_by_trying_all(&weights[i..], parts - 1)))
             .min()
             .unwrap()
     }

@@ -52,32 +52,16 @@ const OTHER_ARRAY_KEYS: &[&str] = &["rope.dimension_sections"];
 
 /// Keys of features that tie layers together or add some; a model that uses one is not cut.
 const REFUSED_KEYS: &[(&str, &str)] = &[
-    (
-        "nextn_predict_layers",
-        "it has extra layers that predict further tokens",
-    ),
-    (
-        "n_deepstack_layers",
-        "it feeds image features into several layers",
-    ),
-    (
-        "attention.shared_kv_layers",
-        "its layers share keys and values",
-    ),
-    (
-        "embedding_length_per_layer_input",
-        "it has embeddings for every layer",
-    ),
+    ("nextn_predict_layers", "it has extra layers that predict further tokens"),
+    ("n_deepstack_layers", "it feeds image features into several layers"),
+    ("attention.shared_kv_layers", "its layers share keys and values"),
+    ("embedding_length_per_layer_input", "it has embeddings for every layer"),
     ("adapters.count", "it has embedded adapters"),
 ];
 
 /// Tensors that every stage needs.
-const GLOBAL_TENSORS: &[&str] = &[
-    "output_norm.weight",
-    "rope_freqs.weight",
-    "rope_factors_long.weight",
-    "rope_factors_short.weight",
-];
+const GLOBAL_TENSORS: &[&str] =
+    &["output_norm.weight", "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"];
 
 /// Why a model was not cut.
 #[derive(Debug, thiserror::Error)]
@@ -91,9 +75,7 @@ pub enum SliceError {
         architecture: String,
     },
     /// A known architecture, but something about this model.
-    #[error(
-        "this model cannot be split by layers: {0}; run it whole on one machine that has the memory"
-    )]
+    #[error("this model cannot be split by layers: {0}; run it whole on one machine that has the memory")]
     Unsupported(String),
     /// The range is empty or reaches past the last layer.
     #[error("the layers {range} are not a part of this model, which has the layers 0..{layers}")]
@@ -107,10 +89,7 @@ pub enum SliceError {
     #[error("the layers {0} are the whole model; use the original file")]
     WholeModel(LayerRange),
     /// The model cannot be cut there.
-    #[error(
-        "the layers {range} cannot be cut out: this model can only be cut before the layers {}",
-        list(allowed)
-    )]
+    #[error("the layers {range} cannot be cut out: this model can only be cut before the layers {}", list(allowed))]
     CutNotAllowed {
         /// What was asked for.
         range: LayerRange,
@@ -145,10 +124,7 @@ pub enum SliceError {
 }
 
 fn list(cuts: &[u32]) -> String {
-    cuts.iter()
-        .map(u32::to_string)
-        .collect::<Vec<_>>()
-        .join(", ")
+    cuts.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// A model that can be cut.
@@ -165,22 +141,12 @@ pub(crate) struct Source<'a> {
 pub fn slice(gguf: &Gguf, range: LayerRange, out: impl AsRef<Path>) -> Result<(), SliceError> {
     let source = Source::of(gguf)?;
     source.check(range)?;
-    let read_error = |source| SliceError::Read {
-        path: gguf.path().to_path_buf(),
-        source,
-    };
+    let read_error = |source| SliceError::Read { path: gguf.path().to_path_buf(), source };
     let file = File::open(gguf.path()).map_err(read_error)?;
     if file.metadata().map_err(read_error)?.len() != gguf.file_bytes() {
-        return Err(SliceError::Changed {
-            path: gguf.path().to_path_buf(),
-        });
+        return Err(SliceError::Changed { path: gguf.path().to_path_buf() });
     }
-    let mut writer = SliceWriter {
-        source: &source,
-        range,
-        file: Arc::new(file),
-        builder: GgufBuilder::default(),
-    };
+    let mut writer = SliceWriter { source: &source, range, file: Arc::new(file), builder: GgufBuilder::default() };
     writer.keys()?;
     writer.tensors()?;
     writer.builder.write(out)?;
@@ -193,17 +159,15 @@ impl<'a> Source<'a> {
         let unsupported = |reason: String| SliceError::Unsupported(reason);
         let arch = Arch::from_name(gguf.architecture()).filter(|arch| arch.can_slice());
         let Some(arch) = arch else {
-            return Err(SliceError::UnknownArchitecture {
-                architecture: gguf.architecture().to_owned(),
-            });
+            return Err(SliceError::UnknownArchitecture { architecture: gguf.architecture().to_owned() });
         };
         if gguf.u32("split.count").is_some_and(|count| count > 1) {
-            return Err(unsupported("it is one part of a model in several files; merge them with llama-gguf-split --merge".into()));
+            return Err(unsupported(
+                "it is one part of a model in several files; merge them with llama-gguf-split --merge".into(),
+            ));
         }
         if gguf.get("murmur.slice.first").is_some() {
-            return Err(unsupported(
-                "it is itself a part of a model; cut the whole one".into(),
-            ));
+            return Err(unsupported("it is itself a part of a model; cut the whole one".into()));
         }
         let facts = Facts::of(gguf).map_err(unsupported)?;
         for (key, reason) in REFUSED_KEYS {
@@ -212,33 +176,19 @@ impl<'a> Source<'a> {
             }
         }
         let Some(embedding) = gguf.tensor("token_embd.weight") else {
-            return Err(unsupported(
-                "the tensor token_embd.weight is missing".into(),
-            ));
+            return Err(unsupported("the tensor token_embd.weight is missing".into()));
         };
-        if embedding.dims
-            != [
-                u64::from(facts.embedding_length),
-                u64::from(facts.vocabulary),
-            ]
-        {
+        if embedding.dims != [u64::from(facts.embedding_length), u64::from(facts.vocabulary)] {
             return Err(unsupported(format!(
                 "the embedding has the shape {:?}, not {} x {}",
                 embedding.dims, facts.embedding_length, facts.vocabulary
             )));
         }
-        let source = Self {
-            gguf,
-            arch,
-            facts,
-            embedding,
-        };
+        let source = Self { gguf, arch, facts, embedding };
         source.check_tensors().map_err(unsupported)?;
         source.check_arrays().map_err(unsupported)?;
         if source.attention_scale_changes(source.facts.layers, 1) {
-            return Err(unsupported(
-                "llama.cpp knows its attention scale only by its number of layers".into(),
-            ));
+            return Err(unsupported("llama.cpp knows its attention scale only by its number of layers".into()));
         }
         Ok(source)
     }
@@ -268,9 +218,7 @@ impl<'a> Source<'a> {
                                 | "output.input_scale"
                         );
                     if !known {
-                        return Err(format!(
-                            "it has the tensor {name}, and no rule says which stage that belongs to"
-                        ));
+                        return Err(format!("it has the tensor {name}, and no rule says which stage that belongs to"));
                     }
                 }
             }
@@ -305,16 +253,10 @@ impl<'a> Source<'a> {
             let per_layer = array.len() == self.facts.layers as usize;
             if PER_LAYER_KEYS.contains(&suffix) {
                 if !per_layer {
-                    return Err(format!(
-                        "{key} lists {} values for {} layers",
-                        array.len(),
-                        self.facts.layers
-                    ));
+                    return Err(format!("{key} lists {} values for {} layers", array.len(), self.facts.layers));
                 }
             } else if per_layer && !OTHER_ARRAY_KEYS.contains(&suffix) {
-                return Err(format!(
-                    "{key} lists a value per layer, and no rule says what it means"
-                ));
+                return Err(format!("{key} lists a value per layer, and no rule says what it means"));
             }
         }
         Ok(())
@@ -329,9 +271,7 @@ impl<'a> Source<'a> {
 
     /// Where the model may be cut.
     pub(crate) fn allowed_cuts(&self) -> Vec<u32> {
-        (1..self.facts.layers)
-            .filter(|cut| cut % self.arch.cut_multiple() == 0)
-            .collect()
+        (1..self.facts.layers).filter(|cut| cut % self.arch.cut_multiple() == 0).collect()
     }
 
     fn check(&self, range: LayerRange) -> Result<(), SliceError> {
@@ -343,8 +283,7 @@ impl<'a> Source<'a> {
             return Err(SliceError::WholeModel(range));
         }
         let allowed = self.allowed_cuts();
-        let on_cut =
-            |edge: u32| edge == 0 || edge == layers || allowed.binary_search(&edge).is_ok();
+        let on_cut = |edge: u32| edge == 0 || edge == layers || allowed.binary_search(&edge).is_ok();
         if !on_cut(range.first) || !on_cut(range.end) {
             return Err(SliceError::CutNotAllowed { range, allowed });
         }
@@ -384,11 +323,7 @@ impl SliceWriter<'_, '_> {
     }
 
     fn vocabulary(&self) -> u32 {
-        if self.is_middle() {
-            DUMMY_VOCABULARY
-        } else {
-            self.source.facts.vocabulary
-        }
+        if self.is_middle() { DUMMY_VOCABULARY } else { self.source.facts.vocabulary }
     }
 
     fn keys(&mut self) -> Result<(), SliceError> {
@@ -404,9 +339,9 @@ impl SliceWriter<'_, '_> {
             let value = match (key.strip_prefix(&prefix), value) {
                 (Some(suffix), Value::Array(array)) if PER_LAYER_KEYS.contains(&suffix) => {
                     let cut = array.cut(self.range.first as usize..self.range.end as usize);
-                    Value::Array(cut.ok_or_else(|| {
-                        SliceError::Unsupported(format!("{key} is shorter than the model"))
-                    })?)
+                    Value::Array(
+                        cut.ok_or_else(|| SliceError::Unsupported(format!("{key} is shorter than the model")))?,
+                    )
                 }
                 _ => value.clone(),
             };
@@ -417,13 +352,7 @@ impl SliceWriter<'_, '_> {
         };
         set("block_count", self.range.len().into());
         if let Some(dense) = gguf.arch_u32("leading_dense_block_count") {
-            set(
-                "leading_dense_block_count",
-                dense
-                    .saturating_sub(self.range.first)
-                    .min(self.range.len())
-                    .into(),
-            );
+            set("leading_dense_block_count", dense.saturating_sub(self.range.first).min(self.range.len()).into());
         }
         let vocabulary = self.vocabulary();
         self.builder.set(format!("{prefix}vocab_size"), vocabulary);
@@ -433,8 +362,7 @@ impl SliceWriter<'_, '_> {
         self.window_keys(&prefix);
         self.builder.set("murmur.slice.first", self.range.first);
         self.builder.set("murmur.slice.end", self.range.end);
-        self.builder
-            .set("murmur.slice.layers", self.source.facts.layers);
+        self.builder.set("murmur.slice.layers", self.source.facts.layers);
         Ok(())
     }
 
@@ -445,11 +373,7 @@ impl SliceWriter<'_, '_> {
             return;
         };
         let range = self.range.first as usize..self.range.end as usize;
-        let windowed = facts
-            .windowed_layers
-            .get(range)
-            .unwrap_or_default()
-            .to_vec();
+        let windowed = facts.windowed_layers.get(range).unwrap_or_default().to_vec();
         let any = windowed.contains(&true);
         let key = |suffix: &str| format!("{prefix}{suffix}");
         let pattern = key("attention.sliding_window_pattern");
@@ -465,14 +389,9 @@ impl SliceWriter<'_, '_> {
             }
             // No window at all is one as well. One that never ends is the same as none, with the same rotary base.
             Window::Always { .. } => {
-                self.builder
-                    .set(key("attention.sliding_window"), ENDLESS_WINDOW);
+                self.builder.set(key("attention.sliding_window"), ENDLESS_WINDOW);
                 self.builder.set(pattern, vec![true; windowed.len()]);
-                let rope_base = self
-                    .source
-                    .gguf
-                    .arch_f32("rope.freq_base")
-                    .unwrap_or(10_000.0);
+                let rope_base = self.source.gguf.arch_f32("rope.freq_base").unwrap_or(10_000.0);
                 self.builder.set(key("rope.freq_base_swa"), rope_base);
             }
         }
@@ -482,10 +401,8 @@ impl SliceWriter<'_, '_> {
         let source = self.source;
         let head = source.output().unwrap_or(source.embedding);
         // The head must keep its own name where the loader wants it there, or where scales refer to it by that name.
-        let scaled = source.gguf.tensor("output.scale").is_some()
-            || source.gguf.tensor("output.input_scale").is_some();
-        let keeps_output =
-            source.output().is_some() && (source.arch.head() == Head::Required || scaled);
+        let scaled = source.gguf.tensor("output.scale").is_some() || source.gguf.tensor("output.input_scale").is_some();
+        let keeps_output = source.output().is_some() && (source.arch.head() == Head::Required || scaled);
 
         let embedding = source.embedding;
         match (self.is_first(), self.is_last()) {
@@ -499,13 +416,9 @@ impl SliceWriter<'_, '_> {
                     self.copy(&format!("blk.{}.{rest}", il - self.range.first), tensor)?
                 }
                 Some(_) => {}
-                None if GLOBAL_TENSORS.contains(&tensor.name.as_str()) => {
-                    self.copy(&tensor.name, tensor)?
-                }
+                None if GLOBAL_TENSORS.contains(&tensor.name.as_str()) => self.copy(&tensor.name, tensor)?,
                 // What goes with the head stays with it.
-                None if self.is_last() && tensor.name == "output.bias" => {
-                    self.copy(&tensor.name, tensor)?
-                }
+                None if self.is_last() && tensor.name == "output.bias" => self.copy(&tensor.name, tensor)?,
                 None if self.is_last() && keeps_output && tensor.name.starts_with("output.") => {
                     self.copy(&tensor.name, tensor)?
                 }
@@ -519,34 +432,18 @@ impl SliceWriter<'_, '_> {
     }
 
     fn copy(&mut self, name: &str, tensor: &TensorInfo) -> Result<(), SliceError> {
-        let source = TensorSource::FileRange {
-            file: Arc::clone(&self.file),
-            offset: tensor.offset,
-        };
+        let source = TensorSource::FileRange { file: Arc::clone(&self.file), offset: tensor.offset };
         self.builder.tensor(name, &tensor.dims, tensor.ty, source)?;
         Ok(())
     }
 
     /// A matrix of zeros with the shape of the embedding, in the smallest type whose blocks divide its rows.
     fn dummy(&mut self, name: &str) -> Result<(), SliceError> {
-        const SMALLEST_FIRST: [TensorType; 5] = [
-            TensorType::Q1_0,
-            TensorType::TQ1_0,
-            TensorType::Q2_0,
-            TensorType::Q4_0,
-            TensorType::F16,
-        ];
+        const SMALLEST_FIRST: [TensorType; 5] =
+            [TensorType::Q1_0, TensorType::TQ1_0, TensorType::Q2_0, TensorType::Q4_0, TensorType::F16];
         let columns = u64::from(self.source.facts.embedding_length);
-        let ty = SMALLEST_FIRST
-            .into_iter()
-            .find(|ty| ty.row_bytes(columns).is_some())
-            .unwrap_or(TensorType::F16);
-        self.builder.tensor(
-            name,
-            &[columns, self.vocabulary().into()],
-            ty,
-            TensorSource::Zeros,
-        )?;
+        let ty = SMALLEST_FIRST.into_iter().find(|ty| ty.row_bytes(columns).is_some()).unwrap_or(TensorType::F16);
+        self.builder.tensor(name, &[columns, self.vocabulary().into()], ty, TensorSource::Zeros)?;
         Ok(())
     }
 }

@@ -120,7 +120,7 @@ tensor_types! {
 impl TensorType {
     /// Bytes of a row of `elements`; `None` when it is not a whole number of blocks or does not fit in 64 bits.
     pub fn row_bytes(self, elements: u64) -> Option<u64> {
-        if elements % self.block_elements() != 0 {
+        if !elements.is_multiple_of(self.block_elements()) {
             return None;
         }
         (elements / self.block_elements()).checked_mul(self.block_bytes())
@@ -128,10 +128,7 @@ impl TensorType {
 
     /// Whether ggml can multiply with a matrix of this type. Others crash it (F64 by a null function pointer).
     pub fn is_weight(self) -> bool {
-        !matches!(
-            self,
-            Self::F64 | Self::I8 | Self::I16 | Self::I32 | Self::I64 | Self::Q8_1 | Self::Q8_K
-        )
+        !matches!(self, Self::F64 | Self::I8 | Self::I16 | Self::I32 | Self::I64 | Self::Q8_1 | Self::Q8_K)
     }
 
     /// Average bits per element.

@@ -35,10 +35,7 @@ impl Gguf {
 
 fn check(gguf: &Gguf) -> Rule {
     if gguf.architecture().is_empty() {
-        return Err(
-            "it does not state its architecture (general.architecture); it is not a language model"
-                .into(),
-        );
+        return Err("it does not state its architecture (general.architecture); it is not a language model".into());
     }
     if gguf.tensors().is_empty() {
         return Err("it holds no weights, only a vocabulary; fetch the model itself".into());
@@ -55,9 +52,7 @@ fn check(gguf: &Gguf) -> Rule {
     if let Some(layers) = gguf.layer_count()
         && (layers == 0 || layers > LAYERS_MAX)
     {
-        return Err(format!(
-            "it states {layers} layers; llama.cpp takes 1 to {LAYERS_MAX}"
-        ));
+        return Err(format!("it states {layers} layers; llama.cpp takes 1 to {LAYERS_MAX}"));
     }
     if let Some(arch) = Arch::from_name(gguf.architecture()) {
         let facts = Facts::of(gguf)?;
@@ -121,11 +116,7 @@ fn uniform_layers(gguf: &Gguf) -> Rule {
 }
 
 fn in_range(what: &str, n: u32, max: u32) -> Rule {
-    if n == 0 || n > max {
-        Err(format!("its {what} is {n}; 1 to {max} make sense"))
-    } else {
-        Ok(())
-    }
+    if n == 0 || n > max { Err(format!("its {what} is {n}; 1 to {max} make sense")) } else { Ok(()) }
 }
 
 /// Divisions by zero, and the assertions on head sizes at the top of each graph.
@@ -133,16 +124,8 @@ fn widths(arch: Arch, facts: &Facts) -> Rule {
     in_range("embedding length", facts.embedding_length, WIDTH_MAX)?;
     in_range("number of attention heads", facts.heads, HEADS_MAX)?;
     in_range("number of key-value heads", facts.kv_heads, facts.heads)?;
-    in_range(
-        "key length",
-        facts.key_length,
-        WIDTH_MAX / facts.heads.max(1),
-    )?;
-    in_range(
-        "value length",
-        facts.value_length,
-        WIDTH_MAX / facts.heads.max(1),
-    )?;
+    in_range("key length", facts.key_length, WIDTH_MAX / facts.heads.max(1))?;
+    in_range("value length", facts.value_length, WIDTH_MAX / facts.heads.max(1))?;
     in_range("context length", facts.context_length, CONTEXT_MAX)?;
     in_range("vocabulary size", facts.vocabulary, vocabulary::TOKENS_MAX)?;
     if facts.feed_forward_length > WIDTH_MAX
@@ -161,6 +144,12 @@ fn widths(arch: Arch, facts: &Facts) -> Rule {
         return Err(format!(
             "its keys have {} elements and its values {}; this architecture wants them equal",
             facts.key_length, facts.value_length
+        ));
+    }
+    if arch.heads_fill_embedding() && facts.heads * facts.key_length != facts.embedding_length {
+        return Err(format!(
+            "its {} heads of {} elements do not fill its hidden state of {}",
+            facts.heads, facts.key_length, facts.embedding_length
         ));
     }
     let rope = facts.rope_dimensions;
@@ -193,18 +182,11 @@ fn experts(gguf: &Gguf, arch: Arch, facts: &Facts) -> Rule {
     let groups = gguf.arch_u32("expert_group_count").unwrap_or(0);
     if groups > 0 {
         let used = gguf.arch_u32("expert_group_used_count").unwrap_or(0);
-        if groups >= experts
-            || groups > 1 && (!experts.is_multiple_of(groups) || used == 0 || used >= groups)
-        {
-            return Err(format!(
-                "its {experts} experts cannot form {groups} groups of which {used} are used"
-            ));
+        if groups >= experts || groups > 1 && (!experts.is_multiple_of(groups) || used == 0 || used >= groups) {
+            return Err(format!("its {experts} experts cannot form {groups} groups of which {used} are used"));
         }
     }
-    if gguf
-        .arch_u32("nextn_predict_layers")
-        .is_some_and(|n| n > facts.layers)
-    {
+    if gguf.arch_u32("nextn_predict_layers").is_some_and(|n| n > facts.layers) {
         return Err("it has more extra prediction layers than layers".into());
     }
     Ok(())
@@ -216,33 +198,21 @@ fn windows(arch: Arch, facts: &Facts) -> Rule {
     match (arch.window(), facts.sliding_window) {
         (Window::Never, _) | (Window::WhenDeclared { .. }, None) => Ok(()),
         (_, Some(window)) if any && window > 0 && window <= CONTEXT_MAX => Ok(()),
-        (_, Some(window)) if any => Err(format!(
-            "its attention window of {window} tokens makes no sense"
-        )),
+        (_, Some(window)) if any => Err(format!("its attention window of {window} tokens makes no sense")),
         _ => Err("it declares an attention window, but no layer has one".into()),
     }
 }
 
 /// Numbers that become divisors, square roots or enumerations.
 fn numbers(gguf: &Gguf, arch: Arch) -> Rule {
-    let epsilon = if arch == Arch::Bert {
-        "attention.layer_norm_epsilon"
-    } else {
-        "attention.layer_norm_rms_epsilon"
-    };
+    let epsilon = if arch == Arch::Bert { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" };
     match gguf.arch_f32(epsilon) {
         Some(x) if (0.0..1.0).contains(&x) => {}
         Some(x) => {
-            return Err(format!(
-                "{} is {x}; a small positive number belongs there",
-                gguf.arch_key(epsilon)
-            ));
+            return Err(format!("{} is {x}; a small positive number belongs there", gguf.arch_key(epsilon)));
         }
         None => {
-            return Err(format!(
-                "the metadata key {} is missing",
-                gguf.arch_key(epsilon)
-            ));
+            return Err(format!("the metadata key {} is missing", gguf.arch_key(epsilon)));
         }
     }
     let positive = [
@@ -253,12 +223,7 @@ fn numbers(gguf: &Gguf, arch: Arch) -> Rule {
         "final_logit_softcapping",
         "expert_weights_scale",
     ];
-    let not_negative = [
-        "rope.scaling.factor",
-        "rope.scale_linear",
-        "attention.temperature_scale",
-        "attention.scale",
-    ];
+    let not_negative = ["rope.scaling.factor", "rope.scale_linear", "attention.temperature_scale", "attention.scale"];
     for suffix in positive.into_iter().chain(not_negative) {
         let Some(value) = gguf.arch_get(suffix) else {
             continue;
@@ -273,9 +238,7 @@ fn numbers(gguf: &Gguf, arch: Arch) -> Rule {
         }
     }
     if let Some(value) = gguf.arch_get("rope.scaling.type") {
-        let known = value
-            .as_str()
-            .is_some_and(|name| matches!(name, "none" | "linear" | "yarn" | "longrope"));
+        let known = value.as_str().is_some_and(|name| matches!(name, "none" | "linear" | "yarn" | "longrope"));
         if !known {
             return Err(format!(
                 "{} names no kind of scaling that llama.cpp knows",
@@ -284,22 +247,13 @@ fn numbers(gguf: &Gguf, arch: Arch) -> Rule {
         }
     }
     if let Some(original) = gguf.arch_get("rope.scaling.original_context_length")
-        && !original.as_u32().is_some_and(|n| n > 0 && n <= CONTEXT_MAX)
+        && original.as_u32().is_none_or(|n| n == 0 || n > CONTEXT_MAX)
     {
-        return Err(format!(
-            "{} is not a usable number",
-            gguf.arch_key("rope.scaling.original_context_length")
-        ));
+        return Err(format!("{} is not a usable number", gguf.arch_key("rope.scaling.original_context_length")));
     }
     // LLAMA_POOLING_TYPE_NONE to _RANK.
-    if gguf
-        .arch_get("pooling_type")
-        .is_some_and(|value| !value.as_u32().is_some_and(|n| n <= 4))
-    {
-        return Err(format!(
-            "{} names no kind of pooling",
-            gguf.arch_key("pooling_type")
-        ));
+    if gguf.arch_get("pooling_type").is_some_and(|value| value.as_u32().is_none_or(|n| n > 4)) {
+        return Err(format!("{} names no kind of pooling", gguf.arch_key("pooling_type")));
     }
     Ok(())
 }
@@ -324,10 +278,7 @@ fn shapes(gguf: &Gguf, arch: Arch, facts: &Facts) -> Rule {
     }
     for tensor in gguf.tensors() {
         if tensor.layer().is_some_and(|(il, _)| il >= facts.layers) {
-            return Err(format!(
-                "the tensor {} belongs to a layer beyond the {} it states",
-                tensor.name, facts.layers
-            ));
+            return Err(format!("the tensor {} belongs to a layer beyond the {} it states", tensor.name, facts.layers));
         }
         let vector = tensor.dims.len() == 1 || tensor.name.ends_with(".bias");
         if vector && tensor.ty != TensorType::F32 {
@@ -338,8 +289,7 @@ fn shapes(gguf: &Gguf, arch: Arch, facts: &Facts) -> Rule {
         }
     }
     // llama_model_base::load_tensors: scales of a head that is not there.
-    let scaled =
-        gguf.tensor("output.scale").is_some() || gguf.tensor("output.input_scale").is_some();
+    let scaled = gguf.tensor("output.scale").is_some() || gguf.tensor("output.input_scale").is_some();
     if scaled && gguf.tensor("output.weight").is_none() {
         return Err("it has scales for a head, but no head".into());
     }
@@ -349,10 +299,7 @@ fn shapes(gguf: &Gguf, arch: Arch, facts: &Facts) -> Rule {
 fn fits(gguf: &Gguf, slot: &Slot, name: &str, replaced: bool) -> Rule {
     match gguf.tensor(name) {
         Some(tensor) if same_shape(tensor, &slot.dims) => Ok(()),
-        Some(tensor) => Err(format!(
-            "the tensor {name} has the shape {:?}, not {:?}",
-            tensor.dims, slot.dims
-        )),
+        Some(tensor) => Err(format!("the tensor {name} has the shape {:?}, not {:?}", tensor.dims, slot.dims)),
         None if slot.required && !replaced => Err(format!("the tensor {name} is missing")),
         None => Ok(()),
     }

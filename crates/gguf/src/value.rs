@@ -81,11 +81,7 @@ impl StringArray {
     /// The string at `index`.
     pub fn get(&self, index: usize) -> Option<&[u8]> {
         let end = *self.ends.get(index)?;
-        let start = if index == 0 {
-            0
-        } else {
-            *self.ends.get(index - 1)?
-        };
+        let start = if index == 0 { 0 } else { *self.ends.get(index - 1)? };
         self.bytes.get(start..end)
     }
 
@@ -155,13 +151,7 @@ impl Array {
             Self::I32(v) => Self::I32(v.get(range)?.to_vec()),
             Self::F32(v) => Self::F32(v.get(range)?.to_vec()),
             Self::Bool(v) => Self::Bool(v.get(range)?.to_vec()),
-            Self::Str(v) => Self::Str(
-                range
-                    .map(|i| v.get(i))
-                    .collect::<Option<Vec<_>>>()?
-                    .into_iter()
-                    .collect(),
-            ),
+            Self::Str(v) => Self::Str(range.map(|i| v.get(i)).collect::<Option<Vec<_>>>()?.into_iter().collect()),
             Self::U64(v) => Self::U64(v.get(range)?.to_vec()),
             Self::I64(v) => Self::I64(v.get(range)?.to_vec()),
             Self::F64(v) => Self::F64(v.get(range)?.to_vec()),
@@ -338,14 +328,9 @@ mod tests {
 
     #[test]
     fn string_arrays_keep_every_byte_and_empty_strings() {
-        let array: StringArray = [b"a".as_slice(), b"", &[0xff, 0xfe], b"tail"]
-            .into_iter()
-            .collect();
+        let array: StringArray = [b"a".as_slice(), b"", &[0xff, 0xfe], b"tail"].into_iter().collect();
         assert_eq!(array.len(), 4);
-        assert_eq!(
-            array.iter().collect::<Vec<_>>(),
-            [b"a".as_slice(), b"", &[0xff, 0xfe], b"tail"]
-        );
+        assert_eq!(array.iter().collect::<Vec<_>>(), [b"a".as_slice(), b"", &[0xff, 0xfe], b"tail"]);
         assert_eq!(array.get(4), None);
     }
 

@@ -11,9 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::parse::{
-    self, ALIGNMENT_DEFAULT, ALIGNMENT_MAX, DIMS_MAX, KEY_ALIGNMENT, TENSOR_NAME_BYTES_MAX,
-};
+use crate::parse::{self, ALIGNMENT_DEFAULT, ALIGNMENT_MAX, DIMS_MAX, KEY_ALIGNMENT, TENSOR_NAME_BYTES_MAX};
 use crate::tensor_type::TensorType;
 use crate::value::{Value, encode_bytes};
 
@@ -123,54 +121,30 @@ impl<'a> GgufBuilder<'a> {
             return invalid(format!("the tensor {name} cannot have the shape {dims:?}"));
         }
         let Some(bytes) = parse::tensor_bytes(dims, ty) else {
-            return invalid(format!(
-                "rows of {} elements are not whole {ty} blocks in tensor {name}",
-                dims[0]
-            ));
+            return invalid(format!("rows of {} elements are not whole {ty} blocks in tensor {name}", dims[0]));
         };
         if let TensorSource::Bytes(data) = &source
             && data.len() as u64 != bytes
         {
-            return invalid(format!(
-                "the tensor {name} takes {bytes} bytes, but {} were given",
-                data.len()
-            ));
+            return invalid(format!("the tensor {name} takes {bytes} bytes, but {} were given", data.len()));
         }
         if !self.names.insert(name.clone()) {
             return invalid(format!("the tensor {name} was given twice"));
         }
-        self.tensors.push(PlannedTensor {
-            name,
-            dims: dims.to_vec(),
-            ty,
-            bytes,
-            source,
-        });
+        self.tensors.push(PlannedTensor { name, dims: dims.to_vec(), ty, bytes, source });
         Ok(self)
     }
 
     /// Adds a tensor of floats.
-    pub fn tensor_f32(
-        &mut self,
-        name: impl Into<String>,
-        dims: &[u64],
-        data: &[f32],
-    ) -> Result<&mut Self, WriteError> {
+    pub fn tensor_f32(&mut self, name: impl Into<String>, dims: &[u64], data: &[f32]) -> Result<&mut Self, WriteError> {
         let bytes: Vec<u8> = data.iter().flat_map(|x| x.to_le_bytes()).collect();
-        self.tensor(
-            name,
-            dims,
-            TensorType::F32,
-            TensorSource::Bytes(bytes.into()),
-        )
+        self.tensor(name, dims, TensorType::F32, TensorSource::Bytes(bytes.into()))
     }
 
     fn alignment(&self) -> Result<u64, WriteError> {
         match self.keys.iter().find(|(key, _)| key == KEY_ALIGNMENT) {
             None => Ok(ALIGNMENT_DEFAULT.into()),
-            Some((_, Value::U32(a))) if a.is_power_of_two() && *a <= ALIGNMENT_MAX => {
-                Ok((*a).into())
-            }
+            Some((_, Value::U32(a))) if a.is_power_of_two() && *a <= ALIGNMENT_MAX => Ok((*a).into()),
             Some(_) => Err(WriteError::Invalid(format!(
                 "{KEY_ALIGNMENT} must be a power of two, as u32, of at most {ALIGNMENT_MAX}"
             ))),
@@ -212,33 +186,21 @@ impl<'a> GgufBuilder<'a> {
         let alignment = self.alignment()?;
         let (header, total_bytes) = self.header(alignment)?;
         let io_error = |source: io::Error| match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => WriteError::DiskFull {
-                path: path.to_path_buf(),
-                needed_bytes: total_bytes,
-            },
-            io::ErrorKind::FileTooLarge => WriteError::FileTooLarge {
-                path: path.to_path_buf(),
-                needed_bytes: total_bytes,
-            },
-            _ => WriteError::Io {
-                path: path.to_path_buf(),
-                source,
-            },
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                WriteError::DiskFull { path: path.to_path_buf(), needed_bytes: total_bytes }
+            }
+            io::ErrorKind::FileTooLarge => {
+                WriteError::FileTooLarge { path: path.to_path_buf(), needed_bytes: total_bytes }
+            }
+            _ => WriteError::Io { path: path.to_path_buf(), source },
         };
         let mut temporary = Temporary::create(path).map_err(io_error)?;
-        self.write_to(&mut temporary.file, &header, alignment, total_bytes)
-            .map_err(io_error)?;
+        self.write_to(&mut temporary.file, &header, alignment, total_bytes).map_err(io_error)?;
         temporary.commit(path).map_err(io_error)?;
         Ok(total_bytes)
     }
 
-    fn write_to(
-        &mut self,
-        file: &mut File,
-        header: &[u8],
-        alignment: u64,
-        total_bytes: u64,
-    ) -> io::Result<()> {
+    fn write_to(&mut self, file: &mut File, header: &[u8], alignment: u64, total_bytes: u64) -> io::Result<()> {
         file.write_all(header)?;
         let mut position = header.len() as u64;
         for tensor in &mut self.tensors {
@@ -247,10 +209,7 @@ impl<'a> GgufBuilder<'a> {
             match &mut tensor.source {
                 TensorSource::Bytes(data) => file.write_all(data)?,
                 TensorSource::Zeros => {}
-                TensorSource::FileRange {
-                    file: source,
-                    offset,
-                } => {
+                TensorSource::FileRange { file: source, offset } => {
                     let mut source: &File = source;
                     source.seek(SeekFrom::Start(*offset))?;
                     // Copied in the kernel where it can be, without a copy at all on file systems that share blocks.
@@ -265,10 +224,8 @@ impl<'a> GgufBuilder<'a> {
                     }
                 }
                 TensorSource::Generate(generate) => {
-                    let mut counted = Counted {
-                        inner: BufWriter::with_capacity(1 << 20, &mut *file),
-                        left: tensor.bytes,
-                    };
+                    let mut counted =
+                        Counted { inner: BufWriter::with_capacity(1 << 20, &mut *file), left: tensor.bytes };
                     generate(&mut counted)?;
                     let left = counted.left;
                     counted.inner.flush()?;
@@ -322,9 +279,8 @@ struct Temporary {
 impl Temporary {
     fn create(target: &Path) -> io::Result<Self> {
         static COUNTER: AtomicU64 = AtomicU64::new(0);
-        let name = target
-            .file_name()
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
+        let name =
+            target.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
         loop {
             let serial = COUNTER.fetch_add(1, Ordering::Relaxed);
             let mut temporary_name = std::ffi::OsString::from(".");
@@ -334,11 +290,7 @@ impl Temporary {
             // Never an existing file, and never through a link that someone laid out.
             match OpenOptions::new().write(true).create_new(true).open(&path) {
                 Ok(file) => {
-                    return Ok(Self {
-                        path,
-                        file,
-                        committed: false,
-                    });
+                    return Ok(Self { path, file, committed: false });
                 }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(error),
@@ -352,10 +304,7 @@ impl Temporary {
         // The rename itself must survive a power cut. Not every system lets a folder be opened; the data is safe anyway.
         #[cfg(unix)]
         {
-            let folder = target
-                .parent()
-                .filter(|p| !p.as_os_str().is_empty())
-                .unwrap_or(Path::new("."));
+            let folder = target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
             if let Ok(folder) = File::open(folder) {
                 let _ = folder.sync_all();
             }

@@ -20,16 +20,8 @@ fn examine(bytes: &[u8]) -> bool {
         assert!(tensor.elements() > 0);
     }
     let valid = gguf.validate_for_engine().is_ok();
-    let _ = (
-        Facts::of(&gguf).map(|facts| facts.kv_bytes_per_token_per_layer()),
-        sliceable(&gguf).is_ok(),
-    );
-    let _ = (
-        allowed_cuts(&gguf),
-        even_cuts(&gguf, 2),
-        gguf.layer_count(),
-        gguf.tokens().map(|t| t.iter().count()),
-    );
+    let _ = (Facts::of(&gguf).map(|facts| facts.kv_bytes_per_token_per_layer()), sliceable(&gguf).is_ok());
+    let _ = (allowed_cuts(&gguf), even_cuts(&gguf, 2), gguf.layer_count(), gguf.tokens().map(|t| t.iter().count()));
     valid
 }
 
@@ -61,11 +53,7 @@ fn mutate(bytes: &mut Vec<u8>, header: usize, dice: &mut Dice) {
         1 << 32,
     ];
     for _ in 0..1 + dice.below(4) {
-        let reach = if dice.below(8) == 0 {
-            bytes.len()
-        } else {
-            header.min(bytes.len())
-        };
+        let reach = if dice.below(8) == 0 { bytes.len() } else { header.min(bytes.len()) };
         let at = dice.below(reach);
         match dice.below(6) {
             0 => bytes.truncate(at.max(1)),
@@ -77,12 +65,7 @@ fn mutate(bytes: &mut Vec<u8>, header: usize, dice: &mut Dice) {
                 }
             }
             2 => {
-                let copied: Vec<u8> = bytes
-                    .iter()
-                    .skip(dice.below(header))
-                    .take(1 + dice.below(64))
-                    .copied()
-                    .collect();
+                let copied: Vec<u8> = bytes.iter().skip(dice.below(header)).take(1 + dice.below(64)).copied().collect();
                 bytes.splice(at..at, copied);
             }
             3 => {
@@ -100,27 +83,15 @@ fn mutate(bytes: &mut Vec<u8>, header: usize, dice: &mut Dice) {
 
 #[test]
 fn mutated_models_are_examined_without_a_panic() {
-    let seconds = std::env::var("MURMUR_FUZZ_SECONDS")
-        .ok()
-        .and_then(|s| s.parse().ok())
-        .unwrap_or(3);
-    let seed = std::env::var("MURMUR_FUZZ_SEED")
-        .ok()
-        .and_then(|s| s.parse().ok())
-        .unwrap_or(0x6d75_726d_7572u64);
+    let seconds = std::env::var("MURMUR_FUZZ_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(3);
+    let seed = std::env::var("MURMUR_FUZZ_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x6d75_726d_7572u64);
     let mut corpus = vec![common::small_file()];
-    for name in [
-        "llama", "qwen2moe", "gemma3", "gpt-oss", "phi3", "smollm3", "bert",
-    ] {
+    for name in ["llama", "qwen2moe", "gemma3", "gpt-oss", "phi3", "smollm3", "bert"] {
         corpus.push(common::tiny_bytes(name));
     }
     let headers: Vec<usize> = corpus
         .iter()
-        .map(|b| {
-            Gguf::from_reader(b.as_slice(), b.len() as u64, "x")
-                .unwrap()
-                .data_offset() as usize
-        })
+        .map(|b| Gguf::from_reader(b.as_slice(), b.len() as u64, "x").unwrap().data_offset() as usize)
         .collect();
     let mut dice = Dice(seed);
     let end = Instant::now() + Duration::from_secs(seconds);

@@ -10,20 +10,13 @@ fn a_version_1_file_is_refused_with_its_own_message() {
         return;
     };
     let error = Gguf::open(path).unwrap_err();
-    assert!(
-        matches!(error.kind(), GgufErrorKind::VersionTooOld),
-        "{error}"
-    );
+    assert!(matches!(error.kind(), GgufErrorKind::VersionTooOld), "{error}");
     assert!(error.to_string().contains("version 1"));
 }
 
 #[test]
 fn real_models_are_accepted_and_their_slices_too() {
-    for relative in [
-        "stories260K/stories260K-f32.gguf",
-        "demo/murmur-demo-q8_0.gguf",
-        "demo/murmur-demo-f16.gguf",
-    ] {
+    for relative in ["stories260K/stories260K-f32.gguf", "demo/murmur-demo-q8_0.gguf", "demo/murmur-demo-f16.gguf"] {
         let Some(path) = common::shared_model(relative) else {
             continue;
         };
@@ -32,11 +25,7 @@ fn real_models_are_accepted_and_their_slices_too() {
         let layers = gguf.layer_count().unwrap();
         assert_eq!(allowed_cuts(&gguf), (1..layers).collect::<Vec<_>>());
         let folder = tempfile::tempdir().unwrap();
-        for range in [
-            LayerRange::new(0, 2),
-            LayerRange::new(2, 4),
-            LayerRange::new(4, layers),
-        ] {
+        for range in [LayerRange::new(0, 2), LayerRange::new(2, 4), LayerRange::new(4, layers)] {
             let out = folder.path().join("part.gguf");
             slice(&gguf, range, &out).unwrap();
             Gguf::open(&out).unwrap().validate_for_engine().unwrap();
@@ -44,10 +33,7 @@ fn real_models_are_accepted_and_their_slices_too() {
         let manifest = Manifest::of_gguf(&gguf, |_, _| {}).unwrap();
         assert_eq!(manifest.layers.len(), layers as usize);
         assert_eq!(manifest.not_sliceable, None);
-        eprintln!(
-            "{relative}: {} parameters, {}, {}",
-            manifest.parameters, manifest.quantization, manifest.digest
-        );
+        eprintln!("{relative}: {} parameters, {}, {}", manifest.parameters, manifest.quantization, manifest.digest);
     }
 }
 
@@ -64,16 +50,7 @@ fn a_model_of_one_layer_is_accepted_but_has_no_cuts() {
 
 #[test]
 fn vocabulary_files_open_but_are_not_models() {
-    for name in [
-        "llama-spm",
-        "bert-bge",
-        "gpt-2",
-        "falcon",
-        "phi-3",
-        "deepseek-coder",
-        "starcoder",
-        "refact",
-    ] {
+    for name in ["llama-spm", "bert-bge", "gpt-2", "falcon", "phi-3", "deepseek-coder", "starcoder", "refact"] {
         let Some(path) = common::shared_model(&format!("gguf-vocab/ggml-vocab-{name}.gguf")) else {
             return;
         };

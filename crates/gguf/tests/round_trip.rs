@@ -5,9 +5,7 @@ mod common;
 use std::fs;
 use std::io::{self, Write};
 
-use murmur_gguf::{
-    Array, Gguf, GgufBuilder, StringArray, TensorSource, TensorType, Value, WriteError,
-};
+use murmur_gguf::{Array, Gguf, GgufBuilder, StringArray, TensorSource, TensorType, Value, WriteError};
 use proptest::prelude::*;
 
 fn value() -> impl Strategy<Value = Value> {
@@ -76,32 +74,11 @@ fn every_source_of_data_ends_up_in_its_tensor() {
     let path = folder.path().join("out.gguf");
     let mut builder = GgufBuilder::new("x");
     let file = std::sync::Arc::new(fs::File::open(&other).unwrap());
+    builder.tensor("a", &[3], TensorType::I8, TensorSource::Bytes(vec![1, 2, 3].into())).unwrap();
+    builder.tensor("b", &[4], TensorType::I8, TensorSource::Zeros).unwrap();
+    builder.tensor("c", &[5], TensorType::I8, TensorSource::FileRange { file, offset: 95 }).unwrap();
     builder
-        .tensor(
-            "a",
-            &[3],
-            TensorType::I8,
-            TensorSource::Bytes(vec![1, 2, 3].into()),
-        )
-        .unwrap();
-    builder
-        .tensor("b", &[4], TensorType::I8, TensorSource::Zeros)
-        .unwrap();
-    builder
-        .tensor(
-            "c",
-            &[5],
-            TensorType::I8,
-            TensorSource::FileRange { file, offset: 95 },
-        )
-        .unwrap();
-    builder
-        .tensor(
-            "d",
-            &[6],
-            TensorType::I8,
-            TensorSource::Generate(Box::new(|out| out.write_all(b"sixsix"))),
-        )
+        .tensor("d", &[6], TensorType::I8, TensorSource::Generate(Box::new(|out| out.write_all(b"sixsix"))))
         .unwrap();
     builder.write(&path).unwrap();
     let gguf = Gguf::open(&path).unwrap();
@@ -118,21 +95,10 @@ fn write_failing(generate: impl FnMut(&mut dyn Write) -> io::Result<()> + 'stati
     let path = folder.path().join("out.gguf");
     fs::write(&path, b"what was there before").unwrap();
     let mut builder = GgufBuilder::new("x");
-    builder
-        .tensor(
-            "t",
-            &[10],
-            TensorType::I8,
-            TensorSource::Generate(Box::new(generate)),
-        )
-        .unwrap();
+    builder.tensor("t", &[10], TensorType::I8, TensorSource::Generate(Box::new(generate))).unwrap();
     let error = builder.write(&path).unwrap_err();
     assert_eq!(fs::read(&path).unwrap(), b"what was there before");
-    assert_eq!(
-        fs::read_dir(folder.path()).unwrap().count(),
-        1,
-        "the temporary file is gone"
-    );
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "the temporary file is gone");
     error
 }
 
@@ -152,17 +118,8 @@ fn a_write_that_the_system_cuts_off_leaves_no_temporary_file() {
     if let Ok(folder) = std::env::var(FOLDER) {
         let mut builder = GgufBuilder::new("x");
         let endless = |out: &mut dyn Write| (0..256).try_for_each(|_| out.write_all(&[1; 4096]));
-        builder
-            .tensor(
-                "t",
-                &[1 << 20],
-                TensorType::I8,
-                TensorSource::Generate(Box::new(endless)),
-            )
-            .unwrap();
-        let error = builder
-            .write(std::path::Path::new(&folder).join("out.gguf"))
-            .unwrap_err();
+        builder.tensor("t", &[1 << 20], TensorType::I8, TensorSource::Generate(Box::new(endless))).unwrap();
+        let error = builder.write(std::path::Path::new(&folder).join("out.gguf")).unwrap_err();
         assert!(matches!(error, WriteError::FileTooLarge { .. }), "{error}");
         return;
     }
@@ -175,80 +132,34 @@ fn a_write_that_the_system_cuts_off_leaves_no_temporary_file() {
         .env(FOLDER, folder.path())
         .output();
     let child = child.unwrap();
-    assert!(
-        child.status.success(),
-        "{}",
-        String::from_utf8_lossy(&child.stderr)
-    );
+    assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stderr));
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 #[test]
 fn generators_that_write_too_little_or_too_much_are_caught() {
-    assert!(
-        write_failing(|out| out.write_all(&[0; 9]))
-            .to_string()
-            .contains("too few")
-    );
-    assert!(
-        write_failing(|out| out.write_all(&[0; 11]))
-            .to_string()
-            .contains("too many")
-    );
+    assert!(write_failing(|out| out.write_all(&[0; 9])).to_string().contains("too few"));
+    assert!(write_failing(|out| out.write_all(&[0; 11])).to_string().contains("too many"));
 }
 
 #[test]
 fn a_folder_that_does_not_exist_is_an_error_with_the_path() {
-    let error = GgufBuilder::new("x")
-        .write("/nonexistent/folder/out.gguf")
-        .unwrap_err();
-    assert!(
-        error.to_string().contains("/nonexistent/folder/out.gguf"),
-        "{error}"
-    );
+    let error = GgufBuilder::new("x").write("/nonexistent/folder/out.gguf").unwrap_err();
+    assert!(error.to_string().contains("/nonexistent/folder/out.gguf"), "{error}");
 }
 
 #[test]
 fn tensors_that_cannot_stand_in_a_file_are_refused() {
     let mut builder = GgufBuilder::new("x");
     let bytes = |n: usize| TensorSource::Bytes(vec![0; n].into());
-    assert!(
-        builder
-            .tensor("t", &[33], TensorType::Q8_0, TensorSource::Zeros)
-            .is_err()
-    );
-    assert!(
-        builder
-            .tensor("t", &[0], TensorType::F32, TensorSource::Zeros)
-            .is_err()
-    );
-    assert!(
-        builder
-            .tensor("t", &[], TensorType::F32, TensorSource::Zeros)
-            .is_err()
-    );
-    assert!(
-        builder
-            .tensor("t", &[1; 5], TensorType::F32, TensorSource::Zeros)
-            .is_err()
-    );
-    assert!(
-        builder
-            .tensor("t", &[2], TensorType::F32, bytes(7))
-            .is_err()
-    );
-    assert!(
-        builder
-            .tensor("t".repeat(64), &[2], TensorType::F32, bytes(8))
-            .is_err()
-    );
+    assert!(builder.tensor("t", &[33], TensorType::Q8_0, TensorSource::Zeros).is_err());
+    assert!(builder.tensor("t", &[0], TensorType::F32, TensorSource::Zeros).is_err());
+    assert!(builder.tensor("t", &[], TensorType::F32, TensorSource::Zeros).is_err());
+    assert!(builder.tensor("t", &[1; 5], TensorType::F32, TensorSource::Zeros).is_err());
+    assert!(builder.tensor("t", &[2], TensorType::F32, bytes(7)).is_err());
+    assert!(builder.tensor("t".repeat(64), &[2], TensorType::F32, bytes(8)).is_err());
     assert!(builder.tensor("t", &[2], TensorType::F32, bytes(8)).is_ok());
-    assert!(
-        builder
-            .tensor("t", &[2], TensorType::F32, bytes(8))
-            .is_err(),
-        "twice"
-    );
+    assert!(builder.tensor("t", &[2], TensorType::F32, bytes(8)).is_err(), "twice");
 }
 
 #[test]

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use murmur_gguf::synth::{self, Spec};
 use murmur_gguf::{
-    Array, Gguf, GgufBuilder, LayerRange, SliceError, TensorSource, TensorType, Value,
-    allowed_cuts, even_cuts, slice, sliceable,
+    Array, Gguf, GgufBuilder, LayerRange, SliceError, TensorSource, TensorType, Value, allowed_cuts, even_cuts, slice,
+    sliceable,
 };
 
 const SLICEABLE: &[&str] = &[
@@ -43,8 +43,7 @@ fn cut(whole: &Gguf, range: LayerRange, folder: &Path) -> Gguf {
 }
 
 fn data(gguf: &Gguf, name: &str) -> Vec<u8> {
-    gguf.read_tensor(gguf.tensor(name).unwrap_or_else(|| panic!("{name}")))
-        .unwrap()
+    gguf.read_tensor(gguf.tensor(name).unwrap_or_else(|| panic!("{name}"))).unwrap()
 }
 
 fn same_tensor(a: &Gguf, name_a: &str, b: &Gguf, name_b: &str) {
@@ -74,34 +73,18 @@ fn every_layer_is_in_one_slice_renumbered_from_zero() {
             for tensor in part.tensors() {
                 if let Some((il, rest)) = tensor.layer() {
                     layers.insert(il);
-                    same_tensor(
-                        &part,
-                        &tensor.name,
-                        &whole,
-                        &format!("blk.{}.{rest}", il + range.first),
-                    );
+                    same_tensor(&part, &tensor.name, &whole, &format!("blk.{}.{rest}", il + range.first));
                 }
             }
             assert_eq!(layers, (0..range.len()).collect(), "{name}");
-            let per_layer = whole
-                .tensors()
-                .iter()
-                .filter(|t| t.layer().is_some())
-                .count()
-                / 4;
+            let per_layer = whole.tensors().iter().filter(|t| t.layer().is_some()).count() / 4;
             assert_eq!(
-                part.tensors()
-                    .iter()
-                    .filter(|t| t.layer().is_some())
-                    .count(),
+                part.tensors().iter().filter(|t| t.layer().is_some()).count(),
                 per_layer * range.len() as usize,
                 "{name}"
             );
             assert_eq!(part.u32("murmur.slice.first"), Some(range.first));
-            assert!(
-                matches!(sliceable(&part), Err(SliceError::Unsupported(_))),
-                "a slice is not cut again"
-            );
+            assert!(matches!(sliceable(&part), Err(SliceError::Unsupported(_))), "a slice is not cut again");
         }
     }
 }
@@ -111,18 +94,15 @@ fn the_first_stage_takes_tokens_and_the_last_gives_logits() {
     for name in SLICEABLE {
         let folder = tempfile::tempdir().unwrap();
         let whole = write(&common::tiny(name), folder.path());
-        let [first, middle, last] = [(0, 1), (1, 3), (3, 4)]
-            .map(|(a, b)| cut(&whole, LayerRange::new(a, b), folder.path()));
+        let [first, middle, last] =
+            [(0, 1), (1, 3), (3, 4)].map(|(a, b)| cut(&whole, LayerRange::new(a, b), folder.path()));
         same_tensor(&first, "token_embd.weight", &whole, "token_embd.weight");
         for part in [&first, &middle, &last] {
             same_tensor(part, "output_norm.weight", &whole, "output_norm.weight");
         }
         for part in [&first, &last] {
             assert_eq!(part.tokens(), whole.tokens(), "{name}");
-            assert_eq!(
-                part.get("tokenizer.chat_template"),
-                whole.get("tokenizer.chat_template")
-            );
+            assert_eq!(part.get("tokenizer.chat_template"), whole.get("tokenizer.chat_template"));
             assert_eq!(part.arch_u32("vocab_size"), Some(300));
         }
         assert_eq!(middle.str("tokenizer.ggml.model"), Some("no_vocab"));
@@ -132,21 +112,8 @@ fn the_first_stage_takes_tokens_and_the_last_gives_logits() {
         // The head: under its own name where llama.cpp insists, else as the embedding.
         let required = matches!(*name, "qwen2moe" | "olmo2" | "olmo3" | "gpt-oss");
         let tied = whole.tensor("output.weight").is_none();
-        let head = if tied {
-            "token_embd.weight"
-        } else {
-            "output.weight"
-        };
-        same_tensor(
-            &last,
-            if required {
-                "output.weight"
-            } else {
-                "token_embd.weight"
-            },
-            &whole,
-            head,
-        );
+        let head = if tied { "token_embd.weight" } else { "output.weight" };
+        same_tensor(&last, if required { "output.weight" } else { "token_embd.weight" }, &whole, head);
         for part in [&first, &middle] {
             assert_eq!(part.tensor("output.weight").is_some(), required, "{name}");
         }
@@ -163,18 +130,13 @@ fn the_first_stage_takes_tokens_and_the_last_gives_logits() {
 fn factors_of_the_rotary_encoding_go_to_every_stage() {
     for (name, tensors) in [
         ("llama-tied", vec!["rope_freqs.weight"]),
-        (
-            "phi3",
-            vec!["rope_factors_long.weight", "rope_factors_short.weight"],
-        ),
+        ("phi3", vec!["rope_factors_long.weight", "rope_factors_short.weight"]),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let whole = write(&common::tiny(name), folder.path());
         for il in 0..4 {
             let part = cut(&whole, LayerRange::new(il, il + 1), folder.path());
-            tensors
-                .iter()
-                .for_each(|tensor| same_tensor(&part, tensor, &whole, tensor));
+            tensors.iter().for_each(|tensor| same_tensor(&part, tensor, &whole, tensor));
         }
     }
 }
@@ -205,10 +167,7 @@ fn the_window_pattern_is_written_out_for_the_layers_of_the_slice() {
         let part = cut(&whole, LayerRange::new(1, 2), folder.path());
         assert_eq!(pattern(&part), Some(vec![true]));
         assert!(part.arch_u32("attention.sliding_window").unwrap() > 1 << 20);
-        assert_eq!(
-            part.arch_f32("rope.freq_base_swa"),
-            part.arch_f32("rope.freq_base")
-        );
+        assert_eq!(part.arch_f32("rope.freq_base_swa"), part.arch_f32("rope.freq_base"));
     }
 }
 
@@ -216,22 +175,16 @@ fn the_window_pattern_is_written_out_for_the_layers_of_the_slice() {
 fn values_listed_per_layer_are_cut_with_the_layers() {
     let folder = tempfile::tempdir().unwrap();
     let mut spec = common::tiny("llama");
-    spec.keys
-        .push(("attention.head_count_kv", vec![1u32; 4].into()));
+    spec.keys.push(("attention.head_count_kv", vec![1u32; 4].into()));
     spec.keys.push(("leading_dense_block_count", 2u32.into()));
     let whole = write(&spec, folder.path());
     let part = cut(&whole, LayerRange::new(1, 3), folder.path());
-    assert_eq!(
-        part.arch_get("attention.head_count_kv"),
-        Some(&vec![1u32; 2].into())
-    );
+    assert_eq!(part.arch_get("attention.head_count_kv"), Some(&vec![1u32; 2].into()));
     assert_eq!(part.arch_u32("leading_dense_block_count"), Some(1));
 
     spec.keys.push(("mystery", vec![1u32; 4].into()));
     let whole = write(&spec, folder.path());
-    assert!(
-        matches!(sliceable(&whole), Err(SliceError::Unsupported(reason)) if reason.contains("llama.mystery"))
-    );
+    assert!(matches!(sliceable(&whole), Err(SliceError::Unsupported(reason)) if reason.contains("llama.mystery")));
 }
 
 #[test]
@@ -242,24 +195,16 @@ fn smollm3_is_cut_only_at_every_fourth_layer_and_says_so() {
     cut(&whole, LayerRange::new(4, 8), folder.path());
     let error = slice(&whole, LayerRange::new(0, 6), folder.path().join("x")).unwrap_err();
     assert!(matches!(error, SliceError::CutNotAllowed { .. }));
-    assert!(
-        error.to_string().contains("before the layers 4, 8"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("before the layers 4, 8"), "{error}");
     assert_eq!(even_cuts(&whole, 3).unwrap().len(), 3);
-    assert!(matches!(
-        even_cuts(&whole, 4),
-        Err(SliceError::StageCount { stages_max: 3, .. })
-    ));
+    assert!(matches!(even_cuts(&whole, 4), Err(SliceError::StageCount { stages_max: 3, .. })));
 }
 
 #[test]
 fn ranges_that_make_no_sense_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let whole = write(&common::tiny("llama"), folder.path());
-    let refused = |first, end| {
-        slice(&whole, LayerRange::new(first, end), folder.path().join("x")).unwrap_err()
-    };
+    let refused = |first, end| slice(&whole, LayerRange::new(first, end), folder.path().join("x")).unwrap_err();
     assert!(matches!(refused(2, 2), SliceError::OutOfRange { .. }));
     assert!(matches!(refused(3, 1), SliceError::OutOfRange { .. }));
     assert!(matches!(refused(3, 5), SliceError::OutOfRange { .. }));
@@ -273,22 +218,13 @@ fn unknown_architectures_and_models_with_odd_parts_are_refused() {
     let bert = write(&common::tiny("bert"), folder.path());
     let error = sliceable(&bert).unwrap_err();
     assert!(matches!(error, SliceError::UnknownArchitecture { .. }));
-    assert!(
-        error.to_string().contains("whole on one machine"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("whole on one machine"), "{error}");
     assert!(allowed_cuts(&bert).is_empty());
 
     for (key, value) in [("nextn_predict_layers", 1u32), ("adapters.count", 1)] {
         let mut spec = common::tiny("llama");
         spec.keys.push((key, value.into()));
-        assert!(
-            matches!(
-                sliceable(&write(&spec, folder.path())),
-                Err(SliceError::Unsupported(_))
-            ),
-            "{key}"
-        );
+        assert!(matches!(sliceable(&write(&spec, folder.path())), Err(SliceError::Unsupported(_))), "{key}");
     }
 }
 
@@ -304,25 +240,13 @@ fn a_tensor_that_no_rule_places_is_named() {
     let file = std::sync::Arc::new(std::fs::File::open(whole.path()).unwrap());
     for t in whole.tensors() {
         builder
-            .tensor(
-                t.name.as_str(),
-                &t.dims,
-                t.ty,
-                TensorSource::FileRange {
-                    file: file.clone(),
-                    offset: t.offset,
-                },
-            )
+            .tensor(t.name.as_str(), &t.dims, t.ty, TensorSource::FileRange { file: file.clone(), offset: t.offset })
             .unwrap();
     }
-    builder
-        .tensor("mystery.weight", &[4], TensorType::F32, TensorSource::Zeros)
-        .unwrap();
+    builder.tensor("mystery.weight", &[4], TensorType::F32, TensorSource::Zeros).unwrap();
     builder.write(&path).unwrap();
     let odd = Gguf::open(&path).unwrap();
-    assert!(
-        matches!(sliceable(&odd), Err(SliceError::Unsupported(reason)) if reason.contains("mystery.weight"))
-    );
+    assert!(matches!(sliceable(&odd), Err(SliceError::Unsupported(reason)) if reason.contains("mystery.weight")));
 }
 
 #[test]
@@ -331,10 +255,7 @@ fn a_27b_model_is_not_cut_because_llama_cpp_knows_it_by_its_layers() {
     let mut spec = common::tiny("gemma2").with_layers(46);
     // 64 / 4 = 16 by width, but 32 by key length.
     (spec.facts.heads, spec.facts.kv_heads) = (4, 2);
-    assert!(matches!(
-        sliceable(&write(&spec, folder.path())),
-        Err(SliceError::Unsupported(_))
-    ));
+    assert!(matches!(sliceable(&write(&spec, folder.path())), Err(SliceError::Unsupported(_))));
     assert!(sliceable(&write(&spec.with_layers(45), folder.path())).is_ok());
 }
 
@@ -358,14 +279,8 @@ fn even_cuts_balance_what_a_token_reads() {
     assert!(ranges[0].len() > ranges[1].len(), "{ranges:?}");
     assert_eq!(even_cuts(&whole, 1).unwrap(), [LayerRange::new(0, 8)]);
     assert_eq!(even_cuts(&whole, 8).unwrap().len(), 8);
-    assert!(matches!(
-        even_cuts(&whole, 0),
-        Err(SliceError::StageCount { .. })
-    ));
-    assert!(matches!(
-        even_cuts(&whole, 9),
-        Err(SliceError::StageCount { .. })
-    ));
+    assert!(matches!(even_cuts(&whole, 0), Err(SliceError::StageCount { .. })));
+    assert!(matches!(even_cuts(&whole, 9), Err(SliceError::StageCount { .. })));
 }
 
 #[cfg(target_os = "linux")]

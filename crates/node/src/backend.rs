@@ -2,7 +2,9 @@
 
 use std::{collections::HashSet, fmt::Write, sync::Arc, time::Duration};
 
-use murmur_api::backend::{Backend, BoxFuture, Embeddings, GenerateRequest, Generation, ModelCard, ModelKind, Prompt, Refusal};
+use murmur_api::backend::{
+    Backend, BoxFuture, Embeddings, GenerateRequest, Generation, ModelCard, ModelKind, Prompt, Refusal,
+};
 use murmur_engine::{EngineError, SessionRequest, StartError};
 use murmur_protocol::sampling::Token;
 use murmur_sampling::{Sampler, SamplingError, StopMatcher};
@@ -35,7 +37,9 @@ impl Node {
         }
         let message = match kind {
             ModelKind::Generate => format!("{id} is an embedding model: it gives vectors (/v1/embeddings), not text"),
-            ModelKind::Embed => format!("{id} generates text and has no pooled embeddings: serve an embedding model beside it"),
+            ModelKind::Embed => {
+                format!("{id} generates text and has no pooled embeddings: serve an embedding model beside it")
+            }
         };
         Err(bad_request(message, "model"))
     }
@@ -88,16 +92,14 @@ impl Node {
         let seed = request.sampling.seed;
         let visible: HashSet<Token> =
             request.visible_tokens.iter().filter_map(|text| control_token(model, text)).collect();
-        let session = model
-            .engine
-            .start(SessionRequest { prompt, max_tokens, sampling: request.sampling })
-            .map_err(|StartError::QueueFull(waiting)| Refusal::Busy {
+        let session = model.engine.start(SessionRequest { prompt, max_tokens, sampling: request.sampling }).map_err(
+            |StartError::QueueFull(waiting)| Refusal::Busy {
                 retry_after: RETRY_AFTER,
                 message: format!("{waiting} requests are waiting for {} already: try again later", request.model),
-            })?;
+            },
+        )?;
         let (out, events) = mpsc::channel(EVENTS_MAX);
-        let pump =
-            Pump { session, out, vocabulary, visible, stop: request.stop, matcher, prompt_tokens: length, seed };
+        let pump = Pump { session, out, vocabulary, visible, stop: request.stop, matcher, prompt_tokens: length, seed };
         tokio::spawn(pump.run());
         Ok(Generation { prompt_tokens: length, events })
     }
@@ -209,7 +211,9 @@ impl Backend for Node {
         let families: [(&str, &str, &str, Read); 7] = [
             ("murmur_generated_tokens_total", "counter", "Tokens generated.", |s| s.counters.generated_tokens),
             ("murmur_prompt_tokens_total", "counter", "Prompt tokens computed.", |s| s.counters.prompt_tokens),
-            ("murmur_cached_tokens_total", "counter", "Prompt tokens found in the prefix cache.", |s| s.counters.cached_tokens),
+            ("murmur_cached_tokens_total", "counter", "Prompt tokens found in the prefix cache.", |s| {
+                s.counters.cached_tokens
+            }),
             ("murmur_sessions_total", "counter", "Generations begun.", |s| s.counters.sessions),
             ("murmur_stages_lost_total", "counter", "Engine processes that died.", |s| s.counters.stages_lost),
             ("murmur_sessions_running", "gauge", "Generations running.", |s| s.running as u64),

@@ -172,7 +172,10 @@ mod tests {
         let tokens = refused.fitting_context_tokens.unwrap();
         assert!(demand().context(Some(tokens), 10 * GIB).is_ok());
         let text = refused.to_string();
-        assert!(text.contains("20.2 GiB") && text.contains("10.0 GiB") && text.contains(&format!("--ctx {tokens}")), "{text}");
+        assert!(
+            text.contains("20.2 GiB") && text.contains("10.0 GiB") && text.contains(&format!("--ctx {tokens}")),
+            "{text}"
+        );
     }
 
     #[test]

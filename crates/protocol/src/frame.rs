@@ -292,15 +292,8 @@ fn parse_header(bytes: &[u8; HEADER_BYTES]) -> Result<(Header, u32), FrameError>
         return Err(FrameError::Malformed("payload above the limit"));
     }
     let session = u64::from(u32_at(8)) | u64::from(u32_at(12)) << 32;
-    let header = Header {
-        kind,
-        dtype: Dtype::F32,
-        flags: u16_at(4),
-        session,
-        epoch: u32_at(16),
-        position: u32_at(20),
-        rows,
-    };
+    let header =
+        Header { kind, dtype: Dtype::F32, flags: u16_at(4), session, epoch: u32_at(16), position: u32_at(20), rows };
     Ok((header, length))
 }
 
@@ -370,7 +363,11 @@ mod tests {
         let mut wire = Vec::new();
         Frame::tokens(header, &[1, -1]).append_to(&mut wire).unwrap();
         let hex: String = wire.iter().map(|b| format!("{b:02x}")).collect();
-        assert_eq!(hex, "4d012000010000000807060504030201\
-                         03000000f401000002000000080000000100 0000ffffffff".replace(' ', ""));
+        assert_eq!(
+            hex,
+            "4d012000010000000807060504030201\
+                         03000000f401000002000000080000000100 0000ffffffff"
+                .replace(' ', "")
+        );
     }
 }

@@ -19,10 +19,7 @@ pub(crate) fn greedy(logits: &[f32], max: f32) -> u32 {
 
 /// The candidate with the largest logit; of equal ones the lowest id.
 pub(crate) fn greedy_among(candidates: &[Candidate]) -> Option<u32> {
-    candidates
-        .iter()
-        .min_by(|a, b| a.by_logit(b))
-        .map(|best| best.token)
+    candidates.iter().min_by(|a, b| a.by_logit(b)).map(|best| best.token)
 }
 
 /// argmax over all tokens of logit + T * G; ties to the lower id. `max`: the largest logit, finite; `temperature` > 0.
@@ -47,11 +44,7 @@ pub(crate) fn gumbel(logits: &[f32], max: f32, noise: PositionNoise, temperature
 }
 
 /// [`gumbel`] over some tokens only. `None` if there are none.
-pub(crate) fn gumbel_among(
-    candidates: &[Candidate],
-    noise: PositionNoise,
-    temperature: f32,
-) -> Option<u32> {
+pub(crate) fn gumbel_among(candidates: &[Candidate], noise: PositionNoise, temperature: f32) -> Option<u32> {
     let first = candidates.first()?;
     let mut race = Race::new(noise, temperature);
     race.enter(first.logit, first.token);
@@ -99,10 +92,7 @@ impl Race {
 
     #[inline(always)]
     fn some_may_win(&self, chunk: &[f32; CHUNK], first: u32) -> bool {
-        let start = self
-            .noise
-            .key()
-            .wrapping_add((u64::from(first) + 1).wrapping_mul(GAMMA));
+        let start = self.noise.key().wrapping_add((u64::from(first) + 1).wrapping_mul(GAMMA));
         let mut may_win = false;
         for (offset, &logit) in chunk.iter().enumerate() {
             let bits = mix(start.wrapping_add((offset as u64).wrapping_mul(GAMMA)));
@@ -192,15 +182,10 @@ mod tests {
         for position in 0..40u32 {
             let spread = [0.0, 0.1, 1.0, 3.0][position as usize % 4];
             let logits: Vec<f32> = (0..50_001u64)
-                .map(|i| {
-                    spread * (mix(i ^ u64::from(position) << 32) >> 40) as f32 / (1u32 << 22) as f32
-                })
+                .map(|i| spread * (mix(i ^ u64::from(position) << 32) >> 40) as f32 / (1u32 << 22) as f32)
                 .collect();
             let noise = PositionNoise::new(7, position);
-            assert_eq!(
-                gumbel(&logits, max_of(&logits), noise, 0.8),
-                naive(&logits, noise, 0.8)
-            );
+            assert_eq!(gumbel(&logits, max_of(&logits), noise, 0.8), naive(&logits, noise, 0.8));
         }
     }
 
@@ -210,12 +195,7 @@ mod tests {
         race.bar = 0.0;
         for low in [0, 1, 0xFFF, 0x1000, u64::MAX >> 12] {
             for shift in 0..64 {
-                for bits in [
-                    (!0u64 << shift) | (low & ((1 << shift) - 1)),
-                    low,
-                    !low,
-                    !(1u64 << shift),
-                ] {
+                for bits in [(!0u64 << shift) | (low & ((1 << shift) - 1)), low, !low, !(1u64 << shift)] {
                     let (bound, exact) = (f64::from(race.bound(0.0, bits)), gumbel_of(bits));
                     assert!(bound + 1e-4 >= exact, "{bits:#x}: {bound} < {exact}");
                 }

@@ -58,9 +58,7 @@ pub enum SamplingError {
         token: Token,
     },
     /// The model's output is not one logit per token.
-    #[error(
-        "the model gave {logits} logits at position {position}, the vocabulary has {tokens} tokens"
-    )]
+    #[error("the model gave {logits} logits at position {position}, the vocabulary has {tokens} tokens")]
     LogitsLength {
         /// Absolute position of the token to be chosen.
         position: u32,

@@ -28,20 +28,14 @@ impl Candidate {
     /// Largest logit first, then lowest id.
     #[inline]
     pub(crate) fn by_logit(&self, other: &Candidate) -> Ordering {
-        let logits = other
-            .logit
-            .partial_cmp(&self.logit)
-            .unwrap_or(Ordering::Equal);
+        let logits = other.logit.partial_cmp(&self.logit).unwrap_or(Ordering::Equal);
         logits.then(self.token.cmp(&other.token))
     }
 }
 
 /// Whether any filter is on for a vocabulary of this size.
 pub(crate) fn any(params: &SamplingParams, tokens: usize) -> bool {
-    top_k_of(params, tokens).is_some()
-        || params.typical_p < 1.0
-        || params.top_p < 1.0
-        || params.min_p > 0.0
+    top_k_of(params, tokens).is_some() || params.typical_p < 1.0 || params.top_p < 1.0 || params.min_p > 0.0
 }
 
 fn top_k_of(params: &SamplingParams, tokens: usize) -> Option<usize> {
@@ -70,10 +64,7 @@ pub(crate) fn apply(params: &SamplingParams, logits: &[f32], max: f32, kept: &mu
             everything = false;
         } else {
             let largest = largest_logit(kept);
-            let total = kept
-                .iter()
-                .map(|candidate| weight(candidate.logit, largest))
-                .sum();
+            let total = kept.iter().map(|candidate| weight(candidate.logit, largest)).sum();
             top_p(kept, largest, total, params.top_p);
         }
     }
@@ -104,10 +95,7 @@ pub(crate) fn top_k(logits: &[f32], k: usize, kept: &mut Vec<Candidate>) {
             for (offset, &logit) in chunk.iter().enumerate() {
                 // Not >=: what is already here has lower ids.
                 if logit > bar {
-                    kept.push(Candidate {
-                        token: first + offset as u32,
-                        logit,
-                    });
+                    kept.push(Candidate { token: first + offset as u32, logit });
                 }
             }
             if kept.len() >= batch {
@@ -131,16 +119,10 @@ fn gather(logits: &[f32], least: f32, kept: &mut Vec<Candidate>) {
     let least = least.max(f32::MIN);
     let mut first = 0u32;
     for chunk in logits.chunks(2 * LANES) {
-        if chunk
-            .iter()
-            .fold(false, |any, logit| any | (*logit >= least))
-        {
+        if chunk.iter().fold(false, |any, logit| any | (*logit >= least)) {
             for (offset, &logit) in chunk.iter().enumerate() {
                 if logit >= least {
-                    kept.push(Candidate {
-                        token: first + offset as u32,
-                        logit,
-                    });
+                    kept.push(Candidate { token: first + offset as u32, logit });
                 }
             }
         }
@@ -149,10 +131,7 @@ fn gather(logits: &[f32], least: f32, kept: &mut Vec<Candidate>) {
 }
 
 fn largest_logit(candidates: &[Candidate]) -> f32 {
-    candidates
-        .iter()
-        .map(|candidate| candidate.logit)
-        .fold(f32::MIN, f32::max)
+    candidates.iter().map(|candidate| candidate.logit).fold(f32::MIN, f32::max)
 }
 
 /// A token's probability times a constant.
@@ -162,12 +141,7 @@ fn weight(logit: f32, largest: f32) -> f64 {
 
 fn top_p(kept: &mut Vec<Candidate>, largest: f32, total: f64, p: f32) {
     let target = f64::from(p) * total;
-    keep_prefix(
-        kept,
-        Candidate::by_logit,
-        |candidate| weight(candidate.logit, largest),
-        |sum| sum >= target,
-    );
+    keep_prefix(kept, Candidate::by_logit, |candidate| weight(candidate.logit, largest), |sum| sum >= target);
 }
 
 /// Top-p over a vocabulary: few tokens hold most of the probability, so only those near the best are gathered and ordered.
@@ -183,10 +157,7 @@ fn top_p_of_all(logits: &[f32], max: f32, p: f32, kept: &mut Vec<Candidate>) {
     let mut depth = FIRST_DEPTH;
     while depth < DEPTH_MAX {
         gather(logits, max - depth, kept);
-        let found: f64 = kept
-            .iter()
-            .map(|candidate| weight(candidate.logit, max))
-            .sum();
+        let found: f64 = kept.iter().map(|candidate| weight(candidate.logit, max)).sum();
         if found >= target * ENOUGH {
             return top_p(kept, max, total, p);
         }
@@ -213,9 +184,7 @@ fn typical(kept: &mut Vec<Candidate>, p: f32) {
     let distance = |candidate: &Candidate| (surprise(candidate) - entropy).abs();
     let target = f64::from(p) * total;
     let order = |a: &Candidate, b: &Candidate| {
-        let distances = distance(a)
-            .partial_cmp(&distance(b))
-            .unwrap_or(Ordering::Equal);
+        let distances = distance(a).partial_cmp(&distance(b)).unwrap_or(Ordering::Equal);
         distances.then(a.token.cmp(&b.token))
     };
     keep_prefix(kept, order, weight_of, |sum| sum > target);

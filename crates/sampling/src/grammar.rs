@@ -11,9 +11,7 @@
 use std::sync::Arc;
 
 use llguidance::api::{GrammarWithLexer, ParserLimits, TopLevelGrammar};
-use llguidance::toktrie::{
-    ApproximateTokEnv, INVALID_TOKEN, SimpleVob, TokEnv, TokRxInfo, TokTrie,
-};
+use llguidance::toktrie::{ApproximateTokEnv, INVALID_TOKEN, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use murmur_protocol::sampling::{Grammar, Token};
 
@@ -54,33 +52,22 @@ const COMPILE_STACK_BYTES: usize = 64 * 1024 * 1024;
 
 /// Builds what llguidance needs to know of a vocabulary.
 pub(crate) fn parser_factory(vocabulary: &Vocabulary) -> Result<ParserFactory, String> {
-    let words: Vec<Vec<u8>> = (0..vocabulary.len() as Token)
-        .map(|token| trie_word(vocabulary, token))
-        .collect();
+    let words: Vec<Vec<u8>> = (0..vocabulary.len() as Token).map(|token| trie_word(vocabulary, token)).collect();
     let nodes = trie_nodes(&words);
     if nodes > MAX_TRIE_NODES {
-        return Err(format!(
-            "the model's vocabulary has {nodes} distinct prefixes, grammars support {MAX_TRIE_NODES}"
-        ));
+        return Err(format!("the model's vocabulary has {nodes} distinct prefixes, grammars support {MAX_TRIE_NODES}"));
     }
     let eog = vocabulary.end_of_generation();
-    let end = vocabulary
-        .eos()
-        .or(eog.first().copied())
-        .map_or(INVALID_TOKEN, |token| token as u32);
+    let end = vocabulary.eos().or(eog.first().copied()).map_or(INVALID_TOKEN, |token| token as u32);
     let info = TokRxInfo::new(words.len() as u32, end);
     let mut trie = TokTrie::from(&info, &words);
     if end != INVALID_TOKEN {
-        let others = eog
-            .iter()
-            .map(|token| *token as u32)
-            .filter(|token| *token != end);
+        let others = eog.iter().map(|token| *token as u32).filter(|token| *token != end);
         let ends: Vec<u32> = std::iter::once(end).chain(others).collect();
         trie = trie.with_eos_tokens(&ends);
     }
     let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
-    let mut factory =
-        ParserFactory::new_simple(&env).map_err(|error| reason_of(&error.to_string()))?;
+    let mut factory = ParserFactory::new_simple(&env).map_err(|error| reason_of(&error.to_string()))?;
     factory.quiet();
     *factory.limits_mut() = ParserLimits {
         initial_lexer_fuel: MAX_COMPILE_FUEL,
@@ -123,11 +110,7 @@ fn trie_nodes(words: &[Vec<u8>]) -> usize {
     let mut previous: &[u8] = &[];
     let mut nodes = 1;
     for word in sorted {
-        let shared = word
-            .iter()
-            .zip(previous)
-            .take_while(|(a, b)| a == b)
-            .count();
+        let shared = word.iter().zip(previous).take_while(|(a, b)| a == b).count();
         nodes += word.len() - shared;
         previous = word;
     }
@@ -148,18 +131,12 @@ pub(crate) struct GrammarState {
 }
 
 impl GrammarState {
-    pub(crate) fn new(
-        source: &Grammar,
-        vocabulary: &Arc<Vocabulary>,
-    ) -> Result<GrammarState, SamplingError> {
+    pub(crate) fn new(source: &Grammar, vocabulary: &Arc<Vocabulary>) -> Result<GrammarState, SamplingError> {
         let mut matcher = compile(source, vocabulary)?;
         // A grammar that cannot even begin is the client's mistake: say so now.
         let mask = matcher
             .compute_mask_or_eos()
-            .map_err(|error| SamplingError::Grammar {
-                kind: kind_of(source),
-                reason: reason_of(&error.to_string()),
-            })?;
+            .map_err(|error| SamplingError::Grammar { kind: kind_of(source), reason: reason_of(&error.to_string()) })?;
         Ok(GrammarState {
             source: source.clone(),
             vocabulary: Arc::clone(vocabulary),
@@ -175,14 +152,12 @@ impl GrammarState {
         if self.closed {
             return Err(stuck(position, "its end was already generated"));
         }
-        self.step_back()
-            .map_err(|reason| stuck(position, &reason))?;
+        self.step_back().map_err(|reason| stuck(position, &reason))?;
         let mask = match self.mask.take() {
             Some(mask) => mask,
-            None => self
-                .matcher
-                .compute_mask_or_eos()
-                .map_err(|error| stuck(position, &reason_of(&error.to_string())))?,
+            None => {
+                self.matcher.compute_mask_or_eos().map_err(|error| stuck(position, &reason_of(&error.to_string())))?
+            }
         };
         for (word, chunk) in mask.as_slice().iter().zip(logits.chunks_mut(32)) {
             match *word {
@@ -206,9 +181,7 @@ impl GrammarState {
         if self.vocabulary.is_end_of_generation(token) {
             return Ok(true);
         }
-        self.matcher
-            .consume_token(token as u32)
-            .map_err(|error| stuck(position, &reason_of(&error.to_string())))?;
+        self.matcher.consume_token(token as u32).map_err(|error| stuck(position, &reason_of(&error.to_string())))?;
         self.ahead = Some(token);
         Ok(self.matcher.is_stopped())
     }
@@ -224,10 +197,7 @@ impl GrammarState {
         }
         let refused = |_| SamplingError::GrammarRefused { token };
         if let Err(reason) = self.step_back() {
-            self.rebuild(before).map_err(|_| SamplingError::Grammar {
-                kind: kind_of(&self.source),
-                reason,
-            })?;
+            self.rebuild(before).map_err(|_| SamplingError::Grammar { kind: kind_of(&self.source), reason })?;
         }
         if self.vocabulary.is_end_of_generation(token) {
             if !self.matcher.is_accepting().map_err(refused)? {
@@ -237,32 +207,20 @@ impl GrammarState {
             return Ok(());
         }
         // Asking first: a refused token would leave the matcher in an error that nothing undoes.
-        if self
-            .matcher
-            .validate_tokens(&[token as u32])
-            .map_err(refused)?
-            != 1
-        {
+        if self.matcher.validate_tokens(&[token as u32]).map_err(refused)? != 1 {
             return Err(SamplingError::GrammarRefused { token });
         }
         if let Err(error) = self.matcher.consume_token(token as u32) {
             let reason = reason_of(&error.to_string());
             self.rebuild(before)?;
-            return Err(SamplingError::Grammar {
-                kind: kind_of(&self.source),
-                reason,
-            });
+            return Err(SamplingError::Grammar { kind: kind_of(&self.source), reason });
         }
         self.mask = None;
         Ok(())
     }
 
     /// Undoes the tokens `undone`, which came after `remaining`.
-    pub(crate) fn rollback(
-        &mut self,
-        remaining: &[Token],
-        undone: &[Token],
-    ) -> Result<(), SamplingError> {
+    pub(crate) fn rollback(&mut self, remaining: &[Token], undone: &[Token]) -> Result<(), SamplingError> {
         if undone.is_empty() {
             return Ok(());
         }
@@ -280,10 +238,7 @@ impl GrammarState {
     fn step_back(&mut self) -> Result<(), String> {
         match self.ahead.take() {
             // The mask is still that of the state before it.
-            Some(_) => self
-                .matcher
-                .rollback(1)
-                .map_err(|error| reason_of(&error.to_string())),
+            Some(_) => self.matcher.rollback(1).map_err(|error| reason_of(&error.to_string())),
             None => Ok(()),
         }
     }
@@ -294,9 +249,7 @@ impl GrammarState {
         self.mask = None;
         self.ahead = None;
         for &token in tokens {
-            self.matcher
-                .consume_token(token as u32)
-                .map_err(|_| SamplingError::GrammarRefused { token })?;
+            self.matcher.consume_token(token as u32).map_err(|_| SamplingError::GrammarRefused { token })?;
         }
         Ok(())
     }
@@ -312,24 +265,16 @@ fn kind_of(grammar: &Grammar) -> &'static str {
 }
 
 fn stuck(position: u32, reason: &str) -> SamplingError {
-    SamplingError::GrammarStuck {
-        position,
-        reason: reason.to_owned(),
-    }
+    SamplingError::GrammarStuck { position, reason: reason.to_owned() }
 }
 
 /// Compiles on a thread of its own: compiling recurses as deep as the schema, and a full stack would end the process.
 fn compile(source: &Grammar, vocabulary: &Vocabulary) -> Result<Matcher, SamplingError> {
-    let failed = |reason: String| SamplingError::Grammar {
-        kind: kind_of(source),
-        reason,
-    };
+    let failed = |reason: String| SamplingError::Grammar { kind: kind_of(source), reason };
     let factory = vocabulary.grammars().map_err(failed)?;
     let grammar = read(source).map_err(failed)?;
     let compiled = std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new()
-            .name("grammar".to_owned())
-            .stack_size(COMPILE_STACK_BYTES);
+        let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(COMPILE_STACK_BYTES);
         let handle = thread.spawn_scoped(scope, || factory.create_parser(grammar));
         handle.map(|handle| handle.join())
     });
@@ -337,9 +282,7 @@ fn compile(source: &Grammar, vocabulary: &Vocabulary) -> Result<Matcher, Samplin
         Ok(Ok(parser)) => parser,
         Ok(Err(_)) => return Err(failed("its compiler failed on it".to_owned())),
         Err(error) => {
-            return Err(failed(format!(
-                "no thread to compile it could be started ({error}): try again"
-            )));
+            return Err(failed(format!("no thread to compile it could be started ({error}): try again")));
         }
     };
     let matcher = Matcher::new(parser);
@@ -356,10 +299,7 @@ fn read(source: &Grammar) -> Result<TopLevelGrammar, String> {
         Grammar::Regex(text) => within(text.len(), MAX_REGEX_BYTES)?,
         Grammar::Lark(text) => {
             within(text.len(), MAX_LARK_BYTES)?;
-            if let Some(operator) = text
-                .chars()
-                .find(|char| REFUSED_LARK_OPERATORS.contains(char))
-            {
+            if let Some(operator) = text.chars().find(|char| REFUSED_LARK_OPERATORS.contains(char)) {
                 return Err(format!(
                     "it contains `{operator}`: intersection and complement are not supported, because nothing bounds their \
                      cost; write repetition as {{n,m}} and the character as \\u{:04x} in a string or \\x{:02x} in an expression",
@@ -372,8 +312,8 @@ fn read(source: &Grammar) -> Result<TopLevelGrammar, String> {
     let grammar = match source {
         Grammar::JsonObject => json_grammar(serde_json::json!({ "type": "object" })),
         Grammar::JsonSchema(text) => {
-            let schema: serde_json::Value = serde_json::from_str(text)
-                .map_err(|error| format!("it is not valid JSON: {error}"))?;
+            let schema: serde_json::Value =
+                serde_json::from_str(text).map_err(|error| format!("it is not valid JSON: {error}"))?;
             within(pattern_bytes(&schema), MAX_REGEX_BYTES)
                 .map_err(|reason| format!("its patterns together: {reason}"))?;
             json_grammar(match schema {
@@ -384,11 +324,7 @@ fn read(source: &Grammar) -> Result<TopLevelGrammar, String> {
             })
         }
         Grammar::Regex(expression) => {
-            let backslashes = expression
-                .bytes()
-                .rev()
-                .take_while(|byte| *byte == b'\\')
-                .count();
+            let backslashes = expression.bytes().rev().take_while(|byte| *byte == b'\\').count();
             if backslashes % 2 == 1 {
                 return Err("it ends in a backslash that escapes nothing".to_owned());
             }
@@ -401,9 +337,7 @@ fn read(source: &Grammar) -> Result<TopLevelGrammar, String> {
 
 fn within(bytes: usize, limit: usize) -> Result<(), String> {
     match bytes > limit {
-        true => Err(format!(
-            "it has {bytes} bytes, at most {limit} are allowed: make it smaller"
-        )),
+        true => Err(format!("it has {bytes} bytes, at most {limit} are allowed: make it smaller")),
         false => Ok(()),
     }
 }
@@ -416,13 +350,10 @@ fn pattern_bytes(schema: &serde_json::Value) -> usize {
         serde_json::Value::Object(object) => object
             .iter()
             .map(|(key, value)| match (key.as_str(), value) {
-                ("pattern" | "whitespace_pattern", serde_json::Value::String(pattern)) => {
-                    pattern.len()
+                ("pattern" | "whitespace_pattern", serde_json::Value::String(pattern)) => pattern.len(),
+                ("patternProperties", serde_json::Value::Object(properties)) => {
+                    properties.iter().map(|(pattern, schema)| pattern.len() + pattern_bytes(schema)).sum()
                 }
-                ("patternProperties", serde_json::Value::Object(properties)) => properties
-                    .iter()
-                    .map(|(pattern, schema)| pattern.len() + pattern_bytes(schema))
-                    .sum(),
                 (_, value) => pattern_bytes(value),
             })
             .sum(),
@@ -433,25 +364,16 @@ fn pattern_bytes(schema: &serde_json::Value) -> usize {
 /// A schema with our bound on white space, unless it brings its own options for llguidance.
 fn json_grammar(mut schema: serde_json::Value) -> GrammarWithLexer {
     const OPTIONS: &str = "x-guidance";
-    if let Some(object) = schema
-        .as_object_mut()
-        .filter(|object| !object.contains_key(OPTIONS))
-    {
+    if let Some(object) = schema.as_object_mut().filter(|object| !object.contains_key(OPTIONS)) {
         let whitespace = format!(r"[\x20\x0A\x0D\x09]{{1,{MAX_JSON_WHITESPACE_BYTES}}}");
-        object.insert(
-            OPTIONS.to_owned(),
-            serde_json::json!({ "whitespace_pattern": whitespace }),
-        );
+        object.insert(OPTIONS.to_owned(), serde_json::json!({ "whitespace_pattern": whitespace }));
     }
     GrammarWithLexer::from_json_schema(schema)
 }
 
 /// llguidance's message without the dumps it appends, its beginning and end if it quotes too much between them.
 fn reason_of(message: &str) -> String {
-    let end = ["<state>", "<non-verbose/>", "<backtrace>"]
-        .iter()
-        .filter_map(|dump| message.find(dump))
-        .min();
+    let end = ["<state>", "<non-verbose/>", "<backtrace>"].iter().filter_map(|dump| message.find(dump)).min();
     let essence = message[..end.unwrap_or(message.len())].trim();
     if essence == "NoExtensionBias" {
         return "no token of the model's vocabulary continues the text as it demands".to_owned();

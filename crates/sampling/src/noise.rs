@@ -6,7 +6,7 @@
 //! and choose the same tokens, a third party can replay it, and a drafted token is right exactly when it is the
 //! token that sampling would have chosen.
 //!
-//! The formula, which every implementation must follow bit for bit (all integers wrap at 64 bits; [`mix`] is the output
+//! The formula, which every implementation must follow bit for bit (all integers wrap at 64 bits; `mix` is the output
 //! function of SplitMix64, Steele, Lea & Flood 2014; γ = `0x9E3779B97F4A7C15`, its increment):
 //!
 //! ```text
@@ -48,9 +48,7 @@ impl PositionNoise {
     pub fn new(seed: u64, position: u32) -> PositionNoise {
         let seeded = mix(seed.wrapping_add(GAMMA));
         let stride = (u64::from(position) + 1).wrapping_mul(POSITION_STRIDE);
-        PositionNoise {
-            key: mix(seeded.wrapping_add(stride)),
-        }
+        PositionNoise { key: mix(seeded.wrapping_add(stride)) }
     }
 
     /// Where the generator of this position stands before token 0.
@@ -62,9 +60,7 @@ impl PositionNoise {
     /// 64 uniform bits for the token with this id.
     #[inline(always)]
     pub fn bits(self, token: u32) -> u64 {
-        mix(self
-            .key
-            .wrapping_add((u64::from(token) + 1).wrapping_mul(GAMMA)))
+        mix(self.key.wrapping_add((u64::from(token) + 1).wrapping_mul(GAMMA)))
     }
 
     /// A uniform number strictly between 0 and 1.

@@ -14,11 +14,7 @@ pub(crate) fn max_logit(logits: &[f32]) -> Option<f32> {
     for chunk in chunks {
         for lane in 0..LANES {
             let logit = chunk[lane];
-            best[lane] = if logit > best[lane] {
-                logit
-            } else {
-                best[lane]
-            };
+            best[lane] = if logit > best[lane] { logit } else { best[lane] };
             invalid[lane] |= is_broken(logit);
         }
     }
@@ -77,10 +73,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     series = series * r + 0.5;
     series = series * r + 1.0;
     series = series * r + 1.0;
-    let exponent = shifted
-        .to_bits()
-        .wrapping_sub(ROUND.to_bits())
-        .wrapping_add(127);
+    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
     let value = series * f32::from_bits(exponent << 23);
     if x > UNDERFLOW { value } else { 0.0 }
 }
@@ -94,10 +87,7 @@ mod tests {
         let mut x = 0.0f32;
         while x > -86.9 {
             let (ours, exact) = (f64::from(exp(x)), f64::from(x).exp());
-            assert!(
-                (ours - exact).abs() <= exact * 2.4e-7,
-                "exp({x}) = {ours}, not {exact}"
-            );
+            assert!((ours - exact).abs() <= exact * 2.4e-7, "exp({x}) = {ours}, not {exact}");
             x -= 0.000_97;
         }
         assert_eq!(exp(0.0), 1.0);

@@ -27,11 +27,7 @@ pub(crate) struct History {
 
 impl History {
     pub(crate) fn new(params: &SamplingParams, prompt: &[Token]) -> History {
-        let window = if params.repeat_penalty == 1.0 {
-            0
-        } else {
-            params.penalty_last_n as usize
-        };
+        let window = if params.repeat_penalty == 1.0 { 0 } else { params.penalty_last_n as usize };
         let tokens = prompt[prompt.len().saturating_sub(window)..].to_vec();
         let mut in_window = HashMap::new();
         for &token in &tokens {
@@ -96,11 +92,7 @@ impl History {
     pub(crate) fn penalise(&self, logits: &mut [f32]) {
         for &token in self.in_window.keys() {
             if let Some(logit) = logits.get_mut(token as usize) {
-                let penalised = if *logit > 0.0 {
-                    *logit / self.repeat
-                } else {
-                    *logit * self.repeat
-                };
+                let penalised = if *logit > 0.0 { *logit / self.repeat } else { *logit * self.repeat };
                 set(logit, penalised);
             }
         }
@@ -139,16 +131,9 @@ mod tests {
         let window = &all[all.len().saturating_sub(params.penalty_last_n as usize)..];
         for (token, logit) in logits.iter_mut().enumerate() {
             if params.repeat_penalty != 1.0 && window.contains(&(token as Token)) {
-                *logit = if *logit > 0.0 {
-                    *logit / params.repeat_penalty
-                } else {
-                    *logit * params.repeat_penalty
-                };
+                *logit = if *logit > 0.0 { *logit / params.repeat_penalty } else { *logit * params.repeat_penalty };
             }
-            let count = answer
-                .iter()
-                .filter(|said| **said == token as Token)
-                .count();
+            let count = answer.iter().filter(|said| **said == token as Token).count();
             if count > 0 && (params.presence_penalty != 0.0 || params.frequency_penalty != 0.0) {
                 *logit = *logit - params.presence_penalty - params.frequency_penalty * count as f32;
             }

@@ -58,25 +58,14 @@ impl Sampler {
     ) -> Result<Sampler, SamplingError> {
         validate(&params, &vocabulary)?;
         if let Some(&token) = prompt.iter().find(|token| !vocabulary.contains(**token)) {
-            return Err(SamplingError::TokenOutOfRange {
-                place: "the prompt",
-                token,
-                tokens: vocabulary.len(),
-            });
+            return Err(SamplingError::TokenOutOfRange { place: "the prompt", token, tokens: vocabulary.len() });
         }
         let grammar = match &params.grammar {
             Some(grammar) => Some(GrammarState::new(grammar, &vocabulary)?),
             None => None,
         };
         let history = History::new(&params, prompt);
-        Ok(Sampler {
-            params,
-            vocabulary,
-            history,
-            grammar,
-            raw: Vec::new(),
-            kept: Vec::new(),
-        })
+        Ok(Sampler { params, vocabulary, history, grammar, raw: Vec::new(), kept: Vec::new() })
     }
 
     /// Chooses the token for absolute `position` (prompt included) from the model's `logits`, one per token of the vocabulary, which it
@@ -84,11 +73,7 @@ impl Sampler {
     pub fn sample(&mut self, logits: &mut [f32], position: u32) -> Result<Sampled, SamplingError> {
         let tokens = self.vocabulary.len();
         if logits.len() != tokens {
-            return Err(SamplingError::LogitsLength {
-                position,
-                logits: logits.len(),
-                tokens,
-            });
+            return Err(SamplingError::LogitsLength { position, logits: logits.len(), tokens });
         }
         let untouched_max = max_logit(logits).ok_or_else(|| not_finite(logits, position))?;
         if self.params.top_logprobs.is_some() {
@@ -97,11 +82,7 @@ impl Sampler {
         }
 
         let touched = self.constrain(logits, position)?;
-        let max = if touched {
-            max_logit(logits).ok_or_else(|| not_finite(logits, position))?
-        } else {
-            untouched_max
-        };
+        let max = if touched { max_logit(logits).ok_or_else(|| not_finite(logits, position))? } else { untouched_max };
         if max == f32::NEG_INFINITY {
             return Err(SamplingError::NothingAllowed { position });
         }
@@ -112,23 +93,14 @@ impl Sampler {
             None => false,
         };
         let (logprob, top) = self.log_probabilities(token, untouched_max);
-        Ok(Sampled {
-            token,
-            logprob,
-            top,
-            grammar_ended,
-        })
+        Ok(Sampled { token, logprob, top, grammar_ended })
     }
 
     /// Bias, penalties, bans. Whether any logit may have changed.
     fn constrain(&mut self, logits: &mut [f32], position: u32) -> Result<bool, SamplingError> {
         for &(token, bias) in &self.params.logit_bias {
             if let Some(logit) = logits.get_mut(token as usize) {
-                *logit = if bias <= BAN_BIAS {
-                    f32::NEG_INFINITY
-                } else {
-                    (*logit + bias).min(f32::MAX)
-                };
+                *logit = if bias <= BAN_BIAS { f32::NEG_INFINITY } else { (*logit + bias).min(f32::MAX) };
             }
         }
         self.history.penalise(logits);
@@ -175,15 +147,8 @@ impl Sampler {
         let log_total = f64::from(max) + libm::log(mass(&self.raw, max));
         let log_probability = |logit: f32| (f64::from(logit) - log_total) as f32;
         filters::top_k(&self.raw, usize::from(count), &mut self.kept);
-        let top = self
-            .kept
-            .iter()
-            .map(|best| (best.token as Token, log_probability(best.logit)))
-            .collect();
-        let logprob = self
-            .raw
-            .get(token as usize)
-            .map(|logit| log_probability(*logit));
+        let top = self.kept.iter().map(|best| (best.token as Token, log_probability(best.logit))).collect();
+        let logprob = self.raw.get(token as usize).map(|logit| log_probability(*logit));
         (logprob, top)
     }
 
@@ -191,11 +156,7 @@ impl Sampler {
     pub fn accept(&mut self, token: Token) -> Result<(), SamplingError> {
         if !self.vocabulary.contains(token) {
             let tokens = self.vocabulary.len();
-            return Err(SamplingError::TokenOutOfRange {
-                place: "the answer",
-                token,
-                tokens,
-            });
+            return Err(SamplingError::TokenOutOfRange { place: "the answer", token, tokens });
         }
         if let Some(grammar) = &mut self.grammar {
             grammar.accept(token, self.history.generated())?;
@@ -213,10 +174,7 @@ impl Sampler {
     pub fn rollback(&mut self, count: usize) -> Result<(), SamplingError> {
         let generated = self.generated().len();
         let Some(left) = generated.checked_sub(count) else {
-            return Err(SamplingError::RollbackTooFar {
-                asked: count,
-                generated,
-            });
+            return Err(SamplingError::RollbackTooFar { asked: count, generated });
         };
         if let Some(grammar) = &mut self.grammar {
             let (remaining, undone) = self.history.generated().split_at(left);
@@ -235,14 +193,7 @@ impl Sampler {
 }
 
 fn not_finite(logits: &[f32], position: u32) -> SamplingError {
-    let at = logits
-        .iter()
-        .position(|logit| is_broken(*logit))
-        .unwrap_or(0);
+    let at = logits.iter().position(|logit| is_broken(*logit)).unwrap_or(0);
     let logit = logits.get(at).copied().unwrap_or(f32::NAN);
-    SamplingError::LogitNotFinite {
-        position,
-        token: at as Token,
-        logit,
-    }
+    SamplingError::LogitNotFinite { position, token: at as Token, logit }
 }

@@ -152,17 +152,9 @@ impl StopMatcher {
         }
         self.held.drain(..taken);
         self.held_from += taken as u64;
-        let tokens = self
-            .token_ends
-            .iter()
-            .take_while(|end| **end <= self.held_from)
-            .count();
+        let tokens = self.token_ends.iter().take_while(|end| **end <= self.held_from).count();
         self.token_ends.drain(..tokens);
-        Emission {
-            text,
-            tokens,
-            stop: None,
-        }
+        Emission { text, tokens, stop: None }
     }
 }
 
@@ -188,10 +180,7 @@ impl Automaton {
     const ROOT: u32 = 0;
 
     fn new<'a>(stops: impl Iterator<Item = &'a [u8]>) -> Automaton {
-        let mut automaton = Automaton {
-            children: HashMap::new(),
-            states: vec![State::default()],
-        };
+        let mut automaton = Automaton { children: HashMap::new(), states: vec![State::default()] };
         // (parent, byte, child), in the order of creation and then of depth.
         let mut edges = Vec::new();
         for (index, stop) in stops.enumerate() {
@@ -201,10 +190,7 @@ impl Automaton {
                     Some(&child) => child,
                     None => {
                         let child = automaton.states.len() as u32;
-                        automaton.states.push(State {
-                            depth: at + 1,
-                            ..State::default()
-                        });
+                        automaton.states.push(State { depth: at + 1, ..State::default() });
                         automaton.children.insert((state, byte), child);
                         edges.push((state, byte, child));
                         child

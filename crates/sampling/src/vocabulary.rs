@@ -46,9 +46,7 @@ pub enum VocabularyError {
         bytes: usize,
     },
     /// Not one attribute per token.
-    #[error(
-        "the vocabulary has {tokens} tokens but {attributes} attributes: the model file contradicts itself"
-    )]
+    #[error("the vocabulary has {tokens} tokens but {attributes} attributes: the model file contradicts itself")]
     Attributes {
         /// Number of tokens.
         tokens: usize,
@@ -105,32 +103,18 @@ impl Vocabulary {
         if tokens == 0 {
             return Err(VocabularyError::Empty);
         }
-        let total = pieces
-            .iter()
-            .fold(0usize, |sum, piece| sum.saturating_add(piece.len()));
+        let total = pieces.iter().fold(0usize, |sum, piece| sum.saturating_add(piece.len()));
         if tokens > MAX_VOCABULARY_TOKENS || total > MAX_VOCABULARY_BYTES {
-            return Err(VocabularyError::TooLarge {
-                tokens,
-                bytes: total,
-            });
+            return Err(VocabularyError::TooLarge { tokens, bytes: total });
         }
         if attributes.len() != tokens {
-            return Err(VocabularyError::Attributes {
-                tokens,
-                attributes: attributes.len(),
-            });
+            return Err(VocabularyError::Attributes { tokens, attributes: attributes.len() });
         }
         let roles = [("beginning-of-text", bos), ("end-of-text", eos)];
-        let named = roles
-            .iter()
-            .filter_map(|(role, token)| token.map(|token| (*role, token)));
+        let named = roles.iter().filter_map(|(role, token)| token.map(|token| (*role, token)));
         for (role, token) in named.chain(eog.iter().map(|token| ("end-of-generation", *token))) {
             if !usize::try_from(token).is_ok_and(|id| id < tokens) {
-                return Err(VocabularyError::OutOfRange {
-                    role,
-                    token,
-                    tokens,
-                });
+                return Err(VocabularyError::OutOfRange { role, token, tokens });
             }
         }
 
@@ -144,15 +128,7 @@ impl Vocabulary {
         end_of_generation.extend(eos);
         end_of_generation.sort_unstable();
         end_of_generation.dedup();
-        Ok(Vocabulary {
-            bytes,
-            ends,
-            attributes,
-            end_of_generation,
-            bos,
-            eos,
-            grammars: OnceLock::new(),
-        })
+        Ok(Vocabulary { bytes, ends, attributes, end_of_generation, bos, eos, grammars: OnceLock::new() })
     }
 
     /// Number of tokens; at least one.
@@ -175,21 +151,14 @@ impl Vocabulary {
         let Some(id) = usize::try_from(token).ok().filter(|id| *id < self.len()) else {
             return &[];
         };
-        let start = if id == 0 {
-            0
-        } else {
-            self.ends[id - 1] as usize
-        };
+        let start = if id == 0 { 0 } else { self.ends[id - 1] as usize };
         &self.bytes[start..self.ends[id] as usize]
     }
 
     /// What kind of token it is; [`TokenAttribute::Unused`] for an id that is not in the vocabulary.
     pub fn attribute(&self, token: Token) -> TokenAttribute {
         let id = usize::try_from(token).unwrap_or(usize::MAX);
-        self.attributes
-            .get(id)
-            .copied()
-            .unwrap_or(TokenAttribute::Unused)
+        self.attributes.get(id).copied().unwrap_or(TokenAttribute::Unused)
     }
 
     /// Whether the token is structure, not text.
@@ -219,9 +188,7 @@ impl Vocabulary {
 
     /// Compiles grammars for this vocabulary. The first call builds the tables; one may call it early, on a thread that can wait.
     pub(crate) fn grammars(&self) -> Result<Arc<ParserFactory>, String> {
-        self.grammars
-            .get_or_init(|| grammar::parser_factory(self).map(Arc::new))
-            .clone()
+        self.grammars.get_or_init(|| grammar::parser_factory(self).map(Arc::new)).clone()
     }
 
     /// Builds the tables that grammars need (about a second for a large vocabulary), which otherwise the first grammar pays for.

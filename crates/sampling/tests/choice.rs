@@ -1,9 +1,5 @@
 //! The choice follows its definition, and the definition follows the softmax.
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test fails by panicking, in its helpers too"
-)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, in its helpers too")]
 
 mod common;
 
@@ -27,65 +23,35 @@ fn the_noise_is_the_documented_function() {
         (0x0, 1, 0, 0xdb4f_048c_f028_7143, 1.8662850650275287),
         (0x1, 0, 0, 0x26f2_1c11_4de3_2a44, -0.6328705136961079),
         (0x2a, 7, 151_935, 0xcccd_da86_30b2_56b0, 1.5000300486070013),
-        (
-            u64::MAX,
-            u32::MAX,
-            0x7fff_ffff,
-            0xf5f4_4582_19fa_bb4e,
-            3.2180720668485,
-        ),
-        (
-            0x0123_4567_89ab_cdef,
-            1000,
-            50_256,
-            0xf533_86d2_4ae1_1026,
-            3.144277835804135,
-        ),
+        (u64::MAX, u32::MAX, 0x7fff_ffff, 0xf5f4_4582_19fa_bb4e, 3.2180720668485),
+        (0x0123_4567_89ab_cdef, 1000, 50_256, 0xf533_86d2_4ae1_1026, 3.144277835804135),
     ] {
         assert_eq!(PositionNoise::new(seed, position).bits(token), bits);
         let ours = gumbel(seed, position, token as Token);
-        assert!(
-            (ours - noise).abs() <= 4.0 * f64::EPSILON * noise.abs(),
-            "{ours} is not {noise}"
-        );
+        assert!((ours - noise).abs() <= 4.0 * f64::EPSILON * noise.abs(), "{ours} is not {noise}");
     }
 }
 
 /// Pearson's statistic of counts against equal or given probabilities.
 fn chi_squared(counts: &[u64], probabilities: &[f64]) -> f64 {
     let total = counts.iter().sum::<u64>() as f64;
-    counts
-        .iter()
-        .zip(probabilities)
-        .map(|(count, p)| (*count as f64 - total * p).powi(2) / (total * p))
-        .sum()
+    counts.iter().zip(probabilities).map(|(count, p)| (*count as f64 - total * p).powi(2) / (total * p)).sum()
 }
 
 /// The statistic is about normal with mean k and variance 2k: six standard deviations never happen by chance.
 fn assert_plausible(statistic: f64, degrees: usize, what: &str) {
     let k = degrees as f64;
-    assert!(
-        (statistic - k).abs() < 6.0 * (2.0 * k).sqrt(),
-        "{what}: chi squared {statistic} with {degrees} degrees"
-    );
+    assert!((statistic - k).abs() < 6.0 * (2.0 * k).sqrt(), "{what}: chi squared {statistic} with {degrees} degrees");
 }
 
 #[test]
 fn the_noise_is_uniform_along_tokens_positions_and_seeds() {
-    let walks: [(&str, Box<dyn Fn(u64) -> f64>); 4] = [
-        (
-            "tokens",
-            Box::new(|i| PositionNoise::new(5, 9).uniform(i as u32)),
-        ),
-        (
-            "positions",
-            Box::new(|i| PositionNoise::new(5, i as u32).uniform(77)),
-        ),
-        ("seeds", Box::new(|i| PositionNoise::new(i, 9).uniform(77))),
-        (
-            "seeds and positions",
-            Box::new(|i| PositionNoise::new(i, i as u32).uniform(i as u32)),
-        ),
+    type Walk = fn(u64) -> f64;
+    let walks: [(&str, Walk); 4] = [
+        ("tokens", |i| PositionNoise::new(5, 9).uniform(i as u32)),
+        ("positions", |i| PositionNoise::new(5, i as u32).uniform(77)),
+        ("seeds", |i| PositionNoise::new(i, 9).uniform(77)),
+        ("seeds and positions", |i| PositionNoise::new(i, i as u32).uniform(i as u32)),
     ];
     for (what, uniform) in walks {
         // Singles, and pairs of neighbours: 16 x 16 cells.
@@ -127,39 +93,23 @@ fn tokens_are_drawn_from_the_softmax_at_every_temperature() {
     let logits: Vec<f32> = (0..32).map(|i| ((i * 7) % 13) as f32 * 0.4 - 2.0).collect();
     for temperature in [0.5f32, 1.0, 2.5] {
         let mut counts = vec![0u64; logits.len()];
-        let params = SamplingParams {
-            temperature,
-            seed: 99,
-            ..SamplingParams::default()
-        };
+        let params = SamplingParams { temperature, seed: 99, ..SamplingParams::default() };
         let mut sampler = sampler(params, logits.len());
         for position in 0..200_000 {
             counts[sampler.sample(&mut logits.clone(), position).unwrap().token as usize] += 1;
         }
-        let weights: Vec<f64> = logits
-            .iter()
-            .map(|logit| (f64::from(*logit) / f64::from(temperature)).exp())
-            .collect();
+        let weights: Vec<f64> = logits.iter().map(|logit| (f64::from(*logit) / f64::from(temperature)).exp()).collect();
         let total: f64 = weights.iter().sum();
         let probabilities: Vec<f64> = weights.iter().map(|weight| weight / total).collect();
-        assert_plausible(
-            chi_squared(&counts, &probabilities),
-            logits.len() - 1,
-            "softmax",
-        );
+        assert_plausible(chi_squared(&counts, &probabilities), logits.len() - 1, "softmax");
     }
 }
 
 /// The documented order of steps, with full sorts and no shortcut.
 fn reference(params: &SamplingParams, logits: &[f32], position: u32) -> Token {
-    let mut kept: Vec<(usize, f64)> = logits
-        .iter()
-        .enumerate()
-        .filter(|(_, l)| **l > f32::NEG_INFINITY)
-        .map(|(i, l)| (i, f64::from(*l)))
-        .collect();
-    let by_logit =
-        |a: &(usize, f64), b: &(usize, f64)| b.1.partial_cmp(&a.1).unwrap().then(a.0.cmp(&b.0));
+    let mut kept: Vec<(usize, f64)> =
+        logits.iter().enumerate().filter(|(_, l)| **l > f32::NEG_INFINITY).map(|(i, l)| (i, f64::from(*l))).collect();
+    let by_logit = |a: &(usize, f64), b: &(usize, f64)| b.1.partial_cmp(&a.1).unwrap().then(a.0.cmp(&b.0));
     let weights = |kept: &[(usize, f64)]| -> (Vec<f64>, f64) {
         let max = kept.iter().map(|(_, l)| *l).fold(f64::MIN, f64::max);
         let weights: Vec<f64> = kept.iter().map(|(_, l)| (l - max).exp()).collect();
@@ -172,21 +122,9 @@ fn reference(params: &SamplingParams, logits: &[f32], position: u32) -> Token {
     }
     if params.typical_p < 1.0 {
         let (w, total) = weights(&kept);
-        let entropy: f64 = w
-            .iter()
-            .map(|w| {
-                if *w > 0.0 {
-                    -w / total * (w / total).ln()
-                } else {
-                    0.0
-                }
-            })
-            .sum();
-        let mut scored: Vec<(f64, (usize, f64), f64)> = kept
-            .iter()
-            .zip(&w)
-            .map(|(t, w)| ((-(w / total).ln() - entropy).abs(), *t, w / total))
-            .collect();
+        let entropy: f64 = w.iter().map(|w| if *w > 0.0 { -w / total * (w / total).ln() } else { 0.0 }).sum();
+        let mut scored: Vec<(f64, (usize, f64), f64)> =
+            kept.iter().zip(&w).map(|(t, w)| ((-(w / total).ln() - entropy).abs(), *t, w / total)).collect();
         scored.sort_by(|a, b| a.0.partial_cmp(&b.0).unwrap().then(a.1.0.cmp(&b.1.0)));
         let mut sum = 0.0;
         let mut count = 0;
@@ -221,11 +159,7 @@ fn reference(params: &SamplingParams, logits: &[f32], position: u32) -> Token {
     let temperature = f64::from(params.temperature);
     let mut best = (f64::NEG_INFINITY, 0);
     for (token, logit) in kept {
-        let noise = if temperature == 0.0 {
-            0.0
-        } else {
-            gumbel(params.seed, position, token as Token)
-        };
+        let noise = if temperature == 0.0 { 0.0 } else { gumbel(params.seed, position, token as Token) };
         let score = logit + temperature * noise;
         if score > best.0 {
             best = (score, token);
@@ -326,17 +260,11 @@ proptest! {
 
 #[test]
 fn greedy_takes_the_largest_and_the_lower_id_on_a_tie() {
-    let params = SamplingParams {
-        temperature: 0.0,
-        ..SamplingParams::default()
-    };
+    let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
     let mut logits = vec![0.0; 40];
     logits[33] = 2.0;
     logits[17] = 2.0;
-    assert_eq!(
-        sampler(params, 40).sample(&mut logits, 0).unwrap().token,
-        17
-    );
+    assert_eq!(sampler(params, 40).sample(&mut logits, 0).unwrap().token, 17);
 }
 
 #[test]
@@ -353,76 +281,34 @@ fn log_probabilities_are_those_of_the_model_whatever_was_asked_of_the_choice() {
     let total: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
     let expected = |logit: f64| (logit - total.ln()) as f32;
     assert!((sampled.logprob.unwrap() - expected(1.0)).abs() < 1e-6);
-    assert_eq!(
-        sampled
-            .top
-            .iter()
-            .map(|(token, _)| *token)
-            .collect::<Vec<_>>(),
-        [2, 1]
-    );
+    assert_eq!(sampled.top.iter().map(|(token, _)| *token).collect::<Vec<_>>(), [2, 1]);
     assert!((sampled.top[0].1 - expected(3.0)).abs() < 1e-6);
 
     // More than there are: the banned token is not listed.
-    let params = SamplingParams {
-        top_logprobs: Some(20),
-        ..SamplingParams::default()
-    };
-    assert_eq!(
-        sampler(params, 4)
-            .sample(&mut logits.clone(), 0)
-            .unwrap()
-            .top
-            .len(),
-        3
-    );
-    let params = SamplingParams {
-        top_logprobs: Some(0),
-        ..SamplingParams::default()
-    };
+    let params = SamplingParams { top_logprobs: Some(20), ..SamplingParams::default() };
+    assert_eq!(sampler(params, 4).sample(&mut logits.clone(), 0).unwrap().top.len(), 3);
+    let params = SamplingParams { top_logprobs: Some(0), ..SamplingParams::default() };
     let sampled = sampler(params, 4).sample(&mut logits.clone(), 0).unwrap();
     assert!(sampled.logprob.is_some() && sampled.top.is_empty());
 }
 
 #[test]
 fn a_bias_bans_or_forces_a_token() {
-    let params = SamplingParams {
-        logit_bias: vec![(3, 100.0)],
-        ..SamplingParams::default()
-    };
+    let params = SamplingParams { logit_bias: vec![(3, 100.0)], ..SamplingParams::default() };
     for position in 0..200 {
-        assert_eq!(
-            sampler(params.clone(), 8)
-                .sample(&mut [0.0; 8], position)
-                .unwrap()
-                .token,
-            3
-        );
+        assert_eq!(sampler(params.clone(), 8).sample(&mut [0.0; 8], position).unwrap().token, 3);
     }
     for ban in [-100.0, -1e9, f32::NEG_INFINITY] {
-        let params = SamplingParams {
-            logit_bias: vec![(3, ban)],
-            ..SamplingParams::default()
-        };
+        let params = SamplingParams { logit_bias: vec![(3, ban)], ..SamplingParams::default() };
         for position in 0..200 {
-            assert_ne!(
-                sampler(params.clone(), 8)
-                    .sample(&mut [0.0; 8], position)
-                    .unwrap()
-                    .token,
-                3
-            );
+            assert_ne!(sampler(params.clone(), 8).sample(&mut [0.0; 8], position).unwrap().token, 3);
         }
     }
 }
 
 #[test]
 fn ignoring_the_end_never_chooses_it() {
-    let params = SamplingParams {
-        ignore_eos: true,
-        temperature: 0.0,
-        ..SamplingParams::default()
-    };
+    let params = SamplingParams { ignore_eos: true, temperature: 0.0, ..SamplingParams::default() };
     let mut logits = vec![0.0f32; 8];
     logits[7] = 50.0;
     assert_eq!(sampler(params, 8).sample(&mut logits, 0).unwrap().token, 0);
@@ -433,41 +319,15 @@ fn broken_logits_are_an_error_that_names_position_and_token() {
     for bad in [f32::NAN, f32::INFINITY] {
         let mut logits = vec![0.0f32; 50];
         logits[41] = bad;
-        let error = sampler(SamplingParams::default(), 50)
-            .sample(&mut logits, 17)
-            .unwrap_err();
-        assert!(
-            matches!(
-                error,
-                SamplingError::LogitNotFinite {
-                    position: 17,
-                    token: 41,
-                    ..
-                }
-            ),
-            "{error}"
-        );
+        let error = sampler(SamplingParams::default(), 50).sample(&mut logits, 17).unwrap_err();
+        assert!(matches!(error, SamplingError::LogitNotFinite { position: 17, token: 41, .. }), "{error}");
         assert!(error.to_string().contains("position 17"));
     }
-    let error = sampler(SamplingParams::default(), 50)
-        .sample(&mut [0.0; 49], 3)
-        .unwrap_err();
-    assert_eq!(
-        error,
-        SamplingError::LogitsLength {
-            position: 3,
-            logits: 49,
-            tokens: 50
-        }
-    );
-    let error = sampler(SamplingParams::default(), 2)
-        .sample(&mut [f32::NEG_INFINITY; 2], 5)
-        .unwrap_err();
+    let error = sampler(SamplingParams::default(), 50).sample(&mut [0.0; 49], 3).unwrap_err();
+    assert_eq!(error, SamplingError::LogitsLength { position: 3, logits: 49, tokens: 50 });
+    let error = sampler(SamplingParams::default(), 2).sample(&mut [f32::NEG_INFINITY; 2], 5).unwrap_err();
     assert_eq!(error, SamplingError::NothingAllowed { position: 5 });
-    let params = SamplingParams {
-        logit_bias: vec![(0, -100.0), (1, -100.0)],
-        ..SamplingParams::default()
-    };
+    let params = SamplingParams { logit_bias: vec![(0, -100.0), (1, -100.0)], ..SamplingParams::default() };
     let error = sampler(params, 2).sample(&mut [0.0; 2], 5).unwrap_err();
     assert_eq!(error, SamplingError::NothingAllowed { position: 5 });
 }
@@ -497,152 +357,36 @@ fn parameters_out_of_range_are_refused_by_name() {
     let default = SamplingParams::default;
     let nan = f32::NAN;
     let cases = [
-        (
-            "temperature",
-            SamplingParams {
-                temperature: nan,
-                ..default()
-            },
-        ),
-        (
-            "temperature",
-            SamplingParams {
-                temperature: -0.1,
-                ..default()
-            },
-        ),
-        (
-            "temperature",
-            SamplingParams {
-                temperature: 100.1,
-                ..default()
-            },
-        ),
-        (
-            "temperature",
-            SamplingParams {
-                temperature: f32::INFINITY,
-                ..default()
-            },
-        ),
-        (
-            "top_p",
-            SamplingParams {
-                top_p: 1.1,
-                ..default()
-            },
-        ),
-        (
-            "top_p",
-            SamplingParams {
-                top_p: nan,
-                ..default()
-            },
-        ),
-        (
-            "min_p",
-            SamplingParams {
-                min_p: -0.1,
-                ..default()
-            },
-        ),
-        (
-            "typical_p",
-            SamplingParams {
-                typical_p: nan,
-                ..default()
-            },
-        ),
-        (
-            "repeat_penalty",
-            SamplingParams {
-                repeat_penalty: 0.0,
-                ..default()
-            },
-        ),
-        (
-            "repeat_penalty",
-            SamplingParams {
-                repeat_penalty: nan,
-                ..default()
-            },
-        ),
-        (
-            "presence_penalty",
-            SamplingParams {
-                presence_penalty: f32::INFINITY,
-                ..default()
-            },
-        ),
-        (
-            "frequency_penalty",
-            SamplingParams {
-                frequency_penalty: nan,
-                ..default()
-            },
-        ),
-        (
-            "logit_bias",
-            SamplingParams {
-                logit_bias: vec![(0, nan)],
-                ..default()
-            },
-        ),
-        (
-            "logit_bias",
-            SamplingParams {
-                logit_bias: vec![(0, f32::INFINITY)],
-                ..default()
-            },
-        ),
-        (
-            "logit_bias",
-            SamplingParams {
-                logit_bias: vec![(-1, 0.0)],
-                ..default()
-            },
-        ),
-        (
-            "logit_bias",
-            SamplingParams {
-                logit_bias: vec![(4, 0.0)],
-                ..default()
-            },
-        ),
-        (
-            "logit_bias",
-            SamplingParams {
-                logit_bias: vec![(0, 0.0); 100_000],
-                ..default()
-            },
-        ),
+        ("temperature", SamplingParams { temperature: nan, ..default() }),
+        ("temperature", SamplingParams { temperature: -0.1, ..default() }),
+        ("temperature", SamplingParams { temperature: 100.1, ..default() }),
+        ("temperature", SamplingParams { temperature: f32::INFINITY, ..default() }),
+        ("top_p", SamplingParams { top_p: 1.1, ..default() }),
+        ("top_p", SamplingParams { top_p: nan, ..default() }),
+        ("min_p", SamplingParams { min_p: -0.1, ..default() }),
+        ("typical_p", SamplingParams { typical_p: nan, ..default() }),
+        ("repeat_penalty", SamplingParams { repeat_penalty: 0.0, ..default() }),
+        ("repeat_penalty", SamplingParams { repeat_penalty: nan, ..default() }),
+        ("presence_penalty", SamplingParams { presence_penalty: f32::INFINITY, ..default() }),
+        ("frequency_penalty", SamplingParams { frequency_penalty: nan, ..default() }),
+        ("logit_bias", SamplingParams { logit_bias: vec![(0, nan)], ..default() }),
+        ("logit_bias", SamplingParams { logit_bias: vec![(0, f32::INFINITY)], ..default() }),
+        ("logit_bias", SamplingParams { logit_bias: vec![(-1, 0.0)], ..default() }),
+        ("logit_bias", SamplingParams { logit_bias: vec![(4, 0.0)], ..default() }),
+        ("logit_bias", SamplingParams { logit_bias: vec![(0, 0.0); 100_000], ..default() }),
     ];
     for (name, params) in cases {
-        let error = Sampler::new(params, common::plain(4), &[])
-            .unwrap_err()
-            .to_string();
+        let error = Sampler::new(params, common::plain(4), &[]).unwrap_err().to_string();
         assert!(error.contains(name), "{error} does not name {name}");
     }
     for prompt in [[4], [-1]] {
         let error = Sampler::new(default(), common::plain(4), &prompt).unwrap_err();
-        assert!(matches!(
-            error,
-            SamplingError::TokenOutOfRange {
-                place: "the prompt",
-                ..
-            }
-        ));
+        assert!(matches!(error, SamplingError::TokenOutOfRange { place: "the prompt", .. }));
     }
     let mut sampler = sampler(default(), 4);
     assert!(sampler.accept(4).is_err());
     sampler.accept(1).unwrap();
-    assert_eq!(
-        sampler.rollback(2).unwrap_err(),
-        SamplingError::RollbackTooFar {
-            asked: 2,
-            generated: 1
-        }
-    );
+    assert_eq!(sampler.rollback(2).unwrap_err(), SamplingError::RollbackTooFar { asked: 2, generated: 1 });
     assert_eq!(sampler.generated(), [1]);
 }
 
@@ -651,37 +395,17 @@ fn a_vocabulary_that_contradicts_itself_is_refused() {
     let pieces = || vec![b"a".to_vec(), b"b".to_vec()];
     let attributes = || vec![TokenAttribute::Normal; 2];
     let new = Vocabulary::new;
-    assert_eq!(
-        new(vec![], vec![], vec![], None, None).unwrap_err(),
-        VocabularyError::Empty
-    );
+    assert_eq!(new(vec![], vec![], vec![], None, None).unwrap_err(), VocabularyError::Empty);
     let error = new(pieces(), vec![TokenAttribute::Normal], vec![], None, None).unwrap_err();
-    assert_eq!(
-        error,
-        VocabularyError::Attributes {
-            tokens: 2,
-            attributes: 1
-        }
-    );
+    assert_eq!(error, VocabularyError::Attributes { tokens: 2, attributes: 1 });
     assert!(matches!(
         new(pieces(), attributes(), vec![2], None, None).unwrap_err(),
-        VocabularyError::OutOfRange {
-            role: "end-of-generation",
-            token: 2,
-            ..
-        }
+        VocabularyError::OutOfRange { role: "end-of-generation", token: 2, .. }
     ));
     assert!(new(pieces(), attributes(), vec![], Some(-1), None).is_err());
     let vocabulary = new(pieces(), attributes(), vec![1, 1], None, Some(0)).unwrap();
     assert_eq!(vocabulary.end_of_generation(), [0, 1]);
-    assert_eq!(
-        (
-            vocabulary.bytes(1),
-            vocabulary.bytes(2),
-            vocabulary.bytes(-1)
-        ),
-        (&b"b"[..], &b""[..], &b""[..])
-    );
+    assert_eq!((vocabulary.bytes(1), vocabulary.bytes(2), vocabulary.bytes(-1)), (&b"b"[..], &b""[..], &b""[..]));
 }
 
 #[test]

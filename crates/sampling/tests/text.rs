@@ -1,9 +1,5 @@
 //! Text and stop strings: whatever way the bytes are cut into tokens, the client sees the same.
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test fails by panicking, in its helpers too"
-)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, in its helpers too")]
 
 use murmur_sampling::text::{MAX_STOP_BYTES, MAX_STOP_STRINGS};
 use murmur_sampling::{Emission, StopError, StopMatcher};
@@ -18,10 +14,7 @@ fn reference(bytes: &[u8], stops: &[String]) -> (String, Option<usize>) {
             .filter(|(_, stop)| bytes[..end].ends_with(stop.as_bytes()))
             .max_by_key(|(index, stop)| (stop.len(), usize::MAX - index));
         if let Some((index, stop)) = longest {
-            return (
-                String::from_utf8_lossy(&bytes[..end - stop.len()]).into_owned(),
-                Some(index),
-            );
+            return (String::from_utf8_lossy(&bytes[..end - stop.len()]).into_owned(), Some(index));
         }
     }
     (String::from_utf8_lossy(bytes).into_owned(), None)
@@ -135,47 +128,13 @@ proptest! {
 #[test]
 fn a_stop_string_across_tokens_is_cut_off_and_named() {
     let (emissions, _) = run(
-        &[
-            "Hello ".into(),
-            "wor".into(),
-            "ld\nUs".into(),
-            "er:".into(),
-            " x".into(),
-        ],
+        &["Hello ".into(), "wor".into(), "ld\nUs".into(), "er:".into(), " x".into()],
         &["###".into(), "\nUser:".into()],
     );
-    assert_eq!(
-        emissions[0],
-        Emission {
-            text: "Hello ".into(),
-            tokens: 1,
-            stop: None
-        }
-    );
-    assert_eq!(
-        emissions[1],
-        Emission {
-            text: "wor".into(),
-            tokens: 1,
-            stop: None
-        }
-    );
-    assert_eq!(
-        emissions[2],
-        Emission {
-            text: "ld".into(),
-            tokens: 0,
-            stop: None
-        }
-    );
-    assert_eq!(
-        emissions[3],
-        Emission {
-            text: String::new(),
-            tokens: 0,
-            stop: Some(1)
-        }
-    );
+    assert_eq!(emissions[0], Emission { text: "Hello ".into(), tokens: 1, stop: None });
+    assert_eq!(emissions[1], Emission { text: "wor".into(), tokens: 1, stop: None });
+    assert_eq!(emissions[2], Emission { text: "ld".into(), tokens: 0, stop: None });
+    assert_eq!(emissions[3], Emission { text: String::new(), tokens: 0, stop: Some(1) });
     assert_eq!(emissions[4], Emission::default());
     assert_eq!(emissions[5], Emission::default());
 }
@@ -183,41 +142,22 @@ fn a_stop_string_across_tokens_is_cut_off_and_named() {
 #[test]
 fn a_character_split_over_tokens_comes_out_whole_with_its_last_token() {
     let smile = "😀".as_bytes();
-    let (emissions, _) = run(
-        &[smile[..1].into(), smile[1..3].into(), smile[3..].into()],
-        &[],
-    );
+    let (emissions, _) = run(&[smile[..1].into(), smile[1..3].into(), smile[3..].into()], &[]);
     assert_eq!(emissions[0], Emission::default());
     assert_eq!(emissions[1], Emission::default());
-    assert_eq!(
-        emissions[2],
-        Emission {
-            text: "😀".into(),
-            tokens: 3,
-            stop: None
-        }
-    );
+    assert_eq!(emissions[2], Emission { text: "😀".into(), tokens: 3, stop: None });
 }
 
 #[test]
 fn half_a_character_at_the_end_becomes_a_replacement_character() {
     let (emissions, _) = run(&["ab€".as_bytes()[..4].into()], &[]);
     assert_eq!(emissions[0].text, "ab");
-    assert_eq!(
-        emissions[1],
-        Emission {
-            text: "\u{FFFD}".into(),
-            tokens: 1,
-            stop: None
-        }
-    );
+    assert_eq!(emissions[1], Emission { text: "\u{FFFD}".into(), tokens: 1, stop: None });
 }
 
 #[test]
 fn thousands_of_stop_strings_cost_one_step_per_byte() {
-    let stops: Vec<String> = (0..MAX_STOP_STRINGS)
-        .map(|i| format!("stop {i:05}!"))
-        .collect();
+    let stops: Vec<String> = (0..MAX_STOP_STRINGS).map(|i| format!("stop {i:05}!")).collect();
     let mut matcher = StopMatcher::new(&stops).unwrap();
     let began = std::time::Instant::now();
     let mut given = 0;
@@ -232,22 +172,9 @@ fn thousands_of_stop_strings_cost_one_step_per_byte() {
 #[test]
 fn too_many_too_long_and_empty_stop_strings_are_refused() {
     let many = vec!["x".to_owned(); MAX_STOP_STRINGS + 1];
-    assert_eq!(
-        StopMatcher::new(&many).unwrap_err(),
-        StopError::TooMany {
-            count: MAX_STOP_STRINGS + 1
-        }
-    );
+    assert_eq!(StopMatcher::new(&many).unwrap_err(), StopError::TooMany { count: MAX_STOP_STRINGS + 1 });
     let long = ["x".repeat(MAX_STOP_BYTES + 1)];
-    assert_eq!(
-        StopMatcher::new(&long).unwrap_err(),
-        StopError::TooLong {
-            bytes: MAX_STOP_BYTES + 1
-        }
-    );
-    assert_eq!(
-        StopMatcher::new(&["a", ""]).unwrap_err(),
-        StopError::Empty { index: 1 }
-    );
+    assert_eq!(StopMatcher::new(&long).unwrap_err(), StopError::TooLong { bytes: MAX_STOP_BYTES + 1 });
+    assert_eq!(StopMatcher::new(&["a", ""]).unwrap_err(), StopError::Empty { index: 1 });
     assert!(StopMatcher::new(&["x".repeat(MAX_STOP_BYTES)]).is_ok());
 }

@@ -35,9 +35,7 @@ pub enum StoreError {
         why: String,
     },
     /// Nothing by that name.
-    #[error(
-        "there is no model '{name}': neither the store nor the current directory has it. {advice}"
-    )]
+    #[error("there is no model '{name}': neither the store nor the current directory has it. {advice}")]
     NoSuchModel {
         /// What was asked for.
         name: String,
@@ -78,9 +76,7 @@ pub enum StoreError {
         source: io::Error,
     },
     /// The disk has not enough room, or ran full.
-    #[error(
-        "no space in {path}: {needs}, {available}. Free some space, or choose another place ({place}).{kept}"
-    )]
+    #[error("no space in {path}: {needs}, {available}. Free some space, or choose another place ({place}).{kept}")]
     NoSpace {
         /// The directory.
         path: PathBuf,
@@ -146,9 +142,7 @@ pub enum StoreError {
         advice: String,
     },
     /// The hub said something that makes no sense.
-    #[error(
-        "{endpoint} gave an answer that murmur cannot use: {why}. If HF_ENDPOINT names a mirror, try without it."
-    )]
+    #[error("{endpoint} gave an answer that murmur cannot use: {why}. If HF_ENDPOINT names a mirror, try without it.")]
     BadHubAnswer {
         /// The hub.
         endpoint: String,
@@ -183,13 +177,9 @@ impl StoreError {
     /// What sort of failure it was.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::BadReference { .. } | Self::NameTaken { .. } | Self::BadHubSetting { .. } => {
-                ErrorKind::Usage
-            }
+            Self::BadReference { .. } | Self::NameTaken { .. } | Self::BadHubSetting { .. } => ErrorKind::Usage,
             Self::NoSuchModel { .. } | Self::NotOnHub { .. } => ErrorKind::NotFound,
-            Self::BadModel { .. } | Self::WrongChecksum { .. } | Self::BadIndex { .. } => {
-                ErrorKind::Damaged
-            }
+            Self::BadModel { .. } | Self::WrongChecksum { .. } | Self::BadIndex { .. } => ErrorKind::Damaged,
             Self::NoSpace { .. } => ErrorKind::NoSpace,
             Self::HubRefuses { .. } | Self::HubUnavailable { .. } | Self::PullInProgress { .. } => {
                 ErrorKind::Unavailable
@@ -203,25 +193,16 @@ impl StoreError {
             },
             Self::Io { source, .. } => match source.kind() {
                 io::ErrorKind::NotFound => ErrorKind::NotFound,
-                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-                    ErrorKind::Unavailable
-                }
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => ErrorKind::Unavailable,
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
                 _ => ErrorKind::Other,
             },
         }
     }
 
-    pub(crate) fn io(
-        doing: &'static str,
-        path: impl Into<PathBuf>,
-    ) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn io(doing: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io {
-            doing,
-            path,
-            source,
-        }
+        move |source| Self::Io { doing, path, source }
     }
 }
 
@@ -229,15 +210,9 @@ impl StoreError {
 fn advice_for(source: &io::Error) -> &'static str {
     match source.kind() {
         io::ErrorKind::NotFound => "Check the path.",
-        io::ErrorKind::PermissionDenied => {
-            "Give this user access to it, or choose another place with --data-dir."
-        }
-        io::ErrorKind::ReadOnlyFilesystem => {
-            "The file system is read-only; choose another place with --data-dir."
-        }
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "Free some space and try again."
-        }
+        io::ErrorKind::PermissionDenied => "Give this user access to it, or choose another place with --data-dir.",
+        io::ErrorKind::ReadOnlyFilesystem => "The file system is read-only; choose another place with --data-dir.",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "Free some space and try again.",
         _ => "If it happens again, run `murmur doctor`.",
     }
 }

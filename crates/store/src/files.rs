@@ -11,10 +11,7 @@ use crate::error::StoreError;
 /// Bytes a normal user may still write in the file system of `path`, or of its nearest parent that exists; `None` when the
 /// system does not say.
 pub fn available_bytes(path: &Path) -> Option<u64> {
-    let existing = path
-        .ancestors()
-        .find(|p| p.exists())
-        .unwrap_or(Path::new("."));
+    let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("."));
     #[cfg(unix)]
     {
         let stat = rustix::fs::statvfs(existing).ok()?;
@@ -28,23 +25,17 @@ pub fn available_bytes(path: &Path) -> Option<u64> {
 }
 
 /// Refuses work for which `path` has no room. `place` tells how to choose another one.
-pub(crate) fn demand_space(
-    path: &Path,
-    needs_bytes: u64,
-    place: &'static str,
-) -> Result<(), StoreError> {
+pub(crate) fn demand_space(path: &Path, needs_bytes: u64, place: &'static str) -> Result<(), StoreError> {
     /// Room that is left for everything else on the machine.
     const RESERVE_BYTES: u64 = 64 << 20;
     match available_bytes(path) {
-        Some(available) if available < needs_bytes.saturating_add(RESERVE_BYTES) => {
-            Err(StoreError::NoSpace {
-                path: path.to_owned(),
-                needs: format!("{} are needed", human_bytes(needs_bytes)),
-                available: format!("{} are free", human_bytes(available)),
-                place,
-                kept: String::new(),
-            })
-        }
+        Some(available) if available < needs_bytes.saturating_add(RESERVE_BYTES) => Err(StoreError::NoSpace {
+            path: path.to_owned(),
+            needs: format!("{} are needed", human_bytes(needs_bytes)),
+            available: format!("{} are free", human_bytes(available)),
+            place,
+            kept: String::new(),
+        }),
         _ => Ok(()),
     }
 }
@@ -60,11 +51,7 @@ pub(crate) fn replace_file(path: &Path, content: &[u8]) -> Result<(), StoreError
     if let Err(source) = written {
         // The first failure is the one to tell; the leftover is harmless.
         let _ = std::fs::remove_file(&temporary);
-        return Err(StoreError::Io {
-            doing: "write",
-            path: path.to_owned(),
-            source,
-        });
+        return Err(StoreError::Io { doing: "write", path: path.to_owned(), source });
     }
     sync_parent(path);
     Ok(())
@@ -96,21 +83,15 @@ impl FileLock {
         match file.try_lock() {
             Ok(()) => Ok(Some(Self { _file: file })),
             Err(std::fs::TryLockError::WouldBlock) => Ok(None),
-            Err(std::fs::TryLockError::Error(source)) => Err(StoreError::Io {
-                doing: "lock",
-                path: path.to_owned(),
-                source,
-            }),
+            Err(std::fs::TryLockError::Error(source)) => {
+                Err(StoreError::Io { doing: "lock", path: path.to_owned(), source })
+            }
         }
     }
 }
 
 fn open_lock(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(path)
+    OpenOptions::new().create(true).truncate(false).write(true).open(path)
 }
 
 /// Creates a directory and its parents.

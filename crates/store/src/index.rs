@@ -63,10 +63,7 @@ pub(crate) struct Index {
 
 impl Default for Index {
     fn default() -> Self {
-        Self {
-            version: INDEX_VERSION,
-            models: Vec::new(),
-        }
+        Self { version: INDEX_VERSION, models: Vec::new() }
     }
 }
 
@@ -74,40 +71,25 @@ impl Index {
     /// Reads the index; a missing one is empty.
     pub(crate) fn read(path: &Path) -> Result<Self, StoreError> {
         let mut text = Vec::new();
-        match File::open(path)
-            .and_then(|file| file.take(INDEX_BYTES_MAX + 1).read_to_end(&mut text))
-        {
+        match File::open(path).and_then(|file| file.take(INDEX_BYTES_MAX + 1).read_to_end(&mut text)) {
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(source) => {
-                return Err(StoreError::Io {
-                    doing: "read",
-                    path: path.to_owned(),
-                    source,
-                });
+                return Err(StoreError::Io { doing: "read", path: path.to_owned(), source });
             }
         }
-        let bad = |why: String, advice: &str| StoreError::BadIndex {
-            path: path.to_owned(),
-            why,
-            advice: advice.to_owned(),
-        };
-        const MOVE_ASIDE: &str =
-            "Move it aside and import the models again; no model file is touched by that.";
+        let bad =
+            |why: String, advice: &str| StoreError::BadIndex { path: path.to_owned(), why, advice: advice.to_owned() };
+        const MOVE_ASIDE: &str = "Move it aside and import the models again; no model file is touched by that.";
         if text.len() as u64 > INDEX_BYTES_MAX {
-            return Err(bad(
-                format!("it is larger than {}", files::human_bytes(INDEX_BYTES_MAX)),
-                MOVE_ASIDE,
-            ));
+            return Err(bad(format!("it is larger than {}", files::human_bytes(INDEX_BYTES_MAX)), MOVE_ASIDE));
         }
         // The version first: what a newer one means by the rest is not for this code to guess.
         #[derive(Deserialize)]
         struct VersionOnly {
             version: u32,
         }
-        let version = serde_json::from_slice::<VersionOnly>(&text)
-            .map_err(|e| bad(e.to_string(), MOVE_ASIDE))?
-            .version;
+        let version = serde_json::from_slice::<VersionOnly>(&text).map_err(|e| bad(e.to_string(), MOVE_ASIDE))?.version;
         if version > INDEX_VERSION {
             return Err(bad(
                 format!("it has version {version}, this murmur knows version {INDEX_VERSION}"),

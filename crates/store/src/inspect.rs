@@ -13,10 +13,7 @@ pub(crate) fn check_model_file(path: &Path) -> Result<u64, StoreError> {
     if let Some(part) = select::split_part(&file_name).filter(|part| part.count > 1) {
         return Err(StoreError::BadModel {
             path: path.to_owned(),
-            why: format!(
-                "it is part {} of a model that was split into {} files",
-                part.number, part.count
-            ),
+            why: format!("it is part {} of a model that was split into {} files", part.number, part.count),
             advice: select::JOIN_ADVICE.to_owned(),
         });
     }

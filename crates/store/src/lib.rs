@@ -9,7 +9,7 @@
 //! ```text
 //! <data-dir>/models/index.json    the index, replaced atomically, guarded by index.lock
 //! <data-dir>/models/files/        copies made by `import --copy`
-//! <data-dir>/models/slices/       layer ranges cut out for stages; anything in it can be made again
+//! <data-dir>/slices/              layer ranges cut out for stages; anything in it can be made again
 //! ```
 
 mod error;

@@ -21,18 +21,11 @@ pub struct ModelName(String);
 impl ModelName {
     /// Makes a name out of a file's name: the `.gguf` ending goes, what a name cannot have becomes `-`.
     pub fn from_file_name(file_name: &str) -> Result<Self, StoreError> {
-        let stem = match file_name
-            .len()
-            .checked_sub(".gguf".len())
-            .and_then(|at| file_name.split_at_checked(at))
-        {
+        let stem = match file_name.len().checked_sub(".gguf".len()).and_then(|at| file_name.split_at_checked(at)) {
             Some((stem, ending)) if ending.eq_ignore_ascii_case(".gguf") => stem,
             _ => file_name,
         };
-        let clean: String = stem
-            .chars()
-            .map(|c| if allowed_in_name(c) { c } else { '-' })
-            .collect();
+        let clean: String = stem.chars().map(|c| if allowed_in_name(c) { c } else { '-' }).collect();
         let clean = clean.trim_start_matches(|c: char| !c.is_ascii_alphanumeric());
         clean[..clean.len().min(NAME_BYTES_MAX)].parse()
     }
@@ -51,10 +44,7 @@ impl FromStr for ModelName {
     type Err = StoreError;
 
     fn from_str(text: &str) -> Result<Self, StoreError> {
-        let bad = |why: &str| StoreError::BadReference {
-            text: shown(text),
-            why: why.to_owned(),
-        };
+        let bad = |why: &str| StoreError::BadReference { text: shown(text), why: why.to_owned() };
         if text.is_empty() {
             return Err(bad("it is empty"));
         }
@@ -65,9 +55,7 @@ impl FromStr for ModelName {
             return Err(bad("a name begins with a letter or a digit"));
         }
         if let Some(odd) = text.chars().find(|c| !allowed_in_name(*c)) {
-            return Err(bad(&format!(
-                "a name has letters, digits, '.', '_' and '-', not {odd:?}"
-            )));
+            return Err(bad(&format!("a name has letters, digits, '.', '_' and '-', not {odd:?}")));
         }
         Ok(Self(text.to_owned()))
     }
@@ -109,10 +97,7 @@ impl FromStr for HubRef {
 
     /// Reads `owner/repo[@revision][:quant]`, with or without `hf:` before it.
     fn from_str(text: &str) -> Result<Self, StoreError> {
-        let bad = |why: &str| StoreError::BadReference {
-            text: shown(text),
-            why: why.to_owned(),
-        };
+        let bad = |why: &str| StoreError::BadReference { text: shown(text), why: why.to_owned() };
         let rest = text.strip_prefix("hf:").unwrap_or(text);
         let (rest, wanted) = match rest.split_once(':') {
             Some((rest, wanted)) => (rest, Some(wanted)),
@@ -132,24 +117,16 @@ impl FromStr for HubRef {
                 && !part.contains("--")
                 && !part.contains("..");
             if !fits {
-                return Err(bad(&format!(
-                    "{part:?} cannot be an owner or a repository on a hub"
-                )));
+                return Err(bad(&format!("{part:?} cannot be an owner or a repository on a hub")));
             }
         }
         if !is_safe_relative_path(revision) {
             return Err(bad("the revision after '@' is a branch, a tag or a commit"));
         }
         if wanted.is_some_and(|wanted| !is_safe_relative_path(wanted)) {
-            return Err(bad(
-                "after ':' comes a quantisation such as Q4_K_M, or a file of the repository",
-            ));
+            return Err(bad("after ':' comes a quantisation such as Q4_K_M, or a file of the repository"));
         }
-        Ok(Self {
-            repo: repo.to_owned(),
-            revision: revision.to_owned(),
-            wanted: wanted.map(str::to_owned),
-        })
+        Ok(Self { repo: repo.to_owned(), revision: revision.to_owned(), wanted: wanted.map(str::to_owned) })
     }
 }
 
@@ -169,16 +146,10 @@ impl fmt::Display for HubRef {
 /// Whether a text from outside may become a path below a directory of ours.
 pub(crate) fn is_safe_relative_path(text: &str) -> bool {
     (1..=HUB_TAIL_BYTES_MAX).contains(&text.len())
+        && text.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
         && text
-            .split('/')
-            .all(|part| !part.is_empty() && part != "." && part != "..")
-        && text.chars().all(|c| {
-            !c.is_control()
-                && !matches!(
-                    c,
-                    '\\' | ':' | '?' | '#' | '%' | '"' | '<' | '>' | '|' | '*'
-                )
-        })
+            .chars()
+            .all(|c| !c.is_control() && !matches!(c, '\\' | ':' | '?' | '#' | '%' | '"' | '<' | '>' | '|' | '*'))
 }
 
 /// What a user may write as `MODEL`.
@@ -227,9 +198,7 @@ mod tests {
 
     #[test]
     fn a_hub_reference_has_a_repository_and_may_have_a_revision_and_a_quant() {
-        let full: HubRef = "hf:bartowski/Llama-3.2-1B-Instruct-GGUF@v1.0:Q4_K_M"
-            .parse()
-            .unwrap();
+        let full: HubRef = "hf:bartowski/Llama-3.2-1B-Instruct-GGUF@v1.0:Q4_K_M".parse().unwrap();
         assert_eq!(full.repo, "bartowski/Llama-3.2-1B-Instruct-GGUF");
         assert_eq!(full.revision, "v1.0");
         assert_eq!(full.wanted.as_deref(), Some("Q4_K_M"));

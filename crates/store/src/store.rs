@@ -52,15 +52,13 @@ pub struct Resolved {
 impl Store {
     /// The store of a data directory.
     pub fn at(data_dir: &Path) -> Self {
-        Self {
-            root: data_dir.join("models"),
-        }
+        Self { root: data_dir.join("models") }
     }
 
     /// Where layer ranges that were cut out of models lie. Created on the first call; its content can be made again at any
     /// time, so whoever needs room may delete it while no node runs.
     pub fn slices_dir(&self) -> Result<PathBuf, StoreError> {
-        let path = self.root.join("slices");
+        let path = self.root.with_file_name("slices");
         files::create_directory(&path)?;
         Ok(path)
     }
@@ -73,10 +71,7 @@ impl Store {
     /// A model by its name.
     pub fn get(&self, name: &ModelName) -> Result<ModelEntry, StoreError> {
         let index = Index::read(&self.index_path())?;
-        index
-            .find(name)
-            .cloned()
-            .ok_or_else(|| no_such_model(name.as_str(), &index))
+        index.find(name).cloned().ok_or_else(|| no_such_model(name.as_str(), &index))
     }
 
     /// Adds a GGUF file. The file is checked first; with `copy`, the disk's room too.
@@ -90,45 +85,28 @@ impl Store {
         let (path, origin) = if options.copy {
             // The lock comes later: copying may take minutes, and its target is decided by the name alone.
             if let Some(taken) = Index::read(&self.index_path())?.find(&name) {
-                return Err(StoreError::NameTaken {
-                    name: name.to_string(),
-                    path: taken.path.clone(),
-                });
+                return Err(StoreError::NameTaken { name: name.to_string(), path: taken.path.clone() });
             }
             (self.copy_in(&path, &name, size_bytes)?, Origin::Copy)
         } else {
             (path, Origin::Reference)
         };
-        self.add(ModelEntry {
-            name,
-            path,
-            size_bytes,
-            added_unix_s: unix_now_s(),
-            origin,
-        })
+        self.add(ModelEntry { name, path, size_bytes, added_unix_s: unix_now_s(), origin })
     }
 
     /// Removes a model: the entry always, the file when the store put it there.
     pub fn remove(&self, name: &ModelName) -> Result<Removed, StoreError> {
-        let entry =
-            self.update(
-                |index| match index.models.iter().position(|entry| entry.name == *name) {
-                    Some(at) => Ok(index.models.remove(at)),
-                    None => Err(no_such_model(name.as_str(), index)),
-                },
-            )?;
+        let entry = self.update(|index| match index.models.iter().position(|entry| entry.name == *name) {
+            Some(at) => Ok(index.models.remove(at)),
+            None => Err(no_such_model(name.as_str(), index)),
+        })?;
         // Entry first, file second: a crash between leaves a file too many, never a name without its file.
         let still_used = self.list()?.iter().any(|other| other.path == entry.path);
         let deleted = match &entry.origin {
             _ if still_used => Ok(0),
-            Origin::Reference
-            | Origin::Hub {
-                downloaded: false, ..
-            } => Ok(0),
+            Origin::Reference | Origin::Hub { downloaded: false, .. } => Ok(0),
             Origin::Copy => delete(&entry.path),
-            Origin::Hub {
-                downloaded: true, ..
-            } => crate::hub::layout::delete_snapshot_file(&entry.path),
+            Origin::Hub { downloaded: true, .. } => crate::hub::layout::delete_snapshot_file(&entry.path),
         };
         let freed_bytes = deleted.map_err(StoreError::io("delete", &entry.path))?;
         Ok(Removed { entry, freed_bytes })
@@ -140,30 +118,15 @@ impl Store {
         match model {
             ModelRef::Path(path) => resolve_path(path),
             ModelRef::Name(name) => match Index::read(&self.index_path())?.find(name) {
-                Some(entry) => Ok(Resolved {
-                    name: entry.name.clone(),
-                    path: entry.path.clone(),
-                }),
+                Some(entry) => Ok(Resolved { name: entry.name.clone(), path: entry.path.clone() }),
                 // A file without an ending in the current directory is what the user meant, when the store has no such name.
-                None if Path::new(name.as_str()).is_file() => {
-                    resolve_path(Path::new(name.as_str()))
-                }
-                None => Err(no_such_model(
-                    name.as_str(),
-                    &Index::read(&self.index_path())?,
-                )),
+                None if Path::new(name.as_str()).is_file() => resolve_path(Path::new(name.as_str())),
+                None => Err(no_such_model(name.as_str(), &Index::read(&self.index_path())?)),
             },
             ModelRef::Hub(wanted) => {
                 let index = Index::read(&self.index_path())?;
-                match index
-                    .models
-                    .iter()
-                    .find(|entry| was_pulled_as(entry, wanted) && entry.path.exists())
-                {
-                    Some(entry) => Ok(Resolved {
-                        name: entry.name.clone(),
-                        path: entry.path.clone(),
-                    }),
+                match index.models.iter().find(|entry| was_pulled_as(entry, wanted) && entry.path.exists()) {
+                    Some(entry) => Ok(Resolved { name: entry.name.clone(), path: entry.path.clone() }),
                     None => Err(StoreError::NoSuchModel {
                         name: wanted.to_string(),
                         advice: format!("Pull it first: murmur models pull {wanted}"),
@@ -177,29 +140,17 @@ impl Store {
     pub(crate) fn add(&self, entry: ModelEntry) -> Result<ModelEntry, StoreError> {
         self.update(|index| {
             match index.models.iter_mut().find(|old| old.name == entry.name) {
-                Some(old)
-                    if old.path == entry.path || same_hub_file(&old.origin, &entry.origin) =>
-                {
-                    let keeps_ownership = matches!(
-                        old.origin,
-                        Origin::Hub {
-                            downloaded: true,
-                            ..
-                        }
-                    ) && old.path == entry.path;
+                Some(old) if old.path == entry.path || same_hub_file(&old.origin, &entry.origin) => {
+                    let keeps_ownership =
+                        matches!(old.origin, Origin::Hub { downloaded: true, .. }) && old.path == entry.path;
                     *old = entry.clone();
-                    if let (Origin::Hub { downloaded, .. }, true) =
-                        (&mut old.origin, keeps_ownership)
-                    {
+                    if let (Origin::Hub { downloaded, .. }, true) = (&mut old.origin, keeps_ownership) {
                         *downloaded = true;
                     }
                     return Ok(old.clone());
                 }
                 Some(old) => {
-                    return Err(StoreError::NameTaken {
-                        name: entry.name.to_string(),
-                        path: old.path.clone(),
-                    });
+                    return Err(StoreError::NameTaken { name: entry.name.to_string(), path: old.path.clone() });
                 }
                 None => index.models.push(entry.clone()),
             }
@@ -207,10 +158,7 @@ impl Store {
         })
     }
 
-    fn update<T>(
-        &self,
-        change: impl FnOnce(&mut Index) -> Result<T, StoreError>,
-    ) -> Result<T, StoreError> {
+    fn update<T>(&self, change: impl FnOnce(&mut Index) -> Result<T, StoreError>) -> Result<T, StoreError> {
         files::create_directory(&self.root)?;
         let _lock = FileLock::wait(&self.root.join("index.lock"))?;
         let mut index = Index::read(&self.index_path())?;
@@ -219,19 +167,10 @@ impl Store {
         Ok(outcome)
     }
 
-    fn copy_in(
-        &self,
-        from: &Path,
-        name: &ModelName,
-        size_bytes: u64,
-    ) -> Result<PathBuf, StoreError> {
+    fn copy_in(&self, from: &Path, name: &ModelName, size_bytes: u64) -> Result<PathBuf, StoreError> {
         let directory = self.root.join("files");
         files::create_directory(&directory)?;
-        files::demand_space(
-            &directory,
-            size_bytes,
-            "--data-dir, or import without --copy",
-        )?;
+        files::demand_space(&directory, size_bytes, "--data-dir, or import without --copy")?;
         let target = directory.join(format!("{name}.gguf"));
         let temporary = files::with_suffix(&target, &format!(".tmp-{}", std::process::id()));
         let copied = std::fs::copy(from, &temporary)
@@ -239,11 +178,7 @@ impl Store {
             .and_then(|()| std::fs::rename(&temporary, &target));
         if let Err(source) = copied {
             let _ = std::fs::remove_file(&temporary);
-            return Err(StoreError::Io {
-                doing: "copy to",
-                path: target,
-                source,
-            });
+            return Err(StoreError::Io { doing: "copy to", path: target, source });
         }
         files::sync_parent(&target);
         Ok(target)
@@ -257,10 +192,7 @@ impl Store {
 fn resolve_path(path: &Path) -> Result<Resolved, StoreError> {
     let path = std::path::absolute(path).map_err(StoreError::io("find", path))?;
     inspect::check_model_file(&path)?;
-    Ok(Resolved {
-        name: name_of(&path)?,
-        path,
-    })
+    Ok(Resolved { name: name_of(&path)?, path })
 }
 
 fn name_of(path: &Path) -> Result<ModelName, StoreError> {
@@ -269,26 +201,24 @@ fn name_of(path: &Path) -> Result<ModelName, StoreError> {
 
 fn no_such_model(name: &str, index: &Index) -> StoreError {
     let advice = match index.models.as_slice() {
-        [] => "The store is empty: `murmur models import FILE` or `murmur models pull hf:owner/repo` fills it.".to_owned(),
+        [] => {
+            "The store is empty: `murmur models import FILE` or `murmur models pull hf:owner/repo` fills it.".to_owned()
+        }
         some => {
-            let nearest = some.iter().map(|entry| entry.name.as_str()).max_by(|a, b| likeness(name, a).total_cmp(&likeness(name, b)));
+            let nearest = some
+                .iter()
+                .map(|entry| entry.name.as_str())
+                .max_by(|a, b| likeness(name, a).total_cmp(&likeness(name, b)));
             format!("Did you mean '{}'? `murmur models ls` shows all {}.", nearest.unwrap_or_default(), some.len())
         }
     };
-    StoreError::NoSuchModel {
-        name: name.to_owned(),
-        advice,
-    }
+    StoreError::NoSuchModel { name: name.to_owned(), advice }
 }
 
 /// Shared pairs of letters (Dice's coefficient): good enough to guess which name was meant.
 fn likeness(a: &str, b: &str) -> f64 {
     let pairs = |text: &str| -> Vec<[u8; 2]> {
-        text.to_ascii_lowercase()
-            .as_bytes()
-            .windows(2)
-            .map(|w| [w[0], w[1]])
-            .collect()
+        text.to_ascii_lowercase().as_bytes().windows(2).map(|w| [w[0], w[1]]).collect()
     };
     let (a, b) = (pairs(a), pairs(b));
     let shared = a.iter().filter(|pair| b.contains(pair)).count();
@@ -297,19 +227,10 @@ fn likeness(a: &str, b: &str) -> f64 {
 
 fn was_pulled_as(entry: &ModelEntry, wanted: &HubRef) -> bool {
     match &entry.origin {
-        Origin::Hub {
-            repo,
-            revision,
-            commit,
-            file,
-            ..
-        } => {
+        Origin::Hub { repo, revision, commit, file, .. } => {
             *repo == wanted.repo
                 && (*revision == wanted.revision || *commit == wanted.revision)
-                && wanted
-                    .wanted
-                    .as_deref()
-                    .is_none_or(|w| select::is_wanted(file, w))
+                && wanted.wanted.as_deref().is_none_or(|w| select::is_wanted(file, w))
         }
         _ => false,
     }
@@ -317,18 +238,9 @@ fn was_pulled_as(entry: &ModelEntry, wanted: &HubRef) -> bool {
 
 fn same_hub_file(a: &Origin, b: &Origin) -> bool {
     match (a, b) {
-        (
-            Origin::Hub {
-                repo: repo_a,
-                file: file_a,
-                ..
-            },
-            Origin::Hub {
-                repo: repo_b,
-                file: file_b,
-                ..
-            },
-        ) => repo_a == repo_b && file_a == file_b,
+        (Origin::Hub { repo: repo_a, file: file_a, .. }, Origin::Hub { repo: repo_b, file: file_b, .. }) => {
+            repo_a == repo_b && file_a == file_b
+        }
         _ => false,
     }
 }
@@ -342,7 +254,5 @@ pub(crate) fn delete(path: &Path) -> std::io::Result<u64> {
 }
 
 pub(crate) fn unix_now_s() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

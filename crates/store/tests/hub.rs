@@ -1,9 +1,6 @@
 //! Pulls against a small hub on loopback that can be told to misbehave.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "helpers of tests, too, end the test when something is off"
-)]
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, end the test when something is off")]
 
 use std::{
     fs,
@@ -88,10 +85,7 @@ fn gguf_of_size(size_bytes: usize) -> Vec<u8> {
 }
 
 fn sha256_of(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|b| format!("{b:02x}"))
-        .collect()
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
 struct Hub {
@@ -114,10 +108,7 @@ impl Hub {
             address: listener.local_addr().unwrap(),
         });
         let router = Router::new()
-            .route(
-                "/api/models/{owner}/{repo}/revision/{revision}",
-                get(listing),
-            )
+            .route("/api/models/{owner}/{repo}/revision/{revision}", get(listing))
             .route("/{owner}/{repo}/resolve/{commit}/{*file}", get(resolve))
             .route("/store/{file}", get(bytes))
             .with_state(Arc::clone(&hub));
@@ -144,29 +135,16 @@ impl Hub {
     }
 }
 
-async fn listing(
-    State(hub): State<Arc<Hub>>,
-    Path((owner, repo, _)): Path<(String, String, String)>,
-) -> Response {
+async fn listing(State(hub): State<Arc<Hub>>, Path((owner, repo, _)): Path<(String, String, String)>) -> Response {
     if let Some(refusal) = hub.refusal() {
         return refusal;
     }
     if format!("{owner}/{repo}") != REPO {
         return (StatusCode::UNAUTHORIZED, [("x-error-code", "RepoNotFound")]).into_response();
     }
-    let siblings: Vec<String> = hub
-        .behaviour
-        .lock()
-        .unwrap()
-        .files
-        .iter()
-        .map(|f| format!(r#"{{"rfilename":"{f}"}}"#))
-        .collect();
-    format!(
-        r#"{{"sha":"{COMMIT}","siblings":[{}]}}"#,
-        siblings.join(",")
-    )
-    .into_response()
+    let siblings: Vec<String> =
+        hub.behaviour.lock().unwrap().files.iter().map(|f| format!(r#"{{"rfilename":"{f}"}}"#)).collect();
+    format!(r#"{{"sha":"{COMMIT}","siblings":[{}]}}"#, siblings.join(",")).into_response()
 }
 
 async fn resolve(
@@ -178,32 +156,18 @@ async fn resolve(
     if let Some(refusal) = hub.refusal() {
         return refusal;
     }
-    assert_eq!(
-        commit, COMMIT,
-        "the file was not asked for at the listed commit"
-    );
+    assert_eq!(commit, COMMIT, "the file was not asked for at the listed commit");
     let behaviour = hub.behaviour.lock().unwrap().clone();
-    let etag = behaviour
-        .sha256
-        .unwrap_or_else(|| sha256_of(&behaviour.content));
-    let size = behaviour
-        .size_bytes
-        .unwrap_or(behaviour.content.len() as u64);
-    let announced = [
-        ("x-linked-etag", format!("\"{etag}\"")),
-        ("x-linked-size", size.to_string()),
-        ("x-repo-commit", commit),
-    ];
+    let etag = behaviour.sha256.unwrap_or_else(|| sha256_of(&behaviour.content));
+    let size = behaviour.size_bytes.unwrap_or(behaviour.content.len() as u64);
+    let announced =
+        [("x-linked-etag", format!("\"{etag}\"")), ("x-linked-size", size.to_string()), ("x-repo-commit", commit)];
     if behaviour.redirects {
         // `localhost` is another host than `127.0.0.1`: the token must not follow.
         let location = format!("http://localhost:{}/store/{file}", hub.address.port());
         return (StatusCode::FOUND, announced, [("location", location)]).into_response();
     }
-    let mut response = if method == Method::HEAD {
-        StatusCode::OK.into_response()
-    } else {
-        send(&hub, &headers)
-    };
+    let mut response = if method == Method::HEAD { StatusCode::OK.into_response() } else { send(&hub, &headers) };
     for (name, value) in announced {
         response.headers_mut().insert(name, value.parse().unwrap());
     }
@@ -211,24 +175,16 @@ async fn resolve(
 }
 
 async fn bytes(State(hub): State<Arc<Hub>>, headers: HeaderMap) -> Response {
-    let token = headers
-        .get("authorization")
-        .map(|v| v.to_str().unwrap().to_owned());
+    let token = headers.get("authorization").map(|v| v.to_str().unwrap().to_owned());
     hub.tokens_at_store.lock().unwrap().push(token);
     send(&hub, &headers)
 }
 
 fn send(hub: &Hub, headers: &HeaderMap) -> Response {
     let mut behaviour = hub.behaviour.lock().unwrap();
-    let asked: Option<usize> = headers.get("range").and_then(|range| {
-        range
-            .to_str()
-            .unwrap()
-            .strip_prefix("bytes=")?
-            .strip_suffix('-')?
-            .parse()
-            .ok()
-    });
+    let asked: Option<usize> = headers
+        .get("range")
+        .and_then(|range| range.to_str().unwrap().strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
     let start = asked.filter(|_| behaviour.honours_ranges).unwrap_or(0);
     hub.transfers.lock().unwrap().push(start as u64);
     let total = behaviour.content.len();
@@ -240,11 +196,10 @@ fn send(hub: &Hub, headers: &HeaderMap) -> Response {
     } else if let Some(limit) = behaviour.breaks_off_after.filter(|limit| *limit < length) {
         // A pause between the bytes and the end, so that the bytes are on their way when the connection breaks.
         let bytes = Bytes::from(whole[..limit].to_vec());
-        let pieces =
-            futures::stream::once(async { Ok(bytes) }).chain(futures::stream::once(async {
-                tokio::task::yield_now().await;
-                Err(std::io::Error::other("cut"))
-            }));
+        let pieces = futures::stream::once(async { Ok(bytes) }).chain(futures::stream::once(async {
+            tokio::task::yield_now().await;
+            Err(std::io::Error::other("cut"))
+        }));
         Body::from_stream(pieces)
     } else {
         Body::from(whole)
@@ -253,10 +208,7 @@ fn send(hub: &Hub, headers: &HeaderMap) -> Response {
     match asked.filter(|_| behaviour.honours_ranges) {
         Some(start) => response
             .status(StatusCode::PARTIAL_CONTENT)
-            .header(
-                "content-range",
-                format!("bytes {start}-{}/{total}", total - 1),
-            )
+            .header("content-range", format!("bytes {start}-{}/{total}", total - 1))
             .body(body)
             .unwrap(),
         None => response.body(body).unwrap(),
@@ -276,21 +228,11 @@ impl Bench {
         let hub = Hub::start(behaviour).await;
         let home = tempfile::tempdir().unwrap();
         let endpoint = format!("http://127.0.0.1:{}", hub.address.port());
-        let mut config = HubConfig::new(
-            &endpoint,
-            Some("hf_secret".to_owned()),
-            home.path().join("hub"),
-        )
-        .unwrap();
+        let mut config = HubConfig::new(&endpoint, Some("hf_secret".to_owned()), home.path().join("hub")).unwrap();
         config.attempts_max = 3;
         config.backoff_base = Duration::from_millis(1);
         config.stall_timeout = Duration::from_millis(300);
-        Self {
-            home,
-            hub,
-            config,
-            events: Arc::default(),
-        }
+        Self { home, hub, config, events: Arc::default() }
     }
 
     fn store(&self) -> Store {
@@ -301,12 +243,7 @@ impl Bench {
         let reference: HubRef = reference.parse().unwrap();
         let events = Arc::clone(&self.events);
         self.store()
-            .pull(
-                &self.config,
-                &reference,
-                None,
-                Arc::new(move |event| events.lock().unwrap().push(event)),
-            )
+            .pull(&self.config, &reference, None, Arc::new(move |event| events.lock().unwrap().push(event)))
             .await
     }
 
@@ -315,19 +252,12 @@ impl Bench {
     }
 
     fn blobs(&self) -> PathBuf {
-        self.home
-            .path()
-            .join("hub/models--someone--Tiny-GGUF/blobs")
+        self.home.path().join("hub/models--someone--Tiny-GGUF/blobs")
     }
 
     fn partials(&self) -> Vec<PathBuf> {
-        let entries = fs::read_dir(self.blobs())
-            .into_iter()
-            .flatten()
-            .map(|e| e.unwrap().path());
-        entries
-            .filter(|path| path.extension().is_some_and(|e| e == "part"))
-            .collect()
+        let entries = fs::read_dir(self.blobs()).into_iter().flatten().map(|e| e.unwrap().path());
+        entries.filter(|path| path.extension().is_some_and(|e| e == "part")).collect()
     }
 }
 
@@ -340,55 +270,21 @@ async fn a_pull_ends_in_the_hubs_cache_layout_and_in_the_store() {
     assert_eq!(fs::read(&entry.path).unwrap(), content);
     assert_eq!(
         entry.path,
-        bench
-            .home
-            .path()
-            .join("hub/models--someone--Tiny-GGUF/snapshots")
-            .join(COMMIT)
-            .join("tiny-Q4_K_M.gguf")
+        bench.home.path().join("hub/models--someone--Tiny-GGUF/snapshots").join(COMMIT).join("tiny-Q4_K_M.gguf")
     );
     assert!(bench.blobs().join(sha256_of(&content)).is_file());
-    assert_eq!(
-        fs::read_to_string(
-            bench
-                .home
-                .path()
-                .join("hub/models--someone--Tiny-GGUF/refs/main")
-        )
-        .unwrap(),
-        COMMIT
-    );
-    assert!(matches!(
-        entry.origin,
-        Origin::Hub {
-            downloaded: true,
-            sha256: Some(_),
-            ..
-        }
-    ));
+    assert_eq!(fs::read_to_string(bench.home.path().join("hub/models--someone--Tiny-GGUF/refs/main")).unwrap(), COMMIT);
+    assert!(matches!(entry.origin, Origin::Hub { downloaded: true, sha256: Some(_), .. }));
     assert!(bench.partials().is_empty());
 
     let store = bench.store();
-    for reference in [
-        "tiny-Q4_K_M",
-        "hf:someone/Tiny-GGUF",
-        "hf:someone/Tiny-GGUF:Q4_K_M",
-        "hf:someone/Tiny-GGUF:tiny-Q4_K_M.gguf",
-    ] {
+    for reference in
+        ["tiny-Q4_K_M", "hf:someone/Tiny-GGUF", "hf:someone/Tiny-GGUF:Q4_K_M", "hf:someone/Tiny-GGUF:tiny-Q4_K_M.gguf"]
+    {
         let reference: ModelRef = reference.parse().unwrap();
-        assert_eq!(
-            store.resolve(&reference).unwrap().path,
-            entry.path,
-            "{reference:?}"
-        );
+        assert_eq!(store.resolve(&reference).unwrap().path, entry.path, "{reference:?}");
     }
-    assert_eq!(
-        store
-            .resolve(&"hf:someone/Tiny-GGUF:Q8_0".parse().unwrap())
-            .unwrap_err()
-            .kind(),
-        ErrorKind::NotFound
-    );
+    assert_eq!(store.resolve(&"hf:someone/Tiny-GGUF:Q8_0".parse().unwrap()).unwrap_err().kind(), ErrorKind::NotFound);
 }
 
 #[tokio::test]
@@ -404,20 +300,8 @@ async fn a_second_pull_transfers_nothing_and_removal_deletes_what_the_first_one_
     let first = bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
     let second = bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
     assert_eq!(bench.transfers().len(), 1);
-    assert!(matches!(
-        bench.events.lock().unwrap().last(),
-        Some(PullEvent::AlreadyThere { .. })
-    ));
-    assert!(
-        matches!(
-            second.origin,
-            Origin::Hub {
-                downloaded: true,
-                ..
-            }
-        ),
-        "the second pull disowned the file"
-    );
+    assert!(matches!(bench.events.lock().unwrap().last(), Some(PullEvent::AlreadyThere { .. })));
+    assert!(matches!(second.origin, Origin::Hub { downloaded: true, .. }), "the second pull disowned the file");
     let removed = bench.store().remove(&first.name).unwrap();
     assert_eq!(removed.freed_bytes, first.size_bytes);
     assert!(!first.path.exists() && fs::read_dir(bench.blobs()).unwrap().next().is_none());
@@ -437,34 +321,20 @@ async fn a_file_that_another_tool_had_cached_is_used_and_left_when_the_entry_goe
 
 #[tokio::test]
 async fn an_interrupted_transfer_goes_on_where_it_broke_off() {
-    let behaviour = Behaviour {
-        breaks_off_after: Some(100_000),
-        ..Behaviour::default()
-    };
+    let behaviour = Behaviour { breaks_off_after: Some(100_000), ..Behaviour::default() };
     let bench = Bench::new(behaviour).await;
     let entry = bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
     assert_eq!(fs::read(&entry.path).unwrap(), Behaviour::default().content);
     let transfers = bench.transfers();
-    assert!(
-        transfers.len() >= 3 && transfers.is_sorted() && transfers[1] > 0,
-        "{transfers:?}"
-    );
+    assert!(transfers.len() >= 3 && transfers.is_sorted() && transfers[1] > 0, "{transfers:?}");
 }
 
 #[tokio::test]
 async fn a_pull_that_was_given_up_is_resumed_by_the_next_one() {
-    let bench = Bench::new(Behaviour {
-        stalls: usize::MAX,
-        ..Behaviour::default()
-    })
-    .await;
+    let bench = Bench::new(Behaviour { stalls: usize::MAX, ..Behaviour::default() }).await;
     let content = Behaviour::default().content;
     fs::create_dir_all(bench.blobs()).unwrap();
-    fs::write(
-        bench.blobs().join(format!("{}.part", sha256_of(&content))),
-        &content[..123_456],
-    )
-    .unwrap();
+    fs::write(bench.blobs().join(format!("{}.part", sha256_of(&content))), &content[..123_456]).unwrap();
     let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.to_string().contains("is kept"), "{error}");
@@ -481,43 +351,24 @@ async fn a_pull_that_was_given_up_is_resumed_by_the_next_one() {
 
 #[tokio::test]
 async fn a_server_that_ignores_ranges_is_downloaded_anew_and_not_appended() {
-    let bench = Bench::new(Behaviour {
-        honours_ranges: false,
-        ..Behaviour::default()
-    })
-    .await;
+    let bench = Bench::new(Behaviour { honours_ranges: false, ..Behaviour::default() }).await;
     let content = Behaviour::default().content;
     fs::create_dir_all(bench.blobs()).unwrap();
-    fs::write(
-        bench.blobs().join(format!("{}.part", sha256_of(&content))),
-        &content[..1000],
-    )
-    .unwrap();
+    fs::write(bench.blobs().join(format!("{}.part", sha256_of(&content))), &content[..1000]).unwrap();
     let entry = bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
     assert_eq!(fs::read(entry.path).unwrap(), content);
 }
 
 #[tokio::test]
 async fn a_server_that_breaks_off_at_the_same_place_for_ever_is_given_up() {
-    let behaviour = Behaviour {
-        honours_ranges: false,
-        breaks_off_after: Some(1000),
-        ..Behaviour::default()
-    };
+    let behaviour = Behaviour { honours_ranges: false, breaks_off_after: Some(1000), ..Behaviour::default() };
     let bench = Bench::new(behaviour).await;
-    assert_eq!(
-        bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err().kind(),
-        ErrorKind::Unavailable
-    );
+    assert_eq!(bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err().kind(), ErrorKind::Unavailable);
 }
 
 #[tokio::test]
 async fn a_stalled_transfer_is_taken_up_again() {
-    let bench = Bench::new(Behaviour {
-        stalls: 1,
-        ..Behaviour::default()
-    })
-    .await;
+    let bench = Bench::new(Behaviour { stalls: 1, ..Behaviour::default() }).await;
     bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
     assert!(
         bench
@@ -531,11 +382,7 @@ async fn a_stalled_transfer_is_taken_up_again() {
 
 #[tokio::test]
 async fn a_wrong_checksum_is_refused_and_leaves_nothing() {
-    let bench = Bench::new(Behaviour {
-        sha256: Some("ab".repeat(32)),
-        ..Behaviour::default()
-    })
-    .await;
+    let bench = Bench::new(Behaviour { sha256: Some("ab".repeat(32)), ..Behaviour::default() }).await;
     let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
     assert!(matches!(error, StoreError::WrongChecksum { .. }), "{error}");
     assert!(bench.partials().is_empty());
@@ -544,22 +391,14 @@ async fn a_wrong_checksum_is_refused_and_leaves_nothing() {
 
 #[tokio::test]
 async fn a_longer_file_than_announced_is_refused() {
-    let bench = Bench::new(Behaviour {
-        size_bytes: Some(1000),
-        ..Behaviour::default()
-    })
-    .await;
+    let bench = Bench::new(Behaviour { size_bytes: Some(1000), ..Behaviour::default() }).await;
     let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
     assert!(error.to_string().contains("more bytes"), "{error}");
 }
 
 #[tokio::test]
 async fn a_file_larger_than_the_disk_is_refused_before_the_transfer() {
-    let bench = Bench::new(Behaviour {
-        size_bytes: Some(1 << 60),
-        ..Behaviour::default()
-    })
-    .await;
+    let bench = Bench::new(Behaviour { size_bytes: Some(1 << 60), ..Behaviour::default() }).await;
     let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace);
     assert!(error.to_string().contains("HF_HOME"), "{error}");
@@ -572,9 +411,7 @@ async fn a_file_larger_than_the_disk_is_refused_before_the_transfer() {
 async fn a_disk_that_fills_up_during_the_transfer_is_told_as_such() {
     let bench = Bench::new(Behaviour::default()).await;
     fs::create_dir_all(bench.blobs()).unwrap();
-    let partial = bench
-        .blobs()
-        .join(format!("{}.part", sha256_of(&Behaviour::default().content)));
+    let partial = bench.blobs().join(format!("{}.part", sha256_of(&Behaviour::default().content)));
     std::os::unix::fs::symlink("/dev/full", &partial).unwrap();
     let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace);
@@ -585,94 +422,35 @@ async fn a_disk_that_fills_up_during_the_transfer_is_told_as_such() {
 #[tokio::test]
 async fn refusals_say_what_to_do() {
     let cases = [
-        (
-            StatusCode::UNAUTHORIZED,
-            vec![],
-            ErrorKind::Unavailable,
-            "token",
-        ),
-        (
-            StatusCode::FORBIDDEN,
-            vec![("x-error-code", "GatedRepo")],
-            ErrorKind::Unavailable,
-            "Accept it",
-        ),
-        (
-            StatusCode::NOT_FOUND,
-            vec![("x-error-code", "RevisionNotFound")],
-            ErrorKind::NotFound,
-            "@revision",
-        ),
-        (
-            StatusCode::NOT_FOUND,
-            vec![],
-            ErrorKind::NotFound,
-            "spelling",
-        ),
-        (
-            StatusCode::TOO_MANY_REQUESTS,
-            vec![("retry-after", "3600")],
-            ErrorKind::Unavailable,
-            "60 minutes",
-        ),
-        (
-            StatusCode::IM_A_TEAPOT,
-            vec![],
-            ErrorKind::Other,
-            "HF_ENDPOINT",
-        ),
+        (StatusCode::UNAUTHORIZED, vec![], ErrorKind::Unavailable, "token"),
+        (StatusCode::FORBIDDEN, vec![("x-error-code", "GatedRepo")], ErrorKind::Unavailable, "Accept it"),
+        (StatusCode::NOT_FOUND, vec![("x-error-code", "RevisionNotFound")], ErrorKind::NotFound, "@revision"),
+        (StatusCode::NOT_FOUND, vec![], ErrorKind::NotFound, "spelling"),
+        (StatusCode::TOO_MANY_REQUESTS, vec![("retry-after", "3600")], ErrorKind::Unavailable, "60 minutes"),
+        (StatusCode::IM_A_TEAPOT, vec![], ErrorKind::Other, "HF_ENDPOINT"),
     ];
     for (status, headers, kind, says) in cases {
-        let bench = Bench::new(Behaviour {
-            refusals: vec![(status, headers)],
-            ..Behaviour::default()
-        })
-        .await;
+        let bench = Bench::new(Behaviour { refusals: vec![(status, headers)], ..Behaviour::default() }).await;
         let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
         assert_eq!(error.kind(), kind, "{error}");
         assert!(error.to_string().contains(says), "{error}");
         assert!(!error.to_string().contains("hf_secret"));
     }
     let bench = Bench::new(Behaviour::default()).await;
-    assert_eq!(
-        bench
-            .pull("hf:someone/Absent-GGUF")
-            .await
-            .unwrap_err()
-            .kind(),
-        ErrorKind::NotFound
-    );
-    assert_eq!(
-        bench
-            .pull("hf:someone/Tiny-GGUF:Q5_K_M")
-            .await
-            .unwrap_err()
-            .kind(),
-        ErrorKind::NotFound
-    );
+    assert_eq!(bench.pull("hf:someone/Absent-GGUF").await.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(bench.pull("hf:someone/Tiny-GGUF:Q5_K_M").await.unwrap_err().kind(), ErrorKind::NotFound);
 }
 
 #[tokio::test]
 async fn an_overloaded_hub_is_asked_again() {
-    let refusals = vec![
-        (StatusCode::TOO_MANY_REQUESTS, vec![("retry-after", "0")]),
-        (StatusCode::BAD_GATEWAY, vec![]),
-    ];
-    let bench = Bench::new(Behaviour {
-        refusals,
-        ..Behaviour::default()
-    })
-    .await;
+    let refusals = vec![(StatusCode::TOO_MANY_REQUESTS, vec![("retry-after", "0")]), (StatusCode::BAD_GATEWAY, vec![])];
+    let bench = Bench::new(Behaviour { refusals, ..Behaviour::default() }).await;
     bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
 }
 
 #[tokio::test]
 async fn a_hub_that_serves_the_bytes_itself_works_too() {
-    let bench = Bench::new(Behaviour {
-        redirects: false,
-        ..Behaviour::default()
-    })
-    .await;
+    let bench = Bench::new(Behaviour { redirects: false, ..Behaviour::default() }).await;
     bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
 }
 
@@ -682,65 +460,35 @@ async fn a_hub_that_cannot_be_reached_is_told_with_its_address() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let closed = listener.local_addr().unwrap();
     drop(listener);
-    let mut config = HubConfig::new(
-        &format!("http://{closed}"),
-        None,
-        bench.home.path().join("hub"),
-    )
-    .unwrap();
+    let mut config = HubConfig::new(&format!("http://{closed}"), None, bench.home.path().join("hub")).unwrap();
     config.backoff_base = Duration::from_millis(1);
-    let error = bench
-        .store()
-        .pull(&config, &"a/b".parse().unwrap(), None, Arc::new(|_| {}))
-        .await
-        .unwrap_err();
+    let error = bench.store().pull(&config, &"a/b".parse().unwrap(), None, Arc::new(|_| {})).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.to_string().contains(&closed.to_string()), "{error}");
 }
 
 #[tokio::test]
 async fn two_pulls_of_one_file_do_not_write_into_each_other() {
-    let bench = Bench::new(Behaviour {
-        stalls: 1,
-        ..Behaviour::default()
-    })
-    .await;
-    let (first, second) = tokio::join!(
-        bench.pull("hf:someone/Tiny-GGUF"),
-        bench.pull("hf:someone/Tiny-GGUF")
-    );
+    let bench = Bench::new(Behaviour { stalls: 1, ..Behaviour::default() }).await;
+    let (first, second) = tokio::join!(bench.pull("hf:someone/Tiny-GGUF"), bench.pull("hf:someone/Tiny-GGUF"));
     let outcomes = [first, second];
     assert!(outcomes.iter().any(Result::is_ok));
     for refused in outcomes.into_iter().filter_map(Result::err) {
-        assert!(
-            matches!(refused, StoreError::PullInProgress { .. }),
-            "{refused}"
-        );
+        assert!(matches!(refused, StoreError::PullInProgress { .. }), "{refused}");
     }
 }
 
 #[tokio::test]
 async fn file_names_that_lead_out_of_the_cache_are_not_offered() {
     let files = vec!["../../evil.gguf", "/etc/evil.gguf", "a/../../evil.gguf"];
-    let bench = Bench::new(Behaviour {
-        files,
-        ..Behaviour::default()
-    })
-    .await;
+    let bench = Bench::new(Behaviour { files, ..Behaviour::default() }).await;
     let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
     assert!(error.to_string().contains("no GGUF model"), "{error}");
 }
 
 #[tokio::test]
 async fn a_download_that_is_no_gguf_file_is_not_added() {
-    let bench = Bench::new(Behaviour {
-        content: vec![7; 5000],
-        ..Behaviour::default()
-    })
-    .await;
-    assert_eq!(
-        bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err().kind(),
-        ErrorKind::Damaged
-    );
+    let bench = Bench::new(Behaviour { content: vec![7; 5000], ..Behaviour::default() }).await;
+    assert_eq!(bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err().kind(), ErrorKind::Damaged);
     assert!(bench.store().list().unwrap().is_empty());
 }

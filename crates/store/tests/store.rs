@@ -1,9 +1,6 @@
 //! The store on a real disk.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "helpers of tests, too, end the test when something is off"
-)]
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, end the test when something is off")]
 
 use std::{fs, path::Path, sync::Arc};
 
@@ -40,10 +37,7 @@ fn an_imported_model_is_listed_resolved_and_removed_without_touching_the_users_f
     let file = model_in(home.path(), "Tiny Model Q8.gguf");
     let store = Store::at(&home.path().join("data"));
     assert!(store.list().unwrap().is_empty());
-    assert!(
-        !home.path().join("data").exists(),
-        "listing wrote something"
-    );
+    assert!(!home.path().join("data").exists(), "listing wrote something");
 
     let entry = store.import(&file, &ImportOptions::default()).unwrap();
     assert_eq!(entry.name.as_str(), "Tiny-Model-Q8");
@@ -55,13 +49,7 @@ fn an_imported_model_is_listed_resolved_and_removed_without_touching_the_users_f
     let removed = store.remove(&entry.name).unwrap();
     assert_eq!(removed.freed_bytes, 0);
     assert!(file.exists());
-    assert_eq!(
-        store
-            .resolve(&ModelRef::Name(entry.name))
-            .unwrap_err()
-            .kind(),
-        ErrorKind::NotFound
-    );
+    assert_eq!(store.resolve(&ModelRef::Name(entry.name)).unwrap_err().kind(), ErrorKind::NotFound);
 }
 
 #[test]
@@ -69,10 +57,7 @@ fn a_copy_outlives_the_original_and_goes_with_its_entry() {
     let home = tempfile::tempdir().unwrap();
     let file = model_in(home.path(), "m.gguf");
     let store = Store::at(home.path());
-    let options = ImportOptions {
-        name: Some(name("copied")),
-        copy: true,
-    };
+    let options = ImportOptions { name: Some(name("copied")), copy: true };
     let entry = store.import(&file, &options).unwrap();
     fs::remove_file(&file).unwrap();
     assert_eq!(fs::read(&entry.path).unwrap(), tiny_gguf());
@@ -84,15 +69,9 @@ fn a_copy_outlives_the_original_and_goes_with_its_entry() {
 #[test]
 fn importing_the_same_file_again_is_fine_and_another_file_under_its_name_is_not() {
     let home = tempfile::tempdir().unwrap();
-    let (a, b) = (
-        model_in(home.path(), "a.gguf"),
-        model_in(home.path(), "b.gguf"),
-    );
+    let (a, b) = (model_in(home.path(), "a.gguf"), model_in(home.path(), "b.gguf"));
     let store = Store::at(home.path());
-    let options = ImportOptions {
-        name: Some(name("m")),
-        copy: false,
-    };
+    let options = ImportOptions { name: Some(name("m")), copy: false };
     store.import(&a, &options).unwrap();
     store.import(&a, &options).unwrap();
     let error = store.import(&b, &options).unwrap_err();
@@ -107,10 +86,7 @@ fn what_is_no_model_is_refused_with_a_reason() {
     let store = Store::at(home.path());
     let import = |path: &Path| store.import(path, &ImportOptions::default()).unwrap_err();
 
-    assert_eq!(
-        import(&home.path().join("absent.gguf")).kind(),
-        ErrorKind::NotFound
-    );
+    assert_eq!(import(&home.path().join("absent.gguf")).kind(), ErrorKind::NotFound);
     assert_eq!(import(home.path()).kind(), ErrorKind::Damaged);
     let text = home.path().join("text.gguf");
     fs::write(&text, "hello").unwrap();
@@ -128,14 +104,9 @@ fn a_misspelt_name_gets_the_nearest_one_suggested() {
     let home = tempfile::tempdir().unwrap();
     let store = Store::at(home.path());
     for file in ["Llama-3.2-1B.gguf", "Qwen3-0.6B.gguf"] {
-        store
-            .import(&model_in(home.path(), file), &ImportOptions::default())
-            .unwrap();
+        store.import(&model_in(home.path(), file), &ImportOptions::default()).unwrap();
     }
-    let error = store
-        .resolve(&"qwen3-06b".parse().unwrap())
-        .unwrap_err()
-        .to_string();
+    let error = store.resolve(&"qwen3-06b".parse().unwrap()).unwrap_err().to_string();
     assert!(error.contains("Did you mean 'Qwen3-0.6B'"), "{error}");
 }
 
@@ -146,10 +117,7 @@ fn a_damaged_or_newer_index_is_not_overwritten() {
     let file = model_in(home.path(), "m.gguf");
     let index = home.path().join("models/index.json");
     fs::create_dir_all(index.parent().unwrap()).unwrap();
-    for (content, says) in [
-        ("{", "Move it aside"),
-        (r#"{"version":99,"models":"?"}"#, "newer murmur"),
-    ] {
+    for (content, says) in [("{", "Move it aside"), (r#"{"version":99,"models":"?"}"#, "newer murmur")] {
         fs::write(&index, content).unwrap();
         let error = store.import(&file, &ImportOptions::default()).unwrap_err();
         assert!(error.to_string().contains(says), "{error}");
@@ -164,10 +132,7 @@ fn imports_at_the_same_time_are_all_remembered() {
     let store = Arc::new(Store::at(home.path()));
     std::thread::scope(|scope| {
         for n in 0..IMPORTS {
-            let (store, file) = (
-                Arc::clone(&store),
-                model_in(home.path(), &format!("m{n}.gguf")),
-            );
+            let (store, file) = (Arc::clone(&store), model_in(home.path(), &format!("m{n}.gguf")));
             scope.spawn(move || store.import(&file, &ImportOptions::default()).unwrap());
         }
     });

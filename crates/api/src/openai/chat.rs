@@ -32,14 +32,9 @@ pub(crate) async fn create(
 ) -> Result<Response, ApiError> {
     let input = ChatInput::read(Fields::new(map), &*state.backend)?;
     let (input, prompt) = templates::prepare(&state, input).await?;
-    let choices = Choices::start(
-        &*state.backend,
-        state.metrics.clone(),
-        input.generations(&prompt),
-        input.common.n,
-    )
-    .await
-    .map_err(|error| error.rename_param("grammar", input.grammar_param()))?;
+    let choices = Choices::start(&*state.backend, state.metrics.clone(), input.generations(&prompt), input.common.n)
+        .await
+        .map_err(|error| error.rename_param("grammar", input.grammar_param()))?;
     if input.common.stream {
         let render = ChatStream::new(&input, &prompt);
         return Ok(sse::respond(choices, render, state.keep_alive));
@@ -59,12 +54,8 @@ struct Reader {
 
 impl Reader {
     fn all(input: &ChatInput, prompt: &ChatPrompt) -> Vec<Reader> {
-        let reader = || Reader {
-            parser: prompt.parser(),
-            single_call: !input.parallel_tool_calls,
-            calls: 0,
-            is_full: false,
-        };
+        let reader =
+            || Reader { parser: prompt.parser(), single_call: !input.parallel_tool_calls, calls: 0, is_full: false };
         (0..input.common.n).map(|_| reader()).collect()
     }
 
@@ -123,9 +114,7 @@ impl Message {
             match delta {
                 Delta::Content(text) => self.content.push_str(&text),
                 Delta::Reasoning(text) => self.reasoning.push_str(&text),
-                Delta::ToolCallStart { id, name, .. } => {
-                    self.calls.push((call_id(id), name, String::new()))
-                }
+                Delta::ToolCallStart { id, name, .. } => self.calls.push((call_id(id), name, String::new())),
                 Delta::ToolCallArguments { index, fragment } => {
                     if let Some((_, _, arguments)) = self.calls.get_mut(index) {
                         arguments.push_str(&fragment);
@@ -140,20 +129,14 @@ impl Message {
         let has_content = !self.content.is_empty() || self.calls.is_empty();
         let mut message = Map::new();
         message.insert("role".to_owned(), json!("assistant"));
-        message.insert(
-            "content".to_owned(),
-            json!(has_content.then_some(self.content)),
-        );
+        message.insert("content".to_owned(), json!(has_content.then_some(self.content)));
         message.insert("refusal".to_owned(), Value::Null);
         if !self.reasoning.is_empty() {
             message.insert("reasoning_content".to_owned(), json!(self.reasoning));
         }
         if !self.calls.is_empty() {
             let call = |(id, name, arguments)| json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
-            message.insert(
-                "tool_calls".to_owned(),
-                self.calls.into_iter().map(call).collect(),
-            );
+            message.insert("tool_calls".to_owned(), self.calls.into_iter().map(call).collect());
         }
         json!({
             "index": index,
@@ -164,17 +147,12 @@ impl Message {
     }
 }
 
-async fn collect(
-    mut choices: Choices,
-    input: &ChatInput,
-    prompt: &ChatPrompt,
-) -> Result<Value, ApiError> {
+async fn collect(mut choices: Choices, input: &ChatInput, prompt: &ChatPrompt) -> Result<Value, ApiError> {
     let mut readers = Reader::all(input, prompt);
     let mut messages: Vec<Message> = readers.iter().map(|_| Message::default()).collect();
     let wants_logprobs = input.common.sampling.top_logprobs.is_some();
     while let Some((index, event)) = choices.next().await {
-        let (Some(reader), Some(message)) = (readers.get_mut(index), messages.get_mut(index))
-        else {
+        let (Some(reader), Some(message)) = (readers.get_mut(index), messages.get_mut(index)) else {
             continue;
         };
         match event {
@@ -195,16 +173,8 @@ async fn collect(
             ChoiceEvent::Failed(refusal) => return Err(refusal.into()),
         }
     }
-    let head = Head::new(
-        "chat.completion",
-        "chatcmpl-",
-        &input.common.model,
-        input.common.sampling.seed,
-    );
-    let rendered = messages
-        .into_iter()
-        .enumerate()
-        .map(|(index, message)| message.render(index, wants_logprobs));
+    let head = Head::new("chat.completion", "chatcmpl-", &input.common.model, input.common.sampling.seed);
+    let rendered = messages.into_iter().enumerate().map(|(index, message)| message.render(index, wants_logprobs));
     let mut answer = head.with_choices(rendered.collect());
     answer["usage"] = choices.usage();
     Ok(answer)
@@ -221,38 +191,20 @@ struct ChatStream {
 impl ChatStream {
     fn new(input: &ChatInput, prompt: &ChatPrompt) -> Self {
         ChatStream {
-            head: Head::new(
-                "chat.completion.chunk",
-                "chatcmpl-",
-                &input.common.model,
-                input.common.sampling.seed,
-            ),
+            head: Head::new("chat.completion.chunk", "chatcmpl-", &input.common.model, input.common.sampling.seed),
             readers: Reader::all(input, prompt),
             wants_logprobs: input.common.sampling.top_logprobs.is_some(),
             include_usage: input.common.include_usage,
         }
     }
 
-    fn push(
-        &self,
-        index: usize,
-        delta: Value,
-        logprobs: Option<Value>,
-        finish: Option<&str>,
-        out: &mut Chunks,
-    ) {
+    fn push(&self, index: usize, delta: Value, logprobs: Option<Value>, finish: Option<&str>, out: &mut Chunks) {
         let choice = json!([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]);
         out.push(&self.head.chunk(choice, self.include_usage));
     }
 
     /// One chunk per delta; the log-probabilities go with the first.
-    fn push_deltas(
-        &self,
-        index: usize,
-        deltas: Vec<Delta>,
-        tokens: &[TokenInfo],
-        out: &mut Chunks,
-    ) {
+    fn push_deltas(&self, index: usize, deltas: Vec<Delta>, tokens: &[TokenInfo], out: &mut Chunks) {
         let mut logprobs = (self.wants_logprobs && !tokens.is_empty())
             .then(|| json!({"content": logprobs::chat(tokens), "refusal": null}));
         for delta in deltas.into_iter().filter_map(render_delta) {
@@ -284,23 +236,11 @@ fn render_delta(delta: Delta) -> Option<Value> {
 impl Render for ChatStream {
     fn begin(&mut self, out: &mut Chunks) {
         for index in 0..self.readers.len() {
-            self.push(
-                index,
-                json!({"role": "assistant", "content": ""}),
-                None,
-                None,
-                out,
-            );
+            self.push(index, json!({"role": "assistant", "content": ""}), None, None, out);
         }
     }
 
-    fn text(
-        &mut self,
-        choice: usize,
-        text: String,
-        tokens: &[TokenInfo],
-        out: &mut Chunks,
-    ) -> bool {
+    fn text(&mut self, choice: usize, text: String, tokens: &[TokenInfo], out: &mut Chunks) -> bool {
         let Some(reader) = self.readers.get_mut(choice) else {
             return false;
         };

@@ -16,14 +16,8 @@ use crate::{
 };
 
 /// Variables of a template that are ours to set.
-const OWN_VARIABLES: [&str; 6] = [
-    "messages",
-    "tools",
-    "add_generation_prompt",
-    "continue_final_message",
-    "bos_token",
-    "eos_token",
-];
+const OWN_VARIABLES: [&str; 6] =
+    ["messages", "tools", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token"];
 const REASONING_EFFORTS: [&str; 6] = ["none", "minimal", "low", "medium", "high", "xhigh"];
 
 /// A chat request, checked.
@@ -92,18 +86,8 @@ impl ChatInput {
                 prompt: Prompt::Rendered(prompt.text.clone()),
                 sampling,
                 max_tokens: self.max_tokens,
-                stop: self
-                    .common
-                    .stop
-                    .iter()
-                    .chain(&prompt.extra_stops)
-                    .cloned()
-                    .collect(),
-                visible_tokens: prompt
-                    .visible_tokens
-                    .iter()
-                    .map(|&token| token.to_owned())
-                    .collect(),
+                stop: self.common.stop.iter().chain(&prompt.extra_stops).cloned().collect(),
+                visible_tokens: prompt.visible_tokens.iter().map(|&token| token.to_owned()).collect(),
             }
         };
         (0..self.common.n).map(generation).collect()
@@ -135,27 +119,18 @@ fn max_tokens(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
 }
 
 /// What the client tells the template. A template sees only the variables that it mentions, so others are refused.
-fn template_variables(
-    fields: &mut Fields,
-    model: &ModelCard,
-) -> Result<Map<String, Value>, ApiError> {
+fn template_variables(fields: &mut Fields, model: &ModelCard) -> Result<Map<String, Value>, ApiError> {
     let template = model.chat_template.as_deref().unwrap_or_default();
     let mut variables = fields.object("chat_template_kwargs")?.unwrap_or_default();
     for name in variables.keys() {
         let path = || format!("chat_template_kwargs.{}", shorten(name));
         if OWN_VARIABLES.contains(&name.as_str()) {
-            let message = format!(
-                "`{}` is set by the server and cannot be overridden.",
-                path()
-            );
+            let message = format!("`{}` is set by the server and cannot be overridden.", path());
             return Err(ApiError::unsupported(path(), message));
         }
         if !template.contains(name.as_str()) {
-            let message = format!(
-                "The chat template of `{}` has no variable `{}`; leave it out.",
-                model.id,
-                shorten(name)
-            );
+            let message =
+                format!("The chat template of `{}` has no variable `{}`; leave it out.", model.id, shorten(name));
             return Err(ApiError::unsupported(path(), message));
         }
     }
@@ -167,16 +142,9 @@ fn template_variables(
 }
 
 /// Some templates grade the effort; others only turn reasoning on and off.
-fn reasoning_effort(
-    template: &str,
-    effort: String,
-    model: &ModelCard,
-) -> Result<(&'static str, Value), ApiError> {
+fn reasoning_effort(template: &str, effort: String, model: &ModelCard) -> Result<(&'static str, Value), ApiError> {
     if !REASONING_EFFORTS.contains(&effort.as_str()) {
-        let message = format!(
-            "`reasoning_effort` must be one of {}.",
-            REASONING_EFFORTS.join(", ")
-        );
+        let message = format!("`reasoning_effort` must be one of {}.", REASONING_EFFORTS.join(", "));
         return Err(ApiError::param("reasoning_effort", message).code("invalid_value"));
     }
     if template.contains("reasoning_effort") {
@@ -185,10 +153,8 @@ fn reasoning_effort(
     if template.contains("enable_thinking") {
         return Ok(("enable_thinking", Value::Bool(effort != "none")));
     }
-    let message = format!(
-        "The chat template of `{}` knows no reasoning effort; leave `reasoning_effort` out.",
-        model.id
-    );
+    let message =
+        format!("The chat template of `{}` knows no reasoning effort; leave `reasoning_effort` out.", model.id);
     Err(ApiError::unsupported("reasoning_effort", message))
 }
 
@@ -197,25 +163,13 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
     fields.refuse("functions", "use `tools`, which replaced it.")?;
     fields.refuse("function_call", "use `tool_choice`, which replaced it.")?;
     fields.refuse("audio", "this server generates text only.")?;
-    fields.refuse(
-        "prediction",
-        "leave it out; it would not change the answer.",
-    )?;
-    fields.refuse(
-        "web_search_options",
-        "this server does not search the web; offer a tool for it in `tools`.",
-    )?;
-    fields.refuse(
-        "verbosity",
-        "say in a message how long the answer should be.",
-    )?;
+    fields.refuse("prediction", "leave it out; it would not change the answer.")?;
+    fields.refuse("web_search_options", "this server does not search the web; offer a tool for it in `tools`.")?;
+    fields.refuse("verbosity", "say in a message how long the answer should be.")?;
     if let Some(modalities) = fields.array("modalities")?
         && modalities.iter().any(|modality| modality != "text")
     {
-        return Err(ApiError::unsupported(
-            "modalities",
-            "The only modality of this server is \"text\".",
-        ));
+        return Err(ApiError::unsupported("modalities", "The only modality of this server is \"text\"."));
     }
     Ok(())
 }

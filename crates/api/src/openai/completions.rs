@@ -42,9 +42,8 @@ impl Input {
     fn read(mut fields: Fields, backend: &dyn Backend) -> Result<Self, ApiError> {
         harmless::accept(&mut fields)?;
         let mut common = Common::read(&mut fields, backend)?;
-        common.sampling.top_logprobs = fields
-            .integer("logprobs", 0..=i64::from(MAX_TOP_LOGPROBS))?
-            .map(|top| top as u8);
+        common.sampling.top_logprobs =
+            fields.integer("logprobs", 0..=i64::from(MAX_TOP_LOGPROBS))?.map(|top| top as u8);
         let prompts = match fields.take("prompt") {
             Some(prompt) => embeddings::prompts("prompt", prompt, MAX_CHOICES)?,
             None => return Err(fields.missing("prompt")),
@@ -52,7 +51,8 @@ impl Input {
         check_choices("prompt", prompts.len(), common.n)?;
         let best_of = fields.integer("best_of", 1..=i64::MAX)?;
         if best_of.is_some_and(|best_of| best_of != common.n as i64) {
-            let message = "`best_of` other than `n` is not supported: ask for more answers with `n`, and choose yourself.";
+            let message =
+                "`best_of` other than `n` is not supported: ask for more answers with `n`, and choose yourself.";
             return Err(ApiError::unsupported("best_of", message));
         }
         let input = Input {
@@ -62,13 +62,11 @@ impl Input {
             constraint: constraint::read(&mut fields)?,
             common,
         };
-        fields.refuse(
-            "suffix",
-            "write the model's own fill-in-the-middle tokens into `prompt`.",
-        )?;
+        fields.refuse("suffix", "write the model's own fill-in-the-middle tokens into `prompt`.")?;
         fields.finish()?;
         if input.echo && input.common.sampling.top_logprobs.is_some() {
-            let message = "`echo` together with `logprobs` is not supported: prompt tokens have no log-probabilities here.";
+            let message =
+                "`echo` together with `logprobs` is not supported: prompt tokens have no log-probabilities here.";
             return Err(ApiError::unsupported("echo", message));
         }
         Ok(input)
@@ -78,10 +76,7 @@ impl Input {
     fn generations(&self) -> Vec<GenerateRequest> {
         let generation = |(prompt, i): (&Prompt, usize)| {
             let mut sampling = self.common.sampling_of(i);
-            sampling.grammar = self
-                .constraint
-                .as_ref()
-                .map(|constraint| constraint.grammar.clone());
+            sampling.grammar = self.constraint.as_ref().map(|constraint| constraint.grammar.clone());
             GenerateRequest {
                 model: self.common.model.id.clone(),
                 prompt: prompt.clone(),
@@ -91,11 +86,7 @@ impl Input {
                 visible_tokens: Vec::new(),
             }
         };
-        self.prompts
-            .iter()
-            .flat_map(|prompt| (0..self.common.n).map(move |i| (prompt, i)))
-            .map(generation)
-            .collect()
+        self.prompts.iter().flat_map(|prompt| (0..self.common.n).map(move |i| (prompt, i))).map(generation).collect()
     }
 
     /// What each choice's text begins with.
@@ -105,11 +96,7 @@ impl Input {
             let text = match prompt {
                 _ if !self.echo => String::new(),
                 Prompt::Text(text) | Prompt::Rendered(text) => text.clone(),
-                Prompt::Tokens(tokens) => {
-                    backend
-                        .detokenize(self.common.model.id.clone(), tokens.clone())
-                        .await?
-                }
+                Prompt::Tokens(tokens) => backend.detokenize(self.common.model.id.clone(), tokens.clone()).await?,
             };
             echoes.extend(std::iter::repeat_n(text, self.common.n));
         }
@@ -124,18 +111,10 @@ pub(crate) async fn create(
 ) -> Result<Response, ApiError> {
     let input = Input::read(Fields::new(map), &*state.backend)?;
     let echoes = input.echoes(&*state.backend).await?;
-    let grammar_param = input
-        .constraint
-        .as_ref()
-        .map_or("grammar", |constraint| constraint.param);
-    let choices = Choices::start(
-        &*state.backend,
-        state.metrics.clone(),
-        input.generations(),
-        input.common.n,
-    )
-    .await
-    .map_err(|error| error.rename_param("grammar", grammar_param))?;
+    let grammar_param = input.constraint.as_ref().map_or("grammar", |constraint| constraint.param);
+    let choices = Choices::start(&*state.backend, state.metrics.clone(), input.generations(), input.common.n)
+        .await
+        .map_err(|error| error.rename_param("grammar", grammar_param))?;
     let render = CompletionStream::new(&input, echoes);
     if input.common.stream {
         return Ok(sse::respond(choices, render, state.keep_alive));
@@ -165,15 +144,10 @@ async fn collect(mut choices: Choices, mut render: CompletionStream) -> Result<V
             ChoiceEvent::Failed(refusal) => return Err(refusal.into()),
         }
     }
-    let rendered =
-        texts
-            .into_iter()
-            .zip(finish_reasons)
-            .enumerate()
-            .map(|(index, (text, finish))| {
-                let logprobs = render.logprobs.get_mut(index).map(Legacy::take);
-                json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish})
-            });
+    let rendered = texts.into_iter().zip(finish_reasons).enumerate().map(|(index, (text, finish))| {
+        let logprobs = render.logprobs.get_mut(index).map(Legacy::take);
+        json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish})
+    });
     let rendered = rendered.collect();
     let mut answer = render.head.with_choices(rendered);
     answer["usage"] = choices.usage();
@@ -199,34 +173,17 @@ struct CompletionStream {
 impl CompletionStream {
     fn new(input: &Input, echoes: Vec<String>) -> Self {
         let wants_logprobs = input.common.sampling.top_logprobs.is_some();
-        let logprobs = echoes
-            .iter()
-            .filter(|_| wants_logprobs)
-            .map(|_| Legacy::default())
-            .collect();
+        let logprobs = echoes.iter().filter(|_| wants_logprobs).map(|_| Legacy::default()).collect();
         CompletionStream {
-            head: Head::new(
-                "text_completion",
-                "cmpl-",
-                &input.common.model,
-                input.common.sampling.seed,
-            ),
+            head: Head::new("text_completion", "cmpl-", &input.common.model, input.common.sampling.seed),
             echoes,
             logprobs,
             include_usage: input.common.include_usage,
         }
     }
 
-    fn push(
-        &self,
-        index: usize,
-        text: &str,
-        logprobs: Option<Value>,
-        finish: Option<&str>,
-        out: &mut Chunks,
-    ) {
-        let choice =
-            json!([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}]);
+    fn push(&self, index: usize, text: &str, logprobs: Option<Value>, finish: Option<&str>, out: &mut Chunks) {
+        let choice = json!([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}]);
         out.push(&self.head.chunk(choice, self.include_usage));
     }
 }
@@ -240,21 +197,11 @@ impl Render for CompletionStream {
         }
     }
 
-    fn text(
-        &mut self,
-        choice: usize,
-        text: String,
-        tokens: &[TokenInfo],
-        out: &mut Chunks,
-    ) -> bool {
-        let logprobs = self
-            .logprobs
-            .get_mut(choice)
-            .filter(|_| !tokens.is_empty())
-            .map(|logprobs| {
-                logprobs.push(tokens);
-                logprobs.take()
-            });
+    fn text(&mut self, choice: usize, text: String, tokens: &[TokenInfo], out: &mut Chunks) -> bool {
+        let logprobs = self.logprobs.get_mut(choice).filter(|_| !tokens.is_empty()).map(|logprobs| {
+            logprobs.push(tokens);
+            logprobs.take()
+        });
         if !text.is_empty() || logprobs.is_some() {
             self.push(choice, &text, logprobs, None, out);
         }

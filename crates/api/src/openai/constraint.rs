@@ -24,27 +24,16 @@ pub(crate) struct Constraint {
 /// - `guided_regex` (vLLM's name): a regular expression that the whole text must match.
 pub(crate) fn read(fields: &mut Fields) -> Result<Option<Constraint>, ApiError> {
     let format = match fields.fields("response_format")? {
-        Some(format) => response_format(format)?.map(|grammar| Constraint {
-            grammar,
-            param: "response_format",
-        }),
+        Some(format) => response_format(format)?.map(|grammar| Constraint { grammar, param: "response_format" }),
         None => None,
     };
-    let lark = text(fields, "grammar")?.map(|text| Constraint {
-        grammar: Grammar::Lark(text),
-        param: "grammar",
-    });
-    let regex = text(fields, "guided_regex")?.map(|text| Constraint {
-        grammar: Grammar::Regex(text),
-        param: "guided_regex",
-    });
+    let lark = text(fields, "grammar")?.map(|text| Constraint { grammar: Grammar::Lark(text), param: "grammar" });
+    let regex =
+        text(fields, "guided_regex")?.map(|text| Constraint { grammar: Grammar::Regex(text), param: "guided_regex" });
     let mut given = [format, lark, regex].into_iter().flatten();
     let first = given.next();
     if let (Some(first), Some(second)) = (&first, given.next()) {
-        let message = format!(
-            "`{}` and `{}` exclude each other; send one of them.",
-            first.param, second.param
-        );
+        let message = format!("`{}` and `{}` exclude each other; send one of them.", first.param, second.param);
         return Err(ApiError::param(second.param, message).code("invalid_value"));
     }
     Ok(first)
@@ -52,9 +41,7 @@ pub(crate) fn read(fields: &mut Fields) -> Result<Option<Constraint>, ApiError> 
 
 fn text(fields: &mut Fields, key: &str) -> Result<Option<String>, ApiError> {
     match fields.string(key)? {
-        Some(text) if text.len() > MAX_GRAMMAR_BYTES => {
-            Err(too_long(key, text.len(), MAX_GRAMMAR_BYTES))
-        }
+        Some(text) if text.len() > MAX_GRAMMAR_BYTES => Err(too_long(key, text.len(), MAX_GRAMMAR_BYTES)),
         text => Ok(text),
     }
 }
@@ -80,10 +67,7 @@ fn response_format(mut format: Fields) -> Result<Option<Grammar>, ApiError> {
 }
 
 fn json_schema(mut description: Fields) -> Result<String, ApiError> {
-    check_name(
-        &description.path("name"),
-        &description.required_string("name")?,
-    )?;
+    check_name(&description.path("name"), &description.required_string("name")?)?;
     description.string("description")?;
     description.boolean("strict")?;
     let path = description.path("schema");
@@ -92,9 +76,5 @@ fn json_schema(mut description: Fields) -> Result<String, ApiError> {
     };
     description.finish()?;
     let text = Value::Object(schema).to_string();
-    if text.len() > MAX_GRAMMAR_BYTES {
-        Err(too_long(&path, text.len(), MAX_GRAMMAR_BYTES))
-    } else {
-        Ok(text)
-    }
+    if text.len() > MAX_GRAMMAR_BYTES { Err(too_long(&path, text.len(), MAX_GRAMMAR_BYTES)) } else { Ok(text) }
 }

@@ -60,17 +60,10 @@ pub(crate) async fn create(
 /// Shortened vectors are meaningful only for models trained for it, which a model's file does not tell.
 fn check_dimensions(wanted: Option<i64>, embeddings: &Embeddings) -> Result<(), ApiError> {
     let Some(wanted) = wanted else { return Ok(()) };
-    match embeddings
-        .vectors
-        .iter()
-        .map(Vec::len)
-        .find(|len| *len as i64 != wanted)
-    {
+    match embeddings.vectors.iter().map(Vec::len).find(|len| *len as i64 != wanted) {
         None => Ok(()),
         Some(len) => {
-            let message = format!(
-                "This model's vectors have {len} dimensions and are not shortened; leave it out."
-            );
+            let message = format!("This model's vectors have {len} dimensions and are not shortened; leave it out.");
             Err(ApiError::unsupported("dimensions", message))
         }
     }
@@ -109,10 +102,7 @@ fn render(model: &str, embeddings: &Embeddings, encoding: Encoding) -> Response 
     let write = |vector: &'_ Vec<f32>| match encoding {
         Encoding::Float => None,
         Encoding::Base64 => {
-            let bytes: Vec<u8> = vector
-                .iter()
-                .flat_map(|number| number.to_le_bytes())
-                .collect();
+            let bytes: Vec<u8> = vector.iter().flat_map(|number| number.to_le_bytes()).collect();
             Some(STANDARD.encode(bytes))
         }
     };
@@ -126,10 +116,7 @@ fn render(model: &str, embeddings: &Embeddings, encoding: Encoding) -> Response 
         object: "list",
         data: embeddings.vectors.iter().enumerate().map(item).collect(),
         model,
-        usage: Usage {
-            prompt_tokens: tokens,
-            total_tokens: tokens,
-        },
+        usage: Usage { prompt_tokens: tokens, total_tokens: tokens },
     };
     Json(answer).into_response()
 }
@@ -142,10 +129,7 @@ pub(crate) fn prompts(path: &str, value: Value, limit: usize) -> Result<Vec<Prom
         other => return Err(wrong_type(path, "a string or an array", &other)),
     };
     if items.is_empty() {
-        return Err(
-            ApiError::param(path, format!("`{path}` must not be an empty array."))
-                .code("empty_array"),
-        );
+        return Err(ApiError::param(path, format!("`{path}` must not be an empty array.")).code("empty_array"));
     }
     if items.first().is_some_and(Value::is_number) {
         return Ok(vec![Prompt::Tokens(tokens(path, &items)?)]);
@@ -157,17 +141,11 @@ pub(crate) fn prompts(path: &str, value: Value, limit: usize) -> Result<Vec<Prom
         let path = format!("{path}[{index}]");
         match item {
             Value::String(text) => Ok(Prompt::Text(text)),
-            Value::Array(ids) if ids.is_empty() => Err(ApiError::param(
-                &path,
-                format!("`{path}` must not be an empty array."),
-            )
-            .code("empty_array")),
+            Value::Array(ids) if ids.is_empty() => {
+                Err(ApiError::param(&path, format!("`{path}` must not be an empty array.")).code("empty_array"))
+            }
             Value::Array(ids) => Ok(Prompt::Tokens(tokens(&path, &ids)?)),
-            other => Err(wrong_type(
-                &path,
-                "a string or an array of token ids",
-                &other,
-            )),
+            other => Err(wrong_type(&path, "a string or an array of token ids", &other)),
         }
     };
     items.into_iter().enumerate().map(read).collect()

@@ -18,8 +18,7 @@ pub(crate) fn accept(fields: &mut Fields) -> Result<(), ApiError> {
     if let Some(tier) = fields.string("service_tier")?
         && !matches!(tier.as_str(), "auto" | "default")
     {
-        let advice =
-            "This server has one service tier; leave `service_tier` out, or set it to \"auto\".";
+        let advice = "This server has one service tier; leave `service_tier` out, or set it to \"auto\".";
         return Err(ApiError::unsupported(fields.path("service_tier"), advice));
     }
     Ok(())

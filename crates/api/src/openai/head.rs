@@ -57,10 +57,7 @@ fn fingerprint(model: &ModelCard) -> String {
     const DIGEST_CHARS: usize = 12;
     let version = env!("CARGO_PKG_VERSION");
     match model.details.get("digest").and_then(Value::as_str) {
-        Some(digest) => format!(
-            "murmur-{version}-{}",
-            digest.chars().take(DIGEST_CHARS).collect::<String>()
-        ),
+        Some(digest) => format!("murmur-{version}-{}", digest.chars().take(DIGEST_CHARS).collect::<String>()),
         None => format!("murmur-{version}"),
     }
 }
@@ -71,7 +68,5 @@ pub(crate) fn random_id(prefix: &str) -> String {
 }
 
 pub(crate) fn unix_seconds() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |duration| duration.as_secs())
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |duration| duration.as_secs())
 }

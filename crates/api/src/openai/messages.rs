@@ -20,18 +20,10 @@ pub(crate) fn messages(fields: &mut Fields) -> Result<Vec<Value>, ApiError> {
         return Err(fields.missing("messages"));
     };
     if messages.is_empty() {
-        return Err(
-            ApiError::param("messages", "`messages` must not be an empty array.")
-                .code("empty_array"),
-        );
+        return Err(ApiError::param("messages", "`messages` must not be an empty array.").code("empty_array"));
     }
     if messages.len() > MAX_MESSAGES {
-        return Err(too_many(
-            "messages",
-            "messages",
-            messages.len(),
-            MAX_MESSAGES,
-        ));
+        return Err(too_many("messages", "messages", messages.len(), MAX_MESSAGES));
     }
     for (index, message) in messages.iter().enumerate() {
         check_message(&format!("messages[{index}]"), message)?;
@@ -56,15 +48,9 @@ fn check_message(path: &str, message: &Value) -> Result<(), ApiError> {
             fields.refuse("audio", "this server handles text only.")?;
             fields.refuse("function_call", "use `tool_calls`, which replaced it.")?;
             fields.refuse("refusal", "send the refusal's text as `content`.")?;
-            if fields
-                .array("annotations")?
-                .is_some_and(|annotations| !annotations.is_empty())
-            {
+            if fields.array("annotations")?.is_some_and(|annotations| !annotations.is_empty()) {
                 let path = fields.path("annotations");
-                return Err(ApiError::unsupported(
-                    &path,
-                    format!("`{path}` is not supported: leave it out."),
-                ));
+                return Err(ApiError::unsupported(&path, format!("`{path}` is not supported: leave it out.")));
             }
             if has_calls && !has_content {
                 return fields.finish();
@@ -74,8 +60,7 @@ fn check_message(path: &str, message: &Value) -> Result<(), ApiError> {
             fields.required_string("tool_call_id")?;
         }
         "function" => {
-            let message =
-                "The role \"function\" is not supported: use \"tool\", which replaced it.";
+            let message = "The role \"function\" is not supported: use \"tool\", which replaced it.";
             return Err(ApiError::unsupported(fields.path("role"), message));
         }
         other => {
@@ -97,21 +82,14 @@ fn check_content(path: &str, content: Value) -> Result<(), ApiError> {
         Value::String(_) => return Ok(()),
         Value::Array(parts) => parts,
         other => {
-            return Err(wrong_type(
-                path,
-                "a string or an array of text parts",
-                &other,
-            ));
+            return Err(wrong_type(path, "a string or an array of text parts", &other));
         }
     };
     for (index, part) in parts.into_iter().enumerate() {
         let mut part = Fields::within(&format!("{path}[{index}]"), part)?;
         let kind = part.required_string("type")?;
         if kind != "text" {
-            let message = format!(
-                "Content of the type \"{}\" is not supported: send text.",
-                shorten(&kind)
-            );
+            let message = format!("Content of the type \"{}\" is not supported: send text.", shorten(&kind));
             return Err(ApiError::unsupported(part.path("type"), message));
         }
         part.required_string("text")?;
@@ -132,10 +110,7 @@ fn check_calls(fields: &mut Fields) -> Result<bool, ApiError> {
         // Clients that put a streamed answer together keep the chunks' numbering.
         call.integer("index", 0..=i64::MAX)?;
         if call.string("type")?.is_some_and(|kind| kind != "function") {
-            return Err(ApiError::unsupported(
-                call.path("type"),
-                "The only type of tool call is \"function\".",
-            ));
+            return Err(ApiError::unsupported(call.path("type"), "The only type of tool call is \"function\"."));
         }
         let Some(mut function) = call.fields("function")? else {
             return Err(call.missing("function"));
@@ -158,10 +133,7 @@ pub(crate) fn tools(fields: &mut Fields) -> Result<Vec<Value>, ApiError> {
         let mut tool = Fields::within(&format!("tools[{index}]"), tool.clone())?;
         let kind = tool.required_string("type")?;
         if kind != "function" {
-            let message = format!(
-                "Tools of the type \"{}\" are not supported: use \"function\".",
-                shorten(&kind)
-            );
+            let message = format!("Tools of the type \"{}\" are not supported: use \"function\".", shorten(&kind));
             return Err(ApiError::unsupported(tool.path("type"), message));
         }
         let Some(mut function) = tool.fields("function")? else {
@@ -179,8 +151,7 @@ pub(crate) fn tools(fields: &mut Fields) -> Result<Vec<Value>, ApiError> {
 
 /// `tool_choice`; without tools there is nothing to choose.
 pub(crate) fn tool_choice(fields: &mut Fields, tools: &[Value]) -> Result<ToolChoice, ApiError> {
-    let invalid =
-        |message: String| Err(ApiError::param("tool_choice", message).code("invalid_value"));
+    let invalid = |message: String| Err(ApiError::param("tool_choice", message).code("invalid_value"));
     let choice = match fields.take("tool_choice") {
         None => return Ok(ToolChoice::Auto),
         Some(Value::String(text)) => match text.as_str() {
@@ -198,10 +169,7 @@ pub(crate) fn tool_choice(fields: &mut Fields, tools: &[Value]) -> Result<ToolCh
             let mut choice = Fields::within("tool_choice", value)?;
             let kind = choice.required_string("type")?;
             if kind != "function" {
-                let message = format!(
-                    "`tool_choice` of the type \"{}\" is not supported.",
-                    shorten(&kind)
-                );
+                let message = format!("`tool_choice` of the type \"{}\" is not supported.", shorten(&kind));
                 return Err(ApiError::unsupported("tool_choice.type", message));
             }
             let Some(mut function) = choice.fields("function")? else {
@@ -210,14 +178,8 @@ pub(crate) fn tool_choice(fields: &mut Fields, tools: &[Value]) -> Result<ToolCh
             let name = function.required_string("name")?;
             function.finish()?;
             choice.finish()?;
-            if !tools
-                .iter()
-                .any(|tool| tool["function"]["name"] == name.as_str())
-            {
-                return invalid(format!(
-                    "`tool_choice` names `{}`, which is not in `tools`.",
-                    shorten(&name)
-                ));
+            if !tools.iter().any(|tool| tool["function"]["name"] == name.as_str()) {
+                return invalid(format!("`tool_choice` names `{}`, which is not in `tools`.", shorten(&name)));
             }
             ToolChoice::Function(name)
         }
@@ -235,7 +197,6 @@ pub(crate) fn check_name(path: &str, name: &str) -> Result<(), ApiError> {
     if !name.is_empty() && name.len() <= MAX_NAME_CHARS && name.bytes().all(is_plain) {
         return Ok(());
     }
-    let message =
-        format!("`{path}` must be 1 to {MAX_NAME_CHARS} letters, digits, underscores or dashes.");
+    let message = format!("`{path}` must be 1 to {MAX_NAME_CHARS} letters, digits, underscores or dashes.");
     Err(ApiError::param(path, message).code("invalid_value"))
 }

@@ -17,12 +17,7 @@ use crate::{
 
 /// `GET /v1/models`.
 pub(crate) async fn list(State(state): State<Arc<AppState>>) -> Json<Value> {
-    let models: Vec<Value> = state
-        .backend
-        .models()
-        .iter()
-        .map(|model| describe(model))
-        .collect();
+    let models: Vec<Value> = state.backend.models().iter().map(|model| describe(model)).collect();
     Json(json!({"object": "list", "data": models}))
 }
 
@@ -32,17 +27,12 @@ pub(crate) async fn retrieve(
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
     let Ok(Path(id)) = id else {
-        return Err(ApiError::no_such_model(
-            "The model's name in the path is not valid UTF-8.",
-        ));
+        return Err(ApiError::no_such_model("The model's name in the path is not valid UTF-8."));
     };
     match state.backend.models().iter().find(|model| model.id == id) {
         Some(model) => Ok(Json(describe(model))),
         None => {
-            let message = format!(
-                "The model `{}` does not exist here. GET /v1/models lists the models.",
-                shorten(&id)
-            );
+            let message = format!("The model `{}` does not exist here. GET /v1/models lists the models.", shorten(&id));
             Err(ApiError::no_such_model(message))
         }
     }

@@ -43,10 +43,7 @@ impl Common {
 
     /// The sampling parameters of the answer number `i` to a prompt.
     pub(crate) fn sampling_of(&self, i: usize) -> SamplingParams {
-        SamplingParams {
-            seed: self.sampling.seed.wrapping_add(i as u64),
-            ..self.sampling.clone()
-        }
+        SamplingParams { seed: self.sampling.seed.wrapping_add(i as u64), ..self.sampling.clone() }
     }
 }
 
@@ -60,12 +57,7 @@ pub(crate) fn model(
     let models = backend.models();
     let suits = |model: &ModelCard| wanted.is_none_or(|kind| kind == model.kind);
     let suitable = || models.iter().filter(|model| suits(model));
-    let names = || {
-        suitable()
-            .map(|model| format!("`{}`", model.id))
-            .collect::<Vec<_>>()
-            .join(", ")
-    };
+    let names = || suitable().map(|model| format!("`{}`", model.id)).collect::<Vec<_>>().join(", ");
     if let Some(name) = &name
         && let Some(model) = models.iter().find(|model| model.id == *name)
     {
@@ -86,19 +78,13 @@ pub(crate) fn model(
                 names if names.is_empty() => "No suitable model is loaded.".to_owned(),
                 names => format!("There is {names}."),
             };
-            Err(ApiError::no_such_model(format!(
-                "The model `{}` does not exist here. {advice}",
-                shorten(&name)
-            )))
+            Err(ApiError::no_such_model(format!("The model `{}` does not exist here. {advice}", shorten(&name))))
         }
         _ => match (suitable().next(), suitable().nth(1)) {
             (Some(only), None) => Ok(only.clone()),
             (None, _) => Err(ApiError::no_such_model("No suitable model is loaded.")),
             (Some(_), Some(_)) => {
-                let message = format!(
-                    "There are several models; name one in `model`: {}.",
-                    names()
-                );
+                let message = format!("There are several models; name one in `model`: {}.", names());
                 Err(ApiError::param("model", message).code("missing_required_parameter"))
             }
         },
@@ -108,12 +94,9 @@ pub(crate) fn model(
 /// Parameters that choose tokens. The defaults are OpenAI's; what OpenAI does not have is off.
 fn sampling(fields: &mut Fields) -> Result<SamplingParams, ApiError> {
     let default = SamplingParams::default();
-    let mut number =
-        |key: &str, range: RangeInclusive<f64>, default: f32| -> Result<f32, ApiError> {
-            Ok(fields
-                .number(key, range)?
-                .map_or(default, |number| number as f32))
-        };
+    let mut number = |key: &str, range: RangeInclusive<f64>, default: f32| -> Result<f32, ApiError> {
+        Ok(fields.number(key, range)?.map_or(default, |number| number as f32))
+    };
     let temperature = number("temperature", 0.0..=100.0, default.temperature)?;
     let top_p = number("top_p", 0.0..=1.0, default.top_p)?;
     let min_p = number("min_p", 0.0..=1.0, default.min_p)?;
@@ -129,9 +112,7 @@ fn sampling(fields: &mut Fields) -> Result<SamplingParams, ApiError> {
         repeat_penalty,
         presence_penalty,
         frequency_penalty,
-        top_k: fields
-            .integer("top_k", 0..=i64::from(i32::MAX))?
-            .unwrap_or(0) as u32,
+        top_k: fields.integer("top_k", 0..=i64::from(i32::MAX))?.unwrap_or(0) as u32,
         penalty_last_n: fields
             .integer("penalty_last_n", 0..=i64::from(i32::MAX))?
             .map_or(default.penalty_last_n, |tokens| tokens as u32),
@@ -149,9 +130,7 @@ fn seed(fields: &mut Fields) -> Result<u64, ApiError> {
         return Ok(rand::random::<u64>() >> (u64::BITS - RANDOM_SEED_BITS));
     };
     // OpenAI's seeds are signed; ours are the same 64 bits.
-    let seed = value
-        .as_u64()
-        .or_else(|| crate::fields::as_integer(&value).map(|seed| seed as u64));
+    let seed = value.as_u64().or_else(|| crate::fields::as_integer(&value).map(|seed| seed as u64));
     seed.ok_or_else(|| wrong_type("seed", "an integer of 64 bits", &value))
 }
 
@@ -165,25 +144,11 @@ fn logit_bias(fields: &mut Fields) -> Result<Vec<(Token, f32)>, ApiError> {
     }
     let read = |(key, value): (String, Value)| {
         let path = format!("logit_bias.{}", shorten(&key));
-        let token = key
-            .parse::<Token>()
-            .ok()
-            .filter(|token| *token >= 0)
-            .ok_or_else(|| {
-                ApiError::param(
-                    &path,
-                    format!("`{path}`: a key of `logit_bias` must be a token id."),
-                )
-                .code("invalid_value")
-            })?;
-        let bias = value
-            .as_f64()
-            .ok_or_else(|| wrong_type(&path, "a number", &value))?;
-        if RANGE.contains(&bias) {
-            Ok((token, bias as f32))
-        } else {
-            Err(out_of_range(&path, &bias, &RANGE))
-        }
+        let token = key.parse::<Token>().ok().filter(|token| *token >= 0).ok_or_else(|| {
+            ApiError::param(&path, format!("`{path}`: a key of `logit_bias` must be a token id.")).code("invalid_value")
+        })?;
+        let bias = value.as_f64().ok_or_else(|| wrong_type(&path, "a number", &value))?;
+        if RANGE.contains(&bias) { Ok((token, bias as f32)) } else { Err(out_of_range(&path, &bias, &RANGE)) }
     };
     map.into_iter().map(read).collect()
 }
@@ -200,25 +165,15 @@ fn stop(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
                 Value::String(text) => Ok(text),
                 other => Err(wrong_type(&format!("stop[{index}]"), "a string", &other)),
             };
-            items
-                .into_iter()
-                .enumerate()
-                .map(read)
-                .collect::<Result<_, _>>()?
+            items.into_iter().enumerate().map(read).collect::<Result<_, _>>()?
         }
         Some(other) => {
-            return Err(wrong_type(
-                "stop",
-                "a string or an array of strings",
-                &other,
-            ));
+            return Err(wrong_type("stop", "a string or an array of strings", &other));
         }
     };
     for text in &texts {
         if text.is_empty() {
-            return Err(
-                ApiError::param("stop", "A stop string must not be empty.").code("invalid_value")
-            );
+            return Err(ApiError::param("stop", "A stop string must not be empty.").code("invalid_value"));
         }
         if text.len() > MAX_STOP_BYTES {
             return Err(too_long("stop", text.len(), MAX_STOP_BYTES));
@@ -239,10 +194,7 @@ fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, ApiError> {
     // OpenAI pads chunks against eavesdroppers who watch their lengths; it may be declined, not asked for.
     if options.boolean("include_obfuscation")? == Some(true) {
         let message = "`stream_options.include_obfuscation` is not supported; leave it out.";
-        return Err(ApiError::unsupported(
-            "stream_options.include_obfuscation",
-            message,
-        ));
+        return Err(ApiError::unsupported("stream_options.include_obfuscation", message));
     }
     options.finish()?;
     Ok(include_usage)
@@ -250,9 +202,7 @@ fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, ApiError> {
 
 /// A limit on generated tokens.
 pub(crate) fn token_limit(fields: &mut Fields, key: &str) -> Result<Option<u32>, ApiError> {
-    Ok(fields
-        .integer(key, 1..=i64::from(u32::MAX))?
-        .map(|tokens| tokens as u32))
+    Ok(fields.integer(key, 1..=i64::from(u32::MAX))?.map(|tokens| tokens as u32))
 }
 
 /// Refuses more generations than one request may start.
@@ -260,9 +210,8 @@ pub(crate) fn check_choices(param: &str, prompts: usize, n: usize) -> Result<(),
     if prompts.saturating_mul(n) <= MAX_CHOICES {
         return Ok(());
     }
-    let message = format!(
-        "{prompts} prompts with n = {n} are more than {MAX_CHOICES} answers; send several requests instead."
-    );
+    let message =
+        format!("{prompts} prompts with n = {n} are more than {MAX_CHOICES} answers; send several requests instead.");
     Err(ApiError::param(param, message).code("array_above_max_length"))
 }
 

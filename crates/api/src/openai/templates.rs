@@ -6,7 +6,7 @@ use std::{
 };
 
 use axum::http::StatusCode;
-use murmur_chat::{ChatPrompt, ChatRequest, ChatTemplate, PromptError, Timestamp};
+use murmur_chat::{ChatPrompt, ChatRequest, ChatTemplate, PromptError, TemplateError, Timestamp};
 use murmur_protocol::sampling::{Grammar, Token};
 
 use crate::{
@@ -30,18 +30,9 @@ impl Templates {
         if let Some(template) = lock().get(source) {
             return Ok(template.clone());
         }
-        let compiled = if source.is_empty() {
-            ChatTemplate::chatml()
-        } else {
-            ChatTemplate::compile(source)
-        };
-        let template = Arc::new(compiled.map_err(|error| {
-            let message = format!(
-                "The chat template of `{}` cannot be used: {error}",
-                model.id
-            );
-            ApiError::param("model", message).code("bad_chat_template")
-        })?);
+        let compiled = if source.is_empty() { ChatTemplate::chatml() } else { ChatTemplate::compile(source) };
+        let bad = |error: TemplateError| ApiError::param("model", error.to_string()).code("bad_chat_template");
+        let template = Arc::new(compiled.map_err(bad)?);
         let mut templates = lock();
         if templates.len() >= Self::MAX {
             templates.clear();
@@ -52,19 +43,12 @@ impl Templates {
 }
 
 /// Renders a chat. On a thread for blocking work: a template comes from a downloaded file and may take its time.
-pub(crate) async fn prepare(
-    state: &Arc<AppState>,
-    input: ChatInput,
-) -> Result<(ChatInput, ChatPrompt), ApiError> {
+pub(crate) async fn prepare(state: &Arc<AppState>, input: ChatInput) -> Result<(ChatInput, ChatPrompt), ApiError> {
     let state = state.clone();
     let work = tokio::task::spawn_blocking(move || {
         let template = state.templates.get(&input.common.model)?;
         let model = input.common.model.id.as_str();
-        let prompt = render(
-            &input,
-            &|text| state.backend.control_token(model, text),
-            &template,
-        )?;
+        let prompt = render(&input, &|text| state.backend.control_token(model, text), &template)?;
         Ok((input, prompt))
     });
     work.await.unwrap_or_else(|_| {
@@ -88,10 +72,7 @@ fn render(
         bos_token: &model.bos_text,
         eos_token: &model.eos_text,
         // The standard library does not know the local time zone; a prompt's date is in UTC.
-        now: Timestamp {
-            unix_seconds: unix_seconds() as i64,
-            utc_offset_seconds: 0,
-        },
+        now: Timestamp { unix_seconds: unix_seconds() as i64, utc_offset_seconds: 0 },
         control_token: Some(control_token),
     };
     let mut prompt = template.prepare(&request).map_err(refuse)?;
@@ -122,13 +103,9 @@ fn constrain(
 fn refuse(error: PromptError) -> ApiError {
     let message = error.to_string();
     match error {
-        PromptError::Message { index, .. } => {
-            ApiError::param(format!("messages[{index}]"), message)
-        }
+        PromptError::Message { index, .. } => ApiError::param(format!("messages[{index}]"), message),
         PromptError::Tool { index, .. } => ApiError::param(format!("tools[{index}]"), message),
         PromptError::ToolChoice(_) => ApiError::param("tool_choice", message),
-        PromptError::Template(_) => {
-            ApiError::param("messages", message).code("chat_template_failed")
-        }
+        PromptError::Template(_) => ApiError::param("messages", message).code("chat_template_failed"),
     }
 }

@@ -15,12 +15,7 @@ async fn a_completion_has_text_usage_seed_and_fingerprint() {
     assert_eq!(answer["object"], "text_completion");
     assert_eq!(answer["model"], "org/tiny");
     assert_eq!(answer["seed"], 42);
-    assert!(
-        answer["system_fingerprint"]
-            .as_str()
-            .unwrap()
-            .ends_with("-0123456789ab")
-    );
+    assert!(answer["system_fingerprint"].as_str().unwrap().ends_with("-0123456789ab"));
     assert_eq!(
         answer["choices"],
         json!([{"index": 0, "text": " upon a time", "logprobs": null, "finish_reason": "stop"}])
@@ -47,32 +42,15 @@ async fn every_sampling_field_reaches_the_node() {
     let request = server.fake.last();
     let sampling = request.sampling;
     assert_eq!(sampling.temperature, 0.25);
-    assert_eq!(
-        (
-            sampling.top_p,
-            sampling.top_k,
-            sampling.min_p,
-            sampling.typical_p
-        ),
-        (0.5, 7, 0.125, 0.75)
-    );
+    assert_eq!((sampling.top_p, sampling.top_k, sampling.min_p, sampling.typical_p), (0.5, 7, 0.125, 0.75));
     assert_eq!((sampling.repeat_penalty, sampling.penalty_last_n), (1.5, 9));
-    assert_eq!(
-        (sampling.presence_penalty, sampling.frequency_penalty),
-        (-1.5, 1.25)
-    );
+    assert_eq!((sampling.presence_penalty, sampling.frequency_penalty), (-1.5, 1.25));
     let mut bias = sampling.logit_bias;
     bias.sort_by_key(|(token, _)| *token);
     assert_eq!(bias, [(3, -100.0), (4, 2.5)]);
-    assert_eq!(
-        (sampling.seed, sampling.ignore_eos, sampling.top_logprobs),
-        (u64::MAX, true, Some(2))
-    );
+    assert_eq!((sampling.seed, sampling.ignore_eos, sampling.top_logprobs), (u64::MAX, true, Some(2)));
     assert_eq!(sampling.grammar, Some(Grammar::Regex("[a-z]+".into())));
-    assert_eq!(
-        (request.stop, request.max_tokens),
-        (vec!["a".to_owned(), "b".to_owned()], Some(33))
-    );
+    assert_eq!((request.stop, request.max_tokens), (vec!["a".to_owned(), "b".to_owned()], Some(33)));
     assert!(matches!(request.prompt, Prompt::Text(text) if text == "Once"));
 }
 
@@ -85,27 +63,10 @@ async fn the_defaults_are_openais_and_null_means_absent() {
     }));
     server.ask(PATH, &body).await;
     let request = server.fake.last();
-    assert_eq!(
-        (
-            request.sampling.temperature,
-            request.sampling.top_p,
-            request.sampling.top_k
-        ),
-        (1.0, 1.0, 0)
-    );
-    assert_eq!(
-        (
-            request.sampling.min_p,
-            request.sampling.typical_p,
-            request.sampling.repeat_penalty
-        ),
-        (0.0, 1.0, 1.0)
-    );
+    assert_eq!((request.sampling.temperature, request.sampling.top_p, request.sampling.top_k), (1.0, 1.0, 0));
+    assert_eq!((request.sampling.min_p, request.sampling.typical_p, request.sampling.repeat_penalty), (0.0, 1.0, 1.0));
     assert_eq!(request.max_tokens, Some(16));
-    assert_eq!(
-        (request.sampling.top_logprobs, request.sampling.grammar),
-        (None, None)
-    );
+    assert_eq!((request.sampling.top_logprobs, request.sampling.grammar), (None, None));
 }
 
 #[tokio::test]
@@ -116,10 +77,7 @@ async fn without_a_seed_each_request_gets_a_fresh_one_and_is_told() {
         let answer = server.ask(PATH, &completion(json!({}))).await;
         let seed = answer["seed"].as_u64().unwrap();
         assert_eq!(seed, server.fake.last().sampling.seed);
-        assert!(
-            seed < 1 << 53,
-            "a JavaScript client must be able to send {seed} back"
-        );
+        assert!(seed < 1 << 53, "a JavaScript client must be able to send {seed} back");
         seeds.push(seed);
     }
     seeds.dedup();
@@ -129,21 +87,14 @@ async fn without_a_seed_each_request_gets_a_fresh_one_and_is_told() {
 #[tokio::test]
 async fn several_prompts_with_several_answers_are_numbered_prompt_by_prompt() {
     let fake = Fake::answering(|request| {
-        let Prompt::Text(prompt) = &request.prompt else {
-            panic!("{:?}", request.prompt)
-        };
+        let Prompt::Text(prompt) = &request.prompt else { panic!("{:?}", request.prompt) };
         let piece = format!("{prompt}{}", request.sampling.seed);
         Ok(play(script(request, &[&piece], Finish::EndOfText)))
     });
     let server = Server::start(fake).await;
     let body = completion(json!({"prompt": ["a", "b"], "n": 2, "seed": 10}));
     let answer = server.ask(PATH, &body).await;
-    let texts: Vec<_> = answer["choices"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|choice| choice["text"].clone())
-        .collect();
+    let texts: Vec<_> = answer["choices"].as_array().unwrap().iter().map(|choice| choice["text"].clone()).collect();
     assert_eq!(texts, ["a10", "a11", "b10", "b11"]);
     // Each prompt counts once, each answer counts.
     assert_eq!(answer["usage"]["prompt_tokens"], 14);
@@ -154,13 +105,9 @@ async fn several_prompts_with_several_answers_are_numbered_prompt_by_prompt() {
 #[tokio::test]
 async fn prompts_may_be_token_ids() {
     let server = Server::start(Fake::saying(&["x"])).await;
-    server
-        .ask(PATH, &completion(json!({"prompt": [1, 2, 3]})))
-        .await;
+    server.ask(PATH, &completion(json!({"prompt": [1, 2, 3]}))).await;
     assert!(matches!(server.fake.last().prompt, Prompt::Tokens(tokens) if tokens == [1, 2, 3]));
-    server
-        .ask(PATH, &completion(json!({"prompt": [[1, 2], [3]]})))
-        .await;
+    server.ask(PATH, &completion(json!({"prompt": [[1, 2], [3]]}))).await;
     assert!(matches!(server.fake.last().prompt, Prompt::Tokens(tokens) if tokens == [3]));
 }
 
@@ -169,13 +116,9 @@ async fn echo_puts_the_prompt_before_the_answer() {
     let server = Server::start(Fake::saying(&[" more"])).await;
     let answer = server.ask(PATH, &completion(json!({"echo": true}))).await;
     assert_eq!(answer["choices"][0]["text"], "Once more");
-    let answer = server
-        .ask(PATH, &completion(json!({"echo": true, "prompt": [8, 9]})))
-        .await;
+    let answer = server.ask(PATH, &completion(json!({"echo": true, "prompt": [8, 9]}))).await;
     assert_eq!(answer["choices"][0]["text"], "<8><9> more");
-    let stream = server
-        .stream(PATH, &completion(json!({"echo": true, "stream": true})))
-        .await;
+    let stream = server.stream(PATH, &completion(json!({"echo": true, "stream": true}))).await;
     assert_eq!(stream.text(0, "text"), "Once more");
 }
 
@@ -190,30 +133,19 @@ async fn logprobs_have_the_old_form() {
         "text_offset": [0, 2],
     });
     assert_eq!(answer["choices"][0]["logprobs"], wanted);
-    let stream = server
-        .stream(PATH, &completion(json!({"logprobs": 2, "stream": true})))
-        .await;
-    let offsets: Vec<_> = stream
-        .chunks
-        .iter()
-        .filter_map(|c| c["choices"][0]["logprobs"]["text_offset"][0].as_u64())
-        .collect();
+    let stream = server.stream(PATH, &completion(json!({"logprobs": 2, "stream": true}))).await;
+    let offsets: Vec<_> =
+        stream.chunks.iter().filter_map(|c| c["choices"][0]["logprobs"]["text_offset"][0].as_u64()).collect();
     assert_eq!(offsets, [0, 2]);
 }
 
 #[tokio::test]
 async fn the_finish_reason_tells_length_from_stop() {
-    for (finish, reason) in [
-        (Finish::Length, "length"),
-        (Finish::StopString("\n".into()), "stop"),
-        (Finish::EndOfText, "stop"),
-    ] {
-        let fake =
-            Fake::answering(move |request| Ok(play(script(request, &["x"], finish.clone()))));
-        let answer = Server::start(fake)
-            .await
-            .ask(PATH, &completion(json!({})))
-            .await;
+    for (finish, reason) in
+        [(Finish::Length, "length"), (Finish::StopString("\n".into()), "stop"), (Finish::EndOfText, "stop")]
+    {
+        let fake = Fake::answering(move |request| Ok(play(script(request, &["x"], finish.clone()))));
+        let answer = Server::start(fake).await.ask(PATH, &completion(json!({}))).await;
         assert_eq!(answer["choices"][0]["finish_reason"], reason);
     }
 }
@@ -222,10 +154,7 @@ async fn the_finish_reason_tells_length_from_stop() {
 async fn a_completion_that_breaks_off_is_an_error_and_not_an_answer() {
     let broken = Server::start(Fake::answering(|_| Ok(play(vec![text("half an ans")])))).await;
     let (status, error) = broken.fail(PATH, &completion(json!({}))).await;
-    assert_eq!(
-        (status, error["type"].as_str()),
-        (500, Some("server_error"))
-    );
+    assert_eq!((status, error["type"].as_str()), (500, Some("server_error")));
 }
 
 #[tokio::test]
@@ -243,18 +172,11 @@ async fn what_completions_cannot_do_is_refused() {
         (json!({"prompt": null}), "prompt"),
         (json!({"prompt": vec!["a"; 65]}), "prompt"),
         (json!({"prompt": vec!["a"; 33], "n": 2}), "prompt"),
-        (
-            json!({"grammar": "start: \"a\"", "guided_regex": "a"}),
-            "guided_regex",
-        ),
+        (json!({"grammar": "start: \"a\"", "guided_regex": "a"}), "guided_regex"),
         (json!({"messages": []}), "messages"),
     ] {
         let (status, error) = server.fail(PATH, &completion(field.clone())).await;
-        assert_eq!(
-            (status, error["param"].as_str()),
-            (400, Some(param)),
-            "{field}"
-        );
+        assert_eq!((status, error["param"].as_str()), (400, Some(param)), "{field}");
     }
     assert!(server.fake.seen.lock().unwrap().is_empty());
 }
@@ -267,11 +189,6 @@ async fn a_grammar_at_fault_is_reported_under_the_field_it_came_from() {
         code: Some("invalid_grammar".into()),
     });
     let server = Server::start(fake).await;
-    let (status, error) = server
-        .fail(PATH, &completion(json!({"guided_regex": "[^\\s\\S]"})))
-        .await;
-    assert_eq!(
-        (status, error["param"].as_str()),
-        (400, Some("guided_regex"))
-    );
+    let (status, error) = server.fail(PATH, &completion(json!({"guided_regex": "[^\\s\\S]"}))).await;
+    assert_eq!((status, error["param"].as_str()), (400, Some("guided_regex")));
 }

@@ -10,9 +10,7 @@ const PATH: &str = "/v1/embeddings";
 #[tokio::test]
 async fn vectors_come_as_numbers_or_as_base64_of_little_endian_floats() {
     let server = Server::start(Fake::saying(&[])).await;
-    let answer = server
-        .ask(PATH, &json!({"model": "embedder", "input": ["a", "b"]}))
-        .await;
+    let answer = server.ask(PATH, &json!({"model": "embedder", "input": ["a", "b"]})).await;
     assert_eq!(
         answer,
         json!({
@@ -27,28 +25,17 @@ async fn vectors_come_as_numbers_or_as_base64_of_little_endian_floats() {
     );
     let body = json!({"model": "embedder", "input": "a", "encoding_format": "base64"});
     // 0.0, 0.6 and -0.8 as f32: 00000000 9a99193f cdcc4cbf
-    assert_eq!(
-        server.ask(PATH, &body).await["data"][0]["embedding"],
-        "AAAAAJqZGT/NzEy/"
-    );
+    assert_eq!(server.ask(PATH, &body).await["data"][0]["embedding"], "AAAAAJqZGT/NzEy/");
 }
 
 #[tokio::test]
 async fn inputs_may_be_texts_or_token_ids() {
     let server = Server::start(Fake::saying(&[])).await;
-    server
-        .ask(PATH, &json!({"model": "embedder", "input": [[1, 2], [3]]}))
-        .await;
-    assert!(
-        matches!(&server.fake.embedded.lock().unwrap()[..], [Prompt::Tokens(a), Prompt::Tokens(b)]
-        if *a == [1, 2] && *b == [3])
-    );
-    server
-        .ask(PATH, &json!({"model": "auto", "input": "a"}))
-        .await;
-    assert!(
-        matches!(&server.fake.embedded.lock().unwrap()[..], [Prompt::Text(text)] if text == "a")
-    );
+    server.ask(PATH, &json!({"model": "embedder", "input": [[1, 2], [3]]})).await;
+    assert!(matches!(&server.fake.embedded.lock().unwrap()[..], [Prompt::Tokens(a), Prompt::Tokens(b)]
+        if *a == [1, 2] && *b == [3]));
+    server.ask(PATH, &json!({"model": "auto", "input": "a"})).await;
+    assert!(matches!(&server.fake.embedded.lock().unwrap()[..], [Prompt::Text(text)] if text == "a"));
 }
 
 #[tokio::test]
@@ -70,17 +57,8 @@ async fn what_embeddings_cannot_do_is_refused() {
             body[key] = value.clone();
         }
         let (status, error) = server.fail(PATH, &body).await;
-        assert_eq!(
-            (status, error["param"].as_str()),
-            (400, Some(param)),
-            "{more}"
-        );
+        assert_eq!((status, error["param"].as_str()), (400, Some(param)), "{more}");
     }
     // The vectors' own length may be asked for.
-    server
-        .ask(
-            PATH,
-            &json!({"model": "embedder", "input": "a", "dimensions": 3}),
-        )
-        .await;
+    server.ask(PATH, &json!({"model": "embedder", "input": "a", "dimensions": 3})).await;
 }

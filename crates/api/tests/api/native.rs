@@ -10,34 +10,18 @@ use crate::support::{Fake, Server, card, completion, error};
 #[tokio::test]
 async fn models_are_listed_and_found_by_names_with_slashes() {
     let server = Server::start(Fake::saying(&[])).await;
-    let list: Value = server
-        .get("/v1/models")
-        .send()
-        .await
-        .unwrap()
-        .json()
-        .await
-        .unwrap();
+    let list: Value = server.get("/v1/models").send().await.unwrap().json().await.unwrap();
     assert_eq!(list["object"], "list");
     assert_eq!(list["data"][0]["id"], "org/tiny");
     for path in ["/v1/models/org/tiny", "/v1/models/org%2Ftiny"] {
         let model: Value = server.get(path).send().await.unwrap().json().await.unwrap();
         assert_eq!(model["id"], "org/tiny");
-        assert_eq!(
-            (model["object"].as_str(), model["owned_by"].as_str()),
-            (Some("model"), Some("murmur"))
-        );
-        assert_eq!(
-            (model["context_tokens"].as_u64(), model["created"].as_u64()),
-            (Some(4096), Some(1_700_000_000))
-        );
+        assert_eq!((model["object"].as_str(), model["owned_by"].as_str()), (Some("model"), Some("murmur")));
+        assert_eq!((model["context_tokens"].as_u64(), model["created"].as_u64()), (Some(4096), Some(1_700_000_000)));
     }
     for path in ["/v1/models/none", "/v1/models/%ff%fe"] {
         let (status, error) = error(server.get(path).send().await.unwrap()).await;
-        assert_eq!(
-            (status, error["code"].as_str()),
-            (404, Some("model_not_found"))
-        );
+        assert_eq!((status, error["code"].as_str()), (404, Some("model_not_found")));
     }
 }
 
@@ -45,39 +29,22 @@ async fn models_are_listed_and_found_by_names_with_slashes() {
 async fn a_model_needs_no_name_where_there_is_one_and_needs_one_where_there_are_two() {
     let mut fake = Fake::saying(&["x"]);
     let server = Server::start(Fake::saying(&["x"])).await;
-    for model in [
-        json!("auto"),
-        json!("default"),
-        json!(null),
-        json!("org/tiny"),
-    ] {
-        let answer = server
-            .ask("/v1/completions", &completion(json!({"model": model})))
-            .await;
+    for model in [json!("auto"), json!("default"), json!(null), json!("org/tiny")] {
+        let answer = server.ask("/v1/completions", &completion(json!({"model": model}))).await;
         assert_eq!(answer["model"], "org/tiny");
     }
-    let (status, error) = server
-        .fail("/v1/completions", &completion(json!({"model": "gpt-4"})))
-        .await;
+    let (status, error) = server.fail("/v1/completions", &completion(json!({"model": "gpt-4"}))).await;
     assert_eq!(
         (status, error["code"].as_str(), error["param"].as_str()),
         (404, Some("model_not_found"), Some("model"))
     );
-    assert!(
-        error["message"].as_str().unwrap().contains("`org/tiny`"),
-        "{error}"
-    );
+    assert!(error["message"].as_str().unwrap().contains("`org/tiny`"), "{error}");
 
     fake.models.push(card("second", ModelKind::Generate));
     let server = Server::start(fake).await;
-    let (status, error) = server
-        .fail("/v1/completions", &completion(json!({"model": "auto"})))
-        .await;
+    let (status, error) = server.fail("/v1/completions", &completion(json!({"model": "auto"}))).await;
     assert_eq!((status, error["param"].as_str()), (400, Some("model")));
-    assert!(
-        error["message"].as_str().unwrap().contains("`second`"),
-        "{error}"
-    );
+    assert!(error["message"].as_str().unwrap().contains("`second`"), "{error}");
 }
 
 #[tokio::test]
@@ -86,35 +53,24 @@ async fn health_says_whether_a_model_is_ready() {
     assert_eq!(server.get("/health").send().await.unwrap().status(), 200);
     let mut fake = Fake::saying(&[]);
     for model in &mut fake.models {
-        *model = Arc::new(ModelCard {
-            state: "loading".into(),
-            ..(**model).clone()
-        });
+        *model = Arc::new(ModelCard { state: "loading".into(), ..(**model).clone() });
     }
     let server = Server::start(fake).await;
     let response = server.get("/health").send().await.unwrap();
     assert_eq!(response.status(), 503);
-    assert_eq!(
-        response.json::<Value>().await.unwrap(),
-        json!({"status": "loading"})
-    );
+    assert_eq!(response.json::<Value>().await.unwrap(), json!({"status": "loading"}));
 }
 
 #[tokio::test]
 async fn metrics_count_requests_and_tokens_without_letting_clients_invent_labels() {
     let server = Server::start(Fake::saying(&["a", "b"])).await;
     server.ask("/v1/completions", &completion(json!({}))).await;
-    server
-        .stream("/v1/completions", &completion(json!({"stream": true})))
-        .await;
+    server.stream("/v1/completions", &completion(json!({"stream": true}))).await;
     for path in ["/v1/models/org/tiny", "/nothing-here", "/nor-here"] {
         server.get(path).send().await.unwrap().text().await.unwrap();
     }
     let response = server.get("/metrics").send().await.unwrap();
-    assert_eq!(
-        response.headers()["content-type"],
-        "text/plain; version=0.0.4; charset=utf-8"
-    );
+    assert_eq!(response.headers()["content-type"], "text/plain; version=0.0.4; charset=utf-8");
     let text = response.text().await.unwrap();
     for line in [
         "murmur_http_requests_total{route=\"/v1/completions\",method=\"POST\",status=\"200\"} 2",
@@ -129,38 +85,21 @@ async fn metrics_count_requests_and_tokens_without_letting_clients_invent_labels
         "murmur_http_requests_in_flight 1",
         "fake_node_metric 1",
     ] {
-        assert!(
-            text.lines().any(|found| found == line),
-            "{line} is not in\n{text}"
-        );
+        assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
     }
     assert!(!text.contains("nothing-here"));
     // Every family is declared once, before its samples.
     for line in text.lines().filter(|line| line.starts_with("murmur_")) {
         let name = line.split(['{', ' ']).next().unwrap();
-        let family = ["_bucket", "_sum", "_count"]
-            .iter()
-            .find_map(|end| name.strip_suffix(end))
-            .unwrap_or(name);
-        assert_eq!(
-            text.matches(&format!("# TYPE {family} ")).count(),
-            1,
-            "{line}"
-        );
+        let family = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+        assert_eq!(text.matches(&format!("# TYPE {family} ")).count(), 1, "{line}");
     }
 }
 
 #[tokio::test]
 async fn status_shows_models_and_what_the_node_says() {
     let server = Server::start(Fake::saying(&[])).await;
-    let status: Value = server
-        .get("/api/status")
-        .send()
-        .await
-        .unwrap()
-        .json()
-        .await
-        .unwrap();
+    let status: Value = server.get("/api/status").send().await.unwrap().json().await.unwrap();
     assert_eq!(status["node"], json!({"peers": 0}));
     assert_eq!(status["models"][1]["kind"], "embed");
     assert!(status["version"].is_string());
@@ -169,32 +108,13 @@ async fn status_shows_models_and_what_the_node_says() {
 #[tokio::test]
 async fn texts_become_tokens_and_tokens_texts() {
     let server = Server::start(Fake::saying(&[])).await;
-    let tokens = server
-        .ask(
-            "/api/tokenize",
-            &json!({"model": "org/tiny", "content": "ab"}),
-        )
-        .await;
+    let tokens = server.ask("/api/tokenize", &json!({"model": "org/tiny", "content": "ab"})).await;
     assert_eq!(tokens, json!({"tokens": [97, 98]}));
-    let tokens = server
-        .ask(
-            "/api/tokenize",
-            &json!({"model": "embedder", "content": "abc", "parse_special": true}),
-        )
-        .await;
+    let tokens =
+        server.ask("/api/tokenize", &json!({"model": "embedder", "content": "abc", "parse_special": true})).await;
     assert_eq!(tokens, json!({"tokens": [3]}));
-    let content = server
-        .ask(
-            "/api/detokenize",
-            &json!({"model": "org/tiny", "tokens": [1, 2]}),
-        )
-        .await;
+    let content = server.ask("/api/detokenize", &json!({"model": "org/tiny", "tokens": [1, 2]})).await;
     assert_eq!(content, json!({"content": "<1><2>"}));
-    let (status, error) = server
-        .fail(
-            "/api/detokenize",
-            &json!({"model": "org/tiny", "tokens": ["x"]}),
-        )
-        .await;
+    let (status, error) = server.fail("/api/detokenize", &json!({"model": "org/tiny", "tokens": ["x"]})).await;
     assert_eq!((status, error["param"].as_str()), (400, Some("tokens")));
 }

@@ -8,8 +8,8 @@ use std::{
 use murmur_api::{
     ApiOptions, Backend,
     backend::{
-        BoxFuture, Completion, Embeddings, Event, Finish, GenerateRequest, Generation, ModelCard,
-        ModelKind, Prompt, Refusal, TokenInfo,
+        BoxFuture, Completion, Embeddings, Event, Finish, GenerateRequest, Generation, ModelCard, ModelKind, Prompt,
+        Refusal, TokenInfo,
     },
 };
 use murmur_protocol::sampling::Token;
@@ -60,10 +60,7 @@ impl Fake {
         answer: impl Fn(&GenerateRequest) -> Result<Generation, Refusal> + Send + Sync + 'static,
     ) -> Fake {
         Fake {
-            models: vec![
-                card("org/tiny", ModelKind::Generate),
-                card("embedder", ModelKind::Embed),
-            ],
+            models: vec![card("org/tiny", ModelKind::Generate), card("embedder", ModelKind::Embed)],
             seen: Mutex::default(),
             embedded: Mutex::default(),
             answer: Box::new(answer),
@@ -94,10 +91,7 @@ pub(crate) fn token(text: &[u8]) -> TokenInfo {
 }
 
 pub(crate) fn text(piece: &str) -> Event {
-    Event::Text {
-        text: piece.to_owned(),
-        tokens: vec![token(piece.as_bytes())],
-    }
+    Event::Text { text: piece.to_owned(), tokens: vec![token(piece.as_bytes())] }
 }
 
 pub(crate) fn done(seed: u64, completion_tokens: u32, finish: Finish) -> Event {
@@ -113,10 +107,7 @@ pub(crate) fn done(seed: u64, completion_tokens: u32, finish: Finish) -> Event {
 }
 
 pub(crate) fn script(request: &GenerateRequest, pieces: &[&str], finish: Finish) -> Vec<Event> {
-    let mut events = vec![Event::Prefill {
-        done_tokens: PROMPT_TOKENS,
-        cached_tokens: CACHED_TOKENS,
-    }];
+    let mut events = vec![Event::Prefill { done_tokens: PROMPT_TOKENS, cached_tokens: CACHED_TOKENS }];
     events.extend(pieces.iter().map(|piece| text(piece)));
     events.push(done(request.sampling.seed, pieces.len() as u32 + 1, finish));
     events
@@ -128,10 +119,7 @@ pub(crate) fn play(events: Vec<Event>) -> Generation {
     for event in events {
         sender.try_send(event).unwrap();
     }
-    Generation {
-        prompt_tokens: PROMPT_TOKENS,
-        events: receiver,
-    }
+    Generation { prompt_tokens: PROMPT_TOKENS, events: receiver }
 }
 
 /// A node whose generations the test conducts: each one's sender comes out of the receiver.
@@ -140,10 +128,7 @@ pub(crate) fn conducted() -> (Fake, mpsc::UnboundedReceiver<mpsc::Sender<Event>>
     let fake = Fake::answering(move |_| {
         let (sender, receiver) = mpsc::channel(EVENTS);
         started.send(sender).unwrap();
-        Ok(Generation {
-            prompt_tokens: PROMPT_TOKENS,
-            events: receiver,
-        })
+        Ok(Generation { prompt_tokens: PROMPT_TOKENS, events: receiver })
     });
     (fake, generations)
 }
@@ -160,28 +145,15 @@ impl Backend for Fake {
         })
     }
 
-    fn embed(
-        &self,
-        _model: String,
-        inputs: Vec<Prompt>,
-    ) -> BoxFuture<'_, Result<Embeddings, Refusal>> {
+    fn embed(&self, _model: String, inputs: Vec<Prompt>) -> BoxFuture<'_, Result<Embeddings, Refusal>> {
         Box::pin(async move {
-            let vectors = (0..inputs.len())
-                .map(|i| vec![i as f32, 0.6, -0.8])
-                .collect();
+            let vectors = (0..inputs.len()).map(|i| vec![i as f32, 0.6, -0.8]).collect();
             *self.embedded.lock().unwrap() = inputs;
-            Ok(Embeddings {
-                vectors,
-                prompt_tokens: 11,
-            })
+            Ok(Embeddings { vectors, prompt_tokens: 11 })
         })
     }
 
-    fn tokenize(
-        &self,
-        _model: String,
-        prompt: Prompt,
-    ) -> BoxFuture<'_, Result<Vec<Token>, Refusal>> {
+    fn tokenize(&self, _model: String, prompt: Prompt) -> BoxFuture<'_, Result<Vec<Token>, Refusal>> {
         Box::pin(async move {
             Ok(match prompt {
                 Prompt::Text(text) => text.bytes().map(Token::from).collect(),
@@ -191,11 +163,7 @@ impl Backend for Fake {
         })
     }
 
-    fn detokenize(
-        &self,
-        _model: String,
-        tokens: Vec<Token>,
-    ) -> BoxFuture<'_, Result<String, Refusal>> {
+    fn detokenize(&self, _model: String, tokens: Vec<Token>) -> BoxFuture<'_, Result<String, Refusal>> {
         Box::pin(async move { Ok(tokens.iter().map(|token| format!("<{token}>")).collect()) })
     }
 
@@ -231,16 +199,9 @@ impl Server {
         let (stop, stopped) = oneshot::channel();
         let task = tokio::spawn(async move {
             let shutdown = async { drop(stopped.await) };
-            murmur_api::serve(listener, backend, options, shutdown)
-                .await
-                .unwrap();
+            murmur_api::serve(listener, backend, options, shutdown).await.unwrap();
         });
-        Server {
-            address,
-            fake,
-            stop: Some(stop),
-            task,
-        }
+        Server { address, fake, stop: Some(stop), task }
     }
 
     pub(crate) async fn stop(mut self) {
@@ -300,12 +261,7 @@ pub(crate) async fn error(response: Response) -> (u16, Value) {
     assert_eq!(response.headers()["content-type"], "application/json");
     let mut body: Value = response.json().await.unwrap();
     let error = body["error"].take();
-    let keys: Vec<&str> = error
-        .as_object()
-        .unwrap()
-        .keys()
-        .map(String::as_str)
-        .collect();
+    let keys: Vec<&str> = error.as_object().unwrap().keys().map(String::as_str).collect();
     assert_eq!(keys, ["message", "type", "param", "code"]);
     assert!(error["message"].as_str().unwrap().len() > 10, "{error}");
     (status.as_u16(), error)
@@ -323,12 +279,7 @@ pub(crate) struct Stream {
 
 impl Stream {
     pub(crate) fn read(text: &str) -> Stream {
-        let mut stream = Stream {
-            chunks: Vec::new(),
-            comments: Vec::new(),
-            dones: 0,
-            ends_with_done: false,
-        };
+        let mut stream = Stream { chunks: Vec::new(), comments: Vec::new(), dones: 0, ends_with_done: false };
         for event in text.split_terminator("\n\n") {
             stream.ends_with_done = event == "data: [DONE]";
             if stream.ends_with_done {
@@ -336,9 +287,7 @@ impl Stream {
             } else if let Some(data) = event.strip_prefix("data: ") {
                 stream.chunks.push(serde_json::from_str(data).unwrap());
             } else {
-                stream
-                    .comments
-                    .push(event.strip_prefix(": ").unwrap().to_owned());
+                stream.comments.push(event.strip_prefix(": ").unwrap().to_owned());
             }
         }
         stream
@@ -351,45 +300,27 @@ impl Stream {
 
     /// All text of a choice: `field` is `content` or `reasoning_content`; for completions, `text`.
     pub(crate) fn text(&self, index: u64, field: &str) -> String {
-        let choice = |chunk: &Value| {
-            chunk["choices"]
-                .as_array()?
-                .iter()
-                .find(|choice| choice["index"] == index)
-                .cloned()
-        };
+        let choice =
+            |chunk: &Value| chunk["choices"].as_array()?.iter().find(|choice| choice["index"] == index).cloned();
         self.chunks
             .iter()
             .filter_map(choice)
             .filter_map(|choice| {
-                let text = if field == "text" {
-                    &choice["text"]
-                } else {
-                    &choice["delta"][field]
-                };
+                let text = if field == "text" { &choice["text"] } else { &choice["delta"][field] };
                 text.as_str().map(str::to_owned)
             })
             .collect()
     }
 
     pub(crate) fn finish_reasons(&self) -> Vec<String> {
-        let choices = self
-            .chunks
-            .iter()
-            .filter_map(|chunk| chunk["choices"].as_array())
-            .flatten();
-        choices
-            .filter_map(|choice| choice["finish_reason"].as_str().map(str::to_owned))
-            .collect()
+        let choices = self.chunks.iter().filter_map(|chunk| chunk["choices"].as_array()).flatten();
+        choices.filter_map(|choice| choice["finish_reason"].as_str().map(str::to_owned)).collect()
     }
 }
 
 /// A chat of one message.
 pub(crate) fn chat(more: Value) -> Value {
-    merge(
-        json!({"model": "org/tiny", "messages": [{"role": "user", "content": "hi"}]}),
-        more,
-    )
+    merge(json!({"model": "org/tiny", "messages": [{"role": "user", "content": "hi"}]}), more)
 }
 
 /// A completion of a short prompt.

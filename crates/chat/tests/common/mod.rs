@@ -1,9 +1,5 @@
 //! Our own templates, one per style, and a request to vary.
-#![allow(
-    dead_code,
-    unreachable_pub,
-    reason = "each test binary uses a part of it"
-)]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of it")]
 
 use std::sync::LazyLock;
 
@@ -16,10 +12,7 @@ pub const INST: &str = include_str!("../templates/inst.jinja");
 pub const TURNS: &str = include_str!("../templates/turns.jinja");
 
 /// 2024-07-26 12:34:56
-pub const NOW: Timestamp = Timestamp {
-    unix_seconds: 1_721_997_296,
-    utc_offset_seconds: 0,
-};
+pub const NOW: Timestamp = Timestamp { unix_seconds: 1_721_997_296, utc_offset_seconds: 0 };
 
 pub static NOTHING: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
 
@@ -44,10 +37,7 @@ pub fn tool(name: &str, parameters: Value) -> Value {
 }
 
 pub fn ping() -> Value {
-    tool(
-        "ping",
-        json!({"type": "object", "properties": {"n": {"type": "integer"}}}),
-    )
+    tool("ping", json!({"type": "object", "properties": {"n": {"type": "integer"}}}))
 }
 
 /// A call of `ping` and its result.
@@ -60,11 +50,7 @@ pub fn called() -> [Value; 2] {
     ]
 }
 
-pub fn request<'a>(
-    messages: &'a [Value],
-    tools: &'a [Value],
-    tool_choice: &'a ToolChoice,
-) -> ChatRequest<'a> {
+pub fn request<'a>(messages: &'a [Value], tools: &'a [Value], tool_choice: &'a ToolChoice) -> ChatRequest<'a> {
     ChatRequest {
         messages,
         tools,
@@ -78,10 +64,6 @@ pub fn request<'a>(
     }
 }
 
-pub fn prepare(
-    source: &str,
-    messages: &[Value],
-    tools: &[Value],
-) -> Result<ChatPrompt, PromptError> {
+pub fn prepare(source: &str, messages: &[Value], tools: &[Value]) -> Result<ChatPrompt, PromptError> {
     template(source).prepare(&request(messages, tools, &ToolChoice::Auto))
 }

@@ -40,8 +40,8 @@ pub(crate) async fn stream(
         if event == "[DONE]" {
             return Ok(finished);
         }
-        let chunk: Value = serde_json::from_str(&event)
-            .map_err(|error| broken(&format!("an event is no JSON: {error}")))?;
+        let chunk: Value =
+            serde_json::from_str(&event).map_err(|error| broken(&format!("an event is no JSON: {error}")))?;
         if let Some(message) = chunk.pointer("/error/message").and_then(Value::as_str) {
             return Err(Failure::because(Code::Failed, message));
         }
@@ -56,12 +56,7 @@ fn read_chunk(
     on_piece: &mut impl FnMut(Piece<'_>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     if let Some(choice) = chunk.pointer("/choices/0") {
-        let text = |pointer: &str| {
-            choice
-                .pointer(pointer)
-                .and_then(Value::as_str)
-                .filter(|text| !text.is_empty())
-        };
+        let text = |pointer: &str| choice.pointer(pointer).and_then(Value::as_str).filter(|text| !text.is_empty());
         if let Some(reasoning) = text("/delta/reasoning_content") {
             on_piece(Piece::Reasoning(reasoning))?;
         }

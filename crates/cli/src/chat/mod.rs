@@ -32,12 +32,7 @@ pub(crate) struct Question {
 
 impl Conversation {
     pub(crate) fn new(model: String, choices: Choices, system: Option<String>) -> Self {
-        Self {
-            model,
-            choices,
-            system,
-            turns: Vec::new(),
-        }
+        Self { model, choices, system, turns: Vec::new() }
     }
 
     /// Replaces the instructions, and forgets what was said under the old ones.
@@ -53,33 +48,19 @@ impl Conversation {
     /// The request that continues the conversation with `text`. Nothing is remembered until [`Self::remember`].
     pub(crate) fn ask(&self, text: &str) -> Question {
         let message = |role: &str, content: &str| json!({"role": role, "content": content});
-        let mut messages: Vec<Value> = self
-            .system
-            .iter()
-            .map(|system| message("system", system))
-            .collect();
-        messages.extend(
-            self.turns
-                .iter()
-                .map(|(role, content)| message(role, content)),
-        );
+        let mut messages: Vec<Value> = self.system.iter().map(|system| message("system", system)).collect();
+        messages.extend(self.turns.iter().map(|(role, content)| message(role, content)));
         messages.push(message("user", text));
         let mut body = self.body();
         body.insert("messages".to_owned(), messages.into());
-        Question {
-            path: "/v1/chat/completions",
-            body: body.into(),
-        }
+        Question { path: "/v1/chat/completions", body: body.into() }
     }
 
     /// The request that continues `text` without a chat template.
     pub(crate) fn continue_text(&self, text: &str) -> Question {
         let mut body = self.body();
         body.insert("prompt".to_owned(), text.into());
-        Question {
-            path: "/v1/completions",
-            body: body.into(),
-        }
+        Question { path: "/v1/completions", body: body.into() }
     }
 
     /// Keeps a turn. An answer that was stopped half way is kept as far as it came: it is what the user saw.
@@ -92,9 +73,7 @@ impl Conversation {
     pub(crate) fn to_markdown(&self) -> String {
         let mut text = format!("# {}\n", self.model);
         let system = self.system.iter().map(|system| ("system", system));
-        for (role, content) in
-            system.chain(self.turns.iter().map(|(role, content)| (*role, content)))
-        {
+        for (role, content) in system.chain(self.turns.iter().map(|(role, content)| (*role, content))) {
             text.push_str(&format!("\n## {role}\n\n{}\n", content.trim()));
         }
         text
@@ -110,11 +89,7 @@ impl Conversation {
             ("temperature", self.choices.temperature.map(Value::from)),
             ("seed", self.choices.seed.map(Value::from)),
         ];
-        body.extend(
-            choices
-                .into_iter()
-                .filter_map(|(name, value)| Some((name.to_owned(), value?))),
-        );
+        body.extend(choices.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))));
         body
     }
 }
@@ -124,14 +99,7 @@ mod tests {
     use super::*;
 
     fn conversation() -> Conversation {
-        Conversation::new(
-            "m".to_owned(),
-            Choices {
-                seed: Some(7),
-                ..Choices::default()
-            },
-            Some("be brief".to_owned()),
-        )
+        Conversation::new("m".to_owned(), Choices { seed: Some(7), ..Choices::default() }, Some("be brief".to_owned()))
     }
 
     #[test]
@@ -139,18 +107,11 @@ mod tests {
         let mut conversation = conversation();
         conversation.remember("hi", "hello");
         let body = conversation.ask("and now?").body;
-        let roles: Vec<&str> = body["messages"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|m| m["role"].as_str().unwrap())
-            .collect();
+        let roles: Vec<&str> =
+            body["messages"].as_array().unwrap().iter().map(|m| m["role"].as_str().unwrap()).collect();
         assert_eq!(roles, ["system", "user", "assistant", "user"]);
         assert_eq!(body["seed"], 7);
-        assert!(
-            body.get("temperature").is_none(),
-            "a choice that nobody made was sent"
-        );
+        assert!(body.get("temperature").is_none(), "a choice that nobody made was sent");
     }
 
     #[test]
@@ -158,13 +119,7 @@ mod tests {
         let mut conversation = conversation();
         conversation.remember("hi", "hello");
         conversation.set_system(None);
-        assert_eq!(
-            conversation.ask("x").body["messages"]
-                .as_array()
-                .unwrap()
-                .len(),
-            1
-        );
+        assert_eq!(conversation.ask("x").body["messages"].as_array().unwrap().len(), 1);
     }
 
     #[test]

@@ -39,15 +39,10 @@ enum Line<'a> {
 fn read_line_text(text: &str) -> Line<'_> {
     let text = text.trim();
     let Some(command) = text.strip_prefix('/') else {
-        return if text.is_empty() {
-            Line::Nothing
-        } else {
-            Line::Say(text)
-        };
+        return if text.is_empty() { Line::Nothing } else { Line::Say(text) };
     };
-    let (name, rest) = command
-        .split_once(char::is_whitespace)
-        .map_or((command, ""), |(name, rest)| (name, rest.trim()));
+    let (name, rest) =
+        command.split_once(char::is_whitespace).map_or((command, ""), |(name, rest)| (name, rest.trim()));
     match (name, rest) {
         ("clear", "") => Line::Clear,
         ("system", "") => Line::System(None),
@@ -67,6 +62,9 @@ pub(crate) fn talk(
     conversation: &mut Conversation,
     history_file: &Path,
 ) -> anyhow::Result<()> {
+    // Without a handler, a Ctrl-C just before or after an answer would end the program.
+    let _handler =
+        runtime.block_on(async { tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt()) });
     let mut editor = open_editor(history_file)?;
     ui::say("Ctrl-C stops an answer, Ctrl-D ends, /help lists commands.");
     loop {
@@ -104,12 +102,7 @@ pub(crate) fn talk(
 }
 
 /// One turn. What goes wrong is told, and the conversation goes on.
-fn say(
-    runtime: &Runtime,
-    client: &ApiClient,
-    conversation: &mut Conversation,
-    text: &str,
-) -> anyhow::Result<()> {
+fn say(runtime: &Runtime, client: &ApiClient, conversation: &mut Conversation, text: &str) -> anyhow::Result<()> {
     let question = conversation.ask(text);
     let mut answer = String::new();
     let mut screen = Screen::default();
@@ -163,18 +156,12 @@ impl Screen {
         self.is_dim = dim;
         self.has_text = true;
         let mut out = std::io::stdout().lock();
-        write!(out, "{change}{}", ui::without_controls(text))
-            .and_then(|()| out.flush())
-            .context("writing the answer")
+        write!(out, "{change}{}", ui::without_controls(text)).and_then(|()| out.flush()).context("writing the answer")
     }
 
     fn end(&mut self) -> anyhow::Result<()> {
         let reset = if self.is_dim { "\x1b[0m" } else { "" };
-        if self.has_text {
-            ui::print(&format!("{reset}\n"))
-        } else {
-            Ok(())
-        }
+        if self.has_text { ui::print(&format!("{reset}\n")) } else { Ok(()) }
     }
 }
 
@@ -204,13 +191,8 @@ fn read_lines(editor: &mut LineEditor) -> Result<String, ReadlineError> {
 
 /// The history holds what the user wrote: for this user's eyes only (rustyline creates it so).
 fn save_history(editor: &mut LineEditor, history_file: &Path) {
-    let directory = history_file
-        .parent()
-        .map_or(Ok(()), std::fs::create_dir_all);
-    if let Err(error) = directory
-        .map_err(ReadlineError::from)
-        .and_then(|()| editor.save_history(history_file))
-    {
+    let directory = history_file.parent().map_or(Ok(()), std::fs::create_dir_all);
+    if let Err(error) = directory.map_err(ReadlineError::from).and_then(|()| editor.save_history(history_file)) {
         tracing::warn!(%error, "the history of lines cannot be saved");
     }
 }
@@ -224,10 +206,7 @@ mod tests {
         assert_eq!(read_line_text("  hello "), Line::Say("hello"));
         assert_eq!(read_line_text(" "), Line::Nothing);
         assert_eq!(read_line_text("/clear"), Line::Clear);
-        assert_eq!(
-            read_line_text("/system be brief"),
-            Line::System(Some("be brief"))
-        );
+        assert_eq!(read_line_text("/system be brief"), Line::System(Some("be brief")));
         assert_eq!(read_line_text("/system"), Line::System(None));
         assert_eq!(read_line_text("/save a b.md"), Line::Save("a b.md"));
         assert_eq!(read_line_text("/exit"), Line::Exit);

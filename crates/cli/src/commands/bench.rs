@@ -20,10 +20,9 @@ use crate::{
 };
 
 const WORDS: [&str; 32] = [
-    "river", "stone", "light", "under", "seven", "garden", "paper", "north", "quiet", "engine",
-    "window", "letter", "silver", "morning", "bridge", "harvest", "copper", "winter", "signal",
-    "market", "forest", "number", "island", "carry", "follow", "between", "yellow", "minute",
-    "simple", "record", "travel", "music",
+    "river", "stone", "light", "under", "seven", "garden", "paper", "north", "quiet", "engine", "window", "letter",
+    "silver", "morning", "bridge", "harvest", "copper", "winter", "signal", "market", "forest", "number", "island",
+    "carry", "follow", "between", "yellow", "minute", "simple", "record", "travel", "music",
 ];
 
 /// One request's times.
@@ -80,36 +79,15 @@ pub(super) fn run(session: &Session, args: Bench) -> anyhow::Result<()> {
             ]
         })
         .collect();
-    let headings = [
-        "STREAMS",
-        "PROMPT",
-        "TOKENS",
-        "FIRST TOKEN ms",
-        "PREFILL tok/s",
-        "DECODE tok/s EACH",
-        "DECODE tok/s ALL",
-    ];
-    ui::print(&format!(
-        "{model}\n{}",
-        ui::table(&headings, &rows, &[0, 1, 2, 3, 4, 5, 6])
-    ))
+    let headings =
+        ["STREAMS", "PROMPT", "TOKENS", "FIRST TOKEN ms", "PREFILL tok/s", "DECODE tok/s EACH", "DECODE tok/s ALL"];
+    ui::print(&format!("{model}\n{}", ui::table(&headings, &rows, &[0, 1, 2, 3, 4, 5, 6])))
 }
 
-async fn measure_all(
-    session: &Session,
-    client: &ApiClient,
-    model: &str,
-    args: &Bench,
-) -> anyhow::Result<Vec<Level>> {
+async fn measure_all(session: &Session, client: &ApiClient, model: &str, args: &Bench) -> anyhow::Result<Vec<Level>> {
     let mut random = StdRng::from_os_rng();
     // Whatever happens only once happens here.
-    one_request(
-        client,
-        model,
-        prompt(client, model, 8, &mut random).await?,
-        2,
-    )
-    .await?;
+    one_request(client, model, prompt(client, model, 8, &mut random).await?, 2).await?;
     let mut levels = Vec::new();
     for streams in &args.concurrency {
         let mut runs = Vec::new();
@@ -134,28 +112,16 @@ async fn measure_all(
 }
 
 /// A prompt of exactly so many tokens.
-async fn prompt(
-    client: &ApiClient,
-    model: &str,
-    tokens: u32,
-    random: &mut StdRng,
-) -> anyhow::Result<Vec<Value>> {
+async fn prompt(client: &ApiClient, model: &str, tokens: u32, random: &mut StdRng) -> anyhow::Result<Vec<Value>> {
     let wanted = tokens as usize;
     // A word is a token or more in most vocabularies; in the smallest it is several.
-    let words = (0..wanted.max(4))
-        .filter_map(|_| WORDS.choose(random).copied())
-        .collect::<Vec<_>>()
-        .join(" ");
+    let words = (0..wanted.max(4)).filter_map(|_| WORDS.choose(random).copied()).collect::<Vec<_>>().join(" ");
     let text = format!("{} {words}", random.random::<u32>());
     let answer = client
         .post("/api/tokenize", &json!({"model": model, "content": text}))
         .await
         .context("tokenising the prompt")?;
-    let mut ids = answer
-        .get("tokens")
-        .and_then(Value::as_array)
-        .cloned()
-        .unwrap_or_default();
+    let mut ids = answer.get("tokens").and_then(Value::as_array).cloned().unwrap_or_default();
     if ids.is_empty() {
         return Err(Failure::because(
             Code::Failed,
@@ -169,30 +135,18 @@ async fn prompt(
     Ok(ids)
 }
 
-async fn one_request(
-    client: &ApiClient,
-    model: &str,
-    prompt: Vec<Value>,
-    max_tokens: u32,
-) -> anyhow::Result<Times> {
+async fn one_request(client: &ApiClient, model: &str, prompt: Vec<Value>, max_tokens: u32) -> anyhow::Result<Times> {
     let body = json!({
         "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true,
         "stream": true, "stream_options": {"include_usage": true},
     });
     let started = Instant::now();
     let (mut first, mut last) = (None, started);
-    let finished = answer::stream(
-        client,
-        &Question {
-            path: "/v1/completions",
-            body,
-        },
-        |_| {
-            last = Instant::now();
-            first.get_or_insert(last);
-            Ok(())
-        },
-    )
+    let finished = answer::stream(client, &Question { path: "/v1/completions", body }, |_| {
+        last = Instant::now();
+        first.get_or_insert(last);
+        Ok(())
+    })
     .await?;
     Ok(Times {
         prompt_tokens: finished.prompt_tokens.unwrap_or(0),
@@ -200,11 +154,7 @@ async fn one_request(
         started,
         // An answer of unprintable tokens only has no first text: its end is all that is known.
         first: first.unwrap_or_else(Instant::now),
-        last: if first.is_some() {
-            last
-        } else {
-            Instant::now()
-        },
+        last: if first.is_some() { last } else { Instant::now() },
     })
 }
 
@@ -214,40 +164,20 @@ fn level(streams: u32, runs: &[Vec<Times>]) -> Level {
     let over_all = runs.iter().filter_map(|run| {
         let began = run.iter().map(|times| times.first).min()?;
         let ended = run.iter().map(|times| times.last).max()?;
-        let tokens: u64 = run
-            .iter()
-            .map(|times| times.completion_tokens.saturating_sub(1))
-            .sum();
+        let tokens: u64 = run.iter().map(|times| times.completion_tokens.saturating_sub(1)).sum();
         Some(rate(tokens, ended - began))
     });
     Level {
         streams,
-        prompt_tokens: requests
-            .iter()
-            .map(|times| times.prompt_tokens)
-            .max()
-            .unwrap_or(0),
-        completion_tokens: requests
-            .iter()
-            .map(|times| times.completion_tokens)
-            .max()
-            .unwrap_or(0),
-        first_token_ms: median(
-            requests
-                .iter()
-                .map(|times| (times.first - times.started).as_secs_f64() * 1e3),
-        ),
+        prompt_tokens: requests.iter().map(|times| times.prompt_tokens).max().unwrap_or(0),
+        completion_tokens: requests.iter().map(|times| times.completion_tokens).max().unwrap_or(0),
+        first_token_ms: median(requests.iter().map(|times| (times.first - times.started).as_secs_f64() * 1e3)),
         prefill_tokens_per_s: median(
-            requests
-                .iter()
-                .map(|times| rate(times.prompt_tokens, times.first - times.started)),
+            requests.iter().map(|times| rate(times.prompt_tokens, times.first - times.started)),
         ),
-        decode_tokens_per_s_per_stream: median(requests.iter().map(|times| {
-            rate(
-                times.completion_tokens.saturating_sub(1),
-                times.last - times.first,
-            )
-        })),
+        decode_tokens_per_s_per_stream: median(
+            requests.iter().map(|times| rate(times.completion_tokens.saturating_sub(1), times.last - times.first)),
+        ),
         decode_tokens_per_s: median(over_all),
     }
 }
@@ -271,13 +201,7 @@ mod tests {
     fn rates_count_from_request_to_first_token_and_from_first_to_last() {
         let started = Instant::now();
         let at = |ms: u64| started + Duration::from_millis(ms);
-        let times = |last| Times {
-            prompt_tokens: 100,
-            completion_tokens: 11,
-            started,
-            first: at(500),
-            last: at(last),
-        };
+        let times = |last| Times { prompt_tokens: 100, completion_tokens: 11, started, first: at(500), last: at(last) };
         let level = level(2, &[vec![times(1500), times(1500)]]);
         assert_eq!(level.first_token_ms.round(), 500.0);
         assert_eq!(level.prefill_tokens_per_s.round(), 200.0);

@@ -37,30 +37,15 @@ struct Check {
 
 impl Check {
     fn ok(name: &'static str, found: impl Into<String>) -> Self {
-        Self {
-            name,
-            verdict: Verdict::Ok,
-            found: found.into(),
-            advice: String::new(),
-        }
+        Self { name, verdict: Verdict::Ok, found: found.into(), advice: String::new() }
     }
 
     fn warn(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
-        Self {
-            name,
-            verdict: Verdict::Warn,
-            found: found.into(),
-            advice: advice.into(),
-        }
+        Self { name, verdict: Verdict::Warn, found: found.into(), advice: advice.into() }
     }
 
     fn fail(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
-        Self {
-            name,
-            verdict: Verdict::Fail,
-            found: found.into(),
-            advice: advice.into(),
-        }
+        Self { name, verdict: Verdict::Fail, found: found.into(), advice: advice.into() }
     }
 }
 
@@ -86,11 +71,8 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
     } else {
         ui::print(&page(session, &checks))?;
     }
-    let failed: Vec<&str> = checks
-        .iter()
-        .filter(|check| check.verdict == Verdict::Fail)
-        .map(|check| check.name)
-        .collect();
+    let failed: Vec<&str> =
+        checks.iter().filter(|check| check.verdict == Verdict::Fail).map(|check| check.name).collect();
     if failed.is_empty() {
         return Ok(());
     }
@@ -98,10 +80,7 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
         // The report says it already, and is one JSON document.
         return Err(Failure::told(Code::Failed));
     }
-    Err(Failure::because(
-        Code::Failed,
-        format!("not in order: {}", failed.join(", ")),
-    ))
+    Err(Failure::because(Code::Failed, format!("not in order: {}", failed.join(", "))))
 }
 
 fn page(session: &Session, checks: &[Check]) -> String {
@@ -118,10 +97,7 @@ fn page(session: &Session, checks: &[Check]) -> String {
             let _ = writeln!(out, "      {}", check.advice);
         }
     }
-    let file = session
-        .config_file
-        .as_ref()
-        .map_or("none".to_owned(), |path| path.display().to_string());
+    let file = session.config_file.as_ref().map_or("none".to_owned(), |path| path.display().to_string());
     let _ = writeln!(out, "\nsettings (configuration file: {file})");
     let rows: Vec<Vec<String>> = session
         .effective
@@ -135,20 +111,14 @@ fn page(session: &Session, checks: &[Check]) -> String {
             ]
         })
         .collect();
-    out.push_str(&ui::table(
-        &["KEY", "VALUE", "FROM", "VARIABLE"],
-        &rows,
-        &[],
-    ));
+    out.push_str(&ui::table(&["KEY", "VALUE", "FROM", "VARIABLE"], &rows, &[]));
     out
 }
 
 fn data_directory(session: &Session) -> Check {
     const NAME: &str = "data directory";
     let path = session.data_dir.display();
-    let probe = session
-        .data_dir
-        .join(format!(".doctor-{}", std::process::id()));
+    let probe = session.data_dir.join(format!(".doctor-{}", std::process::id()));
     let writable = fs::create_dir_all(&session.data_dir)
         .and_then(|()| fs::write(&probe, b""))
         .and_then(|()| fs::remove_file(&probe));
@@ -176,11 +146,9 @@ fn disk(session: &Session) -> Check {
             format!("{} free at {place}", Size(free)),
             "Free some space, or choose another place with --data-dir.",
         ),
-        Some(free) if free < DISK_WARN_BYTES => Check::warn(
-            NAME,
-            format!("{} free at {place}", Size(free)),
-            "Enough to run, too little for most models.",
-        ),
+        Some(free) if free < DISK_WARN_BYTES => {
+            Check::warn(NAME, format!("{} free at {place}", Size(free)), "Enough to run, too little for most models.")
+        }
         Some(free) => Check::ok(NAME, format!("{} free at {place}", Size(free))),
     }
 }
@@ -204,18 +172,10 @@ fn memory() -> Check {
 
 fn processor() -> Check {
     const NAME: &str = "processor";
-    let threads =
-        std::thread::available_parallelism().map_or_else(|_| "?".to_owned(), |n| n.to_string());
-    let features: Vec<&str> = machine::cpu_features()
-        .into_iter()
-        .filter(|(_, present)| *present)
-        .map(|(name, _)| name)
-        .collect();
-    let found = format!(
-        "{}, {threads} threads, {}",
-        std::env::consts::ARCH,
-        features.join(" ")
-    );
+    let threads = std::thread::available_parallelism().map_or_else(|_| "?".to_owned(), |n| n.to_string());
+    let features: Vec<&str> =
+        machine::cpu_features().into_iter().filter(|(_, present)| *present).map(|(name, _)| name).collect();
+    let found = format!("{}, {threads} threads, {}", std::env::consts::ARCH, features.join(" "));
     match machine::missing_essential_feature() {
         Some(missing) => Check::warn(
             NAME,
@@ -274,10 +234,7 @@ pub(super) fn occupant(session: &Session) -> Occupant {
     if is_murmur {
         return Occupant::Murmur;
     }
-    Occupant::Other(
-        machine::listener_on(session.global.api.port())
-            .unwrap_or_else(|| "another program".to_owned()),
-    )
+    Occupant::Other(machine::listener_on(session.global.api.port()).unwrap_or_else(|| "another program".to_owned()))
 }
 
 fn store(session: &Session) -> Check {
@@ -285,23 +242,13 @@ fn store(session: &Session) -> Check {
     match session.store().list() {
         Err(error) => Check::fail(NAME, "the index cannot be read", error.to_string()),
         Ok(entries) => {
-            let missing: Vec<String> = entries
-                .iter()
-                .filter(|entry| !entry.path.exists())
-                .map(|entry| entry.name.to_string())
-                .collect();
+            let missing: Vec<String> =
+                entries.iter().filter(|entry| !entry.path.exists()).map(|entry| entry.name.to_string()).collect();
             if missing.is_empty() {
                 return Check::ok(NAME, format!("{} in the store", entries.len()));
             }
-            let advice = format!(
-                "Put the files back, or forget them: murmur models rm {}",
-                missing.join(" ")
-            );
-            Check::warn(
-                NAME,
-                format!("files of {} are gone", missing.join(", ")),
-                advice,
-            )
+            let advice = format!("Put the files back, or forget them: murmur models rm {}", missing.join(" "));
+            Check::warn(NAME, format!("files of {} are gone", missing.join(", ")), advice)
         }
     }
 }
@@ -310,19 +257,8 @@ fn hub() -> Check {
     const NAME: &str = "hub";
     match HubConfig::from_env() {
         Ok(config) => {
-            let token = if config.has_token() {
-                "with a token"
-            } else {
-                "without a token"
-            };
-            Check::ok(
-                NAME,
-                format!(
-                    "{}, {token}, cache {}",
-                    config.endpoint(),
-                    config.cache_dir().display()
-                ),
-            )
+            let token = if config.has_token() { "with a token" } else { "without a token" };
+            Check::ok(NAME, format!("{}, {token}, cache {}", config.endpoint(), config.cache_dir().display()))
         }
         Err(error) => Check::fail(NAME, "the hub settings cannot be used", error.to_string()),
     }
@@ -332,13 +268,7 @@ fn engine(session: &Session) -> Check {
     const NAME: &str = "engine";
     let started = std::time::Instant::now();
     match self_test::run(session) {
-        Ok(()) => Check::ok(
-            NAME,
-            format!(
-                "a small model ran as two stages, in {}",
-                human_duration(started.elapsed())
-            ),
-        ),
+        Ok(()) => Check::ok(NAME, format!("a small model ran as two stages, in {}", human_duration(started.elapsed()))),
         Err(error) => Check::fail(
             NAME,
             format!("a small model does not run: {error:#}"),

@@ -12,12 +12,7 @@ use crate::exit::{Code, Failure};
 /// Serves the node at the other end of standard input until it closes.
 pub(crate) fn run() -> anyhow::Result<()> {
     let input = io::stdin();
-    let socket = UnixStream::from(
-        input
-            .as_fd()
-            .try_clone_to_owned()
-            .context("taking over the socket")?,
-    );
+    let socket = UnixStream::from(input.as_fd().try_clone_to_owned().context("taking over the socket")?);
     // Standard input that is no socket has no peer.
     if input.is_terminal() || socket.peer_addr().is_err() {
         return Err(Failure::because(

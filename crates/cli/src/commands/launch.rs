@@ -36,17 +36,14 @@ pub(super) fn listen(session: &Session) -> anyhow::Result<TcpListener> {
     let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::AddrInUse => {
             let (who, instead) = match occupant(session) {
-                Occupant::Murmur => (
-                    "a murmur server".to_owned(),
-                    "Use that one (`murmur status` shows what it serves), end it,",
-                ),
+                Occupant::Murmur => {
+                    ("a murmur server".to_owned(), "Use that one (`murmur status` shows what it serves), end it,")
+                }
                 Occupant::Other(who) => (who, "End it,"),
             };
             Failure::because(
                 Code::Unavailable,
-                format!(
-                    "{address} is in use by {who}. {instead} or listen elsewhere, such as --api 127.0.0.1:6877"
-                ),
+                format!("{address} is in use by {who}. {instead} or listen elsewhere, such as --api 127.0.0.1:6877"),
             )
         }
         io::ErrorKind::AddrNotAvailable => Failure::because(
@@ -62,27 +59,15 @@ pub(super) fn listen(session: &Session) -> anyhow::Result<TcpListener> {
         _ => anyhow::Error::from(error).context(format!("listening on {address}")),
     };
     let listener = TcpListener::bind(address).map_err(failed)?;
-    listener
-        .set_nonblocking(true)
-        .context("setting up the listening socket")?;
+    listener.set_nonblocking(true).context("setting up the listening socket")?;
     Ok(listener)
 }
 
 /// Loads models. Ctrl-C ends it; the engine's processes then end with this one.
-pub(super) async fn load(
-    session: &Session,
-    models: Vec<LocalModel>,
-    engine: &EngineArgs,
-) -> anyhow::Result<Arc<Node>> {
+pub(super) async fn load(session: &Session, models: Vec<LocalModel>, engine: &EngineArgs) -> anyhow::Result<Arc<Node>> {
     let options = NodeOptions {
         data_dir: session.data_dir.clone(),
-        models: models
-            .into_iter()
-            .map(|model| ModelSpec {
-                path: model.path,
-                id: model.id,
-            })
-            .collect(),
+        models: models.into_iter().map(|model| ModelSpec { path: model.path, id: model.id }).collect(),
         stages: engine.stages,
         threads: match engine.threads {
             Threads::Auto => murmur_node::Threads::Auto,
@@ -93,8 +78,7 @@ pub(super) async fn load(
         max_memory_bytes: engine.max_memory.map(|size| size.0),
         exact: engine.exact,
         gpu_layers: engine.gpu_layers,
-        engine_program: std::env::current_exe()
-            .context("finding this program, for the engine's processes")?,
+        engine_program: std::env::current_exe().context("finding this program, for the engine's processes")?,
     };
     let bar = Arc::new(LoadBar::new(session.global.quiet, engine.stages));
     let listener = Arc::clone(&bar);
@@ -116,41 +100,24 @@ struct LoadBar {
 impl LoadBar {
     fn new(quiet: bool, stages: u32) -> Self {
         let hidden = quiet || !io::stderr().is_terminal();
-        let target = if hidden {
-            ProgressDrawTarget::hidden()
-        } else {
-            ProgressDrawTarget::stderr()
-        };
+        let target = if hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let bar = ProgressBar::with_draw_target(Some(PROGRESS_STEPS), target);
-        if let Ok(style) =
-            ProgressStyle::with_template("loading {msg} {wide_bar} {percent}% {elapsed}")
-        {
+        if let Ok(style) = ProgressStyle::with_template("loading {msg} {wide_bar} {percent}% {elapsed}") {
             bar.set_style(style);
         }
-        Self {
-            bar,
-            stages,
-            done: Mutex::default(),
-        }
+        Self { bar, stages, done: Mutex::default() }
     }
 
     fn show(&self, progress: &LoadProgress) {
         let Ok(mut done) = self.done.lock() else {
             return;
         };
-        done.insert(
-            (progress.model.clone(), progress.stage),
-            progress.fraction.clamp(0.0, 1.0),
-        );
-        let sum: f32 = done
-            .iter()
-            .filter(|((model, _), _)| *model == progress.model)
-            .map(|(_, fraction)| fraction)
-            .sum();
+        done.insert((progress.model.clone(), progress.stage), progress.fraction.clamp(0.0, 1.0));
+        let sum: f32 =
+            done.iter().filter(|((model, _), _)| *model == progress.model).map(|(_, fraction)| fraction).sum();
         let share = f64::from(sum) / f64::from(self.stages.max(1));
         self.bar.set_message(ui::without_controls(&progress.model));
-        self.bar
-            .set_position(((share * PROGRESS_STEPS as f64) as u64).min(PROGRESS_STEPS));
+        self.bar.set_position(((share * PROGRESS_STEPS as f64) as u64).min(PROGRESS_STEPS));
     }
 
     fn finish(&self) {
@@ -167,15 +134,10 @@ pub(super) struct OwnServer {
 }
 
 impl OwnServer {
-    pub(super) async fn start(
-        session: &Session,
-        model: LocalModel,
-        engine: &EngineArgs,
-    ) -> anyhow::Result<Self> {
+    pub(super) async fn start(session: &Session, model: LocalModel, engine: &EngineArgs) -> anyhow::Result<Self> {
         let node = load(session, vec![model], engine).await?;
-        let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
-            .await
-            .context("listening on this machine")?;
+        let listener =
+            tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("listening on this machine")?;
         let address = listener.local_addr()?;
         let key = format!("{:032x}", rand::rng().random::<u128>());
         let options = ApiOptions {
@@ -194,12 +156,7 @@ impl OwnServer {
                 tracing::error!(%error, "the server for this command ended");
             }
         });
-        Ok(Self {
-            client: ApiClient::new(address, Some(key)),
-            stop,
-            serving,
-            node,
-        })
+        Ok(Self { client: ApiClient::new(address, Some(key)), stop, serving, node })
     }
 
     pub(super) async fn end(self) {
@@ -218,25 +175,13 @@ pub(super) struct Served {
 }
 
 impl Served {
-    pub(super) async fn start(
-        session: &Session,
-        target: Target,
-        engine: &EngineArgs,
-    ) -> anyhow::Result<Self> {
+    pub(super) async fn start(session: &Session, target: Target, engine: &EngineArgs) -> anyhow::Result<Self> {
         match target {
-            Target::Server(client, model) => Ok(Self {
-                client,
-                model,
-                own: None,
-            }),
+            Target::Server(client, model) => Ok(Self { client, model, own: None }),
             Target::Local(local) => {
                 let model = local.id.clone();
                 let own = OwnServer::start(session, local, engine).await?;
-                Ok(Self {
-                    client: own.client.clone(),
-                    model,
-                    own: Some(own),
-                })
+                Ok(Self { client: own.client.clone(), model, own: Some(own) })
             }
         }
     }

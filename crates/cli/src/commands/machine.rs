@@ -58,42 +58,31 @@ pub(super) fn cpu_features() -> Vec<(&'static str, bool)> {
 /// The instructions without which models run many times slower.
 pub(super) fn missing_essential_feature() -> Option<&'static str> {
     let essential = ["avx2", "fma", "f16c", "neon"];
-    cpu_features()
-        .into_iter()
-        .find(|(name, present)| essential.contains(name) && !present)
-        .map(|(name, _)| name)
+    cpu_features().into_iter().find(|(name, present)| essential.contains(name) && !present).map(|(name, _)| name)
 }
 
 /// The process that listens on a TCP port of this machine, as "name (pid)"; `None` when it cannot be seen from here.
 pub(super) fn listener_on(port: u16) -> Option<String> {
-    let inodes: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
-        .iter()
-        .flat_map(|table| listening_inodes(table, port))
-        .collect();
+    let inodes: Vec<String> =
+        ["/proc/net/tcp", "/proc/net/tcp6"].iter().flat_map(|table| listening_inodes(table, port)).collect();
     if inodes.is_empty() {
         return None;
     }
-    let processes = std::fs::read_dir("/proc").ok()?.flatten().filter(|entry| {
-        entry
-            .file_name()
-            .to_string_lossy()
-            .bytes()
-            .all(|b| b.is_ascii_digit())
-    });
+    let processes = std::fs::read_dir("/proc")
+        .ok()?
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().bytes().all(|b| b.is_ascii_digit()));
     for process in processes {
         let Ok(files) = std::fs::read_dir(process.path().join("fd")) else {
             continue;
         };
-        let holds = files
-            .flatten()
-            .filter_map(|file| std::fs::read_link(file.path()).ok())
-            .any(|target| {
-                let target = target.to_string_lossy();
-                target
-                    .strip_prefix("socket:[")
-                    .and_then(|rest| rest.strip_suffix(']'))
-                    .is_some_and(|inode| inodes.iter().any(|i| i == inode))
-            });
+        let holds = files.flatten().filter_map(|file| std::fs::read_link(file.path()).ok()).any(|target| {
+            let target = target.to_string_lossy();
+            target
+                .strip_prefix("socket:[")
+                .and_then(|rest| rest.strip_suffix(']'))
+                .is_some_and(|inode| inodes.iter().any(|i| i == inode))
+        });
         if holds {
             let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
             return Some(format!(
@@ -114,8 +103,7 @@ fn listening_inodes(table: &str, port: u16) -> Vec<String> {
     let lines = text.lines().skip(1).filter_map(|line| {
         let columns: Vec<&str> = line.split_whitespace().collect();
         let (_, local_port) = columns.get(1)?.rsplit_once(':')?;
-        let is_it =
-            u16::from_str_radix(local_port, 16).ok()? == port && *columns.get(3)? == STATE_LISTEN;
+        let is_it = u16::from_str_radix(local_port, 16).ok()? == port && *columns.get(3)? == STATE_LISTEN;
         is_it.then(|| columns.get(INODE_COLUMN).map(|inode| (*inode).to_owned()))?
     });
     lines.collect()

@@ -47,18 +47,8 @@ impl Session {
 
 /// Does what was asked.
 pub(crate) fn run(invocation: Invocation) -> anyhow::Result<()> {
-    let Invocation {
-        cli,
-        data_dir,
-        config_file,
-        effective,
-    } = invocation;
-    let session = Session {
-        global: cli.global,
-        data_dir,
-        config_file,
-        effective,
-    };
+    let Invocation { cli, data_dir, config_file, effective } = invocation;
+    let session = Session { global: cli.global, data_dir, config_file, effective };
     match cli.command {
         Command::Serve(args) => serve::run(&session, args),
         Command::Run(args) => run::run(&session, args),
@@ -73,16 +63,10 @@ pub(crate) fn run(invocation: Invocation) -> anyhow::Result<()> {
 
 /// A runtime for commands that ask one thing and wait for it.
 pub(crate) fn small_runtime() -> anyhow::Result<Runtime> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("starting the runtime")
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")
 }
 
 /// A runtime for commands in which a node runs.
 pub(crate) fn node_runtime() -> anyhow::Result<Runtime> {
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("starting the runtime")
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")
 }

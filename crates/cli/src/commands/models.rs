@@ -19,12 +19,7 @@ pub(super) fn run(session: &Session, command: Models) -> anyhow::Result<()> {
         }
         Models::Rm { names } => remove(session, &store, &names),
         Models::Pull { model, name } => {
-            let entry = small_runtime()?.block_on(pull::pull(
-                &store,
-                &model,
-                name,
-                session.global.quiet,
-            ))?;
+            let entry = small_runtime()?.block_on(pull::pull(&store, &model, name, session.global.quiet))?;
             added(session, &entry, "pulled")
         }
     }
@@ -37,20 +32,14 @@ fn list(session: &Session, store: &Store) -> anyhow::Result<()> {
     }
     if entries.is_empty() {
         if !session.global.quiet {
-            ui::say(
-                "no models yet: `murmur models import FILE` or `murmur models pull hf:owner/repo` adds one",
-            );
+            ui::say("no models yet: `murmur models import FILE` or `murmur models pull hf:owner/repo` adds one");
         }
         return Ok(());
     }
     let rows: Vec<Vec<String>> = entries
         .iter()
         .map(|entry| {
-            let missing = if entry.path.exists() {
-                ""
-            } else {
-                " (missing!)"
-            };
+            let missing = if entry.path.exists() { "" } else { " (missing!)" };
             vec![
                 entry.name.to_string(),
                 Size(entry.size_bytes).to_string(),
@@ -73,15 +62,9 @@ fn remove(session: &Session, store: &Store, names: &[ModelName]) -> anyhow::Resu
             };
             ui::say(&format!("removed {name}; {what}"));
         }
-        removed.push(
-            json!({"name": name, "path": outcome.entry.path, "freed_bytes": outcome.freed_bytes}),
-        );
+        removed.push(json!({"name": name, "path": outcome.entry.path, "freed_bytes": outcome.freed_bytes}));
     }
-    if session.global.json {
-        ui::print_json(&removed)
-    } else {
-        Ok(())
-    }
+    if session.global.json { ui::print_json(&removed) } else { Ok(()) }
 }
 
 fn added(session: &Session, entry: &ModelEntry, how: &str) -> anyhow::Result<()> {
@@ -89,12 +72,7 @@ fn added(session: &Session, entry: &ModelEntry, how: &str) -> anyhow::Result<()>
         return ui::print_json(&as_json(entry));
     }
     if !session.global.quiet {
-        ui::say(&format!(
-            "{how} {} ({}): {}",
-            entry.name,
-            Size(entry.size_bytes),
-            entry.path.display()
-        ));
+        ui::say(&format!("{how} {} ({}): {}", entry.name, Size(entry.size_bytes), entry.path.display()));
         ui::say(&format!("try: murmur run {}", entry.name));
     }
     Ok(())
@@ -121,9 +99,7 @@ fn origin(entry: &ModelEntry) -> String {
 
 fn age(unix_s: u64) -> String {
     let then = SystemTime::UNIX_EPOCH + Duration::from_secs(unix_s);
-    let seconds = SystemTime::now()
-        .duration_since(then)
-        .map_or(0, |age| age.as_secs());
+    let seconds = SystemTime::now().duration_since(then).map_or(0, |age| age.as_secs());
     match seconds {
         0..120 => "just now".to_owned(),
         120..7200 => format!("{} minutes ago", seconds / 60),

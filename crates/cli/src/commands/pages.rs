@@ -16,8 +16,7 @@ pub(super) fn completions(shell: clap_complete::Shell) -> anyhow::Result<()> {
 pub(super) fn man(directory: Option<&Path>) -> anyhow::Result<()> {
     match directory {
         Some(directory) => {
-            std::fs::create_dir_all(directory)
-                .with_context(|| format!("creating {}", directory.display()))?;
+            std::fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
             clap_mangen::generate_to(Cli::command(), directory)
                 .with_context(|| format!("writing manual pages to {}", directory.display()))
         }

@@ -55,36 +55,19 @@ fn converse(
     args: &Run,
     prompt: Option<&str>,
 ) -> anyhow::Result<()> {
-    let choices = Choices {
-        max_tokens: args.max_tokens,
-        temperature: args.temperature,
-        seed: args.seed,
-    };
+    let choices = Choices { max_tokens: args.max_tokens, temperature: args.temperature, seed: args.seed };
     let mut conversation = Conversation::new(served.model.clone(), choices, args.system.clone());
     match prompt {
-        None => repl::talk(
-            runtime,
-            &served.client,
-            &mut conversation,
-            &session.data_dir.join("history"),
-        ),
+        None => repl::talk(runtime, &served.client, &mut conversation, &session.data_dir.join("history")),
         Some(prompt) => {
-            let question = if args.raw {
-                conversation.continue_text(prompt)
-            } else {
-                conversation.ask(prompt)
-            };
+            let question = if args.raw { conversation.continue_text(prompt) } else { conversation.ask(prompt) };
             runtime.block_on(answer_once(session, served, &question))
         }
     }
 }
 
 /// One answer on standard output: as text while it comes, or as one JSON document.
-async fn answer_once(
-    session: &Session,
-    served: &Served,
-    question: &Question,
-) -> anyhow::Result<()> {
+async fn answer_once(session: &Session, served: &Served, question: &Question) -> anyhow::Result<()> {
     let wants_json = session.global.json;
     let is_terminal = io::stdout().is_terminal();
     let (mut text, mut reasoning) = (String::new(), String::new());
@@ -139,12 +122,8 @@ fn piped_prompt() -> anyhow::Result<String> {
             format!("the prompt on standard input is longer than {PROMPT_BYTES_MAX} bytes"),
         ));
     }
-    let text = String::from_utf8(bytes).map_err(|_| {
-        Failure::because(
-            Code::Usage,
-            "the prompt on standard input is not UTF-8 text",
-        )
-    })?;
+    let text = String::from_utf8(bytes)
+        .map_err(|_| Failure::because(Code::Usage, "the prompt on standard input is not UTF-8 text"))?;
     if text.trim().is_empty() {
         return Err(Failure::because(
             Code::Usage,

@@ -14,13 +14,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const TOKENS: u64 = 4;
 
 pub(super) fn run(session: &Session) -> anyhow::Result<()> {
-    let place = session
-        .data_dir
-        .join(format!(".self-test-{}", std::process::id()));
+    let place = session.data_dir.join(format!(".self-test-{}", std::process::id()));
     std::fs::create_dir_all(&place).with_context(|| format!("creating {}", place.display()))?;
     let outcome = run_in(session, &place);
-    let cleaned =
-        std::fs::remove_dir_all(&place).with_context(|| format!("deleting {}", place.display()));
+    let cleaned = std::fs::remove_dir_all(&place).with_context(|| format!("deleting {}", place.display()));
     outcome.and(cleaned)
 }
 
@@ -30,10 +27,7 @@ fn run_in(session: &Session, place: &Path) -> anyhow::Result<()> {
     let mut session = session.clone();
     session.global.quiet = true;
     session.data_dir = place.to_owned();
-    let model = LocalModel {
-        path,
-        id: "self-test".to_owned(),
-    };
+    let model = LocalModel { path, id: "self-test".to_owned() };
     let engine = EngineArgs {
         stages: 2,
         threads: Threads::Fixed(NonZeroU32::MIN),
@@ -55,12 +49,7 @@ fn run_in(session: &Session, place: &Path) -> anyhow::Result<()> {
         tokio::time::timeout(PATIENCE, test).await.with_context(|| format!("no answer within {} s", PATIENCE.as_secs()))?
     });
     runtime.shutdown_background();
-    let made = outcome?
-        .pointer("/usage/completion_tokens")
-        .and_then(Value::as_u64);
-    anyhow::ensure!(
-        made == Some(TOKENS),
-        "it made {made:?} tokens instead of {TOKENS}"
-    );
+    let made = outcome?.pointer("/usage/completion_tokens").and_then(Value::as_u64);
+    anyhow::ensure!(made == Some(TOKENS), "it made {made:?} tokens instead of {TOKENS}");
     Ok(())
 }

@@ -41,27 +41,16 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
     outcome
 }
 
-async fn serve(
-    session: &Session,
-    args: Serve,
-    api: ApiOptions,
-    listener: TcpListener,
-) -> anyhow::Result<()> {
+async fn serve(session: &Session, args: Serve, api: ApiOptions, listener: TcpListener) -> anyhow::Result<()> {
     let models = models(session, &args).await?;
     let names: Vec<String> = models.iter().map(|model| model.id.clone()).collect();
     let node = launch::load(session, models, &args.engine).await?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let address = listener.local_addr()?;
     if session.global.json {
-        ui::print(&format!(
-            "{}\n",
-            json!({"event": "ready", "address": address.to_string(), "models": names})
-        ))?;
+        ui::print(&format!("{}\n", json!({"event": "ready", "address": address.to_string(), "models": names})))?;
     } else if !session.global.quiet {
-        ui::say(&format!(
-            "serving {} at http://{address}/v1",
-            names.join(", ")
-        ));
+        ui::say(&format!("serving {} at http://{address}/v1", names.join(", ")));
         ui::say("Ctrl-C ends it");
     }
     let quiet = session.global.quiet;
@@ -82,11 +71,7 @@ async fn serve(
 
 /// The models to serve, under the names that clients use.
 async fn models(session: &Session, args: &Serve) -> anyhow::Result<Vec<LocalModel>> {
-    let wanted = if args.models.is_empty() {
-        vec![only_model(session)?]
-    } else {
-        args.models.clone()
-    };
+    let wanted = if args.models.is_empty() { vec![only_model(session)?] } else { args.models.clone() };
     let mut models: Vec<LocalModel> = Vec::new();
     for (at, reference) in wanted.iter().enumerate() {
         let mut model = target::local(session, reference).await?;
@@ -121,10 +106,7 @@ fn only_model(session: &Session) -> anyhow::Result<ModelRef> {
             let names: Vec<&str> = several.iter().map(|entry| entry.name.as_str()).collect();
             Err(Failure::because(
                 Code::Usage,
-                format!(
-                    "no MODEL was named and the store has several: {}. Name those to serve",
-                    names.join(", ")
-                ),
+                format!("no MODEL was named and the store has several: {}. Name those to serve", names.join(", ")),
             ))
         }
     }

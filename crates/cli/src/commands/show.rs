@@ -20,15 +20,9 @@ pub(super) fn run(session: &Session, store: &Store, model: &ModelRef) -> anyhow:
     let hidden = session.global.quiet || !io::stderr().is_terminal();
     let bar = ProgressBar::with_draw_target(
         None,
-        if hidden {
-            ProgressDrawTarget::hidden()
-        } else {
-            ProgressDrawTarget::stderr()
-        },
+        if hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() },
     );
-    if let Ok(style) =
-        ProgressStyle::with_template("reading {wide_bar} {binary_bytes}/{binary_total_bytes} {eta}")
-    {
+    if let Ok(style) = ProgressStyle::with_template("reading {wide_bar} {binary_bytes}/{binary_total_bytes} {eta}") {
         bar.set_style(style);
     }
     let manifest = Manifest::of(&resolved.path, |done, total| {
@@ -39,10 +33,7 @@ pub(super) fn run(session: &Session, store: &Store, model: &ModelRef) -> anyhow:
     if session.global.json {
         let mut value = serde_json::to_value(&manifest)?;
         if let Some(object) = value.as_object_mut() {
-            object.insert(
-                "path".to_owned(),
-                resolved.path.to_string_lossy().into_owned().into(),
-            );
+            object.insert("path".to_owned(), resolved.path.to_string_lossy().into_owned().into());
             object.insert("store_name".to_owned(), resolved.name.as_str().into());
         }
         return ui::print_json(&value);
@@ -56,10 +47,7 @@ pub(super) fn run(session: &Session, store: &Store, model: &ModelRef) -> anyhow:
 fn facts(path: &str, manifest: &Manifest) -> String {
     let mut rows: Vec<(&str, String)> = vec![
         ("file", path.to_owned()),
-        (
-            "name",
-            manifest.name.clone().unwrap_or_else(|| "-".to_owned()),
-        ),
+        ("name", manifest.name.clone().unwrap_or_else(|| "-".to_owned())),
         ("architecture", manifest.architecture.clone()),
         ("parameters", parameters(manifest.parameters)),
         ("quantisation", manifest.quantization.clone()),
@@ -69,40 +57,16 @@ fn facts(path: &str, manifest: &Manifest) -> String {
         rows.push(("context", format!("{} tokens", facts.context_length)));
         rows.push(("vocabulary", format!("{} tokens", facts.vocabulary)));
         rows.push(("layers", facts.layers.to_string()));
-        rows.push((
-            "width",
-            format!(
-                "{}, feed-forward {}",
-                facts.embedding_length, facts.feed_forward_length
-            ),
-        ));
-        rows.push((
-            "attention",
-            format!(
-                "{} heads, {} for keys and values",
-                facts.heads, facts.kv_heads
-            ),
-        ));
+        rows.push(("width", format!("{}, feed-forward {}", facts.embedding_length, facts.feed_forward_length)));
+        rows.push(("attention", format!("{} heads, {} for keys and values", facts.heads, facts.kv_heads)));
         if facts.experts > 0 {
-            rows.push((
-                "experts",
-                format!(
-                    "{}, {} at work per token",
-                    facts.experts, facts.experts_used
-                ),
-            ));
+            rows.push(("experts", format!("{}, {} at work per token", facts.experts, facts.experts_used)));
         }
         let kv_bytes = manifest.kv_bytes_per_token_per_layer * u64::from(facts.layers);
-        rows.push((
-            "KV cache",
-            format!("{} per 1,000 tokens, as f16", Size(kv_bytes * 1000)),
-        ));
+        rows.push(("KV cache", format!("{} per 1,000 tokens, as f16", Size(kv_bytes * 1000))));
     }
     if let Some(slice) = &manifest.slice {
-        rows.push((
-            "slice",
-            format!("layers {} to {} of a model", slice.first, slice.end),
-        ));
+        rows.push(("slice", format!("layers {} to {} of a model", slice.first, slice.end)));
     }
     rows.push((
         "stages",
@@ -122,51 +86,17 @@ fn facts(path: &str, manifest: &Manifest) -> String {
 
 fn parts(manifest: &Manifest) -> String {
     let row = |name: String, part: &Part| {
-        let digest: String = part
-            .digest
-            .to_string()
-            .chars()
-            .take(DIGEST_DIGITS)
-            .collect();
-        let place = part
-            .ranges
-            .first()
-            .map_or_else(|| "-".to_owned(), |range| range.start.to_string());
-        vec![
-            name,
-            Size(part.bytes).to_string(),
-            parameters(part.parameters),
-            place,
-            digest,
-        ]
+        let digest: String = part.digest.to_string().chars().take(DIGEST_DIGITS).collect();
+        let place = part.ranges.first().map_or_else(|| "-".to_owned(), |range| range.start.to_string());
+        vec![name, Size(part.bytes).to_string(), parameters(part.parameters), place, digest]
     };
     let mut rows = Vec::new();
-    rows.extend(
-        manifest
-            .embedding
-            .iter()
-            .map(|part| row("embedding".to_owned(), part)),
-    );
-    rows.extend(
-        manifest
-            .layers
-            .iter()
-            .enumerate()
-            .map(|(n, part)| row(format!("layer {n}"), part)),
-    );
+    rows.extend(manifest.embedding.iter().map(|part| row("embedding".to_owned(), part)));
+    rows.extend(manifest.layers.iter().enumerate().map(|(n, part)| row(format!("layer {n}"), part)));
     let head = if manifest.tied { "head (tied)" } else { "head" };
     rows.extend(manifest.head.iter().map(|part| row(head.to_owned(), part)));
-    rows.extend(
-        manifest
-            .shared
-            .iter()
-            .map(|part| row("shared".to_owned(), part)),
-    );
-    ui::table(
-        &["PART", "SIZE", "PARAMETERS", "AT BYTE", "BLAKE3"],
-        &rows,
-        &[1, 2, 3],
-    )
+    rows.extend(manifest.shared.iter().map(|part| row("shared".to_owned(), part)));
+    ui::table(&["PART", "SIZE", "PARAMETERS", "AT BYTE", "BLAKE3"], &rows, &[1, 2, 3])
 }
 
 fn parameters(count: u64) -> String {

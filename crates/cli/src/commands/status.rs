@@ -24,9 +24,7 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
     if !stages.is_empty() {
         page.push('\n');
         page.push_str(&ui::table(
-            &[
-                "STAGE OF", "LAYERS", "PROCESS", "RESTARTS", "WEIGHTS", "KV CELLS",
-            ],
+            &["STAGE OF", "LAYERS", "PROCESS", "RESTARTS", "WEIGHTS", "KV CELLS"],
             &stages,
             &[2, 3, 4, 5],
         ));
@@ -35,11 +33,7 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
 }
 
 fn list<'a>(value: &'a Value, pointer: &str) -> &'a [Value] {
-    value
-        .pointer(pointer)
-        .and_then(Value::as_array)
-        .map(Vec::as_slice)
-        .unwrap_or_default()
+    value.pointer(pointer).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default()
 }
 
 /// What the API knows of each model, beside what the node does with it.
@@ -47,25 +41,15 @@ fn models_table(models: &[Value], at_work: &[Value]) -> String {
     let rows: Vec<Vec<String>> = models
         .iter()
         .map(|model| {
-            let work = at_work
-                .iter()
-                .find(|other| other.get("id") == model.get("id"));
+            let work = at_work.iter().find(|other| other.get("id") == model.get("id"));
             let known = |name: &str| model.get(name).map(plain).unwrap_or_default();
-            let counted = |name: &str| {
-                work.and_then(|work| work.get(name))
-                    .map(plain)
-                    .unwrap_or_default()
-            };
-            let memory = work
-                .and_then(|work| work.get("memory_bytes_planned"))
-                .and_then(Value::as_u64);
+            let counted = |name: &str| work.and_then(|work| work.get(name)).map(plain).unwrap_or_default();
+            let memory = work.and_then(|work| work.get("memory_bytes_planned")).and_then(Value::as_u64);
             vec![
                 known("id"),
                 known("state"),
                 known("context_tokens"),
-                memory
-                    .map(|bytes| Size(bytes).to_string())
-                    .unwrap_or_default(),
+                memory.map(|bytes| Size(bytes).to_string()).unwrap_or_default(),
                 counted("requests_running"),
                 counted("requests_queued"),
                 counted("prompt_tokens"),
@@ -73,16 +57,7 @@ fn models_table(models: &[Value], at_work: &[Value]) -> String {
             ]
         })
         .collect();
-    let headings = [
-        "MODEL",
-        "STATE",
-        "CONTEXT",
-        "MEMORY",
-        "RUNNING",
-        "QUEUED",
-        "PROMPT TOKENS",
-        "GENERATED",
-    ];
+    let headings = ["MODEL", "STATE", "CONTEXT", "MEMORY", "RUNNING", "QUEUED", "PROMPT TOKENS", "GENERATED"];
     ui::table(&headings, &rows, &[2, 3, 4, 5, 6, 7])
 }
 
@@ -97,9 +72,7 @@ fn stage_rows(at_work: &[Value]) -> Vec<Vec<String>> {
                 format!("{} to {}", layer("/layers/0"), layer("/layers/1")),
                 stage.get("process_id").map(plain).unwrap_or_default(),
                 stage.get("restarts").map(plain).unwrap_or_default(),
-                weights
-                    .map(|bytes| Size(bytes).to_string())
-                    .unwrap_or_default(),
+                weights.map(|bytes| Size(bytes).to_string()).unwrap_or_default(),
                 stage.get("kv_cells").map(plain).unwrap_or_default(),
             ]);
         }

@@ -26,17 +26,12 @@ const CHUNK_ELEMENTS: u64 = 1 << 13;
 /// Writes the model and returns the size of the file in bytes.
 pub fn write(spec: &Spec, path: impl AsRef<Path>) -> Result<u64, SynthError> {
     let mut spec = spec.clone();
-    let tokens_min = if spec.arch == Arch::Bert {
-        vocab::WPM_TOKENS_MIN
-    } else {
-        vocab::SPM_TOKENS_MIN
-    };
+    let tokens_min = if spec.arch == Arch::Bert { vocab::WPM_TOKENS_MIN } else { vocab::SPM_TOKENS_MIN };
     spec.facts.vocabulary = spec.facts.vocabulary.max(tokens_min);
 
     let mut builder = GgufBuilder::new(spec.arch.name());
     set_keys(&spec, &mut builder);
-    let included =
-        |slot: &layout::Slot| slot.required || spec.optional_tensors.contains(&slot.name);
+    let included = |slot: &layout::Slot| slot.required || spec.optional_tensors.contains(&slot.name);
     let global: Vec<_> = layout::global(spec.arch, &spec.facts)
         .into_iter()
         .filter(|slot| included(slot) || slot.name == "output.weight" && !spec.tied)
@@ -48,13 +43,7 @@ pub fn write(spec: &Spec, path: impl AsRef<Path>) -> Result<u64, SynthError> {
     let layer = layout::layer(spec.arch, &spec.facts);
     for il in 0..spec.facts.layers {
         for slot in layer.iter().filter(|slot| included(slot)) {
-            add(
-                &spec,
-                &mut builder,
-                format!("blk.{il}.{}", slot.name),
-                slot,
-                Some(il),
-            )?;
+            add(&spec, &mut builder, format!("blk.{il}.{}", slot.name), slot, Some(il))?;
         }
     }
     for slot in global.iter().filter(|slot| is_last(slot.name)) {
@@ -96,31 +85,17 @@ fn set_keys(spec: &Spec, builder: &mut GgufBuilder) {
         set("attention.value_length", facts.value_length.into());
         set("attention.layer_norm_rms_epsilon", 1e-5f32.into());
         set("rope.dimension_count", facts.rope_dimensions.into());
-        set(
-            "rope.freq_base",
-            if spec.arch == Arch::Llama {
-                500_000f32
-            } else {
-                1_000_000f32
-            }
-            .into(),
-        );
+        set("rope.freq_base", if spec.arch == Arch::Llama { 500_000f32 } else { 1_000_000f32 }.into());
         set("vocab_size", facts.vocabulary.into());
     }
     if facts.experts > 0 {
         set("expert_count", facts.experts.into());
         set("expert_used_count", facts.experts_used.into());
         if spec.arch != Arch::Llama {
-            set(
-                "expert_feed_forward_length",
-                facts.expert_feed_forward_length.into(),
-            );
+            set("expert_feed_forward_length", facts.expert_feed_forward_length.into());
         }
         if facts.shared_feed_forward_length > 0 {
-            set(
-                "expert_shared_feed_forward_length",
-                facts.shared_feed_forward_length.into(),
-            );
+            set("expert_shared_feed_forward_length", facts.shared_feed_forward_length.into());
         }
     }
     for (suffix, value) in &spec.keys {
@@ -148,12 +123,9 @@ enum Fill {
 fn fill_of(spec: &Spec, name: &str, slot: &layout::Slot) -> Fill {
     let fan_in = slot.dims[0] as f32;
     // A head that is also the embedding must give logits near one.
-    let head_is_embedding =
-        spec.tied && spec.arch.head() != Head::Required || spec.arch.head() == Head::Tied;
+    let head_is_embedding = spec.tied && spec.arch.head() != Head::Required || spec.arch.head() == Head::Tied;
     match slot.name {
-        "rope_freqs.weight" | "rope_factors_long.weight" | "rope_factors_short.weight" => {
-            Fill::Ramp
-        }
+        "rope_freqs.weight" | "rope_factors_long.weight" | "rope_factors_short.weight" => Fill::Ramp,
         "token_embd.weight" if head_is_embedding => Fill::Gaussian(0.0, 1.5 / fan_in.sqrt()),
         "token_embd.weight" => Fill::Gaussian(0.0, 1.0),
         "position_embd.weight" | "token_types.weight" => Fill::Gaussian(0.0, 0.3),
@@ -172,12 +144,7 @@ fn gets_more_bits(il: u32, layers: u32) -> bool {
 
 fn type_of(spec: &Spec, slot: &layout::Slot, il: Option<u32>) -> TensorType {
     let vector = slot.dims.len() == 1 || slot.name.ends_with(".bias");
-    if vector
-        || matches!(
-            slot.name,
-            "ffn_gate_inp.weight" | "position_embd.weight" | "token_types.weight"
-        )
-    {
+    if vector || matches!(slot.name, "ffn_gate_inp.weight" | "position_embd.weight" | "token_types.weight") {
         return TensorType::F32;
     }
     let is_head = slot.name == "output.weight" || slot.name == "token_embd.weight" && spec.tied;
@@ -188,16 +155,10 @@ fn type_of(spec: &Spec, slot: &layout::Slot, il: Option<u32>) -> TensorType {
         Weights::Q4_0 if is_head => TensorType::Q8_0,
         Weights::Q4_0 => TensorType::Q4_0,
         Weights::Q4KM => {
-            let favoured = matches!(
-                slot.name,
-                "attn_v.weight" | "attn_qkv.weight" | "ffn_down.weight" | "ffn_down_exps.weight"
-            );
+            let favoured =
+                matches!(slot.name, "attn_v.weight" | "attn_qkv.weight" | "ffn_down.weight" | "ffn_down_exps.weight");
             let more_bits = il.is_some_and(|il| favoured && gets_more_bits(il, spec.facts.layers));
-            if is_head || more_bits {
-                TensorType::Q6_K
-            } else {
-                TensorType::Q4_K
-            }
+            if is_head || more_bits { TensorType::Q6_K } else { TensorType::Q4_K }
         }
     };
     // llama-quantize falls back likewise when rows are not whole blocks.
@@ -219,56 +180,31 @@ fn add(
     let elements = slot.dims.iter().product();
     let mut rng = Rng::new(spec.seed, &name);
     let generate = move |out: &mut dyn Write| generate(&mut rng, fill, ty, elements, out);
-    builder.tensor(
-        name,
-        &slot.dims,
-        ty,
-        TensorSource::Generate(Box::new(generate)),
-    )?;
+    builder.tensor(name, &slot.dims, ty, TensorSource::Generate(Box::new(generate)))?;
     Ok(())
 }
 
-fn generate(
-    rng: &mut Rng,
-    fill: Fill,
-    ty: TensorType,
-    elements: u64,
-    out: &mut dyn Write,
-) -> io::Result<()> {
+fn generate(rng: &mut Rng, fill: Fill, ty: TensorType, elements: u64, out: &mut dyn Write) -> io::Result<()> {
     let mut packed = Vec::new();
     let mut made = 0;
     while made < elements {
         let count = CHUNK_ELEMENTS.min(elements - made);
         packed.clear();
         if let (Fill::Gaussian(_, std), TensorType::Q4_K | TensorType::Q6_K) = (fill, ty) {
-            let block = if ty == TensorType::Q4_K {
-                quant::random_q4_k
-            } else {
-                quant::random_q6_k
-            };
+            let block = if ty == TensorType::Q4_K { quant::random_q4_k } else { quant::random_q6_k };
             (0..count / quant::SUPER_BLOCK as u64).for_each(|_| block(rng, std, &mut packed));
         } else {
             let values: Vec<f32> = match fill {
-                Fill::Gaussian(mean, std) => {
-                    (0..count).map(|_| mean + std * rng.gaussian()).collect()
-                }
-                Fill::Ramp => (made..made + count)
-                    .map(|i| 1.0 + 7.0 * i as f32 / elements as f32)
-                    .collect(),
+                Fill::Gaussian(mean, std) => (0..count).map(|_| mean + std * rng.gaussian()).collect(),
+                Fill::Ramp => (made..made + count).map(|i| 1.0 + 7.0 * i as f32 / elements as f32).collect(),
             };
             match ty {
                 TensorType::F32 => packed.extend(values.iter().flat_map(|x| x.to_le_bytes())),
-                TensorType::F16 => packed.extend(
-                    values
-                        .iter()
-                        .flat_map(|&x| quant::f16_from_f32(x).to_le_bytes()),
-                ),
+                TensorType::F16 => packed.extend(values.iter().flat_map(|&x| quant::f16_from_f32(x).to_le_bytes())),
                 TensorType::Q8_0 => quant::q8_0(&values, &mut packed),
                 TensorType::Q4_0 => quant::q4_0(&values, &mut packed),
                 other => {
-                    return Err(io::Error::other(format!(
-                        "no way to make random {other} weights"
-                    )));
+                    return Err(io::Error::other(format!("no way to make random {other} weights")));
                 }
             }
         }

@@ -132,19 +132,14 @@ impl Spec {
 
     /// The presets that are small: every one but the benchmarks.
     pub fn tiny_presets() -> impl Iterator<Item = &'static str> {
-        Self::PRESETS
-            .iter()
-            .copied()
-            .filter(|name| !name.starts_with("bench-"))
+        Self::PRESETS.iter().copied().filter(|name| !name.starts_with("bench-"))
     }
 
     /// A small model (about 1 to 8 million parameters) with F32 weights.
     pub fn tiny(name: &str) -> Result<Self, SynthError> {
         match Self::preset(name) {
             Ok(spec) if !name.starts_with("bench-") => Ok(spec),
-            _ => Err(SynthError::UnknownPreset {
-                name: name.to_owned(),
-            }),
+            _ => Err(SynthError::UnknownPreset { name: name.to_owned() }),
         }
     }
 
@@ -184,15 +179,9 @@ impl Spec {
             "mistral3" => {
                 let mut keys = yarn(64);
                 keys.push(("attention.temperature_scale", 0.1f32.into()));
-                Self {
-                    keys,
-                    ..spec(Arch::Mistral3, shape(8, 8, 4, 32))
-                }
+                Self { keys, ..spec(Arch::Mistral3, shape(8, 8, 4, 32)) }
             }
-            "qwen2" => Self {
-                optional_tensors: QKV_BIASES.to_vec(),
-                ..spec(Arch::Qwen2, shape(8, 8, 2, 32))
-            },
+            "qwen2" => Self { optional_tensors: QKV_BIASES.to_vec(), ..spec(Arch::Qwen2, shape(8, 8, 2, 32)) },
             "qwen2moe" => Self {
                 optional_tensors: QKV_BIASES.to_vec(),
                 ..spec(Arch::Qwen2Moe, with_experts(shape(8, 8, 2, 32), 256))
@@ -210,10 +199,7 @@ impl Spec {
             },
             "gemma3" => Self {
                 tied: true,
-                keys: vec![
-                    ("attention.sliding_window", 16u32.into()),
-                    ("rope.freq_base_swa", 10_000f32.into()),
-                ],
+                keys: vec![("attention.sliding_window", 16u32.into()), ("rope.freq_base_swa", 10_000f32.into())],
                 ..spec(Arch::Gemma3, shape(12, 4, 2, 64))
             },
             "phi3" => {
@@ -222,22 +208,14 @@ impl Spec {
                     ("attention.sliding_window", 47u32.into()),
                 ];
                 keys.push(("rope.scaling.attn_factor", 1.19f32.into()));
-                let optional_tensors =
-                    vec!["rope_factors_long.weight", "rope_factors_short.weight"];
-                Self {
-                    keys,
-                    optional_tensors,
-                    ..spec(Arch::Phi3, shape(8, 8, 4, 32))
-                }
+                let optional_tensors = vec!["rope_factors_long.weight", "rope_factors_short.weight"];
+                Self { keys, optional_tensors, ..spec(Arch::Phi3, shape(8, 8, 4, 32)) }
             }
             "olmo2" => spec(Arch::Olmo2, shape(8, 8, 4, 32)),
             "olmo3" => {
                 let mut keys = yarn(64);
                 keys.push(("attention.sliding_window", 16u32.into()));
-                Self {
-                    keys,
-                    ..spec(Arch::Olmo2, shape(8, 8, 4, 32))
-                }
+                Self { keys, ..spec(Arch::Olmo2, shape(8, 8, 4, 32)) }
             }
             "gpt-oss" => {
                 let mut keys = yarn(64);
@@ -248,24 +226,13 @@ impl Spec {
                     ..spec(Arch::GptOss, with_experts(shape(8, 8, 4, 64), 0))
                 }
             }
-            "smollm3" => Self {
-                tied: true,
-                ..spec(Arch::SmolLm3, shape(8, 8, 4, 32))
-            },
+            "smollm3" => Self { tied: true, ..spec(Arch::SmolLm3, shape(8, 8, 4, 32)) },
             "bert" => {
                 let mut facts = shape(4, 8, 8, 32);
                 facts.context_length = 512;
                 let mut optional_tensors = QKV_BIASES.to_vec();
-                optional_tensors.extend([
-                    "attn_output.bias",
-                    "ffn_up.bias",
-                    "ffn_down.bias",
-                    "token_types.weight",
-                ]);
-                Self {
-                    optional_tensors,
-                    ..spec(Arch::Bert, facts)
-                }
+                optional_tensors.extend(["attn_output.bias", "ffn_up.bias", "ffn_down.bias", "token_types.weight"]);
+                Self { optional_tensors, ..spec(Arch::Bert, facts) }
             }
             "bench-1b" => {
                 let mut facts = shape(16, 32, 8, 64);
@@ -294,9 +261,7 @@ impl Spec {
                 }
             }
             _ => {
-                return Err(SynthError::UnknownPreset {
-                    name: name.to_owned(),
-                });
+                return Err(SynthError::UnknownPreset { name: name.to_owned() });
             }
         })
     }

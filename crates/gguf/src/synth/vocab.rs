@@ -26,33 +26,24 @@ pub(crate) const WPM_TOKENS_MIN: u32 = 256;
 fn syllables() -> impl Iterator<Item = String> {
     const ONSETS: &str = "bcdfghjklmnprstvwz";
     const VOWELS: &str = "aeiou";
-    let short = ONSETS
+    let short = ONSETS.chars().flat_map(|a| VOWELS.chars().map(move |b| format!("{a}{b}")));
+    let long = ONSETS
         .chars()
-        .flat_map(|a| VOWELS.chars().map(move |b| format!("{a}{b}")));
-    let long = ONSETS.chars().flat_map(|a| {
-        VOWELS
-            .chars()
-            .flat_map(move |b| "lmnrst".chars().map(move |c| format!("{a}{b}{c}")))
-    });
+        .flat_map(|a| VOWELS.chars().flat_map(move |b| "lmnrst".chars().map(move |c| format!("{a}{b}{c}"))));
     short.chain(long).chain((0u64..).map(|i| format!("q{i}")))
 }
 
 /// A byte-level SentencePiece vocabulary of `size` tokens, as metadata keys.
 pub(crate) fn sentence_piece(size: u32) -> Vec<(String, Value)> {
     let size = size.max(SPM_TOKENS_MIN) as usize;
-    let mut tokens: Vec<(String, i32)> = vec![
-        ("<unk>".into(), kind::UNKNOWN),
-        ("<s>".into(), kind::CONTROL),
-        ("</s>".into(), kind::CONTROL),
-    ];
+    let mut tokens: Vec<(String, i32)> =
+        vec![("<unk>".into(), kind::UNKNOWN), ("<s>".into(), kind::CONTROL), ("</s>".into(), kind::CONTROL)];
     tokens.extend((0..256).map(|byte| (format!("<0x{byte:02X}>"), kind::BYTE)));
     let start = tokens.len() as u32;
     tokens.push(("<|im_start|>".into(), kind::CONTROL));
     tokens.push(("<|im_end|>".into(), kind::CONTROL));
     tokens.push((SPACE.into(), kind::NORMAL));
-    let words = syllables()
-        .flat_map(|s| [format!("{SPACE}{s}"), s])
-        .map(|s| (s, kind::NORMAL));
+    let words = syllables().flat_map(|s| [format!("{SPACE}{s}"), s]).map(|s| (s, kind::NORMAL));
     let missing = size - tokens.len();
     tokens.extend(words.take(missing));
 
@@ -60,26 +51,9 @@ pub(crate) fn sentence_piece(size: u32) -> Vec<(String, Value)> {
     vec![
         (key("model"), "llama".into()),
         (key("pre"), "default".into()),
-        (
-            key("tokens"),
-            tokens
-                .iter()
-                .map(|(text, _)| text)
-                .collect::<StringArray>()
-                .into(),
-        ),
-        (
-            key("scores"),
-            Value::Array(Array::F32((0..tokens.len()).map(|i| -(i as f32)).collect())),
-        ),
-        (
-            key("token_type"),
-            tokens
-                .iter()
-                .map(|(_, ty)| *ty)
-                .collect::<Vec<i32>>()
-                .into(),
-        ),
+        (key("tokens"), tokens.iter().map(|(text, _)| text).collect::<StringArray>().into()),
+        (key("scores"), Value::Array(Array::F32((0..tokens.len()).map(|i| -(i as f32)).collect()))),
+        (key("token_type"), tokens.iter().map(|(_, ty)| *ty).collect::<Vec<i32>>().into()),
         (key("unknown_token_id"), 0u32.into()),
         (key("bos_token_id"), 1u32.into()),
         (key("eos_token_id"), 2u32.into()),
@@ -95,8 +69,7 @@ pub(crate) fn word_piece(size: u32) -> Vec<(String, Value)> {
     let size = size.max(WPM_TOKENS_MIN) as usize;
     let mut tokens: Vec<(String, i32)> = vec![("[PAD]".into(), kind::CONTROL)];
     tokens.extend((0..99).map(|i| (format!("[unused{i}]"), kind::CONTROL)));
-    tokens
-        .extend(["[UNK]", "[CLS]", "[SEP]", "[MASK]"].map(|text| (text.to_owned(), kind::CONTROL)));
+    tokens.extend(["[UNK]", "[CLS]", "[SEP]", "[MASK]"].map(|text| (text.to_owned(), kind::CONTROL)));
     let characters = ('a'..='z').chain('0'..='9').chain(".,!?-'\"():;".chars());
     let pieces = characters
         .map(String::from)
@@ -111,22 +84,8 @@ pub(crate) fn word_piece(size: u32) -> Vec<(String, Value)> {
         (key("model"), "bert".into()),
         (key("pre"), "default".into()),
         (key("token_type_count"), 2u32.into()),
-        (
-            key("tokens"),
-            tokens
-                .iter()
-                .map(|(text, _)| text)
-                .collect::<StringArray>()
-                .into(),
-        ),
-        (
-            key("token_type"),
-            tokens
-                .iter()
-                .map(|(_, ty)| *ty)
-                .collect::<Vec<i32>>()
-                .into(),
-        ),
+        (key("tokens"), tokens.iter().map(|(text, _)| text).collect::<StringArray>().into()),
+        (key("token_type"), tokens.iter().map(|(_, ty)| *ty).collect::<Vec<i32>>().into()),
         (key("padding_token_id"), 0u32.into()),
         (key("unknown_token_id"), 100u32.into()),
         (key("cls_token_id"), 101u32.into()),
@@ -143,10 +102,7 @@ mod tests {
     use std::collections::HashSet;
 
     fn tokens(keys: &[(String, Value)]) -> &StringArray {
-        keys.iter()
-            .find(|(key, _)| key == "tokenizer.ggml.tokens")
-            .and_then(|(_, v)| v.as_strings())
-            .unwrap()
+        keys.iter().find(|(key, _)| key == "tokenizer.ggml.tokens").and_then(|(_, v)| v.as_strings()).unwrap()
     }
 
     #[test]

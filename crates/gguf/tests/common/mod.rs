@@ -8,9 +8,7 @@ use murmur_gguf::{GgufBuilder, TensorSource, TensorType};
 
 /// A file of the test models, or `None` with a notice when it is not there.
 pub(crate) fn shared_model(relative: &str) -> Option<PathBuf> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("../../../shared/models")
-        .join(relative);
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/models").join(relative);
     if path.exists() {
         return Some(path);
     }
@@ -33,33 +31,16 @@ pub(crate) fn small_file() -> Vec<u8> {
         .set("a.text", "text")
         .set("list.i32", vec![1i32, -2, 3])
         .set("list.bool", vec![true, false])
-        .set(
-            "tokenizer.ggml.tokens",
-            ["a", "b", ""]
-                .into_iter()
-                .collect::<murmur_gguf::StringArray>(),
-        );
-    builder
-        .tensor_f32("output_norm.weight", &[5], &[1.0, 2.0, 3.0, 4.0, 5.0])
-        .unwrap();
-    builder
-        .tensor(
-            "blk.0.ffn_up.weight",
-            &[32, 2],
-            TensorType::Q8_0,
-            TensorSource::Zeros,
-        )
-        .unwrap();
+        .set("tokenizer.ggml.tokens", ["a", "b", ""].into_iter().collect::<murmur_gguf::StringArray>());
+    builder.tensor_f32("output_norm.weight", &[5], &[1.0, 2.0, 3.0, 4.0, 5.0]).unwrap();
+    builder.tensor("blk.0.ffn_up.weight", &[32, 2], TensorType::Q8_0, TensorSource::Zeros).unwrap();
     builder.write(&path).unwrap();
     std::fs::read(&path).unwrap()
 }
 
 /// A model small enough to write in a moment: two layers, the smallest vocabulary.
 pub(crate) fn tiny(name: &str) -> Spec {
-    let mut spec = Spec::tiny(name)
-        .unwrap()
-        .with_layers(4)
-        .with_weights(Weights::Q8_0);
+    let mut spec = Spec::tiny(name).unwrap().with_layers(4).with_weights(Weights::Q8_0);
     spec.facts.vocabulary = 300;
     spec.facts.embedding_length = 64;
     spec.facts.feed_forward_length = 96;
@@ -70,11 +51,7 @@ pub(crate) fn tiny(name: &str) -> Spec {
         spec.facts.shared_feed_forward_length = spec.facts.shared_feed_forward_length.min(32);
     }
     let head = 32;
-    (
-        spec.facts.key_length,
-        spec.facts.value_length,
-        spec.facts.rope_dimensions,
-    ) = (head, head, head);
+    (spec.facts.key_length, spec.facts.value_length, spec.facts.rope_dimensions) = (head, head, head);
     if name == "bert" {
         spec.facts.kv_heads = 2;
     }

@@ -7,9 +7,7 @@ use murmur_sampling::{TokenAttribute, Vocabulary};
 
 /// `tokens` tokens of text; the last one ends a generation.
 pub(crate) fn plain(tokens: usize) -> Arc<Vocabulary> {
-    let pieces = (0..tokens)
-        .map(|id| format!("t{id} ").into_bytes())
-        .collect();
+    let pieces = (0..tokens).map(|id| format!("t{id} ").into_bytes()).collect();
     let mut attributes = vec![TokenAttribute::Normal; tokens];
     attributes[tokens - 1] = TokenAttribute::Control;
     let eos = tokens as i32 - 1;
@@ -35,10 +33,9 @@ pub(crate) fn bytes() -> Arc<Vocabulary> {
         pieces.push(piece.into());
         attributes.push(attribute);
     }
-    for word in [
-        "{\"", "\":", "\",", "\"}", "true", "false", "null", "name", "age", "12", "  ", "\n", "é",
-        "😀", "}}", "]}",
-    ] {
+    for word in
+        ["{\"", "\":", "\",", "\"}", "true", "false", "null", "name", "age", "12", "  ", "\n", "é", "😀", "}}", "]}"]
+    {
         pieces.push(word.into());
         attributes.push(TokenAttribute::Normal);
     }

@@ -44,10 +44,7 @@ pub(super) struct RemoteFile {
 /// Why a request did not bring what it should.
 pub(super) enum Failure {
     /// Worth another attempt, after the pause the server asked for.
-    Temporary {
-        why: String,
-        retry_after: Option<Duration>,
-    },
+    Temporary { why: String, retry_after: Option<Duration> },
     /// Final.
     Final(StoreError),
 }
@@ -74,20 +71,12 @@ impl Client {
             }
             builder.build().map_err(|error| StoreError::HubUnavailable {
                 endpoint: config.endpoint().to_owned(),
-                why: format!(
-                    "secure connections cannot be set up: {}",
-                    whole_story(&error)
-                ),
-                advice:
-                    "Check that this machine has its CA certificates (package ca-certificates)."
-                        .to_owned(),
+                why: format!("secure connections cannot be set up: {}", whole_story(&error)),
+                advice: "Check that this machine has its CA certificates (package ca-certificates).".to_owned(),
             })
         };
         let no_downgrade = redirect::Policy::custom(|attempt| {
-            let from_https = attempt
-                .previous()
-                .last()
-                .is_some_and(|url| url.scheme() == "https");
+            let from_https = attempt.previous().last().is_some_and(|url| url.scheme() == "https");
             if from_https && attempt.url().scheme() != "https" {
                 attempt.error("the hub redirects from https to plain http")
             } else if attempt.previous().len() > REDIRECTS_MAX {
@@ -96,11 +85,7 @@ impl Client {
                 attempt.follow()
             }
         });
-        Ok(Self {
-            config: config.clone(),
-            following: build(no_downgrade)?,
-            direct: build(redirect::Policy::none())?,
-        })
+        Ok(Self { config: config.clone(), following: build(no_downgrade)?, direct: build(redirect::Policy::none())? })
     }
 
     /// The files of a repository, and the commit they are of.
@@ -116,46 +101,29 @@ impl Client {
             rfilename: String,
         }
         let what = wanted.to_string();
-        let url = self.url(&format!(
-            "api/models/{}/revision/{}",
-            wanted.repo,
-            encode(&wanted.revision, false)
-        ))?;
+        let url = self.url(&format!("api/models/{}/revision/{}", wanted.repo, encode(&wanted.revision, false)))?;
         let text = self
             .with_retries(|| async {
-                let mut response = self
-                    .ask(&self.following, Method::GET, url.clone(), None, &what)
-                    .await?;
+                let mut response = self.ask(&self.following, Method::GET, url.clone(), None, &what).await?;
                 let mut text = Vec::new();
                 while let Some(piece) = response.chunk().await.map_err(|e| self.temporary(&e))? {
                     if text.len() + piece.len() > LISTING_BYTES_MAX {
-                        return Err(Failure::Final(
-                            self.bad_answer("the list of files is too long"),
-                        ));
+                        return Err(Failure::Final(self.bad_answer("the list of files is too long")));
                     }
                     text.extend_from_slice(&piece);
                 }
                 Ok(text)
             })
             .await?;
-        let answer: Answer = serde_json::from_slice(&text)
-            .map_err(|e| self.bad_answer(&format!("the list of files of {what}: {e}")))?;
-        if !(7..=64).contains(&answer.sha.len())
-            || !answer.sha.bytes().all(|b| b.is_ascii_hexdigit())
-        {
+        let answer: Answer =
+            serde_json::from_slice(&text).map_err(|e| self.bad_answer(&format!("the list of files of {what}: {e}")))?;
+        if !(7..=64).contains(&answer.sha.len()) || !answer.sha.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(self.bad_answer("the commit is not a commit"));
         }
         // Names that could lead out of the cache are dropped here, before anything is made of them.
-        let files = answer
-            .siblings
-            .into_iter()
-            .map(|s| s.rfilename)
-            .filter(|name| is_safe_relative_path(name))
-            .collect();
-        Ok(Listing {
-            commit: answer.sha,
-            files,
-        })
+        let files =
+            answer.siblings.into_iter().map(|s| s.rfilename).filter(|name| is_safe_relative_path(name)).collect();
+        Ok(Listing { commit: answer.sha, files })
     }
 
     /// Size and checksum of a file at a commit.
@@ -171,9 +139,7 @@ impl Client {
             .with_retries(|| async {
                 let mut url = origin.clone();
                 for _ in 0..=REDIRECTS_MAX {
-                    let response = self
-                        .ask(&self.direct, Method::HEAD, url.clone(), None, what)
-                        .await?;
+                    let response = self.ask(&self.direct, Method::HEAD, url.clone(), None, what).await?;
                     // A renamed repository redirects within the hub; a large file redirects away from it.
                     match redirect_within(&url, &response) {
                         Some(next) => url = next,
@@ -183,21 +149,13 @@ impl Client {
                 Err(Failure::Final(self.bad_answer("too many redirects")))
             })
             .await?;
-        let text = |name: &str| {
-            response
-                .headers()
-                .get(name)
-                .and_then(|value| value.to_str().ok())
-        };
-        let etag = text("x-linked-etag").or_else(|| text("etag")).map(|etag| {
-            etag.trim_start_matches("W/")
-                .trim_matches('"')
-                .to_ascii_lowercase()
-        });
+        let text = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+        let etag = text("x-linked-etag")
+            .or_else(|| text("etag"))
+            .map(|etag| etag.trim_start_matches("W/").trim_matches('"').to_ascii_lowercase());
         let etag = etag
             .filter(|etag| {
-                (1..=128).contains(&etag.len())
-                    && etag.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+                (1..=128).contains(&etag.len()) && etag.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
             })
             .ok_or_else(|| self.bad_answer(&format!("no usable ETag for {file}")))?;
         let redirected = response.status().is_redirection();
@@ -205,32 +163,14 @@ impl Client {
             .or_else(|| text("content-length").filter(|_| !redirected))
             .and_then(|size| size.parse().ok())
             .ok_or_else(|| self.bad_answer(&format!("no size for {file}")))?;
-        let sha256 =
-            (etag.len() == 64 && etag.bytes().all(|b| b.is_ascii_hexdigit())).then(|| etag.clone());
-        Ok(RemoteFile {
-            file: file.to_owned(),
-            url: origin,
-            size_bytes,
-            etag,
-            sha256,
-        })
+        let sha256 = (etag.len() == 64 && etag.bytes().all(|b| b.is_ascii_hexdigit())).then(|| etag.clone());
+        Ok(RemoteFile { file: file.to_owned(), url: origin, size_bytes, etag, sha256 })
     }
 
     /// Starts a transfer from `offset`.
-    pub(super) async fn get_from(
-        &self,
-        remote: &RemoteFile,
-        offset: u64,
-    ) -> Result<Response, Failure> {
+    pub(super) async fn get_from(&self, remote: &RemoteFile, offset: u64) -> Result<Response, Failure> {
         let range = (offset > 0).then(|| format!("bytes={offset}-"));
-        self.ask(
-            &self.following,
-            Method::GET,
-            remote.url.clone(),
-            range,
-            &remote.file,
-        )
-        .await
+        self.ask(&self.following, Method::GET, remote.url.clone(), range, &remote.file).await
     }
 
     /// Sends a request and sorts the answer. Redirects that the client does not follow count as success.
@@ -242,9 +182,7 @@ impl Client {
         range: Option<String>,
         what: &str,
     ) -> Result<Response, Failure> {
-        let mut request = client
-            .request(method, url)
-            .header(header::ACCEPT_ENCODING, "identity");
+        let mut request = client.request(method, url).header(header::ACCEPT_ENCODING, "identity");
         // reqwest takes the token off again when a redirect leads to another host.
         if let Some(token) = self.config.token() {
             request = request.bearer_auth(token);
@@ -252,15 +190,9 @@ impl Client {
         if let Some(range) = range {
             request = request.header(header::RANGE, range);
         }
-        let response = request
-            .send()
-            .await
-            .map_err(|error| self.temporary(&error))?;
+        let response = request.send().await.map_err(|error| self.temporary(&error))?;
         let status = response.status();
-        if status.is_success()
-            || status.is_redirection()
-            || status == StatusCode::RANGE_NOT_SATISFIABLE
-        {
+        if status.is_success() || status.is_redirection() || status == StatusCode::RANGE_NOT_SATISFIABLE {
             return Ok(response);
         }
         Err(self.refusal(&response, what))
@@ -271,16 +203,10 @@ impl Client {
         let endpoint = self.config.endpoint().to_owned();
         let what = what.to_owned();
         // The hub says 401 also for what does not exist, and tells the two apart in this header.
-        let code = response
-            .headers()
-            .get("x-error-code")
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or_default();
+        let code = response.headers().get("x-error-code").and_then(|value| value.to_str().ok()).unwrap_or_default();
         let token_hint = match self.config.token() {
             Some(_) => "The token in use has no access: check it with the hub's settings page.",
-            None => {
-                "Set HF_TOKEN to a token from the hub's settings page, if it is private or gated."
-            }
+            None => "Set HF_TOKEN to a token from the hub's settings page, if it is private or gated.",
         };
         match (status.as_u16(), code) {
             (_, "GatedRepo") => Failure::Final(StoreError::HubRefuses {
@@ -295,24 +221,21 @@ impl Client {
                 why: "there is no such branch, tag or commit".to_owned(),
                 advice: "Leave '@revision' away to take the main branch.".to_owned(),
             }),
-            (404, _) | (_, "RepoNotFound" | "EntryNotFound") => {
-                Failure::Final(StoreError::NotOnHub {
-                    what,
-                    endpoint,
-                    why: format!("the hub says {status}"),
-                    advice: format!("Check the spelling of owner and repository. {token_hint}"),
-                })
-            }
+            (404, _) | (_, "RepoNotFound" | "EntryNotFound") => Failure::Final(StoreError::NotOnHub {
+                what,
+                endpoint,
+                why: format!("the hub says {status}"),
+                advice: format!("Check the spelling of owner and repository. {token_hint}"),
+            }),
             (401 | 403, _) => Failure::Final(StoreError::HubRefuses {
                 what,
                 endpoint,
                 why: format!("the hub says {status}"),
                 advice: token_hint.to_owned(),
             }),
-            (408 | 425 | 429 | 500..=599, _) => Failure::Temporary {
-                why: format!("the hub says {status}"),
-                retry_after: retry_after(response),
-            },
+            (408 | 425 | 429 | 500..=599, _) => {
+                Failure::Temporary { why: format!("the hub says {status}"), retry_after: retry_after(response) }
+            }
             _ => Failure::Final(self.bad_answer(&format!("{status} for {what}"))),
         }
     }
@@ -323,17 +246,11 @@ impl Client {
             return Failure::Final(self.bad_answer(&whole_story(error)));
         }
         let why = if error.is_timeout() {
-            format!(
-                "nothing came for {} s",
-                self.config.stall_timeout.as_secs_f32()
-            )
+            format!("nothing came for {} s", self.config.stall_timeout.as_secs_f32())
         } else {
             whole_story(error)
         };
-        Failure::Temporary {
-            why,
-            retry_after: None,
-        }
+        Failure::Temporary { why, retry_after: None }
     }
 
     async fn with_retries<T, F: Future<Output = Result<T, Failure>>>(
@@ -378,24 +295,17 @@ impl Client {
                 "Tried {fruitless} times. Check the connection (and HF_ENDPOINT, if set) and pull again: what was downloaded is kept."
             )));
         }
-        let backoff = self
-            .config
-            .backoff_base
-            .saturating_mul(1 << fruitless.saturating_sub(1).min(16))
-            .min(BACKOFF_MAX);
+        let backoff =
+            self.config.backoff_base.saturating_mul(1 << fruitless.saturating_sub(1).min(16)).min(BACKOFF_MAX);
         Ok(retry_after.unwrap_or(backoff))
     }
 
     pub(super) fn bad_answer(&self, why: &str) -> StoreError {
-        StoreError::BadHubAnswer {
-            endpoint: self.config.endpoint().to_owned(),
-            why: why.to_owned(),
-        }
+        StoreError::BadHubAnswer { endpoint: self.config.endpoint().to_owned(), why: why.to_owned() }
     }
 
     fn url(&self, path: &str) -> Result<Url, StoreError> {
-        Url::parse(&format!("{}/{path}", self.config.endpoint()))
-            .map_err(|error| self.bad_answer(&error.to_string()))
+        Url::parse(&format!("{}/{path}", self.config.endpoint())).map_err(|error| self.bad_answer(&error.to_string()))
     }
 }
 
@@ -408,14 +318,7 @@ fn install_crypto_provider() {
 }
 
 fn retry_after(response: &Response) -> Option<Duration> {
-    let seconds: u64 = response
-        .headers()
-        .get(header::RETRY_AFTER)?
-        .to_str()
-        .ok()?
-        .trim()
-        .parse()
-        .ok()?;
+    let seconds: u64 = response.headers().get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
     Some(Duration::from_secs(seconds))
 }
 
@@ -423,9 +326,7 @@ fn redirect_within(url: &Url, response: &Response) -> Option<Url> {
     if !response.status().is_redirection() {
         return None;
     }
-    let next = url
-        .join(response.headers().get(header::LOCATION)?.to_str().ok()?)
-        .ok()?;
+    let next = url.join(response.headers().get(header::LOCATION)?.to_str().ok()?).ok()?;
     let same_place = next.scheme() == url.scheme()
         && next.host() == url.host()
         && next.port_or_known_default() == url.port_or_known_default();
@@ -438,9 +339,7 @@ fn encode(text: &str, keep_slashes: bool) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
         match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
-                out.push(char::from(byte))
-            }
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => out.push(char::from(byte)),
             b'/' if keep_slashes => out.push('/'),
             _ => out.push_str(&format!("%{byte:02X}")),
         }

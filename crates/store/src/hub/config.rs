@@ -49,83 +49,54 @@ impl HubConfig {
     /// - `HF_TOKEN`, else the file `HF_TOKEN_PATH`, else `token` in `HF_HOME`: the token.
     pub fn from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, StoreError> {
         let set = |name: &str| variable(name).filter(|value| !value.is_empty());
-        let bad = |what: &str, why: &str| StoreError::BadHubSetting {
-            what: what.to_owned(),
-            why: why.to_owned(),
-        };
+        let bad = |what: &str, why: &str| StoreError::BadHubSetting { what: what.to_owned(), why: why.to_owned() };
 
         let endpoint = match set("HF_ENDPOINT") {
-            Some(value) => value.into_string().map_err(|_| {
-                bad(
-                    "HF_ENDPOINT",
-                    "it is not text. Write an address such as https://huggingface.co.",
-                )
-            })?,
+            Some(value) => value
+                .into_string()
+                .map_err(|_| bad("HF_ENDPOINT", "it is not text. Write an address such as https://huggingface.co."))?,
             None => DEFAULT_ENDPOINT.to_owned(),
         };
         let home = set("HF_HOME")
             .map(PathBuf::from)
             .or_else(|| set("XDG_CACHE_HOME").map(|cache| PathBuf::from(cache).join("huggingface")))
             .or_else(|| dirs::home_dir().map(|home| home.join(".cache").join("huggingface")));
-        let cache_dir = set("HF_HUB_CACHE")
-            .map(PathBuf::from)
-            .or_else(|| home.as_ref().map(|home| home.join("hub")));
+        let cache_dir = set("HF_HUB_CACHE").map(PathBuf::from).or_else(|| home.as_ref().map(|home| home.join("hub")));
         let Some(cache_dir) = cache_dir else {
-            return Err(bad(
-                "the hub's cache",
-                "this user has no home directory. Set HF_HOME to a directory.",
-            ));
+            return Err(bad("the hub's cache", "this user has no home directory. Set HF_HOME to a directory."));
         };
-        let token_file = set("HF_TOKEN_PATH")
-            .map(PathBuf::from)
-            .or_else(|| home.map(|home| home.join("token")));
+        let token_file = set("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| home.map(|home| home.join("token")));
         let token = match set("HF_TOKEN") {
-            Some(value) => Some(value.into_string().map_err(|_| {
-                bad(
-                    "HF_TOKEN",
-                    "it is not text. Copy it again from the hub's settings page.",
-                )
-            })?),
+            Some(value) => Some(
+                value
+                    .into_string()
+                    .map_err(|_| bad("HF_TOKEN", "it is not text. Copy it again from the hub's settings page."))?,
+            ),
             // No token file is the normal case.
             None => token_file.and_then(|path| std::fs::read_to_string(path).ok()),
         };
-        let token = token
-            .map(|text| text.trim().to_owned())
-            .filter(|text| !text.is_empty());
-        if token.as_ref().is_some_and(|text| {
-            text.len() > TOKEN_BYTES_MAX || !text.bytes().all(|b| b.is_ascii_graphic())
-        }) {
+        let token = token.map(|text| text.trim().to_owned()).filter(|text| !text.is_empty());
+        if token
+            .as_ref()
+            .is_some_and(|text| text.len() > TOKEN_BYTES_MAX || !text.bytes().all(|b| b.is_ascii_graphic()))
+        {
             return Err(bad(
                 "the hub token",
                 "it has characters that no token has. Copy it again from the hub's settings page.",
             ));
         }
-        Self::new(
-            &endpoint,
-            token,
-            std::path::absolute(&cache_dir).unwrap_or(cache_dir),
-        )
+        Self::new(&endpoint, token, std::path::absolute(&cache_dir).unwrap_or(cache_dir))
     }
 
     /// Settings given one by one.
-    pub fn new(
-        endpoint: &str,
-        token: Option<String>,
-        cache_dir: PathBuf,
-    ) -> Result<Self, StoreError> {
+    pub fn new(endpoint: &str, token: Option<String>, cache_dir: PathBuf) -> Result<Self, StoreError> {
         let bad = |why: &str| StoreError::BadHubSetting {
             what: format!("the hub address '{endpoint}' (HF_ENDPOINT)"),
             why: why.to_owned(),
         };
-        let url = Url::parse(endpoint).map_err(|error| {
-            bad(&format!(
-                "{error}. Write an address such as https://huggingface.co."
-            ))
-        })?;
-        if !matches!(url.scheme(), "http" | "https")
-            || url.query().is_some()
-            || url.fragment().is_some()
-        {
+        let url = Url::parse(endpoint)
+            .map_err(|error| bad(&format!("{error}. Write an address such as https://huggingface.co.")))?;
+        if !matches!(url.scheme(), "http" | "https") || url.query().is_some() || url.fragment().is_some() {
             return Err(bad("it must be a plain http or https address."));
         }
         let token = match token {
@@ -174,10 +145,7 @@ impl HubConfig {
 fn is_loopback(url: &Url) -> bool {
     match url.host_str() {
         Some("localhost") => true,
-        Some(host) => host
-            .trim_matches(['[', ']'])
-            .parse::<std::net::IpAddr>()
-            .is_ok_and(|ip| ip.is_loopback()),
+        Some(host) => host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback()),
         None => false,
     }
 }
@@ -188,28 +156,20 @@ mod tests {
 
     fn config(variables: &[(&str, &str)]) -> Result<HubConfig, StoreError> {
         HubConfig::from_variables(|name| {
-            variables
-                .iter()
-                .find(|(n, _)| *n == name)
-                .map(|(_, value)| OsString::from(*value))
+            variables.iter().find(|(n, _)| *n == name).map(|(_, value)| OsString::from(*value))
         })
     }
 
     #[test]
     fn the_usual_variables_decide_endpoint_cache_and_token() {
-        let c = config(&[
-            ("HF_ENDPOINT", "https://mirror.example/"),
-            ("HF_HOME", "/hf"),
-            ("HF_TOKEN", " hf_secret \n"),
-        ])
-        .unwrap();
+        let c =
+            config(&[("HF_ENDPOINT", "https://mirror.example/"), ("HF_HOME", "/hf"), ("HF_TOKEN", " hf_secret \n")])
+                .unwrap();
         assert_eq!(c.endpoint(), "https://mirror.example");
         assert_eq!(c.cache_dir(), std::path::Path::new("/hf/hub"));
         assert_eq!(c.token(), Some("hf_secret"));
         assert_eq!(
-            config(&[("HF_HUB_CACHE", "/x"), ("HF_HOME", "/hf")])
-                .unwrap()
-                .cache_dir(),
+            config(&[("HF_HUB_CACHE", "/x"), ("HF_HOME", "/hf")]).unwrap().cache_dir(),
             std::path::Path::new("/x")
         );
         assert_eq!(
@@ -222,29 +182,16 @@ mod tests {
     fn a_token_file_is_read_from_hf_home() {
         let home = tempfile::tempdir().unwrap();
         std::fs::write(home.path().join("token"), "hf_file\n").unwrap();
-        assert_eq!(
-            config(&[("HF_HOME", home.path().to_str().unwrap())])
-                .unwrap()
-                .token(),
-            Some("hf_file")
-        );
+        assert_eq!(config(&[("HF_HOME", home.path().to_str().unwrap())]).unwrap().token(), Some("hf_file"));
     }
 
     #[test]
     fn the_token_is_not_sent_in_the_clear_and_not_shown() {
-        let c = config(&[
-            ("HF_ENDPOINT", "http://mirror.example"),
-            ("HF_TOKEN", "hf_secret"),
-            ("HF_HOME", "/hf"),
-        ])
-        .unwrap();
+        let c =
+            config(&[("HF_ENDPOINT", "http://mirror.example"), ("HF_TOKEN", "hf_secret"), ("HF_HOME", "/hf")]).unwrap();
         assert_eq!(c.token(), None);
-        let local = config(&[
-            ("HF_ENDPOINT", "http://127.0.0.1:1"),
-            ("HF_TOKEN", "hf_secret"),
-            ("HF_HOME", "/hf"),
-        ])
-        .unwrap();
+        let local =
+            config(&[("HF_ENDPOINT", "http://127.0.0.1:1"), ("HF_TOKEN", "hf_secret"), ("HF_HOME", "/hf")]).unwrap();
         assert_eq!(local.token(), Some("hf_secret"));
         assert!(!format!("{local:?}").contains("secret"));
     }
@@ -252,10 +199,7 @@ mod tests {
     #[test]
     fn an_address_that_is_no_web_address_is_refused() {
         for bad in ["huggingface.co", "ftp://x", "https://x/?a=1", "http://"] {
-            assert!(
-                config(&[("HF_ENDPOINT", bad), ("HF_HOME", "/hf")]).is_err(),
-                "{bad}"
-            );
+            assert!(config(&[("HF_ENDPOINT", bad), ("HF_HOME", "/hf")]).is_err(), "{bad}");
         }
     }
 }

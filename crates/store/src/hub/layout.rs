@@ -24,16 +24,9 @@ pub(super) struct RepoCache {
 
 impl RepoCache {
     pub(super) fn new(cache_dir: &Path, reference: &HubRef) -> Self {
-        let repo = Repo::with_revision(
-            reference.repo.clone(),
-            RepoType::Model,
-            reference.revision.clone(),
-        );
+        let repo = Repo::with_revision(reference.repo.clone(), RepoType::Model, reference.revision.clone());
         let root = cache_dir.join(repo.folder_name());
-        Self {
-            repo: Cache::new(cache_dir.to_owned()).repo(repo),
-            root,
-        }
+        Self { repo: Cache::new(cache_dir.to_owned()).repo(repo), root }
     }
 
     pub(super) fn create(&self) -> Result<(), StoreError> {
@@ -61,15 +54,13 @@ impl RepoCache {
 
     /// Whether the bytes are there, whole. Blobs get their name only when they are complete, here and in the other tools.
     pub(super) fn has(&self, etag: &str, size_bytes: u64) -> bool {
-        std::fs::metadata(self.blob(etag))
-            .is_ok_and(|meta| meta.is_file() && meta.len() == size_bytes)
+        std::fs::metadata(self.blob(etag)).is_ok_and(|meta| meta.is_file() && meta.len() == size_bytes)
     }
 
     /// Turns a finished download into a blob.
     pub(super) fn complete(&self, etag: &str) -> Result<(), StoreError> {
         let blob = self.blob(etag);
-        std::fs::rename(self.partial(etag), &blob)
-            .map_err(StoreError::io("rename the download to", &blob))?;
+        std::fs::rename(self.partial(etag), &blob).map_err(StoreError::io("rename the download to", &blob))?;
         files::sync_parent(&blob);
         // The lock file is only there for the lock; another puller that waits on it sees the blob next.
         let _ = std::fs::remove_file(self.lock(etag));
@@ -91,9 +82,7 @@ impl RepoCache {
             link_to_blob(&blob, &path, Path::new(etag), file)
         };
         linked().map_err(StoreError::io("link", &path))?;
-        self.repo
-            .create_ref(commit)
-            .map_err(StoreError::io("write the revision of", &self.root))
+        self.repo.create_ref(commit).map_err(StoreError::io("write the revision of", &self.root))
     }
 }
 
@@ -118,26 +107,16 @@ fn link_to_blob(blob: &Path, path: &Path, _etag: &Path, _file: &str) -> io::Resu
 pub(crate) fn delete_snapshot_file(path: &Path) -> io::Result<u64> {
     let blob = path.canonicalize().ok();
     delete(path)?;
-    let Some(snapshots) = path
-        .ancestors()
-        .find(|p| p.file_name().is_some_and(|name| name == "snapshots"))
-    else {
+    let Some(snapshots) = path.ancestors().find(|p| p.file_name().is_some_and(|name| name == "snapshots")) else {
         return Ok(0);
     };
     let Some(blob) = blob.filter(|blob| {
-        let blobs = snapshots
-            .parent()
-            .map(|root| root.join("blobs"))
-            .and_then(|blobs| blobs.canonicalize().ok());
+        let blobs = snapshots.parent().map(|root| root.join("blobs")).and_then(|blobs| blobs.canonicalize().ok());
         blob.parent() == blobs.as_deref()
     }) else {
         return Ok(0);
     };
-    if is_linked_below(snapshots, &blob, 0) {
-        Ok(0)
-    } else {
-        delete(&blob)
-    }
+    if is_linked_below(snapshots, &blob, 0) { Ok(0) } else { delete(&blob) }
 }
 
 fn is_linked_below(directory: &Path, blob: &Path, depth: u32) -> bool {
@@ -149,9 +128,7 @@ fn is_linked_below(directory: &Path, blob: &Path, depth: u32) -> bool {
     entries.flatten().any(|entry| {
         let path = entry.path();
         match entry.file_type() {
-            Ok(kind) if kind.is_dir() => {
-                depth < DEPTH_MAX && is_linked_below(&path, blob, depth + 1)
-            }
+            Ok(kind) if kind.is_dir() => depth < DEPTH_MAX && is_linked_below(&path, blob, depth + 1),
             _ => path.canonicalize().is_ok_and(|target| target == blob),
         }
     })

@@ -92,9 +92,7 @@ impl Store {
         };
         self.demand_free_name(&name, &wanted.repo, &file)?;
 
-        let remote = client
-            .describe(&wanted.repo, &listing.commit, &file, &what)
-            .await?;
+        let remote = client.describe(&wanted.repo, &listing.commit, &file, &what).await?;
         let cache = RepoCache::new(config.cache_dir(), wanted);
         let path = cache.snapshot(&listing.commit, &file);
         let downloaded = if cache.has(&remote.etag, remote.size_bytes) {
@@ -107,15 +105,9 @@ impl Store {
                 return Err(StoreError::PullInProgress { file, lock });
             };
             let partial = cache.partial(&remote.etag);
-            let resumed_bytes = std::fs::metadata(&partial)
-                .map_or(0, |meta| meta.len())
-                .min(remote.size_bytes);
+            let resumed_bytes = std::fs::metadata(&partial).map_or(0, |meta| meta.len()).min(remote.size_bytes);
             files::demand_space(&partial, remote.size_bytes - resumed_bytes, "HF_HOME")?;
-            on_event(PullEvent::Chosen {
-                file: file.clone(),
-                total_bytes: remote.size_bytes,
-                resumed_bytes,
-            });
+            on_event(PullEvent::Chosen { file: file.clone(), total_bytes: remote.size_bytes, resumed_bytes });
             transfer::download(&client, &remote, &partial, on_event.as_ref()).await?;
             cache.complete(&remote.etag)?;
             true
@@ -130,32 +122,19 @@ impl Store {
             sha256: remote.sha256,
             downloaded,
         };
-        self.add(ModelEntry {
-            name,
-            path,
-            size_bytes: remote.size_bytes,
-            added_unix_s: unix_now_s(),
-            origin,
-        })
+        self.add(ModelEntry { name, path, size_bytes: remote.size_bytes, added_unix_s: unix_now_s(), origin })
     }
 
     /// Refuses a name that another model has, before hours of download rather than after.
-    fn demand_free_name(
-        &self,
-        name: &ModelName,
-        wanted_repo: &str,
-        wanted_file: &str,
-    ) -> Result<(), StoreError> {
+    fn demand_free_name(&self, name: &ModelName, wanted_repo: &str, wanted_file: &str) -> Result<(), StoreError> {
         let taken = self.list()?.into_iter().find(|entry| entry.name == *name);
         match taken {
-            Some(ModelEntry {
-                origin: Origin::Hub { repo, file, .. },
-                ..
-            }) if repo == wanted_repo && file == wanted_file => Ok(()),
-            Some(entry) => Err(StoreError::NameTaken {
-                name: name.to_string(),
-                path: entry.path,
-            }),
+            Some(ModelEntry { origin: Origin::Hub { repo, file, .. }, .. })
+                if repo == wanted_repo && file == wanted_file =>
+            {
+                Ok(())
+            }
+            Some(entry) => Err(StoreError::NameTaken { name: name.to_string(), path: entry.path }),
             None => Ok(()),
         }
     }

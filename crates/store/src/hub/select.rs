@@ -9,9 +9,8 @@ use crate::error::StoreError;
 /// default is `Q4_K_M`), then smaller neighbours, then larger ones, full precision last. `MXFP4` leads because a repository that
 /// has it (gpt-oss) was trained in it.
 const PREFERENCE: [&str; 24] = [
-    "MXFP4", "Q4_K_M", "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_K_L", "Q4_1", "Q4_0", "Q5_K_M", "Q5_K_S",
-    "Q5_1", "Q5_0", "Q6_K", "Q6_K_L", "Q8_0", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "Q2_K",
-    "BF16", "F16", "FP16", "F32",
+    "MXFP4", "Q4_K_M", "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_K_L", "Q4_1", "Q4_0", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0",
+    "Q6_K", "Q6_K_L", "Q8_0", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "Q2_K", "BF16", "F16", "FP16", "F32",
 ];
 
 /// What to do about a model in several files.
@@ -36,10 +35,7 @@ pub(crate) fn split_part(file_name: &str) -> Option<SplitPart> {
     if !rest.ends_with('-') || !all_digits(number) || !all_digits(count) {
         return None;
     }
-    Some(SplitPart {
-        number: number.parse().ok()?,
-        count: count.parse().ok()?,
-    })
+    Some(SplitPart { number: number.parse().ok()?, count: count.parse().ok()? })
 }
 
 fn strip_gguf(file_name: &str) -> Option<&str> {
@@ -94,21 +90,10 @@ pub(crate) fn choose<'a>(
             "Look for one whose name ends in -GGUF.".to_owned(),
         ));
     }
-    let whole: Vec<&str> = models
-        .iter()
-        .copied()
-        .filter(|file| split_part(file).is_none())
-        .collect();
+    let whole: Vec<&str> = models.iter().copied().filter(|file| split_part(file).is_none()).collect();
     let chosen = match wanted {
         Some(wanted) => {
-            let matching = narrow(
-                whole
-                    .iter()
-                    .copied()
-                    .filter(|file| is_wanted(file, wanted))
-                    .collect(),
-                wanted,
-            );
+            let matching = narrow(whole.iter().copied().filter(|file| is_wanted(file, wanted)).collect(), wanted);
             if matching.is_empty() && models.iter().any(|file| is_wanted(file, wanted)) {
                 return Err(not_on_hub(
                     format!("{wanted} is there, but split into several files"),
@@ -120,34 +105,21 @@ pub(crate) fn choose<'a>(
         None if whole.len() == 1 => whole.clone(),
         None => PREFERENCE
             .iter()
-            .map(|quant| {
-                narrow(
-                    whole
-                        .iter()
-                        .copied()
-                        .filter(|file| has_word(file, quant))
-                        .collect(),
-                    quant,
-                )
-            })
+            .map(|quant| narrow(whole.iter().copied().filter(|file| has_word(file, quant)).collect(), quant))
             .find(|matching| !matching.is_empty())
             .unwrap_or_default(),
     };
     match chosen.as_slice() {
         [one] => Ok(one),
-        [] if whole.is_empty() => Err(not_on_hub(
-            "every model in it is split into several files".to_owned(),
-            JOIN_ADVICE.to_owned(),
-        )),
+        [] if whole.is_empty() => {
+            Err(not_on_hub("every model in it is split into several files".to_owned(), JOIN_ADVICE.to_owned()))
+        }
         [] => {
             let why = wanted.map_or_else(
                 || "no file has a known quantisation in its name".to_owned(),
                 |w| format!("no file is, or has, '{w}'"),
             );
-            Err(not_on_hub(
-                why,
-                format!("It has: {}. Name one: {what}:FILE", listed(&whole)),
-            ))
+            Err(not_on_hub(why, format!("It has: {}. Name one: {what}:FILE", listed(&whole))))
         }
         several => Err(not_on_hub(
             "several files fit".to_owned(),
@@ -162,27 +134,17 @@ fn narrow<'a>(matching: Vec<&'a str>, wanted: &str) -> Vec<&'a str> {
     if matching.len() < 2 {
         return matching;
     }
-    let exact: Vec<&str> = matching
-        .iter()
-        .copied()
-        .filter(|file| *file == wanted)
-        .collect();
+    let exact: Vec<&str> = matching.iter().copied().filter(|file| *file == wanted).collect();
     if !exact.is_empty() {
         return exact;
     }
     let dynamic = format!("ud-{}", wanted.to_ascii_lowercase());
-    let plain: Vec<&str> = matching
-        .iter()
-        .copied()
-        .filter(|file| !has_word(file, &dynamic))
-        .collect();
+    let plain: Vec<&str> = matching.iter().copied().filter(|file| !has_word(file, &dynamic)).collect();
     if plain.is_empty() { matching } else { plain }
 }
 
 fn has_prefix_in_name(file: &str, prefix: &str) -> bool {
-    file.rsplit('/')
-        .next()
-        .is_some_and(|name| name.to_ascii_lowercase().starts_with(prefix))
+    file.rsplit('/').next().is_some_and(|name| name.to_ascii_lowercase().starts_with(prefix))
 }
 
 /// Files in a message; a repository may have hundreds.
@@ -212,54 +174,30 @@ mod tests {
 
     fn pick(files: &[&str], wanted: Option<&str>) -> Result<String, String> {
         let files: Vec<String> = files.iter().map(|f| (*f).to_owned()).collect();
-        choose(&files, wanted, "hf:a/b", "https://hub")
-            .map(str::to_owned)
-            .map_err(|e| e.to_string())
+        choose(&files, wanted, "hf:a/b", "https://hub").map(str::to_owned).map_err(|e| e.to_string())
     }
 
-    const USUAL: [&str; 6] = [
-        "README.md",
-        "m-Q2_K.gguf",
-        "m-Q4_K_M.gguf",
-        "m-Q4_K_S.gguf",
-        "m-Q8_0.gguf",
-        "mmproj-m-f16.gguf",
-    ];
+    const USUAL: [&str; 6] =
+        ["README.md", "m-Q2_K.gguf", "m-Q4_K_M.gguf", "m-Q4_K_S.gguf", "m-Q8_0.gguf", "mmproj-m-f16.gguf"];
 
     #[test]
     fn without_a_quant_the_preferred_one_is_taken() {
         assert_eq!(pick(&USUAL, None).unwrap(), "m-Q4_K_M.gguf");
-        assert_eq!(
-            pick(&["m-Q8_0.gguf", "m-F16.gguf"], None).unwrap(),
-            "m-Q8_0.gguf"
-        );
-        assert_eq!(
-            pick(&["whatever.gguf", "README.md"], None).unwrap(),
-            "whatever.gguf"
-        );
+        assert_eq!(pick(&["m-Q8_0.gguf", "m-F16.gguf"], None).unwrap(), "m-Q8_0.gguf");
+        assert_eq!(pick(&["whatever.gguf", "README.md"], None).unwrap(), "whatever.gguf");
     }
 
     #[test]
     fn a_quant_is_found_as_a_whole_word_in_any_case() {
         assert_eq!(pick(&USUAL, Some("q8_0")).unwrap(), "m-Q8_0.gguf");
-        assert!(
-            pick(&USUAL, Some("Q4_K"))
-                .unwrap_err()
-                .contains("no file is, or has, 'Q4_K'")
-        );
-        assert_eq!(
-            pick(&["m.q4_0.gguf", "m.q4_0_4_4.gguf"], Some("Q4_0")).unwrap(),
-            "m.q4_0.gguf"
-        );
+        assert!(pick(&USUAL, Some("Q4_K")).unwrap_err().contains("no file is, or has, 'Q4_K'"));
+        assert_eq!(pick(&["m.q4_0.gguf", "m.q4_0_4_4.gguf"], Some("Q4_0")).unwrap(), "m.q4_0.gguf");
     }
 
     #[test]
     fn a_file_can_be_named() {
         assert_eq!(pick(&USUAL, Some("m-Q2_K.gguf")).unwrap(), "m-Q2_K.gguf");
-        assert_eq!(
-            pick(&["x/m.gguf", "y/n.gguf"], Some("y/n.gguf")).unwrap(),
-            "y/n.gguf"
-        );
+        assert_eq!(pick(&["x/m.gguf", "y/n.gguf"], Some("y/n.gguf")).unwrap(), "y/n.gguf");
     }
 
     #[test]
@@ -277,49 +215,23 @@ mod tests {
 
     #[test]
     fn split_models_are_refused_with_what_to_do_and_passed_over_when_there_is_another() {
-        let split = [
-            "Q8_0/m-Q8_0-00001-of-00002.gguf",
-            "Q8_0/m-Q8_0-00002-of-00002.gguf",
-        ];
-        assert!(
-            pick(&split, Some("Q8_0"))
-                .unwrap_err()
-                .contains("llama-gguf-split")
-        );
+        let split = ["Q8_0/m-Q8_0-00001-of-00002.gguf", "Q8_0/m-Q8_0-00002-of-00002.gguf"];
+        assert!(pick(&split, Some("Q8_0")).unwrap_err().contains("llama-gguf-split"));
         assert!(pick(&split, None).unwrap_err().contains("split"));
-        assert_eq!(
-            pick(&[split[0], split[1], "m-Q4_0.gguf"], None).unwrap(),
-            "m-Q4_0.gguf"
-        );
+        assert_eq!(pick(&[split[0], split[1], "m-Q4_0.gguf"], None).unwrap(), "m-Q4_0.gguf");
     }
 
     #[test]
     fn a_repository_without_models_is_told() {
-        assert!(
-            pick(&["README.md", "mmproj-f16.gguf"], None)
-                .unwrap_err()
-                .contains("no GGUF model")
-        );
+        assert!(pick(&["README.md", "mmproj-f16.gguf"], None).unwrap_err().contains("no GGUF model"));
     }
 
     #[test]
     fn part_numbers_are_read_from_the_end_of_the_name() {
-        assert_eq!(
-            split_part("m-00002-of-00010.gguf"),
-            Some(SplitPart {
-                number: 2,
-                count: 10
-            })
-        );
-        for whole in [
-            "m.gguf",
-            "m-of-00010.gguf",
-            "m-0002-of-0010.gguf",
-            "of-00010.gguf",
-            ".gguf",
-            "",
-            "é-00001-of-0000é.gguf",
-        ] {
+        assert_eq!(split_part("m-00002-of-00010.gguf"), Some(SplitPart { number: 2, count: 10 }));
+        for whole in
+            ["m.gguf", "m-of-00010.gguf", "m-0002-of-0010.gguf", "of-00010.gguf", ".gguf", "", "é-00001-of-0000é.gguf"]
+        {
             assert_eq!(split_part(whole), None, "{whole}");
         }
     }

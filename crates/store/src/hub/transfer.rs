@@ -66,11 +66,7 @@ pub(super) async fn download(
             Ok(()) => {}
             Err(Failure::Final(error)) => return Err(error),
             Err(Failure::Temporary { why, retry_after }) => {
-                fruitless = if partial.len > furthest {
-                    1
-                } else {
-                    fruitless + 1
-                };
+                fruitless = if partial.len > furthest { 1 } else { fruitless + 1 };
                 furthest = furthest.max(partial.len);
                 let pause = client.pause(fruitless, &why, retry_after)?;
                 on_event(PullEvent::Retrying { pause, why });
@@ -78,14 +74,8 @@ pub(super) async fn download(
             }
         }
     }
-    on_event(PullEvent::Progress {
-        done_bytes: partial.len,
-        total_bytes: remote.size_bytes,
-    });
-    partial
-        .file
-        .sync_all()
-        .map_err(|error| partial.write_failed(error, remote.size_bytes))?;
+    on_event(PullEvent::Progress { done_bytes: partial.len, total_bytes: remote.size_bytes });
+    partial.file.sync_all().map_err(|error| partial.write_failed(error, remote.size_bytes))?;
     partial.verify(remote)
 }
 
@@ -100,9 +90,7 @@ async fn attempt(
     match response.status() {
         StatusCode::PARTIAL_CONTENT if starts_at(&response, partial.len, remote.size_bytes) => {}
         StatusCode::PARTIAL_CONTENT => {
-            return Err(Failure::Final(
-                client.bad_answer("it sends another range than was asked for"),
-            ));
+            return Err(Failure::Final(client.bad_answer("it sends another range than was asked for")));
         }
         StatusCode::OK if partial.len == 0 => {}
         StatusCode::OK => partial.restart().map_err(Failure::Final)?,
@@ -114,41 +102,26 @@ async fn attempt(
             });
         }
         status => {
-            return Err(Failure::Final(
-                client.bad_answer(&format!("{status} for {}", remote.file)),
-            ));
+            return Err(Failure::Final(client.bad_answer(&format!("{status} for {}", remote.file))));
         }
     }
     let total_bytes = remote.size_bytes;
     let mut told = partial.len;
-    while let Some(piece) = response
-        .chunk()
-        .await
-        .map_err(|error| client.temporary(&error))?
-    {
+    while let Some(piece) = response.chunk().await.map_err(|error| client.temporary(&error))? {
         if piece.len() as u64 > total_bytes - partial.len {
             partial.restart().map_err(Failure::Final)?;
-            return Err(Failure::Final(client.bad_answer(&format!(
-                "more bytes than {total_bytes} for {}",
-                remote.file
-            ))));
+            return Err(Failure::Final(
+                client.bad_answer(&format!("more bytes than {total_bytes} for {}", remote.file)),
+            ));
         }
-        partial
-            .append(&piece)
-            .map_err(|error| Failure::Final(partial.write_failed(error, total_bytes)))?;
+        partial.append(&piece).map_err(|error| Failure::Final(partial.write_failed(error, total_bytes)))?;
         if partial.len - told >= PROGRESS_STEP_BYTES {
             told = partial.len;
-            on_event(PullEvent::Progress {
-                done_bytes: partial.len,
-                total_bytes,
-            });
+            on_event(PullEvent::Progress { done_bytes: partial.len, total_bytes });
         }
     }
     if partial.len < total_bytes {
-        return Err(Failure::Temporary {
-            why: "the transfer broke off".to_owned(),
-            retry_after: None,
-        });
+        return Err(Failure::Temporary { why: "the transfer broke off".to_owned(), retry_after: None });
     }
     Ok(())
 }
@@ -163,53 +136,31 @@ fn starts_at(response: &Response, offset: u64, total_bytes: u64) -> bool {
     let Some((span, total)) = range.and_then(|range| range.split_once('/')) else {
         return false;
     };
-    let start = span
-        .split_once('-')
-        .and_then(|(start, _)| start.trim().parse::<u64>().ok());
+    let start = span.split_once('-').and_then(|(start, _)| start.trim().parse::<u64>().ok());
     start == Some(offset) && (total.trim() == "*" || total.trim().parse() == Ok(total_bytes))
 }
 
 impl<'a> Partial<'a> {
     /// Opens what is there, hashes it, and is ready to append. More bytes than the file has are not a part of it.
     async fn open(path: &'a Path, total_bytes: u64) -> Result<Self, StoreError> {
-        let failed = |source| StoreError::Io {
-            doing: "open the partial download",
-            path: path.to_owned(),
-            source,
-        };
-        let mut file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(failed)?;
+        let failed = |source| StoreError::Io { doing: "open the partial download", path: path.to_owned(), source };
+        let mut file =
+            OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path).map_err(failed)?;
         if file.metadata().map_err(failed)?.len() > total_bytes {
             file.set_len(0).map_err(failed)?;
         }
         let kept_bytes = file.metadata().map_err(failed)?.len();
         // Gigabytes, perhaps: not on the thread that serves others.
         let hashed = tokio::task::spawn_blocking(move || -> io::Result<(File, Sha256, u64)> {
-            let mut hasher = HashWriter {
-                hasher: Sha256::new(),
-                len: 0,
-            };
+            let mut hasher = HashWriter { hasher: Sha256::new(), len: 0 };
             file.seek(SeekFrom::Start(0))?;
             let mut kept = BufReader::with_capacity(HASH_BUFFER_BYTES, &file).take(kept_bytes);
             io::copy(&mut kept, &mut hasher)?;
             file.seek(SeekFrom::Start(hasher.len))?;
             Ok((file, hasher.hasher, hasher.len))
         });
-        let (file, hasher, len) = hashed
-            .await
-            .map_err(|error| failed(io::Error::other(error)))?
-            .map_err(failed)?;
-        Ok(Self {
-            path,
-            file,
-            hasher,
-            len,
-        })
+        let (file, hasher, len) = hashed.await.map_err(|error| failed(io::Error::other(error)))?.map_err(failed)?;
+        Ok(Self { path, file, hasher, len })
     }
 
     fn append(&mut self, piece: &[u8]) -> io::Result<()> {
@@ -238,52 +189,30 @@ impl<'a> Partial<'a> {
         let directory = self.path.parent().unwrap_or(self.path).to_owned();
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::NoSpace {
-                needs: format!(
-                    "{} more are needed",
-                    files::human_bytes(total_bytes - self.len)
-                ),
+                needs: format!("{} more are needed", files::human_bytes(total_bytes - self.len)),
                 available: match files::available_bytes(&directory) {
                     Some(bytes) => format!("{} are free", files::human_bytes(bytes)),
                     None => "the disk is full".to_owned(),
                 },
                 path: directory,
                 place: "HF_HOME",
-                kept: format!(
-                    " The {} that are there are kept: pull again to go on.",
-                    files::human_bytes(self.len)
-                ),
+                kept: format!(" The {} that are there are kept: pull again to go on.", files::human_bytes(self.len)),
             },
-            _ => StoreError::Io {
-                doing: "write",
-                path: self.path.to_owned(),
-                source,
-            },
+            _ => StoreError::Io { doing: "write", path: self.path.to_owned(), source },
         }
     }
 
     fn verify(self, remote: &RemoteFile) -> Result<(), StoreError> {
         let Some(want) = &remote.sha256 else {
-            tracing::warn!(
-                file = remote.file,
-                "the hub publishes no SHA-256 for this file: only its size was checked"
-            );
+            tracing::warn!(file = remote.file, "the hub publishes no SHA-256 for this file: only its size was checked");
             return Ok(());
         };
-        let got: String = self
-            .hasher
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let got: String = self.hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         if got == *want {
             return Ok(());
         }
         // Nothing in it can be trusted; kept, it would spoil the next attempt too.
         let _ = std::fs::remove_file(self.path);
-        Err(StoreError::WrongChecksum {
-            file: remote.file.clone(),
-            want: want.clone(),
-            got,
-        })
+        Err(StoreError::WrongChecksum { file: remote.file.clone(), want: want.clone(), got })
     }
 }

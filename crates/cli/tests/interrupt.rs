@@ -1,0 +1,130 @@
+//! Ctrl-C during an answer, against a server that never finishes one.
+
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, reason = "a test ends when something is off")]
+
+mod common;
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::{TcpListener, TcpStream},
+    process::{Command, Stdio},
+    sync::mpsc,
+};
+
+use common::Home;
+
+/// What the server saw.
+#[derive(Debug, PartialEq, Eq)]
+enum Seen {
+    /// A question; the first word of the answer is on its way.
+    Asked,
+    /// The client hung up in the middle of the answer.
+    HungUp,
+}
+
+/// A server with one model, `slow`, that says one word and then nothing more.
+fn slow_server() -> (String, mpsc::Receiver<Seen>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (seen, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            // A client that goes away is what this is about.
+            let _ = answer(stream, &seen);
+        }
+    });
+    (address, receiver)
+}
+
+fn answer(mut stream: TcpStream, seen: &mpsc::Sender<Seen>) -> std::io::Result<()> {
+    let mut request = String::new();
+    let mut reader = BufReader::new(stream.try_clone()?);
+    while reader.read_line(&mut request)? > 2 {}
+    if request.starts_with("GET /v1/models") {
+        let body = r#"{"data":[{"id":"slow"}]}"#;
+        return write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    }
+    let event = "data: {\"choices\":[{\"delta\":{\"content\":\"word\"}}]}\n\n";
+    write!(
+        stream,
+        "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{event}\r\n",
+        event.len()
+    )?;
+    seen.send(Seen::Asked).unwrap();
+    // The rest of the request, and then the end of the connection.
+    std::io::copy(&mut reader, &mut std::io::sink()).ok();
+    seen.send(Seen::HungUp).unwrap();
+    Ok(())
+}
+
+#[test]
+fn ctrl_c_ends_a_command_that_answers_a_script_and_the_server_sees_it_go() {
+    let home = Home::new();
+    let (address, seen) = slow_server();
+    let child = home
+        .murmur(["run", "slow", "hello", "--api", &address])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    assert_eq!(seen.recv().unwrap(), Seen::Asked);
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let outcome: common::Outcome = child.wait_with_output().unwrap().into();
+    outcome.fails(130, "interrupted");
+    assert_eq!(seen.recv().unwrap(), Seen::HungUp);
+}
+
+#[test]
+fn ctrl_c_in_a_conversation_stops_the_answer_and_not_the_program() {
+    if Command::new("script").arg("--version").output().is_err() {
+        eprintln!("skipped: the program `script`, which makes a terminal, is not here");
+        return;
+    }
+    let home = Home::new();
+    let (address, seen) = slow_server();
+    let murmur = format!("{} run slow --api {address}", env!("CARGO_BIN_EXE_murmur"));
+    let mut terminal = Command::new("script")
+        .args(["-qefc", &murmur, "/dev/null"])
+        .env("MURMUR_DATA_DIR", home.data_dir())
+        .env("TERM", "xterm")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut keys = terminal.stdin.take().unwrap();
+    let mut screen = Screen { out: terminal.stdout.take().unwrap(), shown: String::new() };
+    screen.wait_for(">>> ");
+    keys.write_all(b"hello\r").unwrap();
+    assert_eq!(seen.recv().unwrap(), Seen::Asked);
+    screen.wait_for("word");
+    keys.write_all(b"\x03").unwrap();
+    assert_eq!(seen.recv().unwrap(), Seen::HungUp);
+    screen.wait_for("(stopped)");
+    screen.wait_for(">>> ");
+    keys.write_all(b"/exit\r").unwrap();
+    assert_eq!(terminal.wait().unwrap().code(), Some(0));
+}
+
+/// What a terminal shows.
+struct Screen<R> {
+    out: R,
+    shown: String,
+}
+
+impl<R: Read> Screen<R> {
+    /// Reads until `text` has been shown, and forgets everything up to it.
+    #[track_caller]
+    fn wait_for(&mut self, text: &str) {
+        let mut buffer = [0; 4096];
+        loop {
+            if let Some(at) = self.shown.find(text) {
+                self.shown.drain(..at + text.len());
+                return;
+            }
+            let n = self.out.read(&mut buffer).unwrap();
+            assert!(n > 0, "the program ended before it showed {text:?}; it showed {:?}", self.shown);
+            self.shown.push_str(&String::from_utf8_lossy(&buffer[..n]));
+        }
+    }
+}

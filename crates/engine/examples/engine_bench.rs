@@ -3,7 +3,7 @@
 //!
 //! `engine_bench CHILD MODEL SCRATCH_DIR` prints one JSON object. MODEL should be a real one (the flip rate of random
 //! weights says nothing).
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)] // a tool for its developers
+#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout)] // a tool for its developers
 
 use std::{path::PathBuf, time::Instant};
 

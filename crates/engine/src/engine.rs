@@ -416,7 +416,7 @@ fn supervise(program: &Path, shared: &Shared, stage: usize, mut receiver: Receiv
 }
 
 fn receive(shared: &Shared, stage: usize, receiver: &mut Receiver) {
-    while let Some((frame, more)) = receiver.next() {
+    while let Some((frame, more)) = receiver.receive() {
         let mut driver = lock(&shared.driver);
         driver.on_frame(stage, frame);
         // What arrived together is answered together, so that the next batch is not torn apart.
@@ -506,7 +506,7 @@ impl Helper {
         state.loaded = Some(loaded);
         let shared = Arc::downgrade(&self.state);
         let receive = move || {
-            while let Some((frame, _)) = receiver.next() {
+            while let Some((frame, _)) = receiver.receive() {
                 let Some(state) = shared.upgrade() else { return };
                 let waiting = lock(&state).waiting.remove(&frame.header.session);
                 if let Some(answer) = waiting {

@@ -133,7 +133,7 @@ pub struct Receiver(BufReader<UnixStream>);
 
 impl Receiver {
     /// The next frame, and whether more have arrived already; `None` when the child is gone.
-    pub fn next(&mut self) -> Option<(Frame, bool)> {
+    pub fn receive(&mut self) -> Option<(Frame, bool)> {
         let frame = Frame::read_from(&mut self.0).ok().flatten()?;
         Some((frame, self.0.buffer().len() >= HEADER_BYTES))
     }
@@ -176,7 +176,7 @@ impl Link {
         link.send(&[Frame::message(Header::new(Kind::Load, 0), load)?])?;
         let mut receiver = Receiver(BufReader::with_capacity(1 << 16, ours));
         loop {
-            let Some((frame, _)) = receiver.next() else { return Err(link.died()) };
+            let Some((frame, _)) = receiver.receive() else { return Err(link.died()) };
             match frame.header.kind {
                 Kind::Loaded => {
                     let loaded = frame.decode()?;

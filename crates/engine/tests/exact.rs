@@ -1,5 +1,7 @@
 //! Exact mode: a stream gives the same bits whatever shares its batches, however its prompt came in, and whoever died.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
+
 mod common;
 
 use std::time::Duration;

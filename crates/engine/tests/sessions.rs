@@ -1,5 +1,7 @@
 //! Sessions in the default mode: endings, the prefix cache, cancelling, slow readers, refusals, embeddings.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
+
 mod common;
 
 use std::time::Duration;

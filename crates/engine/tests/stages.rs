@@ -1,5 +1,7 @@
 //! A model gives the same bits whether it runs whole or in stages, for every architecture that can be cut.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
+
 mod common;
 
 use common::*;

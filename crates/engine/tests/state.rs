@@ -1,5 +1,7 @@
 //! A stage on its own, spoken to frame by frame: KV state moves between processes, bad frames are refused.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
+
 mod common;
 
 use std::path::Path;
@@ -41,7 +43,7 @@ impl Stage {
 
     fn ask(&mut self, frame: Frame) -> Frame {
         self.link.send(&[frame]).unwrap();
-        self.receiver.next().expect("the stage answers").0
+        self.receiver.receive().expect("the stage answers").0
     }
 
     fn open(&mut self, session: u64, prompt: &[Token], generated: &[Token]) -> Frame {

@@ -59,7 +59,7 @@ fn check(gguf: &Gguf) -> Rule {
         uniform_layers(gguf)?;
         widths(arch, &facts)?;
         experts(gguf, arch, &facts)?;
-        windows(arch, &facts)?;
+        windows(gguf, arch, &facts)?;
         numbers(gguf, arch)?;
         shapes(gguf, arch, &facts)?;
     }
@@ -193,7 +193,17 @@ fn experts(gguf: &Gguf, arch: Arch, facts: &Facts) -> Rule {
 }
 
 /// `llama_model::create_memory`: a window that no layer has, or a windowless windowed architecture, is an assertion.
-fn windows(arch: Arch, facts: &Facts) -> Rule {
+fn windows(gguf: &Gguf, arch: Arch, facts: &Facts) -> Rule {
+    // The graphs assert that heads are alike in layers with and without a window.
+    for (suffix, length) in [
+        ("attention.key_length_swa", facts.key_length),
+        ("attention.value_length_swa", facts.value_length),
+        ("rope.dimension_count_swa", facts.rope_dimensions),
+    ] {
+        if gguf.arch_get(suffix).is_some_and(|value| value.as_u32() != Some(length)) {
+            return Err(format!("{} is not {length}, as in the layers without a window", gguf.arch_key(suffix)));
+        }
+    }
     let any = facts.windowed_layers.contains(&true);
     match (arch.window(), facts.sliding_window) {
         (Window::Never, _) | (Window::WhenDeclared { .. }, None) => Ok(()),

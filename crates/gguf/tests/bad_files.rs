@@ -1,5 +1,7 @@
 //! Every way a file can be bad has its own clear refusal.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail by panicking, in its helpers too")]
+
 mod common;
 
 use std::fs;
@@ -106,7 +108,7 @@ fn a_file_without_permission_is_refused_as_such() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     fs::write(&path, common::small_file()).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
     match Gguf::open(&path) {
         Err(error) => assert!(matches!(error.kind(), Kind::PermissionDenied), "{error}"),
         Ok(_) => eprintln!("skipped: this user may read everything"),

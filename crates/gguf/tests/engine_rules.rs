@@ -1,5 +1,7 @@
 //! `validate_for_engine` accepts what llama.cpp runs and refuses what would make it abort.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail by panicking, in its helpers too")]
+
 mod common;
 
 use std::fs::File;
@@ -111,6 +113,15 @@ fn head_sizes_that_the_graph_asserts_on_are_refused() {
 }
 
 #[test]
+fn heads_that_differ_in_windowed_layers_or_do_not_fill_the_state_are_refused() {
+    for key in ["attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa"] {
+        key_refused("olmo2", &format!("olmo2.{key}"), 16u32, "as in the layers");
+    }
+    key_refused("qwen2", "qwen2.attention.head_count", 1u32, "do not fill");
+    key_refused("olmo2", "olmo2.attention.head_count", 4u32, "do not fill");
+}
+
+#[test]
 fn windows_that_no_layer_has_are_refused() {
     key_refused("gemma3", "gemma3.attention.sliding_window_pattern", vec![false; 4], "no layer has one");
     key_refused("gemma2", "gemma2.attention.sliding_window_pattern", vec![false; 4], "no layer has one");
@@ -177,6 +188,7 @@ fn tokenizers_that_llama_cpp_would_not_survive_are_refused() {
     key_refused("llama", "tokenizer.ggml.scores", vec![0f32; 299], "scores does not hold");
     key_refused("llama", "tokenizer.ggml.token_type", vec![0u32; 300], "token_type does not hold");
     key_refused("llama", "tokenizer.ggml.model", "abacus", "not one that llama.cpp knows");
+    key_refused("llama", "tokenizer.ggml.model", "rwkv", "not one that llama.cpp knows");
     key_refused("llama", "tokenizer.ggml.model", "gpt2", "merges is missing");
     key_refused("bert", "tokenizer.ggml.merges", 1u32, "not a list of strings");
     // Not there, and the default is not there either: llama.cpp falls back to 1, which is.

@@ -3,6 +3,8 @@
 //! The same property as the fuzz target in `fuzz/`, in a form that runs briefly with every test run: set
 //! `MURMUR_FUZZ_SECONDS` to run it for longer.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail by panicking, in its helpers too")]
+
 mod common;
 
 use std::time::{Duration, Instant};

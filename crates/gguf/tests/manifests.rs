@@ -1,5 +1,7 @@
 //! Digests follow content, not place.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail by panicking, in its helpers too")]
+
 mod common;
 
 use std::path::{Path, PathBuf};

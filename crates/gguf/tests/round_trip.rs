@@ -1,5 +1,7 @@
 //! What is written is read back, and what cannot be written leaves nothing behind.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail by panicking, in its helpers too")]
+
 mod common;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! Slices are complete models of their own, together hold every layer once, and say when they cannot be made.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail by panicking, in its helpers too")]
+
 mod common;
 
 use std::collections::BTreeSet;

@@ -1,5 +1,5 @@
 //! What the engine's tests share: models, engines over real child processes, and a reader of sessions.
-#![allow(dead_code, missing_docs, unreachable_pub)] // each test file uses its part
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used, clippy::panic)] // each test uses its part
 
 use std::path::{Path, PathBuf};
 
@@ -18,6 +18,7 @@ pub struct Lab {
 }
 
 impl Lab {
+    #[allow(clippy::new_without_default)]
     pub fn new() -> Lab {
         Lab { dir: tempfile::tempdir().unwrap() }
     }

@@ -178,3 +178,11 @@ def test_any_unicode_is_taken(client, model):
     text = "Gr\u00fc\u00dfe, \u4f60\u597d, \U0001f98a, \u202e, e\u0301"
     answer = client.chat.completions.create(model=model, messages=user(text), temperature=0, max_tokens=20)
     assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+def test_the_metrics_page_declares_every_figure_once(server, ask):
+    ask("Who are you?", max_tokens=2)
+    page = server.request("GET", "/metrics")[2].decode()
+    names = [line.split()[2] for line in page.splitlines() if line.startswith("# TYPE ")]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
+    assert server.metric("murmur_generated_tokens_total") > 0

@@ -44,6 +44,7 @@ pub(crate) fn check(gguf: &Gguf) -> Result<(), String> {
     }
     let distinct = distinct(tokens)?;
     parallel_lists(gguf, n)?;
+    byte_tokens(gguf, model, tokens)?;
     if matches!(model, "llama" | "t5") {
         bytes_are_covered(&distinct)?;
     }
@@ -89,6 +90,21 @@ fn parallel_lists(gguf: &Gguf, n: usize) -> Result<(), String> {
         }
         _ => Ok(()),
     }
+}
+
+/// `token_to_byte` takes the third and fourth character of a byte token's text, whatever it is, and aborts in BERT models.
+fn byte_tokens(gguf: &Gguf, model: &str, tokens: &StringArray) -> Result<(), String> {
+    /// `LLAMA_TOKEN_TYPE_BYTE`.
+    const BYTE: i32 = 6;
+    let Some(Array::I32(types)) = gguf.get(&key("token_type")).and_then(Value::as_array) else {
+        return Ok(());
+    };
+    for (id, (token, _)) in tokens.iter().zip(types).enumerate().filter(|(_, (_, ty))| **ty == BYTE) {
+        if model == "bert" || token.len() < 3 {
+            return Err(format!("its token {id} ({:?}) claims to stand for a byte", String::from_utf8_lossy(token)));
+        }
+    }
+    Ok(())
 }
 
 /// `llama_vocab::byte_to_token` throws for a byte that no token stands for, in the middle of tokenising a prompt.

@@ -187,6 +187,8 @@ fn tokenizers_that_llama_cpp_would_not_survive_are_refused() {
     key_refused("llama", key, vec![1u32; 300], "not a list of strings");
     key_refused("llama", "tokenizer.ggml.scores", vec![0f32; 299], "scores does not hold");
     key_refused("llama", "tokenizer.ggml.token_type", vec![0u32; 300], "token_type does not hold");
+    key_refused("bert", "tokenizer.ggml.token_type", vec![6i32; 300], "claims to stand for a byte");
+    key_refused("llama", "tokenizer.ggml.model", "bert", "claims to stand for a byte");
     key_refused("llama", "tokenizer.ggml.model", "abacus", "not one that llama.cpp knows");
     key_refused("llama", "tokenizer.ggml.model", "rwkv", "not one that llama.cpp knows");
     key_refused("llama", "tokenizer.ggml.model", "gpt2", "merges is missing");

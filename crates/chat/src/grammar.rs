@@ -4,7 +4,7 @@
 //! Written in llguidance's Lark dialect (its `docs/syntax.md`): `%json {...}` embeds a schema, `<[id]>` is a control
 //! token, whose text ordinary tokens cannot produce.
 
-use murmur_protocol::sampling::{Grammar, Token};
+use murmur_protocol::sampling::{Grammar, JSON_WHITESPACE_PATTERN, Token};
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -124,6 +124,15 @@ fn move_references(schema: &mut Value, place: &str) {
     }
 }
 
+/// A schema inside a Lark grammar, with our bound on white space unless it brings its own options for llguidance.
+fn embedded(mut schema: Value) -> String {
+    if let Some(object) = schema.as_object_mut() {
+        let options = json!({ "whitespace_pattern": JSON_WHITESPACE_PATTERN });
+        object.entry("x-guidance").or_insert(options);
+    }
+    format!("%json {schema}")
+}
+
 /// The grammar for at least one call (`parallel`: or more) of these functions.
 pub(crate) fn forced_call(
     format: ToolFormat,
@@ -141,7 +150,7 @@ pub(crate) fn forced_call(
         let rule = format!("json_{i}");
         if named {
             let arguments = arguments_schema(function.parameters, "");
-            writer.rule(&rule, &format!("%json {arguments}"));
+            writer.rule(&rule, &embedded(arguments));
             let alternative = match format {
                 ToolFormat::Harmony => {
                     let [channel, constrain, message, call] =
@@ -162,7 +171,7 @@ pub(crate) fn forced_call(
                 "required": ["name", arguments_key],
                 "additionalProperties": false,
             });
-            writer.rule(&rule, &format!("%json {schema}"));
+            writer.rule(&rule, &embedded(schema));
             alternatives.push(rule);
         }
     }
@@ -200,8 +209,10 @@ pub(crate) fn after_reasoning(grammar: Grammar, preamble: Preamble, control_toke
         return grammar;
     }
     let body = match &grammar {
-        Grammar::JsonObject => "%json {\"type\": \"object\"}".to_owned(),
-        Grammar::JsonSchema(schema) => format!("%json {schema}"),
+        Grammar::JsonObject => embedded(json!({"type": "object"})),
+        Grammar::JsonSchema(schema) => {
+            serde_json::from_str(schema).map_or_else(|_| format!("%json {schema}"), embedded)
+        }
         Grammar::Regex(regex) => format!("/{}/", regex.replace('/', "\\/")),
         Grammar::Lark(_) => return grammar,
     };

@@ -205,6 +205,16 @@ pub(crate) enum Models {
         #[arg(long)]
         copy: bool,
     },
+    /// Write a made-up model with random weights, for tests and measurements: tiny ones of every architecture, and the
+    /// shapes that the benchmarks use
+    #[command(hide = true)]
+    Synth {
+        /// Which one, such as llama, qwen3moe, bert or bench-1b
+        preset: String,
+        /// The file to write
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+    },
     /// Remove models from the store; files that were imported in place stay
     Rm {
         /// Names from the store

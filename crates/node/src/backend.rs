@@ -76,7 +76,7 @@ impl Node {
                 message: format!(
                     "the prompt has {length} tokens and this model's context here is {context}, prompt and answer together: shorten the prompt, or start the server with a larger --ctx"
                 ),
-                param: Some("messages".into()),
+                param: Some("prompt".into()),
                 code: Some("context_length_exceeded".into()),
             });
         }
@@ -209,15 +209,15 @@ impl Backend for Node {
     fn metrics(&self) -> String {
         type Read = fn(&murmur_engine::EngineStatus) -> u64;
         let families: [(&str, &str, &str, Read); 7] = [
-            ("murmur_generated_tokens_total", "counter", "Tokens generated.", |s| s.counters.generated_tokens),
-            ("murmur_prompt_tokens_total", "counter", "Prompt tokens computed.", |s| s.counters.prompt_tokens),
-            ("murmur_cached_tokens_total", "counter", "Prompt tokens found in the prefix cache.", |s| {
+            ("murmur_engine_generated_tokens_total", "counter", "Tokens generated.", |s| s.counters.generated_tokens),
+            ("murmur_engine_prompt_tokens_total", "counter", "Prompt tokens computed.", |s| s.counters.prompt_tokens),
+            ("murmur_engine_cached_tokens_total", "counter", "Prompt tokens found in the prefix cache.", |s| {
                 s.counters.cached_tokens
             }),
-            ("murmur_sessions_total", "counter", "Generations begun.", |s| s.counters.sessions),
-            ("murmur_stages_lost_total", "counter", "Engine processes that died.", |s| s.counters.stages_lost),
-            ("murmur_sessions_running", "gauge", "Generations running.", |s| s.running as u64),
-            ("murmur_sessions_queued", "gauge", "Generations waiting.", |s| s.queued as u64),
+            ("murmur_engine_sessions_total", "counter", "Generations begun.", |s| s.counters.sessions),
+            ("murmur_engine_stages_lost_total", "counter", "Engine processes that died.", |s| s.counters.stages_lost),
+            ("murmur_engine_sessions_running", "gauge", "Generations running.", |s| s.running as u64),
+            ("murmur_engine_sessions_queued", "gauge", "Generations waiting.", |s| s.queued as u64),
         ];
         let statuses: Vec<_> = self.models.iter().map(|model| (&model.card.id, model.engine.status())).collect();
         let mut text = String::new();

@@ -60,6 +60,11 @@ impl Default for SamplingParams {
     }
 }
 
+/// White space that a JSON grammar admits between two parts: a blank, or a line break or two with indentation. Without a
+/// bound a small model may write line breaks until its tokens are spent. Regular expression, as llguidance's
+/// `whitespace_pattern` option takes it.
+pub const JSON_WHITESPACE_PATTERN: &str = r"\x20|\x0A{1,2}[\x20\x09]{0,20}";
+
 /// A constraint on the generated text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Grammar {

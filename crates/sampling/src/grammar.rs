@@ -13,7 +13,7 @@ use std::sync::Arc;
 use llguidance::api::{GrammarWithLexer, ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::{ApproximateTokEnv, INVALID_TOKEN, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
-use murmur_protocol::sampling::{Grammar, Token};
+use murmur_protocol::sampling::{Grammar, JSON_WHITESPACE_PATTERN, Token};
 
 use crate::error::SamplingError;
 use crate::vocabulary::{TokenAttribute, Vocabulary};
@@ -43,8 +43,6 @@ pub const MAX_LEXER_STATES: usize = 50_000;
 pub const MAX_TOKEN_BYTES: usize = 512;
 /// Nodes of the trie: its node format has 22 bits for them.
 pub const MAX_TRIE_NODES: usize = (1 << 22) - 1;
-/// White space between two parts of a JSON text. Without a bound a small model may write blanks until its tokens are spent.
-pub const MAX_JSON_WHITESPACE_BYTES: usize = 64;
 /// How much of llguidance's explanation is passed on.
 const MAX_REASON_CHARS: usize = 500;
 /// Compiling descends into the schema; this is enough for the deepest that JSON parsing lets through.
@@ -365,8 +363,7 @@ fn pattern_bytes(schema: &serde_json::Value) -> usize {
 fn json_grammar(mut schema: serde_json::Value) -> GrammarWithLexer {
     const OPTIONS: &str = "x-guidance";
     if let Some(object) = schema.as_object_mut().filter(|object| !object.contains_key(OPTIONS)) {
-        let whitespace = format!(r"[\x20\x0A\x0D\x09]{{1,{MAX_JSON_WHITESPACE_BYTES}}}");
-        object.insert(OPTIONS.to_owned(), serde_json::json!({ "whitespace_pattern": whitespace }));
+        object.insert(OPTIONS.to_owned(), serde_json::json!({ "whitespace_pattern": JSON_WHITESPACE_PATTERN }));
     }
     GrammarWithLexer::from_json_schema(schema)
 }

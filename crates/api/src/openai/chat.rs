@@ -34,7 +34,7 @@ pub(crate) async fn create(
     let (input, prompt) = templates::prepare(&state, input).await?;
     let choices = Choices::start(&*state.backend, state.metrics.clone(), input.generations(&prompt), input.common.n)
         .await
-        .map_err(|error| error.rename_param("grammar", input.grammar_param()))?;
+        .map_err(|error| error.rename_param("grammar", input.grammar_param()).rename_param("prompt", "messages"))?;
     if input.common.stream {
         let render = ChatStream::new(&input, &prompt);
         return Ok(sse::respond(choices, render, state.keep_alive));

@@ -251,6 +251,8 @@ impl Drop for Server {
 }
 
 pub(crate) fn client() -> reqwest::Client {
+    // Another crate of the workspace builds reqwest with TLS and leaves the choice of a provider to the program.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::builder().no_proxy().build().unwrap()
 }
 

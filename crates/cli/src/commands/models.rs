@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use murmur_gguf::synth::{self, Spec};
 use murmur_store::{ImportOptions, ModelEntry, ModelName, Origin, Store};
 use serde_json::{Value, json};
 
@@ -16,6 +17,13 @@ pub(super) fn run(session: &Session, command: Models) -> anyhow::Result<()> {
         Models::Import { file, name, copy } => {
             let entry = store.import(&file, &ImportOptions { name, copy })?;
             added(session, &entry, if copy { "copied" } else { "imported" })
+        }
+        Models::Synth { preset, file } => {
+            let bytes = synth::write(&Spec::preset(&preset)?, &file)?;
+            if session.global.json {
+                return ui::print_json(&json!({"path": file, "size_bytes": bytes}));
+            }
+            ui::print(&format!("{} ({})", file.display(), Size(bytes)))
         }
         Models::Rm { names } => remove(session, &store, &names),
         Models::Pull { model, name } => {

@@ -3,6 +3,7 @@
 //! One definition serves all: a flag `--max-memory` with an environment variable here is also the key `max-memory` of the
 //! configuration file; its help is the help of all three, the man page and the shell completions. [`crate::settings`] reads the
 //! rest off these definitions, and a test holds the names to the rule.
+#![allow(rustdoc::broken_intra_doc_links, rustdoc::bare_urls)] // doc comments here are help texts, not Markdown
 
 use std::{net::SocketAddr, path::PathBuf};
 

@@ -4,7 +4,7 @@
 //! large and people already have them, so a model is imported *by reference* unless a copy is asked for, and a model
 //! that is pulled from a hub lies in the hub's own cache (`HF_HOME`), where every other tool finds it too.
 //!
-//! Start reading at [`Store`], then [`reference`] (what a user may write as `MODEL`) and [`hub`] (the transfer).
+//! Start reading at [`Store`], then [`mod@reference`] (what a user may write as `MODEL`) and [`hub`] (the transfer).
 //!
 //! ```text
 //! <data-dir>/models/index.json    the index, replaced atomically, guarded by index.lock

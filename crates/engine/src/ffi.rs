@@ -256,7 +256,7 @@ pub(crate) struct ContextOptions {
     pub(crate) batch_rows: u32,
     /// One KV stream for all sequences (cells are shared), or one for each (cell = position, which exactness needs).
     pub(crate) unified_kv: bool,
-    /// Insist on flash attention, and keep V in f32 so that llama.cpp never splits the KV range by threads.
+    /// Insist on flash attention: without it attention goes through matrix kernels that depend on the batch.
     pub(crate) exact: bool,
     /// Pooled embeddings instead of logits.
     pub(crate) embeddings: bool,
@@ -377,7 +377,6 @@ impl Context {
             params.no_perf = true;
             if options.exact {
                 params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_ENABLED;
-                params.type_v = sys::GGML_TYPE_F32;
             }
             params.embeddings = options.embeddings;
             if hooks.is_needed() {

@@ -67,6 +67,8 @@ pub(crate) struct Stage {
     sessions: HashMap<u64, Session>,
     vocabulary: Option<Arc<Vocabulary>>,
     governor: ThreadGovernor,
+    /// Exact mode with more than one thread: see [`Stage::needs_companion`].
+    companions: bool,
     batch: Batch,
     facts: Loaded,
 }
@@ -134,6 +136,7 @@ impl Stage {
             sessions: HashMap::new(),
             vocabulary,
             governor,
+            companions: load.exact && load.threads_max > 1,
             batch: Batch::default(),
             facts,
         })
@@ -268,17 +271,20 @@ impl Stage {
         batch.positions.clear();
         batch.sequences.clear();
         batch.wants_output.clear();
-        for work in works {
+        for (index, work) in works.iter().enumerate() {
             let rows = work.tokens.len();
-            if self.first {
-                batch.tokens.extend_from_slice(&work.tokens);
-            } else {
-                batch.hidden.extend_from_slice(&work.hidden);
+            let companion = usize::from(self.companions && needs_companion(works, index));
+            for _ in 0..=companion {
+                if self.first {
+                    batch.tokens.extend_from_slice(&work.tokens);
+                } else {
+                    batch.hidden.extend_from_slice(&work.hidden);
+                }
             }
-            batch.positions.extend((work.header.position as i32..).take(rows));
-            batch.sequences.extend(std::iter::repeat_n(work.sequence, rows));
+            batch.positions.extend((work.header.position as i32..).take(rows + companion));
+            batch.sequences.extend(std::iter::repeat_n(work.sequence, rows + companion));
             let wants = self.last && work.header.has(FLAG_WANT_OUTPUT);
-            batch.wants_output.extend((0..rows).map(|row| wants && row + 1 == rows));
+            batch.wants_output.extend((0..rows + companion).map(|row| wants && row + 1 == rows));
         }
         let rows = batch.positions.len();
         let threads = self.governor.choose(rows);
@@ -293,6 +299,11 @@ impl Stage {
             return Err(error.into());
         }
         self.governor.observe(rows, took);
+        if self.companions {
+            for work in works {
+                self.context.truncate(work.sequence, work.header.position + work.header.rows);
+            }
+        }
         Ok((took, threads))
     }
 
@@ -301,7 +312,7 @@ impl Stage {
         let step = Step { sampled: None, compute_us: took.as_micros() as u32, batch_rows: batch_rows as u32, threads };
         let width = self.facts.n_embd as usize;
         let mut row = 0;
-        for work in works {
+        for (index, work) in works.iter().enumerate() {
             let end = row + work.rows();
             let header = Header { flags: work.header.flags, ..work.header };
             let answer = if !self.last {
@@ -319,7 +330,7 @@ impl Stage {
                 Frame::message(Header { kind: Kind::Done, ..header }, &step).map_err(StageError::from)
             };
             answers.push(answer.unwrap_or_else(|error| failure(work, &error)));
-            row = end;
+            row = end + usize::from(self.companions && needs_companion(works, index));
         }
     }
 
@@ -347,6 +358,18 @@ impl Stage {
         self.slots.extended(sequence, tokens, false);
         Ok(())
     }
+}
+
+/// A lone row whose attention llama.cpp would split over its threads, adding up in an order that depends on their number.
+/// It does so for one row of one KV stream only (`ggml_compute_forward_flash_attn_ext_f16`, split-KV path, from 512 cells
+/// on), so such a row gets a companion: a copy of itself at the next position, forgotten at once. Rows of neighbouring
+/// sequences are computed together and need none.
+fn needs_companion(works: &[&Work], index: usize) -> bool {
+    let neighbour = |other: Option<&&Work>, distance: i32| {
+        other.is_some_and(|other| other.sequence - works[index].sequence == distance && other.rows() == 1)
+    };
+    let before = index.checked_sub(1).and_then(|i| works.get(i));
+    works[index].rows() == 1 && !neighbour(before, -1) && !neighbour(works.get(index + 1), 1)
 }
 
 fn failure(work: &Work, error: &StageError) -> Frame {

@@ -68,12 +68,16 @@ async fn eight_concurrent_streams_over_three_stages_equal_eight_lonely_ones() {
 async fn thread_counts_do_not_matter() {
     let lab = Lab::new();
     let model = lab.tiny("llama", Weights::Q4KM);
-    let whole = ranges(&[0, layers(&model)]);
-    let one = seen(one_by_one(&lab.engine(&model, whole.clone(), true)).await);
-    let mut options = lab.options(&model, whole, true);
-    options.threads = Some(2);
-    let two = Engine::load(options, |_, _| {}).unwrap();
-    assert_eq!(seen(one_by_one(&two).await), one);
+    let one = seen(one_by_one(&lab.engine(&model, ranges(&[0, 8]), true)).await);
+    let two = |bounds: &[u32]| {
+        let mut options = lab.options(&model, ranges(bounds), true);
+        options.threads = Some(2);
+        Engine::load(options, |_, _| {}).unwrap()
+    };
+    let several = two(&[0, 8]);
+    assert_eq!(seen(one_by_one(&several).await), one, "one by one");
+    assert_eq!(seen(together(&several).await), one, "together");
+    assert_eq!(seen(together(&two(&[0, 3, 8])).await), one, "two stages");
 }
 
 /// Runs eight streams and kills stage `victim` of `stages` as soon as stream 7 (the longest prompt) has come to `phase`.

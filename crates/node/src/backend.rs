@@ -108,6 +108,10 @@ impl Node {
         let model = self.model(&id, ModelKind::Embed)?;
         let mut embeddings = Embeddings { vectors: Vec::with_capacity(inputs.len()), prompt_tokens: 0 };
         for (index, input) in inputs.into_iter().enumerate() {
+            // A tokenizer would still add its marks around nothing.
+            if matches!(&input, Prompt::Text(text) if text.is_empty()) {
+                return Err(bad_request(format!("input {index} is empty: there is nothing to embed"), "input"));
+            }
             let tokens = self.tokens(model, input).await?;
             let (length, context) = (tokens.len() as u32, model.card.context_tokens);
             if tokens.is_empty() || length > context {
@@ -209,15 +213,15 @@ impl Backend for Node {
     fn metrics(&self) -> String {
         type Read = fn(&murmur_engine::EngineStatus) -> u64;
         let families: [(&str, &str, &str, Read); 7] = [
-            ("murmur_engine_generated_tokens_total", "counter", "Tokens generated.", |s| s.counters.generated_tokens),
-            ("murmur_engine_prompt_tokens_total", "counter", "Prompt tokens computed.", |s| s.counters.prompt_tokens),
-            ("murmur_engine_cached_tokens_total", "counter", "Prompt tokens found in the prefix cache.", |s| {
+            ("murmur_generated_tokens_total", "counter", "Tokens generated.", |s| s.counters.generated_tokens),
+            ("murmur_computed_prompt_tokens_total", "counter", "Prompt tokens computed.", |s| s.counters.prompt_tokens),
+            ("murmur_cached_tokens_total", "counter", "Prompt tokens found in the prefix cache.", |s| {
                 s.counters.cached_tokens
             }),
-            ("murmur_engine_sessions_total", "counter", "Generations begun.", |s| s.counters.sessions),
-            ("murmur_engine_stages_lost_total", "counter", "Engine processes that died.", |s| s.counters.stages_lost),
-            ("murmur_engine_sessions_running", "gauge", "Generations running.", |s| s.running as u64),
-            ("murmur_engine_sessions_queued", "gauge", "Generations waiting.", |s| s.queued as u64),
+            ("murmur_sessions_total", "counter", "Generations begun.", |s| s.counters.sessions),
+            ("murmur_stages_lost_total", "counter", "Engine processes that died.", |s| s.counters.stages_lost),
+            ("murmur_sessions_running", "gauge", "Generations running.", |s| s.running as u64),
+            ("murmur_sessions_queued", "gauge", "Generations waiting.", |s| s.queued as u64),
         ];
         let statuses: Vec<_> = self.models.iter().map(|model| (&model.card.id, model.engine.status())).collect();
         let mut text = String::new();

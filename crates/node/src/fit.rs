@@ -27,10 +27,8 @@ pub struct Demand {
 
 impl Demand {
     /// From a model's facts. `batch_rows`: rows of the largest batch.
-    pub fn of(facts: &Facts, weights_bytes: u64, parallel: u32, batch_rows: u32, exact: bool, stages: u32) -> Demand {
+    pub fn of(facts: &Facts, weights_bytes: u64, parallel: u32, batch_rows: u32, stages: u32) -> Demand {
         let per_layer = facts.kv_bytes_per_token_per_layer();
-        // Exact mode keeps values in f32: one and a half times.
-        let per_layer = if exact { per_layer + per_layer / 2 } else { per_layer };
         let width = 8 * u64::from(facts.embedding_length) + 4 * u64::from(facts.feed_forward_length);
         let logits = u64::from(facts.vocabulary) * u64::from(parallel) * 4;
         Demand {

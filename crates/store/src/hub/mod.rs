@@ -3,10 +3,10 @@
 //! The cache layout is the hub's own, through the `hf-hub` crate, so that a file pulled here is found by every other tool and the
 //! other way round. The transfer is not `hf-hub`'s. Version 0.5 of it appends whatever a server answers to its partial file, also
 //! a whole file from a server that ignored the `Range` header; it compares no checksum, has no time limit for a server that
-//! stalls, and does not read `HF_TOKEN`. Version 1.0 brings the Xet stack, and starts a broken download anew. So [`transfer`] does
+//! stalls, and does not read `HF_TOKEN`. Version 1.0 brings the Xet stack, and starts a broken download anew. So `transfer` does
 //! it, over the same HTTP client that the node has for its peers.
 //!
-//! The order of a pull: list the repository at one commit, [choose](select) a file, ask for its size and checksum, check the
+//! The order of a pull: list the repository at one commit, choose a file, ask for its size and checksum, check the
 //! disk, download with resume, compare the SHA-256, and only then give the file its name in the cache.
 
 mod client;

@@ -1,21 +1,20 @@
 //! The child process: one stage, vocabulary or embedding model behind a socket.
 //!
-//! Two threads. The reader parses frames as they arrive and puts them in the inbox; the compute thread alternates between
-//! taking everything from the inbox and computing one batch. So a close (a client that left) is seen before the next
-//! batch. The process ends when the socket does: a child never outlives its node.
+//! One thread, that alternates between taking everything from the socket and computing one batch. So a close (a client
+//! that left) is seen before the next batch; what arrives during one waits in the socket, or with the sender. The process
+//! ends when the socket does: a child never outlives its node by more than a batch.
 
 use std::{
-    collections::VecDeque,
-    io::{BufReader, Write},
+    io::{self, Read, Write},
     os::unix::net::UnixStream,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    thread,
+    time::{Duration, Instant},
 };
 
 use murmur_protocol::{
-    frame::{FLAG_FORGET, Frame, FrameError, HEADER_BYTES, Header, Kind},
+    frame::{FLAG_FORGET, Frame, FrameError, Header, Kind},
     stage::{Load, Role, Tokenize},
 };
+use rustix::net::RecvFlags;
 
 use crate::{
     embedding::EmbeddingModel,
@@ -24,10 +23,13 @@ use crate::{
     stage::{Stage, StageError, Work},
 };
 
-/// A driver keeps far fewer frames in flight; more means that it does not follow the protocol.
-const INBOX_FRAMES_MAX: usize = 65_536;
 /// Below the owner's programs: idle time is what a node contributes.
 const NICENESS: i32 = 10;
+/// After an answer the driver's next frame comes within this, mostly. Sleeping and being woken takes as long, so the
+/// thread looks at the socket this long before it sleeps.
+const PATIENCE: Duration = Duration::from_micros(150);
+/// Bytes read at once.
+const READ_BYTES: usize = 1 << 16;
 
 /// Why the child ended.
 #[derive(Debug, thiserror::Error)]
@@ -38,61 +40,55 @@ pub enum ChildError {
     /// The first frame was not `Load`.
     #[error("the parent did not begin with a load frame")]
     NoLoad,
-    /// The reader found more frames than a driver may have in flight.
-    #[error("more than {INBOX_FRAMES_MAX} frames are queued")]
-    Flooded,
 }
 
-#[derive(Default)]
+/// Frames as they arrive.
 struct Inbox {
-    state: Mutex<InboxState>,
-    arrived: Condvar,
-}
-
-#[derive(Default)]
-struct InboxState {
-    frames: VecDeque<Frame>,
-    ended: Option<Result<(), ChildError>>,
+    socket: UnixStream,
+    bytes: Vec<u8>,
+    chunk: Vec<u8>,
 }
 
 impl Inbox {
-    fn lock(&self) -> MutexGuard<'_, InboxState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn new(socket: UnixStream) -> Inbox {
+        Inbox { socket, bytes: Vec::new(), chunk: vec![0; READ_BYTES] }
     }
 
-    /// Frames that arrived together are delivered together: the first of eight must not start a batch of one.
-    fn read_all(&self, mut input: BufReader<UnixStream>) {
-        let mut arrived = VecDeque::new();
-        let result = loop {
-            match Frame::read_from(&mut input) {
-                Ok(Some(frame)) => arrived.push_back(frame),
-                Ok(None) => break Ok(()),
-                Err(error) => break Err(error.into()),
-            }
-            if input.buffer().len() < HEADER_BYTES {
-                let mut state = self.lock();
-                if state.frames.len() + arrived.len() > INBOX_FRAMES_MAX {
-                    break Err(ChildError::Flooded);
-                }
-                state.frames.append(&mut arrived);
-                self.arrived.notify_one();
-            }
-        };
-        self.lock().ended = Some(result);
-        self.arrived.notify_one();
-    }
-
-    /// Everything that has arrived; waits for something if `wait`. `Err` ends the process.
-    fn take(&self, wait: bool) -> Result<VecDeque<Frame>, Result<(), ChildError>> {
-        let mut state = self.lock();
+    /// Every frame that has arrived; waits for one if `wait`. `None`: the parent has closed the socket.
+    fn take(&mut self, wait: bool) -> Result<Option<Vec<Frame>>, ChildError> {
+        let impatient = Instant::now() + PATIENCE;
+        let mut frames = Vec::new();
         loop {
-            if let Some(end) = state.ended.take() {
-                return Err(end);
+            let arrived = loop {
+                match rustix::net::recv(&self.socket, &mut self.chunk[..], RecvFlags::DONTWAIT) {
+                    Ok((n, _)) => break Some(n),
+                    Err(rustix::io::Errno::INTR) => {}
+                    Err(rustix::io::Errno::AGAIN) => break None,
+                    Err(error) => return Err(FrameError::Io(error.into()).into()),
+                }
+            };
+            match arrived {
+                Some(0) => return Ok(None),
+                Some(n) => self.bytes.extend_from_slice(&self.chunk[..n]),
+                None if !wait || !frames.is_empty() => return Ok(Some(frames)),
+                None if Instant::now() < impatient => std::hint::spin_loop(),
+                None => {
+                    let n = match self.socket.read(&mut self.chunk) {
+                        Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                        read => read.map_err(FrameError::from)?,
+                    };
+                    if n == 0 {
+                        return Ok(None);
+                    }
+                    self.bytes.extend_from_slice(&self.chunk[..n]);
+                }
             }
-            if !wait || !state.frames.is_empty() {
-                return Ok(std::mem::take(&mut state.frames));
+            let mut taken = 0;
+            while let Some((frame, length)) = Frame::parse(&self.bytes[taken..])? {
+                frames.push(frame);
+                taken += length;
             }
-            state = self.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
+            self.bytes.drain(..taken);
         }
     }
 }
@@ -102,21 +98,20 @@ pub fn run(socket: UnixStream) -> Result<(), ChildError> {
     // Failing to be nice is no reason to fail.
     let _ = rustix::process::nice(NICENESS);
     let mut out = Outbox { socket: socket.try_clone().map_err(FrameError::from)?, buffer: Vec::new() };
-    let mut input = BufReader::with_capacity(1 << 16, socket);
-    let first = Frame::read_from(&mut input)?.filter(|f| f.header.kind == Kind::Load).ok_or(ChildError::NoLoad)?;
+    let mut inbox = Inbox::new(socket);
+    let Some(mut frames) = inbox.take(true)? else { return Ok(()) };
+    let first = frames.drain(..1).next().filter(|f| f.header.kind == Kind::Load).ok_or(ChildError::NoLoad)?;
     let load: Load = first.decode()?;
-    let server = match Server::load(&load, &mut out) {
+    let mut server = match Server::load(&load, &mut out) {
         Ok(server) => server,
         Err(error) => {
             out.push(&Frame::text(Header::new(Kind::LoadFailed, 0), &error.to_string()))?;
             return Ok(out.flush()?);
         }
     };
+    server.receive(frames, &mut out)?;
     out.flush()?;
-    let inbox = Arc::new(Inbox::default());
-    let reader = inbox.clone();
-    thread::Builder::new().name("reader".into()).spawn(move || reader.read_all(input)).map_err(FrameError::from)?;
-    server.serve(&inbox, &mut out)
+    server.serve(&mut inbox, &mut out)
 }
 
 /// Frames on their way out; one write for all answers of a batch.
@@ -152,15 +147,16 @@ impl Server {
             if fraction - reported >= 0.01 || fraction >= 1.0 {
                 reported = fraction;
                 let frame = Frame { header: Header::new(Kind::Progress, 0), payload: fraction.to_le_bytes().to_vec() };
-                // A parent that is gone is noticed by the reader.
-                let _ = out.push(&frame).and_then(|()| out.flush());
+                // A parent that is gone needs no model.
+                return out.push(&frame).and_then(|()| out.flush()).is_ok();
             }
+            true
         };
         let (server, facts) = match load.role {
             Role::Stage { .. } => {
                 let stage = Stage::load(load, &mut progress)?;
                 let facts = stage.facts().clone();
-                let schedule = Schedule::new(load.chunk_rows as usize * 2, load.exact);
+                let schedule = Schedule::new(stage.batch_rows(), load.exact);
                 (Server::Stage(Box::new(stage), schedule), facts)
             }
             Role::Vocabulary => {
@@ -186,17 +182,15 @@ impl Server {
         Ok(server)
     }
 
-    fn serve(mut self, inbox: &Inbox, out: &mut Outbox) -> Result<(), ChildError> {
+    fn serve(&mut self, inbox: &mut Inbox, out: &mut Outbox) -> Result<(), ChildError> {
         loop {
             let idle = match &self {
                 Server::Stage(_, schedule) => schedule.is_empty(),
                 _ => true,
             };
-            match inbox.take(idle) {
-                Ok(frames) => self.receive(frames, out)?,
-                Err(end) => return end,
-            }
-            if let Server::Stage(stage, schedule) = &mut self {
+            let Some(frames) = inbox.take(idle)? else { return Ok(()) };
+            self.receive(frames, out)?;
+            if let Server::Stage(stage, schedule) = self {
                 schedule.retain(|work| stage.is_current(work));
                 let batch = schedule.next_batch();
                 if !batch.is_empty() {
@@ -209,7 +203,7 @@ impl Server {
         }
     }
 
-    fn receive(&mut self, frames: VecDeque<Frame>, out: &mut Outbox) -> Result<(), ChildError> {
+    fn receive(&mut self, frames: Vec<Frame>, out: &mut Outbox) -> Result<(), ChildError> {
         for frame in frames {
             let answer = match self {
                 Server::Stage(stage, schedule) => receive_stage(stage, schedule, &frame),

@@ -21,7 +21,7 @@ pub(crate) struct EmbeddingModel {
 
 impl EmbeddingModel {
     /// Loads the model at `load.path`.
-    pub(crate) fn load(load: &Load, progress: &mut dyn FnMut(f32)) -> Result<EmbeddingModel, StageError> {
+    pub(crate) fn load(load: &Load, progress: &mut dyn FnMut(f32) -> bool) -> Result<EmbeddingModel, StageError> {
         let started = Instant::now();
         let options = ModelOptions { vocabulary_only: false, repack: !load.exact, gpu_layers: load.gpu_layers };
         let model = Arc::new(Model::load(&load.path, &options, progress)?);

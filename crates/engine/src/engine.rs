@@ -8,7 +8,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use murmur_gguf::{Arch, Gguf, HiddenInput, LayerRange};
@@ -30,6 +30,10 @@ use crate::{
 const RELOADS_MAX: u32 = 5;
 /// Wait before the second reload; doubled each time.
 const RELOAD_PAUSE: Duration = Duration::from_millis(100);
+/// A stage that dies sooner than this after loading counts as one that could not be loaded.
+const PROVEN_AFTER: Duration = Duration::from_secs(2);
+/// Most KV cells of a stage: llama.cpp counts them in 32 bits and rounds up.
+const KV_CELLS_MAX: u32 = 1 << 30;
 
 /// What to run and how.
 #[derive(Debug, Clone)]
@@ -92,6 +96,15 @@ pub enum StartError {
     /// As many requests wait as may.
     #[error("{0} requests are waiting already")]
     QueueFull(usize),
+    /// The prompt is empty, or prompt and answer together are longer than the context.
+    #[error("a session has at least one prompt token, and with its answer at most {context_tokens}")]
+    WrongLength {
+        /// The context.
+        context_tokens: u32,
+    },
+    /// An embedding model generates nothing.
+    #[error("this model gives embeddings, not text")]
+    NoStages,
 }
 
 /// A look at the engine.
@@ -251,6 +264,13 @@ impl Engine {
 
     /// Begins a session, or queues it.
     pub fn start(&self, request: SessionRequest) -> Result<SessionStream, StartError> {
+        let room = self.options.context_tokens as usize;
+        if request.prompt.is_empty() || request.prompt.len() + request.max_tokens as usize > room {
+            return Err(StartError::WrongLength { context_tokens: self.options.context_tokens });
+        }
+        if self.shared.stages.is_empty() {
+            return Err(StartError::NoStages);
+        }
         let started = self.shared.drive(|driver| driver.start(request));
         let (id, events) = started.map_err(|QueueFull| StartError::QueueFull(self.options.queue_max))?;
         Ok(SessionStream { id, events, shared: self.shared.clone() })
@@ -290,7 +310,8 @@ impl Drop for Engine {
         self.shared.drive(|driver| driver.on_failed("the engine is shutting down"));
         for cell in &self.shared.stages {
             // Closing the link ends the child and the receiver of its supervisor.
-            if let Some(link) = lock(&cell.state).link.take() {
+            let link = lock(&cell.state).link.take();
+            if let Some(link) = link {
                 let _ = link.died();
             }
         }
@@ -313,7 +334,7 @@ fn stage_cells(options: &EngineOptions, gguf: &Gguf) -> Result<Vec<StageCell>, E
         let load = Load {
             path,
             role: Role::Stage { first: stage == 0, last: stage + 1 == stages },
-            kv_cells: options.context_tokens * options.parallel,
+            kv_cells: options.context_tokens.saturating_mul(options.parallel).min(KV_CELLS_MAX),
             context_tokens: options.context_tokens,
             sequences: sequences(options),
             chunk_rows: options.chunk_rows,
@@ -379,9 +400,13 @@ fn install(shared: &Shared, stage: usize, link: Arc<Link>, loaded: Loaded) {
 /// Carries a stage's frames to the driver; when the child dies, starts it again.
 fn supervise(program: &Path, shared: &Shared, stage: usize, mut receiver: Receiver) {
     let silent: Progress = Arc::new(|_, _| {});
+    let mut attempt = 0;
+    let mut loaded_at = Instant::now();
     loop {
         receive(shared, stage, &mut receiver);
-        let died = lock(&shared.stages[stage].state).link.take().map(|link| link.died());
+        // Taken out first: waiting for the process must not hold the lock that sending needs.
+        let link = lock(&shared.stages[stage].state).link.take();
+        let died = link.map(|link| link.died());
         if shared.stopping.load(Ordering::SeqCst) {
             return;
         }
@@ -389,22 +414,29 @@ fn supervise(program: &Path, shared: &Shared, stage: usize, mut receiver: Receiv
             tracing::warn!(stage, "{how}; starting it again");
         }
         shared.drive(|driver| driver.on_lost(stage));
-        let mut attempt = 0;
+        attempt = if loaded_at.elapsed() < PROVEN_AFTER { attempt + 1 } else { 0 };
+        if attempt >= RELOADS_MAX {
+            return give_up(shared, stage, "it died at once each time");
+        }
         receiver = loop {
+            if attempt > 0 {
+                thread::sleep(RELOAD_PAUSE * 2u32.pow(attempt - 1));
+            }
+            if shared.stopping.load(Ordering::SeqCst) {
+                return;
+            }
             match spawn(program, shared, stage, &silent) {
                 Ok((link, receiver, loaded)) => {
                     lock(&shared.stages[stage].state).restarts += 1;
+                    loaded_at = Instant::now();
                     install(shared, stage, link, loaded);
                     break receiver;
                 }
                 Err(error) => {
                     attempt += 1;
-                    if attempt >= RELOADS_MAX || shared.stopping.load(Ordering::SeqCst) {
-                        let reason = format!("the engine process could not be restarted: {error}");
-                        tracing::error!(stage, "{reason}");
-                        return shared.drive(|driver| driver.on_failed(&reason));
+                    if attempt >= RELOADS_MAX {
+                        return give_up(shared, stage, &error.to_string());
                     }
-                    thread::sleep(RELOAD_PAUSE * 2u32.pow(attempt - 1));
                 }
             }
         };
@@ -413,6 +445,12 @@ fn supervise(program: &Path, shared: &Shared, stage: usize, mut receiver: Receiv
             return;
         }
     }
+}
+
+fn give_up(shared: &Shared, stage: usize, why: &str) {
+    let reason = format!("the engine process could not be restarted: {why}");
+    tracing::error!(stage, "{reason}");
+    shared.drive(|driver| driver.on_failed(&reason));
 }
 
 fn receive(shared: &Shared, stage: usize, receiver: &mut Receiver) {
@@ -535,6 +573,10 @@ impl Helper {
             let (sender, receiver) = oneshot::channel();
             {
                 let mut state = lock(&self.state);
+                // A child that died since would never answer, and nobody would clear the question.
+                if !state.link.as_ref().is_some_and(|current| Arc::ptr_eq(current, &link)) {
+                    continue;
+                }
                 state.next_id += 1;
                 frame.header.session = state.next_id;
                 state.waiting.insert(frame.header.session, sender);

@@ -91,6 +91,9 @@ fn init() {
     });
 }
 
+/// llama.cpp rounds the KV cells up to this.
+const CELLS_MULTIPLE: u32 = 256;
+
 /// How to load weights.
 pub(crate) struct ModelOptions {
     /// Load the vocabulary and no weights.
@@ -118,17 +121,16 @@ impl Drop for Model {
 
 unsafe extern "C" fn on_progress(fraction: f32, user_data: *mut c_void) -> bool {
     // SAFETY: user_data is the `&mut &mut dyn FnMut` that `Model::load` keeps alive during the call.
-    let report = unsafe { &mut *user_data.cast::<&mut dyn FnMut(f32)>() };
-    report(fraction);
-    true
+    let report = unsafe { &mut *user_data.cast::<&mut dyn FnMut(f32) -> bool>() };
+    report(fraction)
 }
 
 impl Model {
-    /// Loads a GGUF file; `progress` hears fractions from 0 to 1.
+    /// Loads a GGUF file; `progress` hears fractions from 0 to 1 and may say false to stop.
     pub(crate) fn load(
         path: &Path,
         options: &ModelOptions,
-        mut progress: &mut dyn FnMut(f32),
+        mut progress: &mut dyn FnMut(f32) -> bool,
     ) -> Result<Model, LlamaError> {
         init();
         let shown = path.display().to_string();
@@ -331,7 +333,9 @@ unsafe extern "C" fn on_tensor(tensor: *mut sys::ggml_tensor, ask: bool, user_da
 pub(crate) struct Context {
     context: NonNull<sys::llama_context>,
     pool: NonNull<sys::ggml_threadpool>,
-    hooks: Box<Hooks>,
+    /// Owned: from `Box::into_raw`, freed in `drop`. llama.cpp holds the same pointer, so there is never a `Box` or a
+    /// lasting reference beside it.
+    hooks: NonNull<Hooks>,
     model: Arc<Model>,
 }
 
@@ -340,10 +344,11 @@ unsafe impl Send for Context {}
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: both pointers are owned and freed once, the context before the pool it uses.
+        // SAFETY: the pointers are owned and freed once, the context before the pool and the hooks it uses.
         unsafe {
             sys::llama_free(self.context.as_ptr());
             sys::ggml_threadpool_free(self.pool.as_ptr());
+            drop(Box::from_raw(self.hooks.as_ptr()));
         }
     }
 }
@@ -353,7 +358,7 @@ impl Context {
     pub(crate) fn new(model: Arc<Model>, options: &ContextOptions) -> Result<Context, LlamaError> {
         let failed = || LlamaError::Context { cells: options.kv_cells, reason: take_last_error() };
         let c_name = |name: String| CString::new(name).map_err(|_| failed());
-        let mut hooks = Box::new(Hooks::default());
+        let mut hooks = Hooks::default();
         if let Some(name) = &options.tap {
             hooks.tap = Some(c_name(format!("{name}-{}", model.n_layer() - 1))?);
         }
@@ -362,11 +367,12 @@ impl Context {
         }
         let threads = options.threads_max.max(1) as i32;
         let _ = take_last_error();
-        // SAFETY: defaults with fields of the right type replaced; the hooks are boxed and owned by the context, so its
-        // address stays valid; the pool is attached to this context only.
+        // SAFETY: defaults with fields of the right type replaced; the hooks are on the heap and owned by the context, so
+        // their address stays valid; the pool is attached to this context only.
         unsafe {
             let mut params = sys::llama_context_default_params();
-            params.n_ctx = options.kv_cells;
+            // llama.cpp caps a batch at the context as asked for, before it rounds the context up.
+            params.n_ctx = options.kv_cells.max(options.batch_rows).next_multiple_of(CELLS_MULTIPLE);
             params.n_batch = options.batch_rows;
             params.n_ubatch = options.batch_rows;
             params.n_seq_max = options.sequences;
@@ -379,19 +385,25 @@ impl Context {
                 params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_ENABLED;
             }
             params.embeddings = options.embeddings;
-            if hooks.is_needed() {
-                params.cb_eval = Some(on_tensor);
-                params.cb_eval_user_data = ptr::from_mut::<Hooks>(&mut hooks).cast();
-            }
             if hooks.tap.is_none() && !options.embeddings {
                 params.n_outputs_max = options.sequences;
             }
-            let context = NonNull::new(sys::llama_init_from_model(model.0.as_ptr(), params)).ok_or_else(failed)?;
+            let is_needed = hooks.is_needed();
+            let hooks = NonNull::from(Box::leak(Box::new(hooks)));
+            if is_needed {
+                params.cb_eval = Some(on_tensor);
+                params.cb_eval_user_data = hooks.as_ptr().cast();
+            }
+            let Some(context) = NonNull::new(sys::llama_init_from_model(model.0.as_ptr(), params)) else {
+                drop(Box::from_raw(hooks.as_ptr()));
+                return Err(failed());
+            };
             let mut pool_params = sys::ggml_threadpool_params_default(threads);
             // Between two steps workers sleep instead of spinning: the machine has other things to do.
             pool_params.poll = 0;
             let Some(pool) = NonNull::new(sys::ggml_threadpool_new(&raw mut pool_params)) else {
                 sys::llama_free(context.as_ptr());
+                drop(Box::from_raw(hooks.as_ptr()));
                 return Err(failed());
             };
             sys::llama_attach_threadpool(context.as_ptr(), pool.as_ptr(), pool.as_ptr());
@@ -427,14 +439,16 @@ impl Context {
             return Err(LlamaError::Shape { got: given, expected: rows * width });
         }
         // A tapped stage must compute every row to the end: the last layer keeps only rows marked as outputs.
-        let tapped = self.hooks.tap.is_some();
+        // SAFETY: the hooks are alive, and llama.cpp touches them only inside llama_decode, where this reference is not used.
+        let hooks = unsafe { self.hooks.as_mut() };
+        let tapped = hooks.tap.is_some();
         let mut outputs: Vec<i8> = batch.wants_output.iter().map(|&wanted| i8::from(wanted || tapped)).collect();
         let mut counts = vec![1i32; rows];
         let mut sequences: Vec<*mut i32> = batch.sequences.iter_mut().map(ptr::from_mut).collect();
-        self.hooks.tapped.clear();
-        self.hooks.cursor = 0;
-        if self.hooks.inject.is_some() && from_hidden {
-            self.hooks.injected.clone_from(&batch.hidden);
+        hooks.tapped.clear();
+        hooks.cursor = 0;
+        if hooks.inject.is_some() && from_hidden {
+            hooks.injected.clone_from(&batch.hidden);
         }
         let raw = sys::llama_batch {
             n_tokens: rows as i32,
@@ -455,7 +469,8 @@ impl Context {
         if code != 0 {
             return Err(LlamaError::Decode { rows, code, reason: take_last_error() });
         }
-        let hooks = &self.hooks;
+        // SAFETY: as above; llama_decode has returned.
+        let hooks = unsafe { self.hooks.as_ref() };
         let expected = rows * width;
         if tapped && hooks.tapped.len() != expected {
             return Err(LlamaError::Shape { got: hooks.tapped.len(), expected });
@@ -481,13 +496,21 @@ impl Context {
 
     /// Hidden states of the last batch, `[rows, n_embd]`, from a tapped context.
     pub(crate) fn hidden(&self) -> &[f32] {
-        &self.hooks.tapped
+        // SAFETY: the hooks are alive, and change only in `decode`, which needs `&mut self`.
+        unsafe { &self.hooks.as_ref().tapped }
     }
 
     /// The pooled embedding of a sequence of the last batch.
     pub(crate) fn pooled(&self, sequence: i32) -> Option<Vec<f32>> {
         // SAFETY: llama.cpp returns null or n_embd floats.
         unsafe {
+            // A ranking model gives one score per sequence, not a vector.
+            let pooling = sys::llama_pooling_type(self.context.as_ptr());
+            if ![sys::LLAMA_POOLING_TYPE_MEAN, sys::LLAMA_POOLING_TYPE_CLS, sys::LLAMA_POOLING_TYPE_LAST]
+                .contains(&pooling)
+            {
+                return None;
+            }
             let values = sys::llama_get_embeddings_seq(self.context.as_ptr(), sequence);
             let width = sys::llama_model_n_embd_out(self.model.0.as_ptr()) as usize;
             (!values.is_null()).then(|| std::slice::from_raw_parts(values, width).to_vec())
@@ -503,6 +526,18 @@ impl Context {
     pub(crate) fn truncate(&mut self, sequence: i32, from: u32) -> bool {
         // SAFETY: the memory is alive; llama.cpp checks the sequence id.
         unsafe { sys::llama_memory_seq_rm(self.memory(), sequence, from as i32, -1) }
+    }
+
+    /// True when every position from 0 on is still there: a cache with a sliding window gives up what is behind it.
+    pub(crate) fn is_complete(&self, sequence: i32) -> bool {
+        // SAFETY: the memory is alive; llama.cpp checks the sequence id.
+        unsafe { sys::llama_memory_seq_pos_min(self.memory(), sequence) == 0 }
+    }
+
+    /// Rows of one computation at most, as llama.cpp has it.
+    pub(crate) fn batch_rows(&self) -> usize {
+        // SAFETY: the context is alive.
+        unsafe { sys::llama_n_batch(self.context.as_ptr()) as usize }
     }
 
     /// Makes `to` a copy of all of `from`.

@@ -110,29 +110,36 @@ impl Slots {
         let (busy_match, busy) = best(self, &mut busy_slots.into_iter()).unwrap_or_default();
 
         let mut kv = Vec::new();
-        let (target, cached) = if busy_match > idle_match {
-            let target = self.least_valuable(&free);
-            kv.push(KvOp::Truncate { sequence: target as i32, from: 0 });
-            kv.push(KvOp::Copy { from: busy as i32, to: target as i32 });
-            kv.push(KvOp::Truncate { sequence: target as i32, from: busy_match });
-            let (tokens, aligned) = (self.slots[busy].tokens[..busy_match as usize].to_vec(), self.slots[busy].aligned);
-            (self.slots[target].tokens, self.slots[target].aligned) = (tokens, aligned.min(busy_match));
-            (target, busy_match)
-        } else {
-            let target = if idle_match > 0 { idle } else { self.least_valuable(&free) };
-            kv.push(KvOp::Truncate { sequence: target as i32, from: idle_match });
-            self.cut(target, idle_match);
-            (target, idle_match)
-        };
+        let (source, matched) = if busy_match > idle_match { (busy, busy_match) } else { (idle, idle_match) };
+        // Taking over a slot forgets what lies behind the match: right for the next turn of a conversation, wrong for a
+        // stranger that shares a system prompt. Then the prefix is copied, as from a slot in use, and both stay.
+        let most_of_it = 2 * matched as usize >= self.slots[source].tokens.len();
+        let is_idle = self.slots[source].session.is_none();
+        let takes_over = matched > 0 && is_idle && (most_of_it || free.len() == 1);
+        let target = if takes_over { source } else { self.least_valuable(&free, source) };
+        let keep = if target == source { matched } else { 0 };
+        kv.push(KvOp::Truncate { sequence: target as i32, from: keep });
+        self.cut(target, keep);
+        if matched > keep {
+            kv.push(KvOp::Copy { from: source as i32, to: target as i32 });
+            kv.push(KvOp::Truncate { sequence: target as i32, from: matched });
+            let tokens = self.slots[source].tokens[..matched as usize].to_vec();
+            let aligned = self.slots[source].aligned.min(matched);
+            (self.slots[target].tokens, self.slots[target].aligned) = (tokens, aligned);
+        }
+        if matched > 0 {
+            // It was of use: it is as young as what it served.
+            self.slots[source].used_at = self.clock;
+        }
         let slot = &mut self.slots[target];
         (slot.session, slot.reserved, slot.used_at) = (Some(session), reserve, self.clock);
         self.evict(&mut kv);
-        Ok(Admitted { sequence: target as i32, cached_tokens: cached, kv })
+        Ok(Admitted { sequence: target as i32, cached_tokens: matched, kv })
     }
 
-    /// The idle slot to overwrite: an empty one, else the one used longest ago.
-    fn least_valuable(&self, free: &[usize]) -> usize {
-        let key = |&&i: &&usize| (!self.slots[i].tokens.is_empty(), self.slots[i].used_at);
+    /// The idle slot to overwrite: an empty one, else the one used longest ago, `source` last.
+    fn least_valuable(&self, free: &[usize], source: usize) -> usize {
+        let key = |&&i: &&usize| (i == source, !self.slots[i].tokens.is_empty(), self.slots[i].used_at);
         free.iter().min_by_key(key).copied().unwrap_or(0)
     }
 
@@ -145,8 +152,8 @@ impl Slots {
                 return;
             };
             self.cut(oldest, 0);
-            // Before anything else, so that a copy does not need the cells that are about to be freed.
-            kv.insert(0, KvOp::Truncate { sequence: oldest as i32, from: 0 });
+            // After the copy, which may come from here: a copy shares cells, or has a stream of its own.
+            kv.push(KvOp::Truncate { sequence: oldest as i32, from: 0 });
         }
     }
 
@@ -214,6 +221,26 @@ mod tests {
         let second = slots.admit(2, &[1, 2, 9], 20).unwrap();
         assert_eq!(second.cached_tokens, 2);
         assert!(second.kv.contains(&KvOp::Copy { from: first.sequence, to: second.sequence }));
+    }
+
+    #[test]
+    fn two_conversations_with_one_system_prompt_keep_a_slot_each() {
+        let mut slots = Slots::new(1000, 4, 4, false);
+        let conversation = |own: i32| -> Vec<Token> { (0..10).chain((0..30).map(|i| own * 100 + i)).collect() };
+        for round in 0..3 {
+            for own in [1, 2] {
+                let prompt = conversation(own);
+                let admitted = slots.admit(round * 2 + own as u64, &prompt, 60).unwrap();
+                let expected = match (round, own) {
+                    (0, 1) => 0,
+                    (0, _) => 10,
+                    _ => prompt.len() as u32 - 1,
+                };
+                assert_eq!(admitted.cached_tokens, expected, "round {round}, conversation {own}");
+                slots.extended(admitted.sequence, &prompt[admitted.cached_tokens as usize..], true);
+                slots.release(admitted.sequence, false);
+            }
+        }
     }
 
     #[test]

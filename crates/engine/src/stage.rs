@@ -95,7 +95,7 @@ pub(crate) enum StageError {
 
 impl Stage {
     /// Loads a layer range. `load.role` must be [`Role::Stage`].
-    pub(crate) fn load(load: &Load, progress: &mut dyn FnMut(f32)) -> Result<Stage, StageError> {
+    pub(crate) fn load(load: &Load, progress: &mut dyn FnMut(f32) -> bool) -> Result<Stage, StageError> {
         let Role::Stage { first, last } = load.role else {
             return Err(StageError::Protocol("not the role of a stage"));
         };
@@ -103,6 +103,11 @@ impl Stage {
         let options = ModelOptions { vocabulary_only: false, repack: !load.exact, gpu_layers: load.gpu_layers };
         let model = Arc::new(Model::load(&load.path, &options, progress)?);
         let vocabulary = if last { Some(Arc::new(vocabulary::from_facts(model.vocabulary())?)) } else { None };
+        if let Some(vocabulary) = vocabulary.clone() {
+            // Tables for grammars take a second for a large vocabulary: not when the first grammar comes.
+            let prepare = move || vocabulary.prepare_grammars();
+            let _ = std::thread::Builder::new().name("grammars".into()).spawn(prepare);
+        }
         let batch_rows = (load.chunk_rows * 2).max(load.sequences);
         let context = Context::new(
             model.clone(),
@@ -147,6 +152,11 @@ impl Stage {
         &self.facts
     }
 
+    /// Rows of one batch at most.
+    pub(crate) fn batch_rows(&self) -> usize {
+        self.context.batch_rows()
+    }
+
     /// Admits a session, or admits it again under a new epoch.
     pub(crate) fn open(&mut self, header: &Header, open: &Open) -> Result<Opened, NotOpened> {
         self.close(header.session, false);
@@ -187,6 +197,11 @@ impl Stage {
                 cached_tokens = 0;
             }
         }
+        if cached_tokens > 0 && !self.context.is_complete(admitted.sequence) {
+            self.context.truncate(admitted.sequence, 0);
+            self.slots.truncated(admitted.sequence, 0);
+            cached_tokens = 0;
+        }
         let session = Session { epoch: header.epoch, sequence: admitted.sequence, sampler };
         self.sessions.insert(header.session, session);
         Ok(Opened { cached_tokens })
@@ -208,6 +223,9 @@ impl Stage {
             return Ok(None);
         };
         let expected = if self.first { Kind::Tokens } else { Kind::Hidden };
+        if header.rows as usize > self.batch_rows() {
+            return Err(StageError::Protocol("more rows in one frame than this stage computes at once"));
+        }
         if header.kind != expected || header.rows == 0 {
             return Err(StageError::Protocol("this stage takes other rows (token ids first, hidden states later)"));
         }
@@ -236,13 +254,11 @@ impl Stage {
         }
         match self.compute(&ready) {
             Ok((took, threads)) => self.harvest(&ready, took, threads, &mut answers),
-            Err(error) => {
-                for work in ready {
-                    // What llama.cpp holds of the sequence after a failure is its own affair: begin at the known length.
-                    self.context.truncate(work.sequence, self.slots.length(work.sequence));
-                    answers.push(failure(work, &error));
-                }
+            // One bad piece must not cost the others theirs: each is computed alone, and those fail that fail alone.
+            Err(_) if ready.len() > 1 => {
+                answers.extend(ready.into_iter().flat_map(|work| self.forward(std::slice::from_ref(work))));
             }
+            Err(error) => answers.extend(ready.into_iter().map(|work| failure(work, &error))),
         }
         answers
     }
@@ -294,7 +310,9 @@ impl Stage {
         let took = started.elapsed();
         if let Err(error) = result {
             for work in works {
+                // What llama.cpp holds of the sequence after a failure is its own affair: begin at the known length.
                 self.slots.truncated(work.sequence, work.header.position);
+                self.context.truncate(work.sequence, self.slots.length(work.sequence));
             }
             return Err(error.into());
         }

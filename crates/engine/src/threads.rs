@@ -22,9 +22,12 @@ const SWITCH_RATIO: f64 = 0.93;
 /// Weight of a new measurement in the moving average.
 const SMOOTHING: f64 = 0.15;
 
-/// Batches of similar size share measurements.
-fn bucket(rows: usize) -> u32 {
-    rows.max(1).ilog2()
+/// From so many rows on time grows with their number, and batches share measurements per row.
+const PROPORTIONAL_ROWS: usize = 16;
+
+/// Batches that share measurements, and the row count to divide their time by.
+fn bucket(rows: usize) -> (u32, f64) {
+    if rows < PROPORTIONAL_ROWS { (rows as u32, 1.0) } else { (PROPORTIONAL_ROWS as u32, rows as f64) }
 }
 
 #[derive(Default)]
@@ -68,7 +71,7 @@ impl ThreadGovernor {
             return fixed;
         }
         let start = self.last_choice;
-        let bucket = self.buckets.entry(bucket(rows)).or_insert_with(|| Bucket {
+        let bucket = self.buckets.entry(bucket(rows).0).or_insert_with(|| Bucket {
             chosen: start,
             since_trial: STEPS_BETWEEN_TRIALS - STEPS_BEFORE_FIRST_TRIAL,
             ..Bucket::default()
@@ -81,8 +84,9 @@ impl ThreadGovernor {
         if self.fixed.is_some() || self.max == 1 {
             return;
         }
-        let took_us = took.as_secs_f64() * 1e6;
-        let Some(bucket) = self.buckets.get_mut(&bucket(rows)) else { return };
+        let (key, divisor) = bucket(rows);
+        let took_us = took.as_secs_f64() * 1e6 / divisor;
+        let Some(bucket) = self.buckets.get_mut(&key) else { return };
         if let Some(trial) = &mut bucket.trial {
             trial.steps += 1;
             if trial.steps > 1 {

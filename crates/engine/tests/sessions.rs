@@ -188,3 +188,37 @@ async fn a_tokenizer_process_that_is_killed_is_replaced() {
     .await
     .unwrap();
 }
+
+/// A sliding-window cache gives up what is behind the window when it needs the cells. Such a prefix must not be reused.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prefix_that_a_sliding_window_has_given_up_is_computed_again() {
+    let lab = Lab::new();
+    let model = lab.tiny("gemma3", Weights::F32);
+    let whole = ranges(&[0, layers(&model)]);
+    let mut last = prompt(400, 2)[..300].to_vec();
+    last.extend(prompt(30, 7));
+    let best = |answer: &Answer| f32::from_bits(answer.logprob_bits[0][0].1);
+    let fresh = run(&lab.engine(&model, whole.clone(), false), request(last.clone(), 1, greedy())).await;
+    let engine = lab.engine(&model, whole, false);
+    run(&engine, request(prompt(60, 1), 5, greedy())).await;
+    run(&engine, request(prompt(400, 2), 5, greedy())).await;
+    run(&engine, request(prompt(250, 3), 5, greedy())).await;
+    let again = run(&engine, request(last, 1, greedy())).await;
+    assert!((best(&again) - best(&fresh)).abs() < 0.01, "{} {}", best(&again), best(&fresh));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_cannot_be_computed_fails_alone() {
+    let lab = Lab::new();
+    let engine = whole(&lab);
+    let good: Vec<_> = (0..4).map(|i| engine.start(request(prompt(20, i), 60, greedy())).unwrap()).collect();
+    let bad = engine.start(request(vec![5, i32::MAX, 6], 5, SamplingParams { temperature: 0.0, ..greedy() }));
+    if let Ok(bad) = bad {
+        assert!(read(bad).await.is_err());
+    }
+    for stream in good {
+        assert_eq!(read(stream).await.unwrap().tokens.len(), 60);
+    }
+    assert!(engine.start(request(vec![], 5, greedy())).is_err());
+    assert!(engine.start(request(prompt(500, 1), 100, greedy())).is_err());
+}

@@ -92,12 +92,14 @@ impl Node {
         let seed = request.sampling.seed;
         let visible: HashSet<Token> =
             request.visible_tokens.iter().filter_map(|text| control_token(model, text)).collect();
-        let session = model.engine.start(SessionRequest { prompt, max_tokens, sampling: request.sampling }).map_err(
-            |StartError::QueueFull(waiting)| Refusal::Busy {
+        let started = model.engine.start(SessionRequest { prompt, max_tokens, sampling: request.sampling });
+        let session = started.map_err(|error| match error {
+            StartError::QueueFull(_) => Refusal::Busy {
                 retry_after: RETRY_AFTER,
-                message: format!("{waiting} requests are waiting for {} already: try again later", request.model),
+                message: format!("{error} for {}: try again later", request.model),
             },
-        )?;
+            StartError::WrongLength { .. } | StartError::NoStages => bad_request(error.to_string(), "prompt"),
+        })?;
         let (out, events) = mpsc::channel(EVENTS_MAX);
         let pump = Pump { session, out, vocabulary, visible, stop: request.stop, matcher, prompt_tokens: length, seed };
         tokio::spawn(pump.run());

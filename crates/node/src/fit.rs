@@ -33,11 +33,19 @@ impl Demand {
         let logits = u64::from(facts.vocabulary) * u64::from(parallel) * 4;
         Demand {
             weights_bytes,
-            kv_bytes_per_token: per_layer * u64::from(facts.layers),
+            // With the attention mask: two bytes for each row of a batch, twice where some layers have a window.
+            kv_bytes_per_token: per_layer * u64::from(facts.layers)
+                + 4 * u64::from(batch_rows) * u64::from(stages.max(1)),
             compute_bytes: (u64::from(batch_rows) * width * 4 + logits + PROCESS_BYTES) * u64::from(stages.max(1)),
             parallel,
             trained_context_tokens: facts.context_length,
         }
+    }
+
+    /// An embedding model computes a whole sequence at once, and llama.cpp sets logits aside for every row of it.
+    pub fn whole_sequences(&mut self, facts: &Facts) {
+        let width = 8 * u64::from(facts.embedding_length) + 4 * u64::from(facts.feed_forward_length);
+        self.kv_bytes_per_token += 4 * (width + 2 * u64::from(facts.vocabulary));
     }
 
     /// Bytes for a context of so many tokens per request.

@@ -43,7 +43,10 @@ impl LoadedModel {
         };
         let stages = ranges.len() as u32;
         let parallel = if embedding { 1 } else { options.parallel.max(1) };
-        let demand = fit::Demand::of(&facts, gguf.file_bytes(), parallel, CHUNK_ROWS * 2, stages);
+        let mut demand = fit::Demand::of(&facts, gguf.file_bytes(), parallel, CHUNK_ROWS * 2, stages);
+        if embedding {
+            demand.whole_sequences(&facts);
+        }
         let limit = options.max_memory_bytes.map(|max| max.saturating_sub(used_bytes));
         let available = match (fit::available_bytes(), limit) {
             (Some(free), Some(limit)) => free.min(limit),

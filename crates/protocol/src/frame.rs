@@ -240,6 +240,15 @@ impl Frame {
         Ok(out)
     }
 
+    /// Parses the frame at the beginning of `bytes`, and says how long it is; `Ok(None)` while it is incomplete.
+    pub fn parse(bytes: &[u8]) -> Result<Option<(Frame, usize)>, FrameError> {
+        let Some(header_bytes) = bytes.first_chunk::<HEADER_BYTES>() else { return Ok(None) };
+        let (header, length) = parse_header(header_bytes)?;
+        let end = HEADER_BYTES + length as usize;
+        let Some(payload) = bytes.get(HEADER_BYTES..end) else { return Ok(None) };
+        Ok(Some((Frame { header, payload: payload.to_vec() }, end)))
+    }
+
     /// Reads one frame; `Ok(None)` at a clean end of the stream.
     pub fn read_from(input: &mut impl Read) -> Result<Option<Frame>, FrameError> {
         let mut bytes = [0u8; HEADER_BYTES];
@@ -323,6 +332,9 @@ mod tests {
             for frame in &frames {
                 frame.append_to(&mut wire).unwrap();
             }
+            let (first, length) = Frame::parse(&wire).unwrap().unwrap();
+            prop_assert_eq!(&first, &frames[0]);
+            prop_assert!(Frame::parse(&wire[..length - 1]).unwrap().is_none());
             let mut input = wire.as_slice();
             for frame in &frames {
                 prop_assert_eq!(&Frame::read_from(&mut input).unwrap().unwrap(), frame);

@@ -95,7 +95,7 @@ def main():
         )
         try:
             wait_until_ready(server, port, log)
-            print(f"\nready on http://127.0.0.1:{port}/v1 (12 layers as 3 stages of 4)\n\n> {prompt}\n", flush=True)
+            print(f"\nready on http://127.0.0.1:{port}/v1 (12 layers in 3 stages)\n\n> {prompt}\n", flush=True)
             tokens, first, total = ask(port, prompt)
             rate = (tokens - 1) / (total - first) if total > first and tokens > 1 else 0.0
             print(f"\n\n{tokens} tokens, the first after {first * 1000:.0f} ms, then {rate:.0f} tokens/s")

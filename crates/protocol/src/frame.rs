@@ -311,6 +311,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::stage;
 
     fn any_frame() -> impl Strategy<Value = Frame> {
         (
@@ -345,6 +346,14 @@ mod tests {
         #[test]
         fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = Frame::read_from(&mut bytes.as_slice());
+            let _ = Frame::parse(&bytes);
+        }
+
+        #[test]
+        fn arbitrary_payloads_never_panic(frame in any_frame(), width in 0usize..300) {
+            let _ = (frame.token_rows(), frame.hidden_rows(width), frame.as_text());
+            let _ = (frame.decode::<stage::Load>(), frame.decode::<stage::Open>(), frame.decode::<stage::Step>());
+            let _ = (frame.decode::<stage::Loaded>(), frame.decode::<stage::NotOpened>());
         }
 
         #[test]

@@ -67,7 +67,7 @@ pub(crate) struct Stage {
     sessions: HashMap<u64, Session>,
     vocabulary: Option<Arc<Vocabulary>>,
     governor: ThreadGovernor,
-    /// Exact mode with more than one thread: see [`Stage::needs_companion`].
+    /// Exact mode with more than one thread: see [`needs_companion`].
     companions: bool,
     batch: Batch,
     facts: Loaded,

@@ -196,6 +196,8 @@ impl Backend for Node {
                 "requests_running": status.running,
                 "requests_queued": status.queued,
                 "generated_tokens": status.counters.generated_tokens,
+                "token_steps": status.counters.token_steps,
+                "token_compute_us": status.counters.token_compute_us,
                 "prompt_tokens": status.counters.prompt_tokens,
                 "cached_tokens": status.counters.cached_tokens,
                 "last_step": status.last_step.map(|step| serde_json::json!({

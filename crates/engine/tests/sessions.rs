@@ -194,17 +194,20 @@ async fn a_tokenizer_process_that_is_killed_is_replaced() {
 async fn a_prefix_that_a_sliding_window_has_given_up_is_computed_again() {
     let lab = Lab::new();
     let model = lab.tiny("gemma3", Weights::F32);
-    let whole = ranges(&[0, layers(&model)]);
-    let mut last = prompt(400, 2)[..300].to_vec();
+    let mut options = lab.options(&model, ranges(&[0, layers(&model)]), false);
+    options.parallel = 2; // 1,024 cells
+    let fresh = Engine::load(options.clone(), |_, _| {}).unwrap();
+    let engine = Engine::load(options, |_, _| {}).unwrap();
+    let mut last = prompt(400, 2)[..100].to_vec();
     last.extend(prompt(30, 7));
     let best = |answer: &Answer| f32::from_bits(answer.logprob_bits[0][0].1);
-    let fresh = run(&lab.engine(&model, whole.clone(), false), request(last.clone(), 1, greedy())).await;
-    let engine = lab.engine(&model, whole, false);
-    run(&engine, request(prompt(60, 1), 5, greedy())).await;
-    run(&engine, request(prompt(400, 2), 5, greedy())).await;
-    run(&engine, request(prompt(250, 3), 5, greedy())).await;
+    let expected = run(&fresh, request(last.clone(), 1, greedy())).await;
+    // The third needs room, the first makes it, and the third goes on over what the second has behind its window.
+    for (length, salt) in [(300, 1), (400, 2), (440, 3)] {
+        run(&engine, request(prompt(length, salt), 5, greedy())).await;
+    }
     let again = run(&engine, request(last, 1, greedy())).await;
-    assert!((best(&again) - best(&fresh)).abs() < 0.01, "{} {}", best(&again), best(&fresh));
+    assert!((best(&again) - best(&expected)).abs() < 0.02, "{} {}", best(&again), best(&expected));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,7 +12,7 @@ use std::{
 
 use murmur_protocol::{
     frame::{FLAG_FORGET, Frame, FrameError, Header, Kind},
-    stage::{Load, Role, Tokenize},
+    stage::{Load, Role},
 };
 use rustix::net::RecvFlags;
 
@@ -21,6 +21,7 @@ use crate::{
     ffi::{Model, ModelOptions},
     schedule::Schedule,
     stage::{Stage, StageError, Work},
+    vocabulary::tokenize,
 };
 
 /// Below the owner's programs: idle time is what a node contributes.
@@ -259,13 +260,4 @@ fn receive_stage(stage: &mut Stage, schedule: &mut Schedule<Work>, frame: &Frame
         }
         _ => Err(StageError::Protocol("a stage does not take this kind of frame")),
     }
-}
-
-fn tokenize(model: &Model, frame: &Frame) -> Result<Frame, StageError> {
-    if frame.header.kind != Kind::Tokenize {
-        return Err(StageError::Protocol("a vocabulary only tokenises"));
-    }
-    let request: Tokenize = frame.decode()?;
-    let tokens = model.tokenize(&request.text, request.add_special, request.parse_special)?;
-    Ok(Frame::tokens(Header { kind: Kind::Tokenized, ..frame.header }, &tokens))
 }

@@ -10,6 +10,7 @@ use murmur_protocol::{
 use crate::{
     ffi::{Batch, Context, ContextOptions, Model, ModelOptions},
     stage::StageError,
+    vocabulary::tokenize,
 };
 
 /// A loaded pooling model.
@@ -63,9 +64,7 @@ impl EmbeddingModel {
     /// Answers an [`Kind::Embed`] frame with a unit-length vector, a [`Kind::Tokenize`] frame with tokens.
     pub(crate) fn embed(&mut self, frame: &Frame) -> Result<Frame, StageError> {
         if frame.header.kind == Kind::Tokenize {
-            let request: murmur_protocol::stage::Tokenize = frame.decode()?;
-            let tokens = self.context.model().tokenize(&request.text, request.add_special, request.parse_special)?;
-            return Ok(Frame::tokens(Header { kind: Kind::Tokenized, ..frame.header }, &tokens));
+            return tokenize(self.context.model(), frame);
         }
         if frame.header.kind != Kind::Embed {
             return Err(StageError::Protocol("an embedding model takes texts and tokens only"));

@@ -328,26 +328,37 @@ fn stage_cells(options: &EngineOptions, gguf: &Gguf) -> Result<Vec<StageCell>, E
         Some(HiddenInput::OverwriteScaled { tensor }) => Some(tensor.to_owned()),
         Some(HiddenInput::Batch) | None => None,
     };
-    let threads_max = thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let cell = |(stage, &range): (usize, &LayerRange)| {
         let path = if stages == 1 { options.model.clone() } else { slice_file(options, gguf, range)? };
         let load = Load {
-            path,
-            role: Role::Stage { first: stage == 0, last: stage + 1 == stages },
             kv_cells: options.context_tokens.saturating_mul(options.parallel).min(KV_CELLS_MAX),
-            context_tokens: options.context_tokens,
             sequences: sequences(options),
-            chunk_rows: options.chunk_rows,
-            threads: options.threads,
-            threads_max: options.threads.unwrap_or(threads_max).max(1),
-            exact: options.exact,
-            gpu_layers: options.gpu_layers,
             tap: tap.filter(|_| stage + 1 < stages).map(str::to_owned),
             inject: inject.clone().filter(|_| stage > 0),
+            ..load_of(options, path, Role::Stage { first: stage == 0, last: stage + 1 == stages })
         };
         Ok(StageCell { load, range, state: Mutex::default() })
     };
     options.ranges.iter().enumerate().map(cell).collect()
+}
+
+/// What every child of an engine is told; a child without KV cache needs no more.
+fn load_of(options: &EngineOptions, path: PathBuf, role: Role) -> Load {
+    let processors = thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    Load {
+        path,
+        role,
+        kv_cells: 0,
+        context_tokens: options.context_tokens,
+        sequences: 1,
+        chunk_rows: options.chunk_rows,
+        threads: options.threads,
+        threads_max: options.threads.unwrap_or(processors).max(1),
+        exact: options.exact,
+        gpu_layers: options.gpu_layers,
+        tap: None,
+        inject: None,
+    }
 }
 
 /// More sequences than full-length requests: short requests and kept prefixes share the cells. With one KV stream each
@@ -415,10 +426,13 @@ fn supervise(program: &Path, shared: &Shared, stage: usize, mut receiver: Receiv
         }
         shared.drive(|driver| driver.on_lost(stage));
         attempt = if loaded_at.elapsed() < PROVEN_AFTER { attempt + 1 } else { 0 };
-        if attempt >= RELOADS_MAX {
-            return give_up(shared, stage, "it died at once each time");
-        }
+        let mut why = "it died at once each time".to_owned();
         receiver = loop {
+            if attempt >= RELOADS_MAX {
+                let reason = format!("the engine process could not be restarted: {why}");
+                tracing::error!(stage, "{reason}");
+                return shared.drive(|driver| driver.on_failed(&reason));
+            }
             if attempt > 0 {
                 thread::sleep(RELOAD_PAUSE * 2u32.pow(attempt - 1));
             }
@@ -434,9 +448,7 @@ fn supervise(program: &Path, shared: &Shared, stage: usize, mut receiver: Receiv
                 }
                 Err(error) => {
                     attempt += 1;
-                    if attempt >= RELOADS_MAX {
-                        return give_up(shared, stage, &error.to_string());
-                    }
+                    why = error.to_string();
                 }
             }
         };
@@ -445,12 +457,6 @@ fn supervise(program: &Path, shared: &Shared, stage: usize, mut receiver: Receiv
             return;
         }
     }
-}
-
-fn give_up(shared: &Shared, stage: usize, why: &str) {
-    let reason = format!("the engine process could not be restarted: {why}");
-    tracing::error!(stage, "{reason}");
-    shared.drive(|driver| driver.on_failed(&reason));
 }
 
 fn receive(shared: &Shared, stage: usize, receiver: &mut Receiver) {
@@ -506,21 +512,8 @@ struct HelperState {
 
 impl Helper {
     fn new(options: &EngineOptions) -> Result<Helper, EngineError> {
-        let threads_max = thread::available_parallelism().map_or(1, |n| n.get() as u32);
-        let load = Load {
-            path: options.model.clone(),
-            role: if options.embedding { Role::Embedding } else { Role::Vocabulary },
-            kv_cells: 0,
-            context_tokens: options.context_tokens,
-            sequences: 1,
-            chunk_rows: options.chunk_rows,
-            threads: options.threads,
-            threads_max: options.threads.unwrap_or(threads_max).max(1),
-            exact: options.exact,
-            gpu_layers: options.gpu_layers,
-            tap: None,
-            inject: None,
-        };
+        let role = if options.embedding { Role::Embedding } else { Role::Vocabulary };
+        let load = load_of(options, options.model.clone(), role);
         let helper = Helper { program: options.program.clone(), load, state: Arc::default() };
         helper.link()?;
         Ok(helper)

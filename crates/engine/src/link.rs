@@ -18,7 +18,7 @@ use rustix::net::SendFlags;
 
 /// Hidden subcommand of the binary that runs [`crate::child::run`] on standard input.
 pub const CHILD_SUBCOMMAND: &str = "engine-child";
-/// Lines of a child's standard error that are kept for the message about its death.
+/// Bytes of a child's standard error that are kept for the message about its death.
 const STDERR_BYTES_KEPT: usize = 4096;
 
 /// Why a child could not be had.

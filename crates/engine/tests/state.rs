@@ -12,7 +12,7 @@ use murmur_gguf::synth::Weights;
 use murmur_protocol::{
     frame::{FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
     sampling::Token,
-    stage::{Load, NotOpened, Open, Role, Step},
+    stage::{NotOpened, Open, Role, Step},
 };
 
 struct Stage {
@@ -22,20 +22,7 @@ struct Stage {
 
 impl Stage {
     fn new(model: &Path) -> Stage {
-        let load = Load {
-            path: model.to_owned(),
-            role: Role::Stage { first: true, last: true },
-            kv_cells: 1024,
-            context_tokens: 512,
-            sequences: 8,
-            chunk_rows: CHUNK_ROWS,
-            threads: Some(1),
-            threads_max: 1,
-            exact: false,
-            gpu_layers: 0,
-            tap: None,
-            inject: None,
-        };
+        let load = load(model, Role::Stage { first: true, last: true });
         let program = Path::new(env!("CARGO_BIN_EXE_murmur-engine-child"));
         let (link, receiver, _) = Link::spawn(program, &load, &mut |_| {}).unwrap();
         Stage { link, receiver }

@@ -11,7 +11,7 @@ use murmur_engine::link::Link;
 use murmur_protocol::{
     frame::{Frame, Header, Kind},
     sampling::Token,
-    stage::{Load, Role, Tokenize},
+    stage::{Role, Tokenize},
 };
 
 /// Separates the texts of an `.inp` file.
@@ -20,20 +20,7 @@ const SEPARATOR: &str = "\n__ggml_vocab_test__\n";
 fn vectors_pass(vocabulary: &str) {
     let Some(model) = shared_model(&format!("gguf-vocab/ggml-vocab-{vocabulary}.gguf")) else { return };
     let read = |suffix: &str| std::fs::read_to_string(format!("{}.{suffix}", model.display())).unwrap();
-    let load = Load {
-        path: model.clone(),
-        role: Role::Vocabulary,
-        kv_cells: 0,
-        context_tokens: 0,
-        sequences: 1,
-        chunk_rows: 1,
-        threads: Some(1),
-        threads_max: 1,
-        exact: false,
-        gpu_layers: 0,
-        tap: None,
-        inject: None,
-    };
+    let load = load(&model, Role::Vocabulary);
     let program = Path::new(env!("CARGO_BIN_EXE_murmur-engine-child"));
     let (link, mut receiver, _) = Link::spawn(program, &load, &mut |_| {}).unwrap();
     let (texts, expected) = (read("inp"), read("out"));

@@ -8,7 +8,10 @@ use murmur_gguf::{
     Gguf, LayerRange,
     synth::{self, Spec, Weights},
 };
-use murmur_protocol::sampling::{SamplingParams, Token};
+use murmur_protocol::{
+    sampling::{SamplingParams, Token},
+    stage::{Load, Role},
+};
 
 /// Tests use their own chunk size, so that small prompts have several chunks.
 pub const CHUNK_ROWS: u32 = 64;
@@ -146,6 +149,24 @@ pub fn kill(pid: u32) {
 
 pub fn stage_pid(engine: &Engine, stage: usize) -> Option<u32> {
     engine.status().stages[stage].process_id
+}
+
+/// What a child that is spoken to directly is told.
+pub fn load(path: &Path, role: Role) -> Load {
+    Load {
+        path: path.to_owned(),
+        role,
+        kv_cells: 1024,
+        context_tokens: 512,
+        sequences: 8,
+        chunk_rows: CHUNK_ROWS,
+        threads: Some(1),
+        threads_max: 1,
+        exact: false,
+        gpu_layers: 0,
+        tap: None,
+        inject: None,
+    }
 }
 
 /// Process ids of this process's children, loaded or not.

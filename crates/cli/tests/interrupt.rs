@@ -8,8 +8,10 @@ mod common;
 use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{TcpListener, TcpStream},
+    os::fd::AsFd,
     process::{Command, Stdio},
     sync::mpsc,
+    time::Duration,
 };
 
 use common::Home;
@@ -77,54 +79,63 @@ fn ctrl_c_ends_a_command_that_answers_a_script_and_the_server_sees_it_go() {
 
 #[test]
 fn ctrl_c_in_a_conversation_stops_the_answer_and_not_the_program() {
-    if Command::new("script").arg("--version").output().is_err() {
-        eprintln!("skipped: the program `script`, which makes a terminal, is not here");
-        return;
-    }
     let home = Home::new();
     let (address, seen) = slow_server();
-    let murmur = format!("{} run slow --api {address}", env!("CARGO_BIN_EXE_murmur"));
-    let mut terminal = Command::new("script")
-        .args(["-qefc", &murmur, "/dev/null"])
+    let (terminal, terminal_of_program) = pty_process::blocking::open().unwrap();
+    let mut program = pty_process::blocking::Command::new(env!("CARGO_BIN_EXE_murmur"))
+        .args(["run", "slow", "--api", &address])
         .env("MURMUR_DATA_DIR", home.data_dir())
         .env("TERM", "xterm")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
+        .spawn(terminal_of_program)
         .unwrap();
-    let mut keys = terminal.stdin.take().unwrap();
-    let mut screen = Screen { out: terminal.stdout.take().unwrap(), shown: String::new() };
+    let mut screen = Screen::of(&terminal);
     screen.wait_for(">>> ");
-    keys.write_all(b"hello\r").unwrap();
-    assert_eq!(seen.recv().unwrap(), Seen::Asked);
+    (&terminal).write_all(b"hello\r").unwrap();
+    assert_eq!(seen.recv_timeout(PATIENCE), Ok(Seen::Asked), "the screen: {:?}", screen.shown);
     screen.wait_for("word");
-    keys.write_all(b"\x03").unwrap();
-    assert_eq!(seen.recv().unwrap(), Seen::HungUp);
+    (&terminal).write_all(b"\x03").unwrap();
+    assert_eq!(seen.recv_timeout(PATIENCE), Ok(Seen::HungUp), "the screen: {:?}", screen.shown);
     screen.wait_for("(stopped)");
     screen.wait_for(">>> ");
-    keys.write_all(b"/exit\r").unwrap();
-    assert_eq!(terminal.wait().unwrap().code(), Some(0));
+    (&terminal).write_all(b"/exit\r").unwrap();
+    assert_eq!(program.wait().unwrap().code(), Some(0));
 }
 
+/// Longer than anything here takes on a busy machine: which step it was that never came is worth knowing.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// What a terminal shows.
-struct Screen<R> {
-    out: R,
+struct Screen {
+    output: mpsc::Receiver<String>,
     shown: String,
 }
 
-impl<R: Read> Screen<R> {
-    /// Reads until `text` has been shown, and forgets everything up to it.
+impl Screen {
+    fn of(terminal: &pty_process::blocking::Pty) -> Self {
+        let mut terminal = std::fs::File::from(terminal.as_fd().try_clone_to_owned().unwrap());
+        let (sender, output) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            // A terminal that its program has left is an error to read.
+            while let Ok(n @ 1..) = terminal.read(&mut buffer) {
+                if sender.send(String::from_utf8_lossy(&buffer[..n]).into_owned()).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { output, shown: String::new() }
+    }
+
+    /// Waits until `text` has been shown, and forgets everything up to it.
     #[track_caller]
     fn wait_for(&mut self, text: &str) {
-        let mut buffer = [0; 4096];
-        loop {
-            if let Some(at) = self.shown.find(text) {
-                self.shown.drain(..at + text.len());
-                return;
+        while !self.shown.contains(text) {
+            match self.output.recv_timeout(PATIENCE) {
+                Ok(more) => self.shown.push_str(&more),
+                Err(error) => panic!("{text:?} was never shown ({error}), but {:?}", self.shown),
             }
-            let n = self.out.read(&mut buffer).unwrap();
-            assert!(n > 0, "the program ended before it showed {text:?}; it showed {:?}", self.shown);
-            self.shown.push_str(&String::from_utf8_lossy(&buffer[..n]));
         }
+        let end = self.shown.find(text).unwrap() + text.len();
+        self.shown.drain(..end);
     }
 }

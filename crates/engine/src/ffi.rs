@@ -94,6 +94,11 @@ fn init() {
 /// llama.cpp rounds the KV cells up to this.
 const CELLS_MULTIPLE: u32 = 256;
 
+/// How long workers look for the next computation before they sleep, in units of 2^17 pauses of the processor (2 to 6 ms):
+/// longer than from one step to the next, so that a generation pays for no wake-up (measured: 4 % of decoding), and short
+/// enough that an idle model costs nothing.
+const POLL_LEVEL: u32 = 1;
+
 /// How to load weights.
 pub(crate) struct ModelOptions {
     /// Load the vocabulary and no weights.
@@ -399,8 +404,7 @@ impl Context {
                 return Err(failed());
             };
             let mut pool_params = sys::ggml_threadpool_params_default(threads);
-            // Between two steps workers sleep instead of spinning: the machine has other things to do.
-            pool_params.poll = 0;
+            pool_params.poll = POLL_LEVEL;
             let Some(pool) = NonNull::new(sys::ggml_threadpool_new(&raw mut pool_params)) else {
                 sys::llama_free(context.as_ptr());
                 drop(Box::from_raw(hooks.as_ptr()));

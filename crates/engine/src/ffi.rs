@@ -263,7 +263,7 @@ pub(crate) struct ContextOptions {
     pub(crate) batch_rows: u32,
     /// One KV stream for all sequences (cells are shared), or one for each (cell = position, which exactness needs).
     pub(crate) unified_kv: bool,
-    /// Insist on flash attention: without it attention goes through matrix kernels that depend on the batch.
+    /// No flash attention: its kernel splits the KV cache of a lone row over the threads, and the sum depends on their number.
     pub(crate) exact: bool,
     /// Pooled embeddings instead of logits.
     pub(crate) embeddings: bool,
@@ -387,7 +387,7 @@ impl Context {
             params.swa_full = true;
             params.no_perf = true;
             if options.exact {
-                params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_ENABLED;
+                params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
             }
             params.embeddings = options.embeddings;
             if hooks.tap.is_none() && !options.embeddings {

@@ -67,8 +67,6 @@ pub(crate) struct Stage {
     sessions: HashMap<u64, Session>,
     vocabulary: Option<Arc<Vocabulary>>,
     governor: ThreadGovernor,
-    /// Exact mode with more than one thread: see [`needs_companion`].
-    companions: bool,
     batch: Batch,
     facts: Loaded,
 }
@@ -108,7 +106,8 @@ impl Stage {
             let prepare = move || vocabulary.prepare_grammars();
             let _ = std::thread::Builder::new().name("grammars".into()).spawn(prepare);
         }
-        let batch_rows = (load.chunk_rows * 2).max(load.sequences);
+        // In exact mode a chunk has a batch to itself. Without flash attention the buffers grow with rows x cells.
+        let batch_rows = if load.exact { load.chunk_rows } else { load.chunk_rows * 2 }.max(load.sequences);
         let context = Context::new(
             model.clone(),
             &ContextOptions {
@@ -141,7 +140,6 @@ impl Stage {
             sessions: HashMap::new(),
             vocabulary,
             governor,
-            companions: load.exact && load.threads_max > 1,
             batch: Batch::default(),
             facts,
         })
@@ -287,20 +285,17 @@ impl Stage {
         batch.positions.clear();
         batch.sequences.clear();
         batch.wants_output.clear();
-        for (index, work) in works.iter().enumerate() {
+        for work in works {
             let rows = work.tokens.len();
-            let companion = usize::from(self.companions && needs_companion(works, index));
-            for _ in 0..=companion {
-                if self.first {
-                    batch.tokens.extend_from_slice(&work.tokens);
-                } else {
-                    batch.hidden.extend_from_slice(&work.hidden);
-                }
+            if self.first {
+                batch.tokens.extend_from_slice(&work.tokens);
+            } else {
+                batch.hidden.extend_from_slice(&work.hidden);
             }
-            batch.positions.extend((work.header.position as i32..).take(rows + companion));
-            batch.sequences.extend(std::iter::repeat_n(work.sequence, rows + companion));
+            batch.positions.extend((work.header.position as i32..).take(rows));
+            batch.sequences.extend(std::iter::repeat_n(work.sequence, rows));
             let wants = self.last && work.header.has(FLAG_WANT_OUTPUT);
-            batch.wants_output.extend((0..rows + companion).map(|row| wants && row + 1 == rows));
+            batch.wants_output.extend((0..rows).map(|row| wants && row + 1 == rows));
         }
         let rows = batch.positions.len();
         let threads = self.governor.choose(rows);
@@ -317,11 +312,6 @@ impl Stage {
             return Err(error.into());
         }
         self.governor.observe(rows, took);
-        if self.companions {
-            for work in works {
-                self.context.truncate(work.sequence, work.header.position + work.header.rows);
-            }
-        }
         Ok((took, threads))
     }
 
@@ -330,7 +320,7 @@ impl Stage {
         let step = Step { sampled: None, compute_us: took.as_micros() as u32, batch_rows: batch_rows as u32, threads };
         let width = self.facts.n_embd as usize;
         let mut row = 0;
-        for (index, work) in works.iter().enumerate() {
+        for work in works {
             let end = row + work.rows();
             let header = Header { flags: work.header.flags, ..work.header };
             let answer = if !self.last {
@@ -348,7 +338,7 @@ impl Stage {
                 Frame::message(Header { kind: Kind::Done, ..header }, &step).map_err(StageError::from)
             };
             answers.push(answer.unwrap_or_else(|error| failure(work, &error)));
-            row = end + usize::from(self.companions && needs_companion(works, index));
+            row = end;
         }
     }
 
@@ -376,18 +366,6 @@ impl Stage {
         self.slots.extended(sequence, tokens, false);
         Ok(())
     }
-}
-
-/// A lone row whose attention llama.cpp would split over its threads, adding up in an order that depends on their number.
-/// It does so for one row of one KV stream only (`ggml_compute_forward_flash_attn_ext_f16`, split-KV path, from 512 cells
-/// on), so such a row gets a companion: a copy of itself at the next position, forgotten at once. Rows of neighbouring
-/// sequences are computed together and need none.
-fn needs_companion(works: &[&Work], index: usize) -> bool {
-    let neighbour = |other: Option<&&Work>, distance: i32| {
-        other.is_some_and(|other| other.sequence - works[index].sequence == distance && other.rows() == 1)
-    };
-    let before = index.checked_sub(1).and_then(|i| works.get(i));
-    works[index].rows() == 1 && !neighbour(before, -1) && !neighbour(works.get(index + 1), 1)
 }
 
 fn failure(work: &Work, error: &StageError) -> Frame {

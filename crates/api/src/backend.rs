@@ -5,6 +5,8 @@ use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 use murmur_protocol::sampling::{SamplingParams, Token};
 use tokio::sync::mpsc;
 
+use crate::limits::{FAILED_RETRY_AFTER, LOADING_RETRY_AFTER};
+
 /// A boxed future, so that [`Backend`] can be a trait object.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -15,6 +17,54 @@ pub enum ModelKind {
     Generate,
     /// Embeddings only.
     Embed,
+}
+
+/// Whether a model can be asked now.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ModelState {
+    /// Not yet: it is being loaded.
+    Loading {
+        /// 0 to 1.
+        fraction: f32,
+    },
+    /// Requests are taken.
+    Ready,
+    /// Not at present: its processes could not be brought back. The node goes on trying.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl ModelState {
+    /// One word for clients.
+    pub fn name(&self) -> &'static str {
+        match self {
+            ModelState::Loading { .. } => "loading",
+            ModelState::Ready => "ready",
+            ModelState::Failed { .. } => "failed",
+        }
+    }
+
+    /// Why a request for the model called `id` is not taken now, if it is not.
+    pub fn refusal(&self, id: &str) -> Option<Refusal> {
+        let message = match self {
+            ModelState::Ready => return None,
+            ModelState::Loading { fraction } => {
+                format!("{id} is being loaded ({:.0} %): try again shortly", 100.0 * fraction)
+            }
+            ModelState::Failed { reason } => format!("{id} is not available at present, try again later: {reason}"),
+        };
+        Some(Refusal::NotReady { retry_after: self.retry_after(), message })
+    }
+
+    /// When to ask again.
+    pub fn retry_after(&self) -> Duration {
+        match self {
+            ModelState::Loading { .. } | ModelState::Ready => LOADING_RETRY_AFTER,
+            ModelState::Failed { .. } => FAILED_RETRY_AFTER,
+        }
+    }
 }
 
 /// What the HTTP layer must know of a model.
@@ -34,8 +84,8 @@ pub struct ModelCard {
     pub bos_text: String,
     /// Text of the end-of-sequence token, for the template.
     pub eos_text: String,
-    /// `loading`, `ready` ...
-    pub state: String,
+    /// Whether it can be asked now. Until it is loaded, the context and the texts of tokens are not final.
+    pub state: ModelState,
     /// Facts for `/v1/models/{id}` and `/api/status` (architecture, parameters, quantisation, stages ...).
     pub details: serde_json::Value,
 }
@@ -170,7 +220,7 @@ pub enum Refusal {
         /// For the user.
         message: String,
     },
-    /// The model is loading: 503 with Retry-After.
+    /// The model is loading or cannot be had at present, or the server ends: 503 with Retry-After.
     #[error("{message}")]
     NotReady {
         /// When to try again.
@@ -197,7 +247,7 @@ pub struct Embeddings {
 
 /// A node, as the HTTP layer sees it.
 pub trait Backend: Send + Sync + 'static {
-    /// Every model this node can serve now.
+    /// Every model of this node, also those that cannot be asked yet.
     fn models(&self) -> Vec<Arc<ModelCard>>;
     /// Starts a generation: tokenises, checks the length, queues or refuses. It never waits for other generations to
     /// end: a queued request is an accepted one, and its events start later.
@@ -215,6 +265,8 @@ pub trait Backend: Send + Sync + 'static {
     }
     /// For `/api/status`.
     fn status(&self) -> serde_json::Value;
+    /// Ends all work at once, because the server stops: every generation fails with a reason, and none begins.
+    fn cut_off(&self) {}
     /// For `/metrics`: the node's own part, in Prometheus text format.
     fn metrics(&self) -> String;
 }

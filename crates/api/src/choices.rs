@@ -13,13 +13,14 @@ use crate::{
     backend::{Backend, Completion, Event, Finish, GenerateRequest, Generation, Refusal, TokenInfo},
     errors::ApiError,
     metrics::Metrics,
+    timings::Timings,
 };
 
 /// What happened to a choice, as far as an answer shows it.
 #[derive(Debug)]
 pub(crate) enum ChoiceEvent {
     Text { text: String, tokens: Vec<TokenInfo> },
-    Done(Finish),
+    Done(Finish, Timings),
     Failed(Refusal),
 }
 
@@ -41,6 +42,8 @@ struct Slot {
     cached_tokens: u32,
     completion_tokens: u32,
     has_text: bool,
+    /// Once it is done.
+    timings: Option<Timings>,
 }
 
 impl Choices {
@@ -104,6 +107,11 @@ impl Choices {
         })
     }
 
+    /// The timings of all choices that are done, as if they were one; `None` where none is.
+    pub(crate) fn timings(&self) -> Option<Timings> {
+        self.slots.iter().filter_map(|slot| slot.timings).reduce(Timings::beside)
+    }
+
     async fn receive(&mut self) -> Option<(usize, Option<Event>)> {
         let slots = &mut self.slots;
         let turn = &mut self.turn;
@@ -143,7 +151,9 @@ impl Choices {
                 slot.cached_tokens = completion.cached_tokens;
                 slot.first_token(&self.metrics);
                 slot.end(&completion, &self.metrics);
-                Some(ChoiceEvent::Done(completion.finish))
+                let timings = Timings::of(&completion);
+                slot.timings = Some(timings);
+                Some(ChoiceEvent::Done(completion.finish, timings))
             }
             Some(Event::Failed(refusal)) => {
                 slot.events = None;
@@ -171,6 +181,7 @@ impl Slot {
             cached_tokens: 0,
             completion_tokens: 0,
             has_text: false,
+            timings: None,
         }
     }
 

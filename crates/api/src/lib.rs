@@ -32,6 +32,7 @@ mod security;
 mod server;
 mod sse;
 mod stall;
+mod timings;
 
 pub use backend::Backend;
 pub use options::{ApiOptions, OptionsError};

@@ -28,10 +28,16 @@ pub const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 pub const MAX_IN_FLIGHT: usize = 256;
 /// What `Retry-After` says when the HTTP layer itself is full.
 pub const IN_FLIGHT_RETRY_AFTER: Duration = Duration::from_secs(1);
+/// What `Retry-After` says while a model is being loaded.
+pub const LOADING_RETRY_AFTER: Duration = Duration::from_secs(2);
+/// What `Retry-After` says while a model cannot be had.
+pub const FAILED_RETRY_AFTER: Duration = Duration::from_secs(15);
 /// Silence on a stream after which a comment line keeps proxies from closing it, unless the options say otherwise.
 pub const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
 /// How long running answers may take to finish once the server is to stop, unless the options say otherwise.
 pub const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
+/// How long answers that were cut off after that may take to say so.
+pub const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Answers to one prompt (`n`).
 pub const MAX_N: u32 = 16;

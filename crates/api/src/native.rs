@@ -6,12 +6,12 @@ use axum::{
     Json,
     extract::State,
     http::{StatusCode, header},
-    response::IntoResponse,
+    response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
 
 use crate::{
-    backend::Prompt,
+    backend::{ModelCard, ModelState, Prompt},
     body::JsonObject,
     errors::ApiError,
     fields::Fields,
@@ -24,17 +24,38 @@ use crate::{
     router::AppState,
 };
 
-/// What [`crate::backend::ModelCard::state`] says of a model that can be used.
-const READY: &str = "ready";
-
-/// `GET /health`: 200 when requests can be served, 503 while all models are loading. Needs no key.
-pub(crate) async fn health(State(state): State<Arc<AppState>>) -> impl IntoResponse {
+/// `GET /health`: 200 when requests are served; 503 while a model is being loaded, and when none can be had. Needs no key.
+pub(crate) async fn health(State(state): State<Arc<AppState>>) -> Response {
     let models = state.backend.models();
-    if models.is_empty() || models.iter().any(|model| model.state == READY) {
-        (StatusCode::OK, Json(json!({"status": "ok"})))
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "loading"})))
+    let is_loading = |model: &&Arc<ModelCard>| matches!(model.state, ModelState::Loading { .. });
+    let is_ready = |model: &Arc<ModelCard>| model.state == ModelState::Ready;
+    let (status, hindrance) = match models.iter().find(is_loading) {
+        Some(loading) => ("loading", Some(loading)),
+        None if models.is_empty() || models.iter().any(is_ready) => ("ok", None),
+        None => ("failed", models.first()),
+    };
+    let mut body = json!({"status": status});
+    // Without a key one learns no names and no reasons where a key is demanded.
+    if !state.policy.demands_key() && models.iter().any(|model| !is_ready(model)) {
+        body["models"] = models.iter().map(|model| describe_state(model)).collect();
     }
+    let Some(hindrance) = hindrance else { return (StatusCode::OK, Json(body)).into_response() };
+    let fractions = models.iter().map(|model| match model.state {
+        ModelState::Loading { fraction } => fraction,
+        ModelState::Ready | ModelState::Failed { .. } => 1.0,
+    });
+    body["progress"] = json!(fractions.sum::<f32>() / models.len() as f32);
+    let retry_after = [(header::RETRY_AFTER, hindrance.state.retry_after().as_secs())];
+    (StatusCode::SERVICE_UNAVAILABLE, retry_after, Json(body)).into_response()
+}
+
+/// What anyone may know of a model.
+fn describe_state(model: &ModelCard) -> Value {
+    let mut described = describe(model);
+    if let Some(fields) = described.as_object_mut() {
+        fields.retain(|name, _| ["id", "state", "progress", "reason"].contains(&name.as_str()));
+    }
+    described
 }
 
 /// `GET /metrics`.

@@ -43,6 +43,11 @@ impl Policy {
         }
     }
 
+    /// True when not everyone may ask.
+    pub(crate) fn demands_key(&self) -> bool {
+        !self.keys.is_empty()
+    }
+
     /// The name by which the client reached us, if it is one of ours.
     fn check_host(&self, headers: &HeaderMap, uri: &Uri) -> Result<Authority, ApiError> {
         let mut hosts = headers.get_all(header::HOST).iter();

@@ -23,7 +23,8 @@ use tower::ServiceExt;
 use crate::{
     ApiOptions, Backend, OptionsError,
     limits::{
-        ACCEPT_RETRY_DELAY, HEADER_READ_TIMEOUT, MAX_CONNECTIONS, MAX_HEADER_BYTES, MAX_HEADERS, WRITE_STALL_TIMEOUT,
+        ACCEPT_RETRY_DELAY, FAREWELL, HEADER_READ_TIMEOUT, MAX_CONNECTIONS, MAX_HEADER_BYTES, MAX_HEADERS,
+        WRITE_STALL_TIMEOUT,
     },
     metrics::Metrics,
     router::{AppState, routes},
@@ -42,7 +43,8 @@ pub enum ServeError {
 }
 
 /// Serves until `shutdown` ends; then accepts nothing more, lets running answers finish for
-/// [`ApiOptions::shutdown_grace`], and cuts off the rest. Errors of clients and of `accept` never end it.
+/// [`ApiOptions::shutdown_grace`], and cuts off the rest: each of them ends with an error. Errors of clients and of `accept`
+/// never end it.
 pub async fn serve(
     listener: TcpListener,
     backend: Arc<dyn Backend>,
@@ -50,9 +52,9 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
     options.validate(listener.local_addr()?)?;
-    let state = Arc::new(AppState::new(backend, &options));
+    let state = Arc::new(AppState::new(backend.clone(), &options));
     let server = Server { metrics: state.metrics.clone(), routes: routes(state), grace: options.shutdown_grace };
-    server.run(&listener, shutdown).await;
+    server.run(&listener, shutdown, || backend.cut_off()).await;
     Ok(())
 }
 
@@ -80,7 +82,7 @@ struct Server {
 }
 
 impl Server {
-    async fn run(self, listener: &impl Accept, shutdown: impl Future<Output = ()>) {
+    async fn run(self, listener: &impl Accept, shutdown: impl Future<Output = ()>, cut_off: impl FnOnce()) {
         let (stop, stopping) = watch::channel(false);
         let mut connections = JoinSet::new();
         tokio::select! {
@@ -88,9 +90,11 @@ impl Server {
             () = self.accept_all(listener, &mut connections, &stopping) => {}
         }
         let _ = stop.send(true);
-        let all_ended = async { while connections.join_next().await.is_some() {} };
-        if timeout(self.grace, all_ended).await.is_err() {
+        if timeout(self.grace, all_ended(&mut connections)).await.is_err() {
             tracing::warn!(connections = connections.len(), "cutting off answers that did not finish in time");
+            cut_off();
+            // Each is told so; a client that does not listen is not waited for.
+            let _ = timeout(FAREWELL, all_ended(&mut connections)).await;
             connections.shutdown().await;
         }
     }
@@ -127,6 +131,10 @@ impl Server {
             }
         }
     }
+}
+
+async fn all_ended(connections: &mut JoinSet<()>) {
+    while connections.join_next().await.is_some() {}
 }
 
 async fn serve_connection<S>(stream: S, routes: Router, mut stopping: watch::Receiver<bool>)
@@ -223,7 +231,7 @@ mod tests {
             connect.send(stream).await.unwrap();
             assert!(ask(&mut client).await.ends_with("here"));
         };
-        server.run(&listener, client).await;
+        server.run(&listener, client, || ()).await;
         assert!(metrics.render().contains("murmur_http_accept_errors_total 10"));
     }
 
@@ -252,7 +260,7 @@ mod tests {
                 finish.send(()).unwrap();
             });
         };
-        server(routes).run(&listener, shutdown).await;
+        server(routes).run(&listener, shutdown, || ()).await;
         assert!(asking.await.unwrap().ends_with("finished"));
     }
 
@@ -271,7 +279,7 @@ mod tests {
         let (mut client, stream) = duplex(4096);
         connect.send(stream).await.unwrap();
         let asking = tokio::spawn(async move { ask(&mut client).await });
-        server(routes).run(&listener, async { was_asked.await.unwrap() }).await;
+        server(routes).run(&listener, async { was_asked.await.unwrap() }, || ()).await;
         assert_eq!(asking.await.unwrap(), "");
     }
 
@@ -285,6 +293,6 @@ mod tests {
             let mut answer = String::new();
             client.read_to_string(&mut answer).await.unwrap();
         };
-        timeout(2 * HEADER_READ_TIMEOUT, server(Router::new()).run(&listener, client)).await.unwrap();
+        timeout(2 * HEADER_READ_TIMEOUT, server(Router::new()).run(&listener, client, || ())).await.unwrap();
     }
 }

@@ -23,6 +23,7 @@ use crate::{
     backend::{Finish, TokenInfo},
     choices::{ChoiceEvent, Choices},
     errors::ApiError,
+    timings::Timings,
 };
 
 /// Makes the chunks of one dialect.
@@ -31,10 +32,10 @@ pub(crate) trait Render: Send + 'static {
     fn begin(&mut self, out: &mut Chunks);
     /// New text of a choice. Returns whether the choice has all that is wanted of it.
     fn text(&mut self, choice: usize, text: String, tokens: &[TokenInfo], out: &mut Chunks) -> bool;
-    /// The end of a choice.
-    fn done(&mut self, choice: usize, finish: &Finish, out: &mut Chunks);
+    /// The end of a choice; `timings` where the generation came to its own end.
+    fn done(&mut self, choice: usize, finish: &Finish, timings: Option<Timings>, out: &mut Chunks);
     /// After the end of all choices.
-    fn end(&mut self, usage: Value, out: &mut Chunks);
+    fn end(&mut self, usage: Value, timings: Option<Timings>, out: &mut Chunks);
 }
 
 /// Chunks that wait to be sent: those of one event at most.
@@ -104,17 +105,19 @@ impl<R: Render> Stream<R> {
             Some((choice, ChoiceEvent::Text { text, tokens })) => {
                 if self.render.text(choice, text, &tokens, &mut self.chunks) {
                     self.choices.finish(choice);
-                    self.render.done(choice, &Finish::EndOfText, &mut self.chunks);
+                    self.render.done(choice, &Finish::EndOfText, None, &mut self.chunks);
                 }
             }
-            Some((choice, ChoiceEvent::Done(finish))) => self.render.done(choice, &finish, &mut self.chunks),
+            Some((choice, ChoiceEvent::Done(finish, timings))) => {
+                self.render.done(choice, &finish, Some(timings), &mut self.chunks);
+            }
             Some((_, ChoiceEvent::Failed(refusal))) => {
                 self.has_ended = true;
                 self.chunks.push(&ApiError::from(refusal).body());
             }
             None => {
                 self.has_ended = true;
-                self.render.end(self.choices.usage(), &mut self.chunks);
+                self.render.end(self.choices.usage(), self.choices.timings(), &mut self.chunks);
                 self.chunks.push_done();
             }
         }

@@ -7,7 +7,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use clap::{ArgAction, Args, Parser, Subcommand, ValueHint, builder::NonEmptyStringValueParser, value_parser};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueHint, value_parser};
 use murmur_store::{ModelName, ModelRef};
 
 use crate::{
@@ -55,7 +55,7 @@ pub(crate) struct Global {
     #[arg(long, global = true, env = "MURMUR_API", value_name = "ADDR:PORT", default_value = DEFAULT_API)]
     pub(crate) api: SocketAddr,
     /// A key that the API demands (serve) or is given (status, run, bench); needed when it listens beyond this machine
-    #[arg(long, global = true, env = "MURMUR_API_KEY", value_name = "KEY", hide_env_values = true, value_parser = NonEmptyStringValueParser::new())]
+    #[arg(long, global = true, env = "MURMUR_API_KEY", value_name = "KEY", hide_env_values = true)]
     pub(crate) api_key: Option<String>,
     /// Machine-readable output
     #[arg(long, global = true)]
@@ -113,8 +113,8 @@ pub(crate) struct EngineArgs {
     /// Tokens per request at most, prompt and answer together [default: the model's own, as far as memory allows]
     #[arg(long, env = "MURMUR_CTX", value_name = "N", value_parser = value_parser!(u32).range(1..=16_777_216))]
     pub(crate) ctx: Option<u32>,
-    /// Requests that run at the same time; further ones wait
-    #[arg(long, env = "MURMUR_PARALLEL", value_name = "N", default_value = "4", value_parser = value_parser!(u32).range(1..=1024))]
+    /// Requests that run at the same time; further ones wait. At most 64, with --exact 256
+    #[arg(long, env = "MURMUR_PARALLEL", value_name = "N", default_value = "4", value_parser = value_parser!(u32).range(1..=256))]
     pub(crate) parallel: u32,
     /// Memory for models and contexts at most, such as 8GiB [default: what the machine has free]
     #[arg(long, env = "MURMUR_MAX_MEMORY", value_name = "SIZE")]

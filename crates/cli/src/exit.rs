@@ -100,8 +100,8 @@ fn code_of(error: &anyhow::Error) -> Code {
         if let Some(node) = cause.downcast_ref::<NodeError>() {
             return match node {
                 NodeError::Gguf(error) => code_of_gguf(error),
-                NodeError::Fit(_) => Code::NoSpace,
-                NodeError::SameName(_) => Code::Usage,
+                NodeError::Fit { .. } => Code::NoSpace,
+                NodeError::SameName(_) | NodeError::Parallel { .. } => Code::Usage,
                 NodeError::Unusable { .. } | NodeError::Slice(_) => Code::Damaged,
                 NodeError::Interrupted => Code::Interrupted,
                 _ => Code::Failed,

@@ -89,8 +89,19 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Re
     // A server's settings as they would be here, also when another command is run.
     let serve = command.clone().try_get_matches_from(["murmur", "serve"]).map_err(blame_file)?;
     let effective = effective(&command, &matches, &serve, &values);
-    let cli = Cli::from_arg_matches(&matches)?;
+    let mut cli = Cli::from_arg_matches(&matches)?;
+    cli.global.api_key = api_key(cli.global.api_key, matches.value_source("api_key"))?;
     Ok(Invocation { cli, data_dir, config_file, effective })
+}
+
+/// An empty variable, and an empty value in the file, are how one says "none"; an empty flag is a slip in a script.
+fn api_key(key: Option<String>, source: Option<ValueSource>) -> anyhow::Result<Option<String>> {
+    match key {
+        Some(key) if key.is_empty() && source == Some(ValueSource::CommandLine) => {
+            Err(Failure::because(Code::Usage, "--api-key is empty. Give a key, or leave the flag out."))
+        }
+        key => Ok(key.filter(|key| !key.is_empty())),
+    }
 }
 
 fn data_dir(given: Option<&Path>) -> anyhow::Result<PathBuf> {
@@ -260,7 +271,10 @@ fn effective(
             }
             let id = arg.get_id().as_str();
             let value = matches.get_raw(id).map(|raw| raw.map(|v| v.to_string_lossy()).collect::<Vec<_>>().join(","));
-            let value = value.map(|text| if SECRET.contains(&key) { "(set)".to_owned() } else { text });
+            let value = match value {
+                Some(text) if SECRET.contains(&key) => (!text.is_empty()).then(|| "(set)".to_owned()),
+                value => value,
+            };
             let source = match matches.value_source(id) {
                 Some(ValueSource::CommandLine) => "flag",
                 Some(ValueSource::EnvVariable) => "environment",
@@ -358,6 +372,16 @@ mod tests {
         assert_eq!((find("stages").source, find("stages").value.as_deref()), ("file", Some("3")));
         assert_eq!((find("threads").source, find("threads").value.as_deref()), ("default", Some("auto")));
         assert!(!format!("{:?}", invocation.effective).contains("hunter2"));
+    }
+
+    #[test]
+    fn an_empty_key_is_none_unless_it_is_a_flag() {
+        let invocation = parse_with("api-key = \"\"", &["status"]).unwrap();
+        assert_eq!(invocation.cli.global.api_key, None);
+        let shown = invocation.effective.iter().find(|setting| setting.key == "api-key").unwrap();
+        assert_eq!(shown.value, None);
+        let error = parse_with("", &["status", "--api-key", ""]).unwrap_err().to_string();
+        assert!(error.contains("--api-key is empty"), "{error}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Ctrl-C during an answer, against a server that never finishes one.
 
 #![cfg(unix)]
-#![allow(clippy::unwrap_used, reason = "a test ends when something is off")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends when something is off")]
 
 mod common;
 

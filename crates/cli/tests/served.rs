@@ -82,6 +82,56 @@ fn without_a_server_a_model_runs_in_the_command_itself() {
 }
 
 #[test]
+fn an_empty_key_in_the_environment_is_none() {
+    let home = Home::new();
+    let model = home.model("tiny.gguf");
+    let server = Server::start(&home, [model.to_str().unwrap()]);
+    let mut status = home.murmur(["status", "--api", &server.address]);
+    status.env("MURMUR_API_KEY", "").output().map(common::Outcome::from).unwrap().succeeds();
+}
+
+#[test]
+fn more_parallel_requests_than_the_engine_can_run_are_refused_at_once() {
+    let home = Home::new();
+    home.model("tiny.gguf");
+    home.run(["serve", "tiny.gguf", "--parallel", "65", "--api", "127.0.0.1:0"]).fails(2, "1 to 64");
+    home.run(["serve", "tiny.gguf", "--parallel", "257", "--exact", "--api", "127.0.0.1:0"]).fails(2, "1..=256");
+}
+
+#[test]
+fn a_model_that_does_not_fit_is_named_with_sizes_that_say_something() {
+    let home = Home::new();
+    home.model("tiny.gguf");
+    let outcome = home.run(["serve", "tiny.gguf", "--max-memory", "1M", "--api", "127.0.0.1:0"]);
+    let outcome = outcome.fails(4, "tiny does not fit: it needs");
+    assert!(!outcome.err.contains(" 0.0 "), "{}", outcome.err);
+}
+
+#[test]
+fn a_server_can_be_asked_while_it_loads_and_ends_at_once() {
+    let home = Home::new();
+    let model = home.model("tiny.gguf");
+    let address = common::unused_address();
+    let server = home
+        .murmur(["serve", "--api", &address, model.to_str().unwrap()])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Its first engine process hangs, so it loads for as long as this looks at it.
+    common::stop_first_child(server.id());
+    let loading = common::get(&address, "/health");
+    assert!(loading.starts_with("HTTP/1.1 503") && loading.contains("retry-after"), "{loading}");
+    assert!(loading.contains(r#""status":"loading""#), "{loading}");
+    let models = common::get(&address, "/v1/models");
+    assert!(models.contains(r#""id":"tiny""#) && models.contains(r#""state":"loading""#), "{models}");
+    home.run(["run", "tiny", "hello", "--api", &address]).fails(5, "being loaded");
+    std::process::Command::new("kill").args(["-INT", &server.id().to_string()]).status().unwrap();
+    let outcome: common::Outcome = server.wait_with_output().unwrap().into();
+    outcome.fails(130, "interrupted while loading");
+}
+
+#[test]
 fn one_model_may_not_hide_another() {
     let home = Home::new();
     home.model("tiny.gguf");

@@ -7,7 +7,7 @@
 
 use std::{path::PathBuf, time::Instant};
 
-use murmur_engine::{Engine, EngineOptions, SessionEvent, SessionRequest};
+use murmur_engine::{Engine, EngineOptions, Patience, SessionEvent, SessionRequest, Stop};
 use murmur_gguf::{Gguf, LayerRange};
 use murmur_protocol::sampling::{SamplingParams, Token};
 
@@ -47,6 +47,7 @@ fn options(args: &[String], exact: bool, stages: u32) -> EngineOptions {
         threads: Some(1),
         exact,
         gpu_layers: 0,
+        patience: Patience::default(),
     }
 }
 
@@ -106,7 +107,7 @@ async fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     assert!(args.len() == 3, "usage: engine_bench CHILD MODEL SCRATCH_DIR");
     for exact in [false, true] {
-        let engine = Engine::load(options(&args, exact, 1), |_, _| {}).expect("the model loads");
+        let engine = Engine::load(options(&args, exact, 1), Stop::new(), |_, _| {}).expect("the model loads");
         let mut prompts = Vec::new();
         for text in PROMPTS {
             let chat = format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n");

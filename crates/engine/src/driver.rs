@@ -7,66 +7,48 @@
 //! from it again, so a lost stage costs time and nothing else: all sessions get a new epoch, are opened anew on every
 //! stage, and the rows that are missing go through the ring once more. Prompt rows are always cut at the same boundaries,
 //! so in exact mode the replay gives the same bits, and the stream goes on with the same tokens.
+//!
+//! A request may be what kills the stages. Those that were being computed at a death are charged with it, and a token
+//! clears a session. One that was charged twice is a suspect: suspects are run one at a time with nothing else beside
+//! them, and only a suspect that dies alone is given up, so a poisonous request takes no other with it.
+
+mod session;
 
 use std::collections::{BTreeMap, VecDeque};
 
 use murmur_protocol::{
     frame::{FLAG_FORGET, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
-    sampling::{Sampled, SamplingParams, Token},
+    sampling::Token,
     stage::{NotOpened, Open, Opened, Step},
 };
 use tokio::sync::mpsc;
 
-use crate::schedule::EXACT_DECODE_ROWS_MAX;
+pub use session::{Ending, SessionEvent, SessionRequest};
+use session::{Phase, Session};
 
 /// Events a reader may lag behind before its session pauses.
 pub const EVENTS_MAX: usize = 64;
 /// Room that must be left before another step is sent: its token and an ending.
 const EVENTS_MARGIN: usize = 4;
-/// A session whose stages died this often without a new token in between is given up: it may be what kills them.
-const RESTARTS_MAX: u32 = 3;
-
-/// What a session asks for.
-#[derive(Debug, Clone)]
-pub struct SessionRequest {
-    /// Prompt tokens, at least one.
-    pub prompt: Vec<Token>,
-    /// Tokens to generate at most; prompt and answer together must fit the context.
-    pub max_tokens: u32,
-    /// How to sample.
-    pub sampling: SamplingParams,
+/// Why a session does not begin.
+#[derive(Debug, PartialEq, Eq)]
+pub enum NotStarted {
+    /// As many sessions wait as may.
+    QueueFull,
+    /// A stage cannot be had at present, or the engine ends: why.
+    Unavailable(String),
 }
 
-/// What happens to a session.
-#[derive(Debug, Clone, PartialEq)]
-pub enum SessionEvent {
-    /// Prompt tokens are done so far.
-    Prefill {
-        /// Tokens done, cached ones included.
-        done_tokens: u32,
-        /// Tokens found in the prefix cache.
-        cached_tokens: u32,
-    },
-    /// A token.
-    Token(Sampled),
-    /// The end, after the last token.
-    Ended(Ending),
-    /// The session failed: what happened.
+/// A stage, as the driver knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Health {
+    /// Loading, or dead and about to be started again.
+    Down,
+    /// Loaded.
+    Up,
+    /// Tried repeatedly in vain: why. It may come back later.
     Failed(String),
 }
-
-/// Why a session ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ending {
-    /// The model (or the grammar) ended.
-    EndOfText,
-    /// `max_tokens` were generated.
-    Length,
-}
-
-/// The queue is full.
-#[derive(Debug, PartialEq, Eq)]
-pub struct QueueFull;
 
 /// Fixed facts of a ring.
 #[derive(Debug, Clone)]
@@ -81,45 +63,6 @@ pub struct DriverOptions {
     pub queue_max: usize,
     /// Tokens that end a generation.
     pub end_of_generation: Vec<Token>,
-}
-
-enum Phase {
-    /// Waiting for room, or for stages to come (back).
-    Queued,
-    /// `Open` is on its way, sent when `releases` sessions had ended.
-    Opening { missing: Vec<bool>, cached_tokens: u32, releases: u64 },
-    /// Rows are on their way. `next`: first position not sent. `in_flight`: frames sent and not answered; `prefill`:
-    /// whether these are prompt rows.
-    Running { next: u32, in_flight: usize, prefill: bool },
-}
-
-struct Session {
-    epoch: u32,
-    phase: Phase,
-    tokens: Vec<Token>,
-    prompt_tokens: u32,
-    cached_tokens: u32,
-    max_tokens: u32,
-    sampling: SamplingParams,
-    events: mpsc::Sender<SessionEvent>,
-    restarts: u32,
-}
-
-impl Session {
-    fn generated(&self) -> &[Token] {
-        &self.tokens[self.prompt_tokens as usize..]
-    }
-
-    /// The next frame's rows: positions `start..end`, and whether they are prompt rows.
-    fn next_rows(&self, start: u32, options: &DriverOptions) -> (u32, bool) {
-        let chunk = options.chunk_rows;
-        if start < self.prompt_tokens {
-            return (((start / chunk + 1) * chunk).min(self.prompt_tokens), true);
-        }
-        let left = self.tokens.len() as u32 - start;
-        let rows = if options.exact { EXACT_DECODE_ROWS_MAX as u32 } else { chunk };
-        (start + left.min(rows), left > 1 && !options.exact)
-    }
 }
 
 /// Counters for metrics.
@@ -144,14 +87,15 @@ pub struct Counters {
 /// The state machine. See the module's page.
 pub struct Driver {
     options: DriverOptions,
-    ready: Vec<bool>,
+    health: Vec<Health>,
     sessions: BTreeMap<u64, Session>,
     queue: VecDeque<u64>,
     /// Sessions that ended so far, each of which made room.
     releases: u64,
     next_id: u64,
     output: Vec<(usize, Frame)>,
-    failed: Option<String>,
+    /// The engine ends: what sessions are told.
+    stopped: Option<String>,
     counters: Counters,
     last_step: Vec<Option<Step>>,
 }
@@ -162,13 +106,13 @@ impl Driver {
         let stages = options.stages;
         Driver {
             options,
-            ready: vec![false; stages],
+            health: vec![Health::Down; stages],
             sessions: BTreeMap::new(),
             queue: VecDeque::new(),
             releases: 0,
             next_id: 1,
             output: Vec::new(),
-            failed: None,
+            stopped: None,
             counters: Counters::default(),
             last_step: vec![None; stages],
         }
@@ -196,7 +140,16 @@ impl Driver {
 
     /// True when all stages are up.
     pub fn is_ready(&self) -> bool {
-        self.ready.iter().all(|&r| r)
+        self.health.iter().all(|health| *health == Health::Up)
+    }
+
+    /// Why sessions fail at once, when they do.
+    pub fn unavailable(&self) -> Option<&str> {
+        let failed = self.health.iter().find_map(|health| match health {
+            Health::Failed(reason) => Some(reason),
+            Health::Down | Health::Up => None,
+        });
+        self.stopped.as_ref().or(failed).map(String::as_str)
     }
 
     /// The newest step account of the last stage.
@@ -205,30 +158,18 @@ impl Driver {
     }
 
     /// A session begins, or waits its turn.
-    pub fn start(&mut self, request: SessionRequest) -> Result<(u64, mpsc::Receiver<SessionEvent>), QueueFull> {
+    pub fn start(&mut self, request: SessionRequest) -> Result<(u64, mpsc::Receiver<SessionEvent>), NotStarted> {
+        if let Some(reason) = self.unavailable() {
+            return Err(NotStarted::Unavailable(reason.to_owned()));
+        }
         if self.queued() >= self.options.queue_max {
-            return Err(QueueFull);
+            return Err(NotStarted::QueueFull);
         }
         let id = self.next_id;
         self.next_id += 1;
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
-        if let Some(reason) = &self.failed {
-            let _ = events.try_send(SessionEvent::Failed(reason.clone()));
-            return Ok((id, receiver));
-        }
-        let session = Session {
-            epoch: 0,
-            phase: Phase::Queued,
-            prompt_tokens: request.prompt.len() as u32,
-            tokens: request.prompt,
-            cached_tokens: 0,
-            max_tokens: request.max_tokens,
-            sampling: request.sampling,
-            events,
-            restarts: 0,
-        };
         self.counters.sessions += 1;
-        self.sessions.insert(id, session);
+        self.sessions.insert(id, Session::new(request, events));
         self.queue.push_back(id);
         self.admit();
         Ok((id, receiver))
@@ -246,46 +187,55 @@ impl Driver {
 
     /// A stage is loaded and empty.
     pub fn on_ready(&mut self, stage: usize) {
-        self.ready[stage] = true;
+        self.health[stage] = Health::Up;
         self.admit();
     }
 
-    /// A stage died with everything it held.
-    pub fn on_lost(&mut self, stage: usize) {
+    /// A stage died with everything it held. True when a request is to blame, and was given up for it.
+    pub fn on_lost(&mut self, stage: usize) -> bool {
         self.counters.stages_lost += 1;
-        self.ready[stage] = false;
+        self.health[stage] = Health::Down;
         self.output.retain(|(to, _)| *to != stage);
         let mut given_up = Vec::new();
         let mut interrupted = Vec::new();
-        for (&id, session) in &mut self.sessions {
-            if !matches!(session.phase, Phase::Queued) {
-                session.phase = Phase::Queued;
-                session.epoch += 1;
-                session.restarts += 1;
-                interrupted.push(id);
-                if session.restarts > RESTARTS_MAX {
-                    given_up.push(id);
-                }
-            }
+        for (&id, session) in self.sessions.iter_mut().filter(|(_, s)| !matches!(s.phase, Phase::Queued)) {
+            given_up.extend(session.on_death().map(|reason| (id, reason)));
+            interrupted.push((!session.is_suspect(), id));
         }
-        for &id in interrupted.iter().rev() {
+        // Suspects first: now nothing else runs.
+        interrupted.sort_unstable();
+        for &(_, id) in interrupted.iter().rev() {
             self.close_everywhere(id, 0);
             self.queue.push_front(id);
         }
-        for id in given_up {
-            let reason = "the engine process died repeatedly while it worked on this request; it was restarted each \
-                          time, and the request is now given up"
-                .to_owned();
+        let is_explained = !given_up.is_empty();
+        for (id, reason) in given_up {
             self.fail(id, reason);
         }
+        is_explained
     }
 
-    /// The stages cannot be brought back: every session fails, now and later.
-    pub fn on_failed(&mut self, reason: &str) {
-        self.failed = Some(reason.to_owned());
+    /// A stage was tried repeatedly in vain: every session fails, also new ones, until it is ready after all.
+    pub fn on_unavailable(&mut self, stage: usize, reason: &str) {
+        self.health[stage] = Health::Failed(reason.to_owned());
+        self.fail_all(reason);
+    }
+
+    /// The engine ends: every session fails, now and later.
+    pub fn stop(&mut self, reason: &str) {
+        self.stopped = Some(reason.to_owned());
+        self.fail_all(reason);
+    }
+
+    fn fail_all(&mut self, reason: &str) {
         for id in self.sessions.keys().copied().collect::<Vec<_>>() {
             self.fail(id, reason.to_owned());
         }
+    }
+
+    /// A frame could not be sent, so its session cannot go on.
+    pub fn on_unsendable(&mut self, id: u64, reason: &str) {
+        self.fail(id, format!("the request cannot be sent to the engine process: {reason}"));
     }
 
     /// A frame from a stage.
@@ -316,7 +266,16 @@ impl Driver {
 
     /// Opens queued sessions, oldest first, one at a time: whether there is room is the stages' to say.
     fn admit(&mut self) {
-        if !self.is_ready() || self.sessions.values().any(|s| matches!(s.phase, Phase::Opening { .. })) {
+        if self.queue.is_empty()
+            || !self.is_ready()
+            || self.sessions.values().any(|s| matches!(s.phase, Phase::Opening { .. }))
+        {
+            return;
+        }
+        // A suspect shares the stages with nothing.
+        let running_suspect =
+            self.sessions.values().any(|s| matches!(s.phase, Phase::Running { .. }) && s.is_suspect());
+        if running_suspect || self.is_next_suspect() && self.running() > 0 {
             return;
         }
         let Some(id) = self.queue.pop_front() else { return };
@@ -341,6 +300,31 @@ impl Driver {
                 }
             }
         }
+    }
+
+    fn is_next_suspect(&self) -> bool {
+        let next = self.queue.front().and_then(|id| self.sessions.get(id));
+        next.is_some_and(Session::is_suspect)
+    }
+
+    /// A suspect has got through. It makes room for the next one, or the others may go on.
+    fn on_cleared(&mut self, id: u64) {
+        if self.is_next_suspect() {
+            self.park(id);
+        }
+        self.admit();
+    }
+
+    /// Puts a running session back into the queue, behind the suspects and in the order of arrival. What the stages hold
+    /// of it stays in their prefix cache.
+    fn park(&mut self, id: u64) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        session.requeue();
+        self.close_everywhere(id, 0);
+        let sessions = &self.sessions;
+        let is_before = |other: &u64| *other < id || sessions.get(other).is_some_and(Session::is_suspect);
+        let at = self.queue.iter().take_while(|other| is_before(other)).count();
+        self.queue.insert(at, id);
     }
 
     fn on_opened(&mut self, stage: usize, id: u64, opened: Opened) {
@@ -371,8 +355,7 @@ impl Driver {
                 let Some(session) = self.sessions.get_mut(&id) else { return };
                 // Room made after the question was sent was not seen by the answer.
                 let made_room = !matches!(session.phase, Phase::Opening { releases: at, .. } if at == releases);
-                session.phase = Phase::Queued;
-                session.epoch += 1;
+                session.requeue();
                 self.queue.push_front(id);
                 if made_room {
                     self.admit();
@@ -410,7 +393,8 @@ impl Driver {
         let Some(sampled) = sampled else { return self.advance(id) };
         let token = sampled.token;
         let grammar_ended = sampled.grammar_ended;
-        session.restarts = 0;
+        let was_suspect = session.is_suspect();
+        session.clear();
         session.tokens.push(token);
         self.counters.generated_tokens += 1;
         let full = session.generated().len() as u32 >= session.max_tokens;
@@ -424,6 +408,9 @@ impl Driver {
             // The reader is gone (a full channel cannot be: a step is sent only when there is room for its token).
             self.remove(id, false);
         } else {
+            if was_suspect {
+                self.on_cleared(id);
+            }
             self.advance(id);
         }
     }
@@ -438,6 +425,12 @@ impl Driver {
             let (end, prefill) = session.next_rows(next, &self.options);
             let wanted = end == length;
             if wanted && session.events.capacity() < EVENTS_MARGIN {
+                // A suspect that waits for its reader has done all it may; others need not wait for that reader.
+                if in_flight == 0 && session.is_suspect() {
+                    session.clear();
+                    session.phase = Phase::Running { next, in_flight, prefill: prefill_before };
+                    return self.on_cleared(id);
+                }
                 break;
             }
             // Stages compute decode rows before prompt rows: replayed ones must not overtake the prompt they follow.
@@ -476,95 +469,11 @@ impl Driver {
         let mut header = Header::new(Kind::Close, id);
         (header.epoch, header.flags) = (session.epoch, flags);
         self.output.retain(|(_, frame)| frame.header.session != id || frame.header.kind == Kind::Close);
-        for stage in (0..self.options.stages).filter(|&s| self.ready[s]) {
+        for stage in (0..self.options.stages).filter(|&s| self.health[s] == Health::Up) {
             self.output.push((stage, Frame { header, payload: Vec::new() }));
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn driver(stages: usize) -> Driver {
-        let mut driver = Driver::new(DriverOptions {
-            stages,
-            chunk_rows: 4,
-            exact: false,
-            queue_max: 8,
-            end_of_generation: vec![0],
-        });
-        (0..stages).for_each(|stage| driver.on_ready(stage));
-        driver
-    }
-
-    fn request() -> SessionRequest {
-        SessionRequest { prompt: (1..=10).collect(), max_tokens: 3, sampling: SamplingParams::default() }
-    }
-
-    fn sent(driver: &mut Driver) -> Vec<(usize, Kind, u64, u32, u32)> {
-        let frames = driver.take_output().into_iter();
-        frames.map(|(to, f)| (to, f.header.kind, f.header.session, f.header.epoch, f.header.position)).collect()
-    }
-
-    fn answer<T: serde::Serialize>(driver: &mut Driver, stage: usize, kind: Kind, at: (u64, u32), message: &T) {
-        let mut header = Header::new(kind, at.0);
-        header.epoch = at.1;
-        driver.on_frame(stage, Frame::message(header, message).unwrap());
-    }
-
-    #[test]
-    fn room_made_while_a_busy_answer_was_on_its_way_is_not_forgotten() {
-        let mut driver = driver(1);
-        let (first, _events) = driver.start(request()).unwrap();
-        answer(&mut driver, 0, Kind::Opened, (first, 0), &Opened { cached_tokens: 0 });
-        let (second, _events) = driver.start(request()).unwrap();
-        driver.cancel(first);
-        sent(&mut driver);
-        // The stage said this before it heard of the cancel.
-        answer(&mut driver, 0, Kind::NotOpened, (second, 0), &NotOpened::Busy { retry_ms: 1 });
-        assert!(sent(&mut driver).contains(&(0, Kind::Open, second, 1, 0)));
-    }
-
-    #[test]
-    fn the_ring_starts_where_every_stage_has_the_prefix() {
-        let mut driver = driver(2);
-        let (id, _events) = driver.start(request()).unwrap();
-        sent(&mut driver);
-        answer(&mut driver, 0, Kind::Opened, (id, 0), &Opened { cached_tokens: 9 });
-        assert!(sent(&mut driver).is_empty());
-        answer(&mut driver, 1, Kind::Opened, (id, 0), &Opened { cached_tokens: 5 });
-        // Rows 5..8 end at the chunk boundary, 8..10 are the rest.
-        assert_eq!(sent(&mut driver), [(0, Kind::Tokens, id, 0, 5), (0, Kind::Tokens, id, 0, 8)]);
-    }
-
-    #[test]
-    fn a_lost_stage_opens_every_session_anew_and_old_answers_are_ignored() {
-        let mut driver = driver(2);
-        let (id, mut events) = driver.start(request()).unwrap();
-        for stage in 0..2 {
-            answer(&mut driver, stage, Kind::Opened, (id, 0), &Opened { cached_tokens: 0 });
-        }
-        driver.on_lost(1);
-        sent(&mut driver);
-        let stale = Step { sampled: None, compute_us: 1, batch_rows: 1, threads: 1 };
-        answer(&mut driver, 1, Kind::Done, (id, 0), &stale);
-        assert!(sent(&mut driver).is_empty() && events.try_recv().is_err());
-        driver.on_ready(1);
-        let opened: Vec<_> = sent(&mut driver);
-        assert_eq!(opened, [(0, Kind::Open, id, 1, 0), (1, Kind::Open, id, 1, 0)]);
-    }
-
-    #[test]
-    fn a_session_whose_stages_keep_dying_is_given_up_with_a_reason() {
-        let mut driver = driver(1);
-        let (id, mut events) = driver.start(request()).unwrap();
-        for epoch in 0..=RESTARTS_MAX {
-            answer(&mut driver, 0, Kind::Opened, (id, epoch), &Opened { cached_tokens: 0 });
-            driver.on_lost(0);
-            driver.on_ready(0);
-        }
-        assert!(matches!(events.try_recv(), Ok(SessionEvent::Failed(_))));
-        assert_eq!(driver.queued() + driver.running(), 0);
-    }
-}
+mod tests;

@@ -1,39 +1,60 @@
 //! One model on this machine: its child processes, kept alive, and the sessions that run on them.
 
+mod helper;
+mod slices;
+mod stop;
+mod supervisor;
+
 use std::{
-    collections::HashMap,
-    path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use murmur_gguf::{Arch, Gguf, HiddenInput, LayerRange};
 use murmur_protocol::{
-    frame::{Frame, Header, Kind},
+    frame::{Frame, Header, Kind, MAX_ROWS},
     sampling::Token,
     stage::{Load, Loaded, Role, Step, Tokenize},
 };
 use murmur_sampling::Vocabulary;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
+
+pub use slices::{UNUSED_SLICES_BYTES_MAX, prune as prune_slices};
+pub use stop::Stop;
 
 use crate::{
-    driver::{Counters, Driver, DriverOptions, EVENTS_MAX, QueueFull, SessionEvent, SessionRequest},
-    link::{Link, LinkError, Receiver},
+    driver::{Counters, Driver, DriverOptions, EVENTS_MAX, NotStarted, SessionEvent, SessionRequest},
+    engine::{
+        helper::Helper,
+        supervisor::{ENDING, Shared, StageCell},
+    },
+    link::LinkError,
     vocabulary,
 };
 
-/// A stage that cannot be loaded this often in a row is given up.
-const RELOADS_MAX: u32 = 5;
-/// Wait before the second reload; doubled each time.
-const RELOAD_PAUSE: Duration = Duration::from_millis(100);
-/// A stage that dies sooner than this after loading counts as one that could not be loaded.
-const PROVEN_AFTER: Duration = Duration::from_secs(2);
 /// Most KV cells of a stage: llama.cpp counts them in 32 bits and rounds up.
 const KV_CELLS_MAX: u32 = 1 << 30;
+/// llama.cpp's own limit (`LLAMA_MAX_SEQ`).
+const SEQUENCES_MAX: u32 = 256;
+/// Sequences for each request of full length: short requests and kept prefixes share the cells.
+const SEQUENCES_PER_REQUEST: u32 = 4;
+
+/// How long things are waited for. Tests have less patience.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// A process that owes an answer and is silent is never killed sooner than this.
+    pub silence_floor: Duration,
+    /// Pause before a stage that could not be loaded several times is tried again; it grows.
+    pub failed_pause: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Patience { silence_floor: Duration::from_secs(30), failed_pause: Duration::from_secs(30) }
+    }
+}
 
 /// What to run and how.
 #[derive(Debug, Clone)]
@@ -62,6 +83,41 @@ pub struct EngineOptions {
     pub exact: bool,
     /// Layers on a GPU.
     pub gpu_layers: i32,
+    /// How long things are waited for.
+    pub patience: Patience,
+}
+
+impl EngineOptions {
+    /// Requests of full length that can run at once. In exact mode each has one sequence to itself; otherwise prefixes
+    /// are kept in more.
+    pub fn parallel_max(exact: bool) -> u32 {
+        if exact { SEQUENCES_MAX } else { SEQUENCES_MAX / SEQUENCES_PER_REQUEST }
+    }
+
+    fn check(&self) -> Result<(), EngineError> {
+        let bad = |what: String| Err(EngineError::Options(what));
+        let (parallel, most) = (self.parallel, Self::parallel_max(self.exact));
+        if !(1..=most).contains(&parallel) {
+            return bad(format!("{parallel} requests at once are not possible: the engine can run 1 to {most}"));
+        }
+        if self.context_tokens.checked_mul(parallel).is_none_or(|cells| cells > KV_CELLS_MAX) {
+            return bad(format!(
+                "{parallel} requests at once with {} tokens each are more than the {KV_CELLS_MAX} tokens that the \
+                 engine can hold",
+                self.context_tokens
+            ));
+        }
+        if !(1..=MAX_ROWS).contains(&self.chunk_rows) {
+            return bad(format!("a chunk of {} prompt rows: 1 to {MAX_ROWS} are possible", self.chunk_rows));
+        }
+        Ok(())
+    }
+
+    /// Sequences for so many requests of full length. With one KV stream each (exact mode) a sequence has its share of the
+    /// cells for itself.
+    pub fn sequences(parallel: u32, exact: bool) -> u32 {
+        if exact { parallel } else { parallel.saturating_mul(SEQUENCES_PER_REQUEST) }
+    }
 }
 
 /// Why a model cannot run.
@@ -70,6 +126,9 @@ pub enum EngineError {
     /// The file is not what it should be.
     #[error(transparent)]
     Gguf(#[from] murmur_gguf::GgufError),
+    /// The options ask for what the engine cannot do.
+    #[error("{0}")]
+    Options(String),
     /// The layers cannot be cut as asked.
     #[error(transparent)]
     Slice(#[from] murmur_gguf::SliceError),
@@ -105,6 +164,9 @@ pub enum StartError {
     /// An embedding model generates nothing.
     #[error("this model gives embeddings, not text")]
     NoStages,
+    /// The model's processes cannot be had at present, or the engine ends: why.
+    #[error("{0}")]
+    Unavailable(String),
 }
 
 /// A look at the engine.
@@ -120,6 +182,8 @@ pub struct EngineStatus {
     pub counters: Counters,
     /// The last stage's newest step.
     pub last_step: Option<Step>,
+    /// Why requests fail at present, if they do: a stage could not be brought back, for instance.
+    pub unavailable: Option<String>,
 }
 
 /// A look at one stage.
@@ -144,68 +208,26 @@ pub struct Engine {
     threads: Vec<thread::JoinHandle<()>>,
 }
 
-struct Shared {
-    driver: Mutex<Driver>,
-    stages: Vec<StageCell>,
-    stopping: AtomicBool,
-}
-
-struct StageCell {
-    load: Load,
-    range: LayerRange,
-    state: Mutex<StageState>,
-}
-
-#[derive(Default)]
-struct StageState {
-    link: Option<Arc<Link>>,
-    loaded: Option<Loaded>,
-    restarts: u32,
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Shared {
-    /// Changes the driver's state and sends what comes out. Sending never blocks, and happens under the lock so that
-    /// frames leave in the order the driver made them.
-    fn drive<T>(&self, change: impl FnOnce(&mut Driver) -> T) -> T {
-        let mut driver = lock(&self.driver);
-        let result = change(&mut driver);
-        self.flush(&mut driver);
-        result
-    }
-
-    fn flush(&self, driver: &mut Driver) {
-        let mut by_stage: Vec<Vec<Frame>> = vec![Vec::new(); self.stages.len()];
-        for (stage, frame) in driver.take_output() {
-            if let Some(frames) = by_stage.get_mut(stage) {
-                frames.push(frame);
-            }
-        }
-        for (cell, frames) in self.stages.iter().zip(by_stage).filter(|(_, frames)| !frames.is_empty()) {
-            if let Some(link) = &lock(&cell.state).link
-                && let Err(error) = link.send(&frames)
-            {
-                tracing::error!(%error, "a frame could not be sent to an engine process");
-            }
-        }
-    }
-}
-
-type Progress = Arc<dyn Fn(usize, f32) + Send + Sync>;
-
 impl Engine {
     /// Cuts the file if needed, starts the child processes and waits until they are loaded. Blocks; `progress` hears
-    /// (stage, fraction).
-    pub fn load(
+    /// (stage, fraction), and `stop` ends it, as it later ends the engine.
+    pub fn load(options: EngineOptions, stop: Stop, progress: impl Fn(usize, f32)) -> Result<Engine, EngineError> {
+        options.check()?;
+        Engine::start_processes(options, stop, &progress)
+    }
+
+    fn start_processes(
         options: EngineOptions,
-        progress: impl Fn(usize, f32) + Send + Sync + 'static,
+        stop: Stop,
+        progress: &dyn Fn(usize, f32),
     ) -> Result<Engine, EngineError> {
-        let progress: Progress = Arc::new(progress);
         let gguf = Gguf::open(&options.model)?;
-        let helper = Arc::new(Helper::new(&options)?);
+        let helper = start_helper(&options, stop.clone(), progress).map_err(|error| stopped_or(&stop, error));
+        let helper = Arc::new(helper?);
         let facts = helper.vocabulary_facts()?;
         let end_of_generation = facts.end_of_generation.clone();
         let vocabulary = Arc::new(vocabulary::from_facts(facts)?);
@@ -217,15 +239,21 @@ impl Engine {
             queue_max: options.queue_max,
             end_of_generation,
         });
-        let shared = Arc::new(Shared { driver: Mutex::new(driver), stages, stopping: AtomicBool::new(false) });
+        let shared = Arc::new(Shared {
+            driver: Mutex::new(driver),
+            stages,
+            stop,
+            program: options.program.clone(),
+            patience: options.patience,
+        });
         let mut engine = Engine { shared, helper, vocabulary, options, threads: Vec::new() };
         for stage in 0..engine.shared.stages.len() {
-            let (link, receiver, loaded) = spawn(&engine.options.program, &engine.shared, stage, &progress)?;
-            install(&engine.shared, stage, link.clone(), loaded);
-            let (shared, program) = (engine.shared.clone(), engine.options.program.clone());
+            let receiver = engine.shared.bring_up(stage, &mut |fraction| progress(stage, fraction));
+            let receiver = receiver.map_err(|error| stopped_or(&engine.shared.stop, error.into()))?;
+            let shared = engine.shared.clone();
             let supervisor = thread::Builder::new()
                 .name(format!("stage-{stage}"))
-                .spawn(move || supervise(&program, &shared, stage, receiver))
+                .spawn(move || shared.supervise(stage, receiver))
                 .map_err(|e| EngineError::Io("a supervising thread could not be started", e))?;
             engine.threads.push(supervisor);
         }
@@ -272,7 +300,10 @@ impl Engine {
             return Err(StartError::NoStages);
         }
         let started = self.shared.drive(|driver| driver.start(request));
-        let (id, events) = started.map_err(|QueueFull| StartError::QueueFull(self.options.queue_max))?;
+        let (id, events) = started.map_err(|refused| match refused {
+            NotStarted::QueueFull => StartError::QueueFull(self.options.queue_max),
+            NotStarted::Unavailable(reason) => StartError::Unavailable(reason),
+        })?;
         Ok(SessionStream { id, events, shared: self.shared.clone() })
     }
 
@@ -295,6 +326,7 @@ impl Engine {
             queued: driver.queued(),
             counters: driver.counters().clone(),
             last_step: driver.last_step().cloned(),
+            unavailable: driver.unavailable().map(str::to_owned),
         }
     }
 
@@ -304,21 +336,50 @@ impl Engine {
     }
 }
 
+impl Engine {
+    /// Fails every request and kills every process, without waiting for them. Nothing starts again.
+    pub fn stop(&self) {
+        self.shared.drive(|driver| driver.stop(ENDING));
+        self.shared.stop.stop();
+    }
+
+    /// The processes that the engine has now.
+    pub fn process_ids(&self) -> Vec<u32> {
+        let stages = self.shared.stages.iter();
+        let stages = stages.filter_map(|cell| lock(&cell.state).link.as_ref().map(|link| link.process_id()));
+        stages.chain(self.helper.process_id()).collect()
+    }
+
+    /// The files that its processes have loaded, or would load again.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.shared.stages.iter().map(|cell| cell.load.path.clone()).collect()
+    }
+}
+
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.shared.stopping.store(true, Ordering::SeqCst);
-        self.shared.drive(|driver| driver.on_failed("the engine is shutting down"));
-        for cell in &self.shared.stages {
-            // Closing the link ends the child and the receiver of its supervisor.
-            let link = lock(&cell.state).link.take();
-            if let Some(link) = link {
-                let _ = link.died();
-            }
-        }
+        self.stop();
         for supervisor in self.threads.drain(..) {
             let _ = supervisor.join();
         }
     }
+}
+
+/// What a killed process leaves as a reason is not the reason.
+fn stopped_or(stop: &Stop, error: EngineError) -> EngineError {
+    if stop.is_stopped() { EngineError::Stopped } else { error }
+}
+
+fn start_helper(options: &EngineOptions, stop: Stop, progress: &dyn Fn(usize, f32)) -> Result<Helper, EngineError> {
+    let role = if options.embedding { Role::Embedding } else { Role::Vocabulary };
+    let load = load_of(options, options.model.clone(), role);
+    // Only an embedding model is loaded here; reading a vocabulary is no progress to speak of.
+    let mut report = |fraction| {
+        if options.embedding {
+            progress(0, fraction);
+        }
+    };
+    Helper::new(options.program.clone(), load, options.patience.silence_floor, stop, &mut report)
 }
 
 fn stage_cells(options: &EngineOptions, gguf: &Gguf) -> Result<Vec<StageCell>, EngineError> {
@@ -329,10 +390,11 @@ fn stage_cells(options: &EngineOptions, gguf: &Gguf) -> Result<Vec<StageCell>, E
         Some(HiddenInput::Batch) | None => None,
     };
     let cell = |(stage, &range): (usize, &LayerRange)| {
-        let path = if stages == 1 { options.model.clone() } else { slice_file(options, gguf, range)? };
+        let path =
+            if stages == 1 { options.model.clone() } else { slices::slice_file(&options.slices_dir, gguf, range)? };
         let load = Load {
-            kv_cells: options.context_tokens.saturating_mul(options.parallel).min(KV_CELLS_MAX),
-            sequences: sequences(options),
+            kv_cells: options.context_tokens * options.parallel,
+            sequences: EngineOptions::sequences(options.parallel, options.exact),
             tap: tap.filter(|_| stage + 1 < stages).map(str::to_owned),
             inject: inject.clone().filter(|_| stage > 0),
             ..load_of(options, path, Role::Stage { first: stage == 0, last: stage + 1 == stages })
@@ -361,115 +423,6 @@ fn load_of(options: &EngineOptions, path: PathBuf, role: Role) -> Load {
     }
 }
 
-/// More sequences than full-length requests: short requests and kept prefixes share the cells. With one KV stream each
-/// (exact mode) a sequence has its share of the cells for itself.
-fn sequences(options: &EngineOptions) -> u32 {
-    const SEQUENCES_MAX: u32 = 64;
-    if options.exact { options.parallel } else { (options.parallel * 4).min(SEQUENCES_MAX) }
-}
-
-/// The file that holds a layer range: cut once, kept under the identity of its source.
-fn slice_file(options: &EngineOptions, gguf: &Gguf, range: LayerRange) -> Result<PathBuf, EngineError> {
-    let identity = file_identity(&options.model).map_err(|e| EngineError::Io("the model file cannot be read", e))?;
-    let path = options.slices_dir.join(format!("{identity:016x}-{}-{}.gguf", range.first, range.end));
-    if !path.exists() {
-        std::fs::create_dir_all(&options.slices_dir)
-            .map_err(|e| EngineError::Io("the folder for model slices cannot be made", e))?;
-        murmur_gguf::slice(gguf, range, &path)?;
-    }
-    Ok(path)
-}
-
-fn file_identity(path: &Path) -> std::io::Result<u64> {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let metadata = std::fs::metadata(path)?;
-    let mut hasher = DefaultHasher::new();
-    (path.canonicalize()?, metadata.len(), metadata.modified().ok(), env!("CARGO_PKG_VERSION")).hash(&mut hasher);
-    Ok(hasher.finish())
-}
-
-fn spawn(
-    program: &Path,
-    shared: &Shared,
-    stage: usize,
-    progress: &Progress,
-) -> Result<(Arc<Link>, Receiver, Loaded), LinkError> {
-    let mut report = |fraction| progress(stage, fraction);
-    let (link, receiver, loaded) = Link::spawn(program, &shared.stages[stage].load, &mut report)?;
-    Ok((Arc::new(link), receiver, loaded))
-}
-
-fn install(shared: &Shared, stage: usize, link: Arc<Link>, loaded: Loaded) {
-    {
-        let mut state = lock(&shared.stages[stage].state);
-        state.link = Some(link);
-        state.loaded = Some(loaded);
-    }
-    shared.drive(|driver| driver.on_ready(stage));
-}
-
-/// Carries a stage's frames to the driver; when the child dies, starts it again.
-fn supervise(program: &Path, shared: &Shared, stage: usize, mut receiver: Receiver) {
-    let silent: Progress = Arc::new(|_, _| {});
-    let mut attempt = 0;
-    let mut loaded_at = Instant::now();
-    loop {
-        receive(shared, stage, &mut receiver);
-        // Taken out first: waiting for the process must not hold the lock that sending needs.
-        let link = lock(&shared.stages[stage].state).link.take();
-        let died = link.map(|link| link.died());
-        if shared.stopping.load(Ordering::SeqCst) {
-            return;
-        }
-        if let Some(how) = died {
-            tracing::warn!(stage, "{how}; starting it again");
-        }
-        shared.drive(|driver| driver.on_lost(stage));
-        attempt = if loaded_at.elapsed() < PROVEN_AFTER { attempt + 1 } else { 0 };
-        let mut why = "it died at once each time".to_owned();
-        receiver = loop {
-            if attempt >= RELOADS_MAX {
-                let reason = format!("the engine process could not be restarted: {why}");
-                tracing::error!(stage, "{reason}");
-                return shared.drive(|driver| driver.on_failed(&reason));
-            }
-            if attempt > 0 {
-                thread::sleep(RELOAD_PAUSE * 2u32.pow(attempt - 1));
-            }
-            if shared.stopping.load(Ordering::SeqCst) {
-                return;
-            }
-            match spawn(program, shared, stage, &silent) {
-                Ok((link, receiver, loaded)) => {
-                    lock(&shared.stages[stage].state).restarts += 1;
-                    loaded_at = Instant::now();
-                    install(shared, stage, link, loaded);
-                    break receiver;
-                }
-                Err(error) => {
-                    attempt += 1;
-                    why = error.to_string();
-                }
-            }
-        };
-        if shared.stopping.load(Ordering::SeqCst) {
-            lock(&shared.stages[stage].state).link = None;
-            return;
-        }
-    }
-}
-
-fn receive(shared: &Shared, stage: usize, receiver: &mut Receiver) {
-    while let Some((frame, more)) = receiver.receive() {
-        let mut driver = lock(&shared.driver);
-        driver.on_frame(stage, frame);
-        // What arrived together is answered together, so that the next batch is not torn apart.
-        if !more {
-            shared.flush(&mut driver);
-        }
-    }
-}
-
 /// The events of a session. Dropping it cancels the session.
 pub struct SessionStream {
     id: u64,
@@ -492,97 +445,5 @@ impl SessionStream {
 impl Drop for SessionStream {
     fn drop(&mut self) {
         self.shared.drive(|driver| driver.cancel(self.id));
-    }
-}
-
-/// The child that tokenises, or embeds: questions and answers instead of sessions. Started again when it dies.
-struct Helper {
-    program: PathBuf,
-    load: Load,
-    state: Arc<Mutex<HelperState>>,
-}
-
-#[derive(Default)]
-struct HelperState {
-    link: Option<Arc<Link>>,
-    loaded: Option<Loaded>,
-    waiting: HashMap<u64, oneshot::Sender<Frame>>,
-    next_id: u64,
-}
-
-impl Helper {
-    fn new(options: &EngineOptions) -> Result<Helper, EngineError> {
-        let role = if options.embedding { Role::Embedding } else { Role::Vocabulary };
-        let load = load_of(options, options.model.clone(), role);
-        let helper = Helper { program: options.program.clone(), load, state: Arc::default() };
-        helper.link()?;
-        Ok(helper)
-    }
-
-    fn vocabulary_facts(&self) -> Result<murmur_protocol::stage::VocabularyFacts, EngineError> {
-        let mut state = lock(&self.state);
-        let facts = state.loaded.as_mut().and_then(|loaded| loaded.vocabulary.take());
-        facts.ok_or_else(|| EngineError::Child("the engine process did not report a vocabulary".into()))
-    }
-
-    /// The child, started if it is not there.
-    fn link(&self) -> Result<Arc<Link>, EngineError> {
-        let mut state = lock(&self.state);
-        if let Some(link) = &state.link {
-            return Ok(link.clone());
-        }
-        let (link, mut receiver, loaded) = Link::spawn(&self.program, &self.load, &mut |_| {})?;
-        let link = Arc::new(link);
-        state.link = Some(link.clone());
-        state.loaded = Some(loaded);
-        let shared = Arc::downgrade(&self.state);
-        let receive = move || {
-            while let Some((frame, _)) = receiver.receive() {
-                let Some(state) = shared.upgrade() else { return };
-                let waiting = lock(&state).waiting.remove(&frame.header.session);
-                if let Some(answer) = waiting {
-                    let _ = answer.send(frame);
-                }
-            }
-            // Dead: whoever waits hears it by the closed channel, and the next question starts a new child.
-            if let Some(state) = shared.upgrade() {
-                let mut state = lock(&state);
-                state.link = None;
-                state.waiting.clear();
-            }
-        };
-        thread::Builder::new()
-            .name("engine-helper".into())
-            .spawn(receive)
-            .map_err(|e| EngineError::Io("a receiving thread could not be started", e))?;
-        Ok(link)
-    }
-
-    async fn ask(self: &Arc<Self>, mut frame: Frame) -> Result<Frame, EngineError> {
-        // Two tries: the first may find a child that died in the meantime.
-        for _ in 0..2 {
-            let helper = self.clone();
-            let link = tokio::task::spawn_blocking(move || helper.link()).await.map_err(|_| EngineError::Stopped)??;
-            let (sender, receiver) = oneshot::channel();
-            {
-                let mut state = lock(&self.state);
-                // A child that died since would never answer, and nobody would clear the question.
-                if !state.link.as_ref().is_some_and(|current| Arc::ptr_eq(current, &link)) {
-                    continue;
-                }
-                state.next_id += 1;
-                frame.header.session = state.next_id;
-                state.waiting.insert(frame.header.session, sender);
-            }
-            link.send(std::slice::from_ref(&frame)).map_err(LinkError::from)?;
-            match receiver.await {
-                Ok(answer) if answer.header.kind == Kind::StepFailed => {
-                    return Err(EngineError::Child(answer.as_text()));
-                }
-                Ok(answer) => return Ok(answer),
-                Err(_) => {}
-            }
-        }
-        Err(EngineError::Child("the engine process that reads texts died twice on this one; it is given up".into()))
     }
 }

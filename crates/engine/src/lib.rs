@@ -23,5 +23,8 @@ mod threads;
 mod vocabulary;
 
 pub use driver::{Ending, SessionEvent, SessionRequest};
-pub use engine::{Engine, EngineError, EngineOptions, EngineStatus, SessionStream, StartError};
+pub use engine::{
+    Engine, EngineError, EngineOptions, EngineStatus, Patience, SessionStream, StartError, Stop,
+    UNUSED_SLICES_BYTES_MAX, prune_slices,
+};
 pub use link::CHILD_SUBCOMMAND;

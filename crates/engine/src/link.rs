@@ -1,4 +1,6 @@
-//! The parent's end of a child process: spawn, send without blocking, receive until it dies.
+//! The parent's end of a child process: start, send without blocking, receive until it dies or is found to hang.
+
+mod watch;
 
 use std::{
     collections::VecDeque,
@@ -8,6 +10,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
+    time::{Duration, Instant},
 };
 
 use murmur_protocol::{
@@ -15,11 +18,14 @@ use murmur_protocol::{
     stage::{Load, Loaded},
 };
 use rustix::net::SendFlags;
+use watch::Watch;
 
 /// Hidden subcommand of the binary that runs [`crate::child::run`] on standard input.
 pub const CHILD_SUBCOMMAND: &str = "engine-child";
 /// Bytes of a child's standard error that are kept for the message about its death.
 const STDERR_BYTES_KEPT: usize = 4096;
+/// Bytes read from a child at once.
+const RECEIVE_BYTES: usize = 1 << 16;
 
 /// Why a child could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -35,17 +41,32 @@ pub enum LinkError {
     /// The engine said why it could not load.
     #[error("{0}")]
     Load(String),
-    /// The process died while loading.
-    #[error("the engine process died while loading ({status}){stderr}")]
+    /// The process died.
+    #[error("the engine process died ({status}){stderr}")]
     Died {
         /// Exit status or signal.
         status: String,
         /// The end of what it printed.
         stderr: String,
     },
+    /// The process was killed because it gave no answer.
+    #[error("the engine process gave no answer for {} s, far longer than before, and was killed", .silence.as_secs())]
+    Hung {
+        /// For how long it had said nothing.
+        silence: Duration,
+    },
     /// The connection failed or carried something else.
     #[error(transparent)]
     Frame(#[from] FrameError),
+}
+
+/// A frame that cannot be sent, alone; the session it belongs to cannot go on.
+#[derive(Debug)]
+pub struct Unsendable {
+    /// Which session.
+    pub session: u64,
+    /// Why.
+    pub error: FrameError,
 }
 
 /// A running child. Dropping it kills the process.
@@ -53,6 +74,11 @@ pub struct Link {
     process: Mutex<Child>,
     sender: Arc<Sender>,
     stderr: Arc<Mutex<Vec<u8>>>,
+    watch: Arc<Mutex<Watch>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Sends frames in order and never blocks the caller: what the socket does not take at once, a thread writes later.
@@ -72,7 +98,7 @@ struct Backlog {
 
 impl Sender {
     fn lock(&self) -> MutexGuard<'_, Backlog> {
-        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.backlog)
     }
 
     fn send(&self, mut bytes: &[u8]) {
@@ -121,31 +147,65 @@ impl Sender {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        self.sender.close();
-        let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = process.kill();
-        let _ = process.wait();
+        self.kill();
+        let _ = lock(&self.process).wait();
     }
 }
 
 /// The receiving half of a [`Link`].
-pub struct Receiver(BufReader<UnixStream>);
+pub struct Receiver(BufReader<Watched>);
+
+/// Reads from a child and ends when the child hangs, as if it were dead.
+struct Watched {
+    socket: UnixStream,
+    watch: Arc<Mutex<Watch>>,
+}
+
+impl Read for Watched {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.socket.read(buffer) {
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                    if lock(&self.watch).tick() {
+                        return Err(io::ErrorKind::TimedOut.into());
+                    }
+                }
+                read => return read,
+            }
+        }
+    }
+}
 
 impl Receiver {
-    /// The next frame, and whether more have arrived already; `None` when the child is gone.
+    /// The next frame, and whether more have arrived already; `None` when the child is gone, or hangs.
     pub fn receive(&mut self) -> Option<(Frame, bool)> {
         let frame = Frame::read_from(&mut self.0).ok().flatten()?;
+        lock(&self.0.get_ref().watch).received(&frame.header, Instant::now());
         Some((frame, self.0.buffer().len() >= HEADER_BYTES))
+    }
+
+    /// Waits until the child has loaded; `progress` hears fractions.
+    pub fn loaded(&mut self, link: &Link, progress: &mut dyn FnMut(f32)) -> Result<Loaded, LinkError> {
+        loop {
+            let Some((frame, _)) = self.receive() else { return Err(link.died()) };
+            match frame.header.kind {
+                Kind::Loaded => return Ok(frame.decode()?),
+                Kind::LoadFailed => return Err(LinkError::Load(frame.as_text())),
+                Kind::Progress => {
+                    if let Ok(bytes) = frame.payload.try_into() {
+                        progress(f32::from_le_bytes(bytes));
+                    }
+                }
+                _ => {}
+            }
+        }
     }
 }
 
 impl Link {
-    /// Starts `program` as a child and has it load; `progress` hears fractions.
-    pub fn spawn(
-        program: &Path,
-        load: &Load,
-        progress: &mut dyn FnMut(f32),
-    ) -> Result<(Link, Receiver, Loaded), LinkError> {
+    /// Starts `program` as a child and tells it what to load. It is killed when it owes an answer and is silent for
+    /// much longer than before, and never sooner than after `silence_floor`.
+    pub fn start(program: &Path, load: &Load, silence_floor: Duration) -> Result<(Link, Receiver), LinkError> {
         let (ours, theirs) = UnixStream::pair().map_err(FrameError::from)?;
         let failed = |source| LinkError::Spawn { program: program.display().to_string(), source };
         let mut process = Command::new(program)
@@ -172,50 +232,52 @@ impl Link {
         });
         let writer = sender.clone();
         thread::Builder::new().name("engine-writer".into()).spawn(move || writer.write_backlog()).map_err(failed)?;
-        let link = Link { process: Mutex::new(process), sender, stderr };
-        link.send(&[Frame::message(Header::new(Kind::Load, 0), load)?])?;
-        let mut receiver = Receiver(BufReader::with_capacity(1 << 16, ours));
-        loop {
-            let Some((frame, _)) = receiver.receive() else { return Err(link.died()) };
-            match frame.header.kind {
-                Kind::Loaded => {
-                    let loaded = frame.decode()?;
-                    return Ok((link, receiver, loaded));
-                }
-                Kind::LoadFailed => return Err(LinkError::Load(frame.as_text())),
-                Kind::Progress => {
-                    if let Ok(bytes) = frame.payload.try_into() {
-                        progress(f32::from_le_bytes(bytes));
-                    }
-                }
-                _ => {}
-            }
+        ours.set_read_timeout(Some(Watch::tick_interval(silence_floor))).map_err(FrameError::from)?;
+        let watch = Arc::new(Mutex::new(Watch::new(silence_floor)));
+        let link = Link { process: Mutex::new(process), sender, stderr, watch: watch.clone() };
+        if let Some(unsendable) = link.send(&[Frame::message(Header::new(Kind::Load, 0), load)?]).pop() {
+            return Err(unsendable.error.into());
         }
+        Ok((link, Receiver(BufReader::with_capacity(RECEIVE_BYTES, Watched { socket: ours, watch }))))
     }
 
-    /// Sends frames, in order, without blocking.
-    pub fn send(&self, frames: &[Frame]) -> Result<(), FrameError> {
+    /// Sends frames, in order, without blocking. Those that are no valid frames are left out and given back.
+    pub fn send(&self, frames: &[Frame]) -> Vec<Unsendable> {
         let mut bytes = Vec::with_capacity(frames.iter().map(|f| HEADER_BYTES + f.payload.len()).sum());
-        for frame in frames {
-            frame.append_to(&mut bytes)?;
+        let mut unsendable = Vec::new();
+        {
+            let mut watch = lock(&self.watch);
+            let now = Instant::now();
+            for frame in frames {
+                match frame.append_to(&mut bytes) {
+                    Ok(()) => watch.sent(&frame.header, now),
+                    Err(error) => unsendable.push(Unsendable { session: frame.header.session, error }),
+                }
+            }
         }
         self.sender.send(&bytes);
-        Ok(())
+        unsendable
     }
 
     /// The child's process id.
     pub fn process_id(&self) -> u32 {
-        self.process.lock().unwrap_or_else(PoisonError::into_inner).id()
+        lock(&self.process).id()
     }
 
-    /// How the child ended; waits for it.
-    pub fn died(&self) -> LinkError {
+    /// Ends the child, whatever it does; does not wait for it.
+    pub fn kill(&self) {
         self.sender.close();
-        let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
-        // The socket is closed, so it ends by itself or has ended; a hung one does not.
-        let _ = process.kill();
-        let status = process.wait().map_or_else(|e| e.to_string(), |status| status.to_string());
-        let tail = self.stderr.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = lock(&self.process).kill();
+    }
+
+    /// How the child ended; ends it if it has not, and waits for it.
+    pub fn died(&self) -> LinkError {
+        self.kill();
+        let status = lock(&self.process).wait().map_or_else(|e| e.to_string(), |status| status.to_string());
+        if let Some(silence) = lock(&self.watch).hung() {
+            return LinkError::Hung { silence };
+        }
+        let tail = lock(&self.stderr);
         let tail = String::from_utf8_lossy(&tail);
         let stderr = if tail.trim().is_empty() { String::new() } else { format!(": {}", tail.trim()) };
         LinkError::Died { status, stderr }
@@ -225,7 +287,7 @@ impl Link {
 fn keep_tail(mut pipe: impl Read, kept: &Mutex<Vec<u8>>) {
     let mut buffer = [0u8; 1024];
     while let Ok(n @ 1..) = pipe.read(&mut buffer) {
-        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = lock(kept);
         kept.extend_from_slice(&buffer[..n]);
         let excess = kept.len().saturating_sub(STDERR_BYTES_KEPT);
         kept.drain(..excess);

@@ -7,7 +7,7 @@ mod common;
 use std::time::Duration;
 
 use common::*;
-use murmur_engine::{Engine, SessionEvent, SessionRequest};
+use murmur_engine::{Engine, SessionEvent, SessionRequest, Stop};
 use murmur_gguf::synth::Weights;
 
 fn eight() -> Vec<SessionRequest> {
@@ -72,7 +72,7 @@ async fn thread_counts_do_not_matter() {
     let two = |bounds: &[u32]| {
         let mut options = lab.options(&model, ranges(bounds), true);
         options.threads = Some(2);
-        Engine::load(options, |_, _| {}).unwrap()
+        Engine::load(options, Stop::new(), |_, _| {}).unwrap()
     };
     let several = two(&[0, 8]);
     assert_eq!(seen(one_by_one(&several).await), one, "one by one");

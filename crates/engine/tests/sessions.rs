@@ -7,7 +7,7 @@ mod common;
 use std::time::Duration;
 
 use common::*;
-use murmur_engine::{Ending, Engine, SessionEvent, StartError};
+use murmur_engine::{Ending, Engine, SessionEvent, StartError, Stop};
 use murmur_gguf::{LayerRange, synth::Weights};
 use murmur_protocol::sampling::{Grammar, SamplingParams};
 
@@ -87,7 +87,7 @@ async fn more_sessions_than_fit_wait_and_more_than_may_wait_are_refused() {
     let model = lab.tiny("llama", Weights::F32);
     let mut options = lab.options(&model, ranges(&[0, 8]), false);
     (options.parallel, options.queue_max) = (2, 3);
-    let engine = Engine::load(options, |_, _| {}).unwrap();
+    let engine = Engine::load(options, Stop::new(), |_, _| {}).unwrap();
     // Each takes the whole of a full-length place.
     let start = |i| engine.start(request(prompt(100, i), 412, greedy()));
     let mut streams: Vec<_> = (0..2).map(|i| start(i).unwrap()).collect();
@@ -152,7 +152,7 @@ async fn a_model_file_that_is_damaged_is_an_error_not_a_crash() {
     let bytes = std::fs::read(&model).unwrap();
     let cut = lab.dir.path().join("cut.gguf");
     std::fs::write(&cut, &bytes[..bytes.len() / 2]).unwrap();
-    let error = Engine::load(lab.options(&cut, ranges(&[0, 8]), false), |_, _| {}).err().unwrap();
+    let error = Engine::load(lab.options(&cut, ranges(&[0, 8]), false), Stop::new(), |_, _| {}).err().unwrap();
     assert!(error.to_string().contains("cut.gguf"), "{error}");
 }
 
@@ -162,7 +162,7 @@ async fn texts_become_tokens_and_embeddings_have_length_one() {
     let model = lab.tiny("bert", Weights::F32);
     let mut options = lab.options(&model, vec![LayerRange::new(0, layers(&model))], false);
     options.embedding = true;
-    let engine = Engine::load(options, |_, _| {}).unwrap();
+    let engine = Engine::load(options, Stop::new(), |_, _| {}).unwrap();
     let tokens = engine.tokenize("hello world", true, false).await.unwrap();
     assert!(!tokens.is_empty());
     let a = engine.embed(&tokens).await.unwrap();
@@ -196,8 +196,8 @@ async fn a_prefix_that_a_sliding_window_has_given_up_is_computed_again() {
     let model = lab.tiny("gemma3", Weights::F32);
     let mut options = lab.options(&model, ranges(&[0, layers(&model)]), false);
     options.parallel = 2; // 1,024 cells
-    let fresh = Engine::load(options.clone(), |_, _| {}).unwrap();
-    let engine = Engine::load(options, |_, _| {}).unwrap();
+    let fresh = Engine::load(options.clone(), Stop::new(), |_, _| {}).unwrap();
+    let engine = Engine::load(options, Stop::new(), |_, _| {}).unwrap();
     let mut last = prompt(400, 2)[..100].to_vec();
     last.extend(prompt(30, 7));
     let best = |answer: &Answer| f32::from_bits(answer.logprob_bits[0][0].1);
@@ -236,7 +236,7 @@ async fn reused_prefixes_give_the_logits_of_computed_ones() {
     let reference = lab.engine(&model, ranges(&[0, 8]), true);
     let mut options = lab.options(&model, ranges(&[0, 8]), false);
     options.parallel = 2;
-    let engine = Engine::load(options, |_, _| {}).unwrap();
+    let engine = Engine::load(options, Stop::new(), |_, _| {}).unwrap();
     let best = |answer: &Answer| f32::from_bits(answer.logprob_bits[0][0].1);
     let (mut reused, mut largest) = (0, 0f32);
     for round in 0..12 {

@@ -4,10 +4,7 @@
 
 mod common;
 
-use std::path::Path;
-
 use common::*;
-use murmur_engine::link::Link;
 use murmur_protocol::{
     frame::{Frame, Header, Kind},
     sampling::Token,
@@ -21,14 +18,13 @@ fn vectors_pass(vocabulary: &str) {
     let Some(model) = shared_model(&format!("gguf-vocab/ggml-vocab-{vocabulary}.gguf")) else { return };
     let read = |suffix: &str| std::fs::read_to_string(format!("{}.{suffix}", model.display())).unwrap();
     let load = load(&model, Role::Vocabulary);
-    let program = Path::new(env!("CARGO_BIN_EXE_murmur-engine-child"));
-    let (link, mut receiver, _) = Link::spawn(program, &load, &mut |_| {}).unwrap();
+    let (link, mut receiver) = start_child(&load);
     let (texts, expected) = (read("inp"), read("out"));
     let mut compared = 0;
     for (text, expected) in texts.split(SEPARATOR).zip(expected.lines()) {
         // The vectors were made without the tokens that a model wants at the start.
         let request = Tokenize { text: text.to_owned(), add_special: false, parse_special: false };
-        link.send(&[Frame::message(Header::new(Kind::Tokenize, 1), &request).unwrap()]).unwrap();
+        assert!(link.send(&[Frame::message(Header::new(Kind::Tokenize, 1), &request).unwrap()]).is_empty());
         let (answer, _) = receiver.receive().unwrap();
         let expected: Vec<Token> = expected.split_whitespace().map(|id| id.parse().unwrap()).collect();
         assert_eq!(answer.token_rows().unwrap(), expected, "{vocabulary}: {text:?}");

@@ -2,8 +2,11 @@
 
 use std::{collections::HashSet, fmt::Write, sync::Arc, time::Duration};
 
-use murmur_api::backend::{
-    Backend, BoxFuture, Embeddings, GenerateRequest, Generation, ModelCard, ModelKind, Prompt, Refusal,
+use murmur_api::{
+    backend::{
+        Backend, BoxFuture, Embeddings, GenerateRequest, Generation, ModelCard, ModelKind, ModelState, Prompt, Refusal,
+    },
+    limits::FAILED_RETRY_AFTER,
 };
 use murmur_engine::{EngineError, SessionRequest, StartError};
 use murmur_protocol::sampling::Token;
@@ -13,7 +16,7 @@ use tokio::sync::mpsc;
 use crate::{
     Node,
     generate::{EVENTS_MAX, Pump},
-    model::LoadedModel,
+    model::{LoadedModel, Model},
 };
 
 /// What a request that found the queue full should wait.
@@ -29,11 +32,9 @@ fn engine_failed(error: EngineError) -> Refusal {
 
 impl Node {
     fn model(&self, id: &str, kind: ModelKind) -> Result<&LoadedModel, Refusal> {
-        let model = self.models.iter().find(|model| model.card.id == id).ok_or_else(|| Refusal::NoSuchModel {
-            message: format!("there is no model called {id} here; GET /v1/models lists what there is"),
-        })?;
-        if model.card.kind == kind {
-            return Ok(model);
+        let model = self.find(id)?;
+        if model.kind() == kind {
+            return model.ready();
         }
         let message = match kind {
             ModelKind::Generate => format!("{id} is an embedding model: it gives vectors (/v1/embeddings), not text"),
@@ -42,6 +43,16 @@ impl Node {
             }
         };
         Err(bad_request(message, "model"))
+    }
+
+    fn any_model(&self, id: &str) -> Result<&LoadedModel, Refusal> {
+        self.find(id)?.ready()
+    }
+
+    fn find(&self, id: &str) -> Result<&Model, Refusal> {
+        self.models.iter().find(|model| model.id() == id).ok_or_else(|| Refusal::NoSuchModel {
+            message: format!("there is no model called {id} here; GET /v1/models lists what there is"),
+        })
     }
 
     async fn tokens(&self, model: &LoadedModel, prompt: Prompt) -> Result<Vec<Token>, Refusal> {
@@ -98,6 +109,10 @@ impl Node {
                 retry_after: RETRY_AFTER,
                 message: format!("{error} for {}: try again later", request.model),
             },
+            StartError::Unavailable(reason) => Refusal::NotReady {
+                retry_after: FAILED_RETRY_AFTER,
+                message: format!("{} is not available at present, try again later: {reason}", request.model),
+            },
             StartError::WrongLength { .. } | StartError::NoStages => bad_request(error.to_string(), "prompt"),
         })?;
         let (out, events) = mpsc::channel(EVENTS_MAX);
@@ -143,7 +158,7 @@ fn control_token(model: &LoadedModel, text: &str) -> Option<Token> {
 
 impl Backend for Node {
     fn models(&self) -> Vec<Arc<ModelCard>> {
-        self.models.iter().map(|model| model.card.clone()).collect()
+        self.models.iter().map(Model::card).collect()
     }
 
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Generation, Refusal>> {
@@ -175,37 +190,12 @@ impl Backend for Node {
         control_token(self.any_model(model).ok()?, text)
     }
 
+    fn cut_off(&self) {
+        self.stop();
+    }
+
     fn status(&self) -> serde_json::Value {
-        let models = self.models.iter().map(|model| {
-            let status = model.engine.status();
-            let stages = status.stages.iter().map(|stage| {
-                serde_json::json!({
-                    "layers": [stage.range.first, stage.range.end],
-                    "process_id": stage.process_id,
-                    "restarts": stage.restarts,
-                    "load_ms": stage.loaded.as_ref().map(|l| l.load_ms),
-                    "weight_bytes": stage.loaded.as_ref().map(|l| l.weight_bytes),
-                    "kv_cells": stage.loaded.as_ref().map(|l| l.kv_cells),
-                })
-            });
-            serde_json::json!({
-                "id": model.card.id,
-                "state": if model.engine.is_ready() { "ready" } else { "restarting" },
-                "details": model.card.details,
-                "memory_bytes_planned": model.memory_bytes,
-                "requests_running": status.running,
-                "requests_queued": status.queued,
-                "generated_tokens": status.counters.generated_tokens,
-                "token_steps": status.counters.token_steps,
-                "token_compute_us": status.counters.token_compute_us,
-                "prompt_tokens": status.counters.prompt_tokens,
-                "cached_tokens": status.counters.cached_tokens,
-                "last_step": status.last_step.map(|step| serde_json::json!({
-                    "compute_us": step.compute_us, "batch_rows": step.batch_rows, "threads": step.threads,
-                })),
-                "stages": stages.collect::<Vec<_>>(),
-            })
-        });
+        let models = self.models.iter().map(model_status);
         serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
             "process_id": std::process::id(),
@@ -227,7 +217,8 @@ impl Backend for Node {
             ("murmur_sessions_running", "gauge", "Generations running.", |s| s.running as u64),
             ("murmur_sessions_queued", "gauge", "Generations waiting.", |s| s.queued as u64),
         ];
-        let statuses: Vec<_> = self.models.iter().map(|model| (&model.card.id, model.engine.status())).collect();
+        let loaded = self.models.iter().filter_map(Model::loaded);
+        let statuses: Vec<_> = loaded.map(|model| (&model.card.id, model.engine.status())).collect();
         let mut text = String::new();
         for (name, kind, help, read) in families {
             let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
@@ -240,8 +231,39 @@ impl Backend for Node {
     }
 }
 
-impl Node {
-    fn any_model(&self, id: &str) -> Result<&LoadedModel, Refusal> {
-        self.model(id, ModelKind::Generate).or_else(|_| self.model(id, ModelKind::Embed))
-    }
+fn model_status(model: &Model) -> serde_json::Value {
+    let state = model.state();
+    let Some(loaded) = model.loaded() else {
+        return serde_json::json!({"id": model.id(), "state": state.name(), "details": model.card().details});
+    };
+    let status = loaded.engine.status();
+    let stages = status.stages.iter().map(|stage| {
+        serde_json::json!({
+            "layers": [stage.range.first, stage.range.end],
+            "process_id": stage.process_id,
+            "restarts": stage.restarts,
+            "load_ms": stage.loaded.as_ref().map(|l| l.load_ms),
+            "weight_bytes": stage.loaded.as_ref().map(|l| l.weight_bytes),
+            "kv_cells": stage.loaded.as_ref().map(|l| l.kv_cells),
+        })
+    });
+    let restarting = state == ModelState::Ready && !loaded.engine.is_ready();
+    serde_json::json!({
+        "id": model.id(),
+        "state": if restarting { "restarting" } else { state.name() },
+        "reason": status.unavailable,
+        "details": loaded.card.details,
+        "memory_bytes_planned": loaded.memory_bytes,
+        "requests_running": status.running,
+        "requests_queued": status.queued,
+        "generated_tokens": status.counters.generated_tokens,
+        "token_steps": status.counters.token_steps,
+        "token_compute_us": status.counters.token_compute_us,
+        "prompt_tokens": status.counters.prompt_tokens,
+        "cached_tokens": status.counters.cached_tokens,
+        "last_step": status.last_step.map(|step| serde_json::json!({
+            "compute_us": step.compute_us, "batch_rows": step.batch_rows, "threads": step.threads,
+        })),
+        "stages": stages.collect::<Vec<_>>(),
+    })
 }

@@ -27,10 +27,17 @@ pub struct Demand {
 
 impl Demand {
     /// From a model's facts. `batch_rows`: rows of the largest batch.
-    pub fn of(facts: &Facts, weights_bytes: u64, parallel: u32, batch_rows: u32, stages: u32) -> Demand {
+    /// `sequences`: how many the engine keeps, each with room for its logits.
+    pub fn of(
+        facts: &Facts,
+        weights_bytes: u64,
+        (parallel, sequences): (u32, u32),
+        batch_rows: u32,
+        stages: u32,
+    ) -> Demand {
         let per_layer = facts.kv_bytes_per_token_per_layer();
         let width = 8 * u64::from(facts.embedding_length) + 4 * u64::from(facts.feed_forward_length);
-        let logits = u64::from(facts.vocabulary) * u64::from(parallel) * 4;
+        let logits = u64::from(facts.vocabulary) * u64::from(sequences) * 4;
         Demand {
             weights_bytes,
             // With the attention mask: two bytes for each row of a batch, twice where some layers have a window.
@@ -105,8 +112,14 @@ pub struct DoesNotFit {
     pub fitting_context_tokens: Option<u32>,
 }
 
-fn gib(bytes: u64) -> String {
-    format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64)
+/// Bytes as people read them.
+fn size(bytes: u64) -> String {
+    let (unit, shift) = match bytes {
+        0..0x10_0000 => ("KiB", 10),
+        0x10_0000..0x4000_0000 => ("MiB", 20),
+        _ => ("GiB", 30),
+    };
+    format!("{:.1} {unit}", bytes as f64 / (1u64 << shift) as f64)
 }
 
 impl std::fmt::Display for DoesNotFit {
@@ -114,11 +127,11 @@ impl std::fmt::Display for DoesNotFit {
         let Self { context_tokens, parallel, .. } = self;
         write!(
             f,
-            "the model does not fit: it needs {} ({} of weights, {} of KV cache for {parallel} x {context_tokens} tokens) and {} are available. ",
-            gib(self.needed_bytes),
-            gib(self.weights_bytes),
-            gib(self.kv_bytes),
-            gib(self.available_bytes),
+            "it needs {} ({} of weights, {} of KV cache for {parallel} x {context_tokens} tokens) and {} are available. ",
+            size(self.needed_bytes),
+            size(self.weights_bytes),
+            size(self.kv_bytes),
+            size(self.available_bytes),
         )?;
         match self.fitting_context_tokens {
             Some(tokens) => write!(f, "--ctx {tokens} would fit, or a lower --parallel"),
@@ -146,6 +159,18 @@ pub fn available_bytes() -> Option<u64> {
     let read = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
     let group = read("memory.max").map(|max| max.saturating_sub(read("memory.current").unwrap_or(0)));
     Some(group.map_or(free, |group| group.min(free)))
+}
+
+/// What of a model's `planned_bytes` does not yet show in [`available_bytes`] as taken. Weights that are mapped from a file
+/// count as free, although the model needs them, and so does a KV cache that nothing has been written to; only what a
+/// process holds in anonymous memory is gone for good.
+pub fn outstanding_bytes(planned_bytes: u64, processes: &[u32]) -> u64 {
+    let anonymous = |pid: &u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+        Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
+    };
+    planned_bytes.saturating_sub(processes.iter().filter_map(anonymous).sum())
 }
 
 #[cfg(test)]
@@ -188,6 +213,24 @@ mod tests {
     fn weights_that_do_not_fit_are_refused_with_the_size_that_would() {
         let refused = demand().context(None, 2 * GIB).unwrap_err();
         assert!(refused.to_string().contains("at most 43 %"), "{refused}");
+    }
+
+    #[test]
+    fn sizes_have_a_unit_in_which_they_are_not_zero() {
+        let sizes = [20 << 10, 3 << 19, 5 << 30].map(size);
+        assert_eq!(sizes, ["20.0 KiB", "1.5 MiB", "5.0 GiB"]);
+    }
+
+    #[test]
+    fn what_a_process_has_taken_is_not_counted_twice_and_what_it_only_maps_is_counted() {
+        let planned = 1 << 50;
+        let taken = planned - outstanding_bytes(planned, &[std::process::id()]);
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        let resident = resident.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024;
+        // The program's own text is mapped, not taken.
+        assert!(taken > 0 && taken < resident, "{taken} of {resident}");
+        assert_eq!(outstanding_bytes(planned, &[]), planned);
     }
 
     #[test]

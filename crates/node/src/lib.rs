@@ -1,6 +1,7 @@
 //! The runtime of a node: it loads models through the engine and serves them behind `murmur_api`'s [`Backend`].
 //!
-//! Start with [`Node::start`] (what happens when a model is loaded), then `generate` (how tokens become text).
+//! Start with [`Node::open`] and [`Node::load`] (a node can be asked while it loads), then `model` (what happens when a model
+//! is loaded), then `generate` (how tokens become text).
 //!
 //! [`Backend`]: murmur_api::backend::Backend
 
@@ -11,9 +12,10 @@ mod model;
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
+use murmur_engine::EngineOptions;
 pub use murmur_engine::{CHILD_SUBCOMMAND, child};
 
-use crate::model::LoadedModel;
+use crate::model::Model;
 
 /// What a node loads and how.
 #[derive(Debug, Clone)]
@@ -88,10 +90,28 @@ pub enum NodeError {
     #[error(transparent)]
     Slice(#[from] murmur_gguf::SliceError),
     /// The model does not fit.
-    #[error(transparent)]
-    Fit(#[from] fit::DoesNotFit),
+    #[error("{model} does not fit: {shortage}")]
+    Fit {
+        /// Which model.
+        model: String,
+        /// What it needs and what there is.
+        shortage: fit::DoesNotFit,
+    },
+    /// More requests at once than the engine can run.
+    #[error(
+        "{asked} requests at once (--parallel) are not possible: {}, the engine can run 1 to {most}",
+        if *.exact { "in exact mode" } else { "with kept prefixes beside them" }
+    )]
+    Parallel {
+        /// What was asked for.
+        asked: u32,
+        /// What is possible.
+        most: u32,
+        /// In exact mode, or not.
+        exact: bool,
+    },
     /// The engine could not load it.
-    #[error("{model} could not be loaded: {source}")]
+    #[error("{model} could not be loaded")]
     Engine {
         /// Which model.
         model: String,
@@ -106,37 +126,97 @@ pub enum NodeError {
     Interrupted,
 }
 
-/// A running node.
+/// A node that nobody may want any more. Dropping it stops the node.
+struct Loading(Option<Arc<Node>>);
+
+impl Drop for Loading {
+    fn drop(&mut self) {
+        if let Some(node) = &self.0 {
+            node.stop();
+        }
+    }
+}
+
+/// A node: its models, loaded or on their way.
 pub struct Node {
-    models: Vec<LoadedModel>,
+    options: NodeOptions,
+    models: Vec<Model>,
     started: Instant,
 }
 
 impl Node {
-    /// Loads every model and is then ready to serve; `progress` hears how far it is.
+    /// A node that has read what its models are, and has loaded none of them: it can be served, and tells clients how far
+    /// loading is. Blocks while it reads the files' headers.
+    pub fn open(options: NodeOptions) -> Result<Node, NodeError> {
+        let most = EngineOptions::parallel_max(options.exact);
+        if !(1..=most).contains(&options.parallel) {
+            return Err(NodeError::Parallel { asked: options.parallel, most, exact: options.exact });
+        }
+        let mut models: Vec<Model> = Vec::new();
+        for spec in &options.models {
+            if models.iter().any(|model| model.id() == spec.id) {
+                return Err(NodeError::SameName(spec.id.clone()));
+            }
+            models.push(Model::open(spec, &options)?);
+        }
+        Ok(Node { options, models, started: Instant::now() })
+    }
+
+    /// Loads every model; `progress` hears how far it is. The first that cannot be loaded ends it.
+    pub async fn load(
+        self: &Arc<Self>,
+        progress: impl Fn(LoadProgress) + Send + Sync + 'static,
+    ) -> Result<(), NodeError> {
+        let node = self.clone();
+        let load = move || {
+            let progress: Arc<dyn Fn(LoadProgress) + Send + Sync> = Arc::new(progress);
+            for (at, model) in node.models.iter().enumerate() {
+                model.load(&node.options, &node.models[..at], &progress)?;
+            }
+            node.tidy_slices();
+            Ok(())
+        };
+        tokio::task::spawn_blocking(load).await.map_err(|_| NodeError::Interrupted)?
+    }
+
+    /// Opens a node, loads every model and is then ready to serve.
     pub async fn start(
         options: NodeOptions,
         progress: impl Fn(LoadProgress) + Send + Sync + 'static,
     ) -> Result<Arc<Node>, NodeError> {
-        let load = move || {
-            let progress: Arc<dyn Fn(LoadProgress) + Send + Sync> = Arc::new(progress);
-            let mut models: Vec<LoadedModel> = Vec::new();
-            for spec in &options.models {
-                if models.iter().any(|model| model.card.id == spec.id) {
-                    return Err(NodeError::SameName(spec.id.clone()));
-                }
-                let used: u64 = models.iter().map(|model| model.memory_bytes).sum();
-                models.push(LoadedModel::load(spec, &options, used, &progress)?);
-            }
-            Ok(models)
-        };
-        let models = tokio::task::spawn_blocking(load).await.map_err(|_| NodeError::Interrupted)??;
-        Ok(Arc::new(Node { models, started: Instant::now() }))
+        let opened = tokio::task::spawn_blocking(move || Node::open(options)).await;
+        let node = Arc::new(opened.map_err(|_| NodeError::Interrupted)??);
+        // Whoever gives up waiting leaves no process behind.
+        let mut loading = Loading(Some(node));
+        if let Some(node) = &loading.0 {
+            node.load(progress).await?;
+        }
+        loading.0.take().ok_or(NodeError::Interrupted)
     }
 
-    /// Ends every engine process. Requests that still run fail.
+    /// The models' names, loaded or not.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.models.iter().map(Model::id)
+    }
+
+    /// Fails every request and kills every engine process, loaded or not, without waiting for them.
+    pub fn stop(&self) {
+        self.models.iter().for_each(Model::stop);
+    }
+
+    /// Ends every engine process and waits for their end. Requests that still run fail.
     pub async fn shutdown(self: Arc<Self>) {
+        self.stop();
         // Dropping an engine waits for its processes.
         let _ = tokio::task::spawn_blocking(move || drop(self)).await;
+    }
+
+    fn tidy_slices(&self) {
+        let used = self.models.iter().filter_map(Model::loaded).flat_map(|model| model.engine.files()).collect();
+        let folder = model::slices_dir(&self.options);
+        let freed_bytes = murmur_engine::prune_slices(&folder, &used, murmur_engine::UNUSED_SLICES_BYTES_MAX);
+        if freed_bytes > 0 {
+            tracing::info!(freed_bytes, "removed slices of models that are not used any more");
+        }
     }
 }

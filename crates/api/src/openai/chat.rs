@@ -18,11 +18,12 @@ use crate::{
     fields::Fields,
     openai::{
         chat_request::ChatInput,
-        head::{Head, random_id},
+        head::{Head, add_timings, random_id},
         logprobs, templates,
     },
     router::AppState,
     sse::{self, Chunks, Render},
+    timings::Timings,
 };
 
 /// `POST /v1/chat/completions`.
@@ -50,17 +51,35 @@ struct Reader {
     single_call: bool,
     calls: usize,
     is_full: bool,
+    in_reasoning: bool,
+    /// Tokens of the reasoning, for `usage`.
+    reasoning_tokens: u64,
 }
 
 impl Reader {
     fn all(input: &ChatInput, prompt: &ChatPrompt) -> Vec<Reader> {
-        let reader =
-            || Reader { parser: prompt.parser(), single_call: !input.parallel_tool_calls, calls: 0, is_full: false };
+        let reader = || Reader {
+            parser: prompt.parser(),
+            single_call: !input.parallel_tool_calls,
+            calls: 0,
+            is_full: false,
+            in_reasoning: prompt.output.starts_in_reasoning,
+            reasoning_tokens: 0,
+        };
         (0..input.common.n).map(|_| reader()).collect()
     }
 
-    fn push(&mut self, text: &str) -> Vec<Delta> {
+    fn push(&mut self, text: &str, tokens: usize) -> Vec<Delta> {
         let deltas = self.parser.push(text);
+        // A token counts for what its text ends in. Marks make no text, and count for what was before them.
+        match deltas.last() {
+            Some(Delta::Reasoning(_)) => self.in_reasoning = true,
+            Some(_) => self.in_reasoning = false,
+            None => {}
+        }
+        if self.in_reasoning {
+            self.reasoning_tokens += tokens as u64;
+        }
         self.count(deltas)
     }
 
@@ -91,6 +110,15 @@ impl Reader {
             Finish::EndOfText | Finish::StopString(_) => "stop",
         }
     }
+}
+
+/// OpenAI's `usage`, with what the reasoning took of it where there was any.
+fn with_reasoning(mut usage: Value, readers: &[Reader]) -> Value {
+    let reasoning_tokens: u64 = readers.iter().map(|reader| reader.reasoning_tokens).sum();
+    if reasoning_tokens > 0 {
+        usage["completion_tokens_details"] = json!({"reasoning_tokens": reasoning_tokens});
+    }
+    usage
 }
 
 fn call_id(id: Option<String>) -> String {
@@ -157,7 +185,7 @@ async fn collect(mut choices: Choices, input: &ChatInput, prompt: &ChatPrompt) -
         };
         match event {
             ChoiceEvent::Text { text, tokens } => {
-                message.add(reader.push(&text));
+                message.add(reader.push(&text, tokens.len()));
                 if wants_logprobs {
                     message.logprobs.extend(logprobs::chat(&tokens));
                 }
@@ -166,7 +194,7 @@ async fn collect(mut choices: Choices, input: &ChatInput, prompt: &ChatPrompt) -
                     message.finish_reason = Some(reader.finish_reason(&Finish::EndOfText));
                 }
             }
-            ChoiceEvent::Done(finish) => {
+            ChoiceEvent::Done(finish, _) => {
                 message.add(reader.finish());
                 message.finish_reason = Some(reader.finish_reason(&finish));
             }
@@ -175,9 +203,8 @@ async fn collect(mut choices: Choices, input: &ChatInput, prompt: &ChatPrompt) -
     }
     let head = Head::new("chat.completion", "chatcmpl-", &input.common.model, input.common.sampling.seed);
     let rendered = messages.into_iter().enumerate().map(|(index, message)| message.render(index, wants_logprobs));
-    let mut answer = head.with_choices(rendered.collect());
-    answer["usage"] = choices.usage();
-    Ok(answer)
+    let answer = head.with_choices(rendered.collect());
+    Ok(Head::account(answer, with_reasoning(choices.usage(), &readers), choices.timings()))
 }
 
 /// A streamed answer.
@@ -198,8 +225,8 @@ impl ChatStream {
         }
     }
 
-    fn push(&self, index: usize, delta: Value, logprobs: Option<Value>, finish: Option<&str>, out: &mut Chunks) {
-        let choice = json!([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]);
+    fn push(&self, index: usize, delta: Value, logprobs: Option<Value>, out: &mut Chunks) {
+        let choice = json!([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": null}]);
         out.push(&self.head.chunk(choice, self.include_usage));
     }
 
@@ -208,10 +235,10 @@ impl ChatStream {
         let mut logprobs = (self.wants_logprobs && !tokens.is_empty())
             .then(|| json!({"content": logprobs::chat(tokens), "refusal": null}));
         for delta in deltas.into_iter().filter_map(render_delta) {
-            self.push(index, delta, logprobs.take(), None, out);
+            self.push(index, delta, logprobs.take(), out);
         }
         if logprobs.is_some() {
-            self.push(index, json!({}), logprobs, None, out);
+            self.push(index, json!({}), logprobs, out);
         }
     }
 }
@@ -236,7 +263,7 @@ fn render_delta(delta: Delta) -> Option<Value> {
 impl Render for ChatStream {
     fn begin(&mut self, out: &mut Chunks) {
         for index in 0..self.readers.len() {
-            self.push(index, json!({"role": "assistant", "content": ""}), None, None, out);
+            self.push(index, json!({"role": "assistant", "content": ""}), None, out);
         }
     }
 
@@ -244,27 +271,29 @@ impl Render for ChatStream {
         let Some(reader) = self.readers.get_mut(choice) else {
             return false;
         };
-        let deltas = reader.push(&text);
+        let deltas = reader.push(&text, tokens.len());
         let is_full = reader.is_full;
         self.push_deltas(choice, deltas, tokens, out);
         is_full
     }
 
-    fn done(&mut self, choice: usize, finish: &Finish, out: &mut Chunks) {
+    fn done(&mut self, choice: usize, finish: &Finish, timings: Option<Timings>, out: &mut Chunks) {
         let Some(reader) = self.readers.get_mut(choice) else {
             return;
         };
         let deltas = reader.finish();
         let finish_reason = reader.finish_reason(finish);
         self.push_deltas(choice, deltas, &[], out);
-        self.push(choice, json!({}), None, Some(finish_reason), out);
+        let choice = json!([{"index": choice, "delta": {}, "logprobs": null, "finish_reason": finish_reason}]);
+        let mut chunk = self.head.chunk(choice, self.include_usage);
+        add_timings(&mut chunk, timings);
+        out.push(&chunk);
     }
 
-    fn end(&mut self, usage: Value, out: &mut Chunks) {
+    fn end(&mut self, usage: Value, timings: Option<Timings>, out: &mut Chunks) {
         if self.include_usage {
-            let mut chunk = self.head.with_choices(json!([]));
-            chunk["usage"] = usage;
-            out.push(&chunk);
+            let usage = with_reasoning(usage, &self.readers);
+            out.push(&Head::account(self.head.with_choices(json!([])), usage, timings));
         }
     }
 }

@@ -18,12 +18,13 @@ use crate::{
     limits::{MAX_CHOICES, MAX_TOP_LOGPROBS},
     openai::{
         constraint, embeddings, harmless,
-        head::Head,
+        head::{Head, add_timings},
         logprobs::Legacy,
         request::{Common, check_choices, token_limit},
     },
     router::AppState,
     sse::{self, Chunks, Render},
+    timings::Timings,
 };
 
 /// OpenAI's default for this endpoint, surprising as it is.
@@ -136,7 +137,7 @@ async fn collect(mut choices: Choices, mut render: CompletionStream) -> Result<V
                     logprobs.push(&tokens);
                 }
             }
-            ChoiceEvent::Done(finish) => {
+            ChoiceEvent::Done(finish, _) => {
                 if let Some(reason) = finish_reasons.get_mut(index) {
                     *reason = Some(finish_reason(&finish));
                 }
@@ -149,9 +150,7 @@ async fn collect(mut choices: Choices, mut render: CompletionStream) -> Result<V
         json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish})
     });
     let rendered = rendered.collect();
-    let mut answer = render.head.with_choices(rendered);
-    answer["usage"] = choices.usage();
-    Ok(answer)
+    Ok(Head::account(render.head.with_choices(rendered), choices.usage(), choices.timings()))
 }
 
 fn finish_reason(finish: &Finish) -> &'static str {
@@ -182,8 +181,8 @@ impl CompletionStream {
         }
     }
 
-    fn push(&self, index: usize, text: &str, logprobs: Option<Value>, finish: Option<&str>, out: &mut Chunks) {
-        let choice = json!([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}]);
+    fn push(&self, index: usize, text: &str, logprobs: Option<Value>, out: &mut Chunks) {
+        let choice = json!([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": null}]);
         out.push(&self.head.chunk(choice, self.include_usage));
     }
 }
@@ -192,7 +191,7 @@ impl Render for CompletionStream {
     fn begin(&mut self, out: &mut Chunks) {
         for (index, echo) in std::mem::take(&mut self.echoes).iter().enumerate() {
             if !echo.is_empty() {
-                self.push(index, echo, None, None, out);
+                self.push(index, echo, None, out);
             }
         }
     }
@@ -203,20 +202,21 @@ impl Render for CompletionStream {
             logprobs.take()
         });
         if !text.is_empty() || logprobs.is_some() {
-            self.push(choice, &text, logprobs, None, out);
+            self.push(choice, &text, logprobs, out);
         }
         false
     }
 
-    fn done(&mut self, choice: usize, finish: &Finish, out: &mut Chunks) {
-        self.push(choice, "", None, Some(finish_reason(finish)), out);
+    fn done(&mut self, choice: usize, finish: &Finish, timings: Option<Timings>, out: &mut Chunks) {
+        let choice = json!([{"index": choice, "text": "", "logprobs": null, "finish_reason": finish_reason(finish)}]);
+        let mut chunk = self.head.chunk(choice, self.include_usage);
+        add_timings(&mut chunk, timings);
+        out.push(&chunk);
     }
 
-    fn end(&mut self, usage: Value, out: &mut Chunks) {
+    fn end(&mut self, usage: Value, timings: Option<Timings>, out: &mut Chunks) {
         if self.include_usage {
-            let mut chunk = self.head.with_choices(json!([]));
-            chunk["usage"] = usage;
-            out.push(&chunk);
+            out.push(&Head::account(self.head.with_choices(json!([])), usage, timings));
         }
     }
 }

@@ -4,7 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use crate::backend::ModelCard;
+use crate::{backend::ModelCard, timings::Timings};
 
 /// What one request's answer, or all chunks of it, have in common.
 pub(crate) struct Head {
@@ -42,6 +42,13 @@ impl Head {
         })
     }
 
+    /// The end of a whole answer.
+    pub(crate) fn account(mut answer: Value, usage: Value, timings: Option<Timings>) -> Value {
+        answer["usage"] = usage;
+        add_timings(&mut answer, timings);
+        answer
+    }
+
     /// A chunk of a stream. Where usage was asked for, every chunk has the field, and all but the last have it null.
     pub(crate) fn chunk(&self, choices: Value, include_usage: bool) -> Value {
         let mut chunk = self.with_choices(choices);
@@ -49,6 +56,13 @@ impl Head {
             chunk["usage"] = Value::Null;
         }
         chunk
+    }
+}
+
+/// llama-server's `timings`, beside what OpenAI's dialect has.
+pub(crate) fn add_timings(answer: &mut Value, timings: Option<Timings>) {
+    if let Some(timings) = timings {
+        answer["timings"] = timings.render();
     }
 }
 

@@ -1,4 +1,5 @@
-//! `/v1/models`.
+//! `/v1/models`. A model that is being loaded or has failed is listed, with its `state`: clients choose by name from this
+//! list, and a request for it is told when to come back. llama-server does the same.
 
 use std::sync::Arc;
 
@@ -9,7 +10,7 @@ use axum::{
 use serde_json::{Value, json};
 
 use crate::{
-    backend::{ModelCard, ModelKind},
+    backend::{ModelCard, ModelKind, ModelState},
     errors::ApiError,
     fields::shorten,
     router::AppState,
@@ -39,14 +40,20 @@ pub(crate) async fn retrieve(
 }
 
 pub(crate) fn describe(model: &ModelCard) -> Value {
-    json!({
+    let mut described = json!({
         "id": model.id,
         "object": "model",
         "created": model.created,
         "owned_by": "murmur",
         "kind": match model.kind { ModelKind::Generate => "generate", ModelKind::Embed => "embed" },
-        "state": model.state,
+        "state": model.state.name(),
         "context_tokens": model.context_tokens,
         "details": model.details,
-    })
+    });
+    match &model.state {
+        ModelState::Loading { fraction } => described["progress"] = json!(fraction),
+        ModelState::Failed { reason } => described["reason"] = json!(reason),
+        ModelState::Ready => {}
+    }
+    described
 }

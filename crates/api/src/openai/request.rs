@@ -62,7 +62,7 @@ pub(crate) fn model(
         && let Some(model) = models.iter().find(|model| model.id == *name)
     {
         if suits(model) {
-            return Ok(model.clone());
+            return available(model);
         }
         let message = match model.kind {
             ModelKind::Embed => {
@@ -81,13 +81,20 @@ pub(crate) fn model(
             Err(ApiError::no_such_model(format!("The model `{}` does not exist here. {advice}", shorten(&name))))
         }
         _ => match (suitable().next(), suitable().nth(1)) {
-            (Some(only), None) => Ok(only.clone()),
+            (Some(only), None) => available(only),
             (None, _) => Err(ApiError::no_such_model("No suitable model is loaded.")),
             (Some(_), Some(_)) => {
                 let message = format!("There are several models; name one in `model`: {}.", names());
                 Err(ApiError::param("model", message).code("missing_required_parameter"))
             }
         },
+    }
+}
+
+fn available(model: &Arc<ModelCard>) -> Result<Arc<ModelCard>, ApiError> {
+    match model.state.refusal(&model.id) {
+        None => Ok(model.clone()),
+        Some(refusal) => Err(refusal.into()),
     }
 }
 

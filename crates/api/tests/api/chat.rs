@@ -170,9 +170,13 @@ async fn reasoning_is_kept_apart_from_the_answer() {
     let message = &answer["choices"][0]["message"];
     assert_eq!(message["content"].as_str().unwrap().trim(), "Hello");
     assert_eq!(message["reasoning_content"].as_str().unwrap().trim(), "Well...");
-    let stream = server.stream(PATH, &chat(json!({"stream": true}))).await;
+    // The third token ends in the answer.
+    assert_eq!(answer["usage"]["completion_tokens_details"], json!({"reasoning_tokens": 2}));
+    let stream = server.stream(PATH, &chat(json!({"stream": true, "stream_options": {"include_usage": true}}))).await;
     assert_eq!(stream.text(0, "content").trim(), "Hello");
     assert_eq!(stream.text(0, "reasoning_content").trim(), "Well...");
+    let usage = &stream.chunks.last().unwrap()["usage"];
+    assert_eq!(usage["completion_tokens_details"], json!({"reasoning_tokens": 2}));
 }
 
 #[tokio::test]

@@ -30,6 +30,27 @@ async fn a_completion_has_text_usage_seed_and_fingerprint() {
 }
 
 #[tokio::test]
+async fn an_answer_and_the_last_chunks_of_a_stream_have_llama_servers_timings() {
+    let server = Server::start(Fake::saying(&["a", "b"])).await;
+    let expected = json!({
+        "cache_n": 3,
+        "prompt_n": 4, "prompt_ms": 5.0, "prompt_per_token_ms": 1.25, "prompt_per_second": 800.0,
+        "predicted_n": 3, "predicted_ms": 5.0, "predicted_per_token_ms": 5.0 / 3.0, "predicted_per_second": 600.0,
+    });
+    for path in [PATH, "/v1/chat/completions"] {
+        let body = |more| if path == PATH { completion(more) } else { crate::support::chat(more) };
+        assert_eq!(server.ask(path, &body(json!({}))).await["timings"], expected);
+        assert_eq!(server.ask(path, &body(json!({"n": 2}))).await["timings"]["predicted_per_second"], 1200.0);
+        for usage in [false, true] {
+            let body = body(json!({"stream": true, "stream_options": {"include_usage": usage}}));
+            let stream = server.stream(path, &body).await;
+            assert_eq!(stream.chunks.last().unwrap()["timings"], expected);
+            assert!(stream.chunks[0].get("timings").is_none());
+        }
+    }
+}
+
+#[tokio::test]
 async fn every_sampling_field_reaches_the_node() {
     let server = Server::start(Fake::saying(&["x"])).await;
     let body = completion(json!({

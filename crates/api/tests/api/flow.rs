@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use murmur_api::backend::{Event, Finish};
+use murmur_api::backend::{Event, Finish, Refusal};
 use serde_json::{Value, json};
 use tokio::{sync::mpsc, time::timeout};
 
@@ -113,6 +113,28 @@ async fn a_stopping_server_cuts_off_what_does_not_finish_and_the_client_can_tell
     timeout(SOON, server.stop()).await.unwrap();
     assert_cancelled(&node).await;
     assert!(response.text().await.is_err(), "a cut-off stream must not look like one that ended");
+}
+
+#[tokio::test]
+async fn answers_that_a_stopping_server_cuts_off_end_with_an_error() {
+    let (fake, mut generations) = conducted();
+    let server = Server::with(fake, |o| o.shutdown_grace = Duration::from_millis(50)).await;
+    let stream = server.post(COMPLETIONS, &completion(json!({"stream": true}))).send().await.unwrap();
+    let whole = tokio::spawn(server.post(COMPLETIONS, &completion(json!({}))).send());
+    let nodes = [generations.recv().await.unwrap(), generations.recv().await.unwrap()];
+    let fake = server.fake.clone();
+    tokio::spawn(async move {
+        fake.cut_off.notified().await;
+        for node in nodes {
+            let message = "the server is shutting down".to_owned();
+            node.send(Event::Failed(Refusal::Failed { message })).await.unwrap();
+        }
+    });
+    timeout(SOON, server.stop()).await.unwrap();
+    let stream = Stream::read(&stream.text().await.unwrap());
+    assert_eq!((stream.dones, stream.finish_reasons().len()), (0, 0));
+    assert_eq!(stream.chunks.last().unwrap()["error"]["message"], "the server is shutting down");
+    assert_eq!(whole.await.unwrap().unwrap().status(), 500);
 }
 
 #[tokio::test]

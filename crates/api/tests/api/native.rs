@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use murmur_api::backend::{ModelCard, ModelKind};
+use murmur_api::backend::{ModelCard, ModelKind, ModelState};
 use serde_json::{Value, json};
 
 use crate::support::{Fake, Server, card, completion, error};
@@ -47,18 +47,68 @@ async fn a_model_needs_no_name_where_there_is_one_and_needs_one_where_there_are_
     assert!(error["message"].as_str().unwrap().contains("`second`"), "{error}");
 }
 
-#[tokio::test]
-async fn health_says_whether_a_model_is_ready() {
-    let server = Server::start(Fake::saying(&[])).await;
-    assert_eq!(server.get("/health").send().await.unwrap().status(), 200);
-    let mut fake = Fake::saying(&[]);
-    for model in &mut fake.models {
-        *model = Arc::new(ModelCard { state: "loading".into(), ..(**model).clone() });
+/// A node whose models are in these states.
+fn in_states(states: [ModelState; 2]) -> Fake {
+    let mut fake = Fake::saying(&["x"]);
+    for (model, state) in fake.models.iter_mut().zip(states) {
+        *model = Arc::new(ModelCard { state, ..(**model).clone() });
     }
-    let server = Server::start(fake).await;
+    fake
+}
+
+fn failed() -> ModelState {
+    ModelState::Failed { reason: "no such file".into() }
+}
+
+async fn health(server: &Server) -> (u16, Option<String>, Value) {
     let response = server.get("/health").send().await.unwrap();
-    assert_eq!(response.status(), 503);
-    assert_eq!(response.json::<Value>().await.unwrap(), json!({"status": "loading"}));
+    let retry_after = response.headers().get("retry-after").map(|value| value.to_str().unwrap().to_owned());
+    (response.status().as_u16(), retry_after, response.json().await.unwrap())
+}
+
+#[tokio::test]
+async fn health_says_whether_the_models_are_ready() {
+    let server = Server::start(Fake::saying(&[])).await;
+    assert_eq!(health(&server).await, (200, None, json!({"status": "ok"})));
+
+    let half = ModelState::Loading { fraction: 0.5 };
+    let server = Server::start(in_states([ModelState::Ready, half])).await;
+    let models = json!([{"id": "org/tiny", "state": "ready"}, {"id": "embedder", "state": "loading", "progress": 0.5}]);
+    let expected = json!({"status": "loading", "progress": 0.75, "models": models});
+    assert_eq!(health(&server).await, (503, Some("2".into()), expected));
+
+    let server = Server::start(in_states([ModelState::Ready, failed()])).await;
+    let (status, _, body) = health(&server).await;
+    assert_eq!((status, &body["models"][1]["reason"]), (200, &json!("no such file")));
+
+    let server = Server::start(in_states([failed(), failed()])).await;
+    let (status, retry_after, body) = health(&server).await;
+    assert_eq!((status, retry_after.is_some(), &body["status"]), (503, true, &json!("failed")));
+
+    let server = Server::with(in_states([failed(), failed()]), |o| o.api_keys = vec!["key".into()]).await;
+    assert_eq!(health(&server).await.2, json!({"status": "failed", "progress": 1.0}));
+}
+
+#[tokio::test]
+async fn a_model_that_cannot_be_asked_yet_is_listed_and_requests_are_told_when_to_come_back() {
+    let server = Server::start(in_states([ModelState::Loading { fraction: 0.25 }, failed()])).await;
+    let list: Value = server.get("/v1/models").send().await.unwrap().json().await.unwrap();
+    assert_eq!((&list["data"][0]["state"], &list["data"][0]["progress"]), (&json!("loading"), &json!(0.25)));
+    assert_eq!((&list["data"][1]["state"], &list["data"][1]["reason"]), (&json!("failed"), &json!("no such file")));
+    for (path, body, says) in [
+        ("/v1/completions", completion(json!({})), "25 %"),
+        ("/v1/completions", completion(json!({"model": null, "stream": true})), "25 %"),
+        ("/v1/chat/completions", crate::support::chat(json!({})), "25 %"),
+        ("/v1/embeddings", json!({"model": "embedder", "input": "x"}), "no such file"),
+        ("/api/tokenize", json!({"model": "org/tiny", "content": "x"}), "25 %"),
+    ] {
+        let response = server.post(path, &body).send().await.unwrap();
+        assert!(response.headers().contains_key("retry-after"), "{path}");
+        let (status, error) = error(response).await;
+        assert_eq!((status, error["code"].as_str()), (503, Some("model_not_ready")), "{path}");
+        assert!(error["message"].as_str().unwrap().contains(says), "{error}");
+    }
+    assert!(server.fake.seen.lock().unwrap().is_empty());
 }
 
 #[tokio::test]

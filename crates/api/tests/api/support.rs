@@ -8,8 +8,8 @@ use std::{
 use murmur_api::{
     ApiOptions, Backend,
     backend::{
-        BoxFuture, Completion, Embeddings, Event, Finish, GenerateRequest, Generation, ModelCard, ModelKind, Prompt,
-        Refusal, TokenInfo,
+        BoxFuture, Completion, Embeddings, Event, Finish, GenerateRequest, Generation, ModelCard, ModelKind,
+        ModelState, Prompt, Refusal, TokenInfo,
     },
 };
 use murmur_protocol::sampling::Token;
@@ -38,6 +38,7 @@ pub(crate) struct Fake {
     pub(crate) models: Vec<Arc<ModelCard>>,
     pub(crate) seen: Mutex<Vec<GenerateRequest>>,
     pub(crate) embedded: Mutex<Vec<Prompt>>,
+    pub(crate) cut_off: tokio::sync::Notify,
     answer: Answer,
 }
 
@@ -50,7 +51,7 @@ pub(crate) fn card(id: &str, kind: ModelKind) -> Arc<ModelCard> {
         chat_template: Some(TEMPLATE.to_owned()),
         bos_text: "<s>".to_owned(),
         eos_text: "</s>".to_owned(),
-        state: "ready".to_owned(),
+        state: ModelState::Ready,
         details: json!({"architecture": "llama", "digest": "0123456789abcdef"}),
     })
 }
@@ -63,6 +64,7 @@ impl Fake {
             models: vec![card("org/tiny", ModelKind::Generate), card("embedder", ModelKind::Embed)],
             seen: Mutex::default(),
             embedded: Mutex::default(),
+            cut_off: tokio::sync::Notify::new(),
             answer: Box::new(answer),
         }
     }
@@ -165,6 +167,10 @@ impl Backend for Fake {
 
     fn detokenize(&self, _model: String, tokens: Vec<Token>) -> BoxFuture<'_, Result<String, Refusal>> {
         Box::pin(async move { Ok(tokens.iter().map(|token| format!("<{token}>")).collect()) })
+    }
+
+    fn cut_off(&self) {
+        self.cut_off.notify_one();
     }
 
     fn status(&self) -> Value {

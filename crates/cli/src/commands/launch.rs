@@ -63,9 +63,13 @@ pub(super) fn listen(session: &Session) -> anyhow::Result<TcpListener> {
     Ok(listener)
 }
 
-/// Loads models. Ctrl-C ends it; the engine's processes then end with this one.
-pub(super) async fn load(session: &Session, models: Vec<LocalModel>, engine: &EngineArgs) -> anyhow::Result<Arc<Node>> {
-    let options = NodeOptions {
+/// What a node is to do.
+pub(super) fn node_options(
+    session: &Session,
+    models: Vec<LocalModel>,
+    engine: &EngineArgs,
+) -> anyhow::Result<NodeOptions> {
+    Ok(NodeOptions {
         data_dir: session.data_dir.clone(),
         models: models.into_iter().map(|model| ModelSpec { path: model.path, id: model.id }).collect(),
         stages: engine.stages,
@@ -79,25 +83,47 @@ pub(super) async fn load(session: &Session, models: Vec<LocalModel>, engine: &En
         exact: engine.exact,
         gpu_layers: engine.gpu_layers,
         engine_program: std::env::current_exe().context("finding this program, for the engine's processes")?,
-    };
-    let bar = Arc::new(LoadBar::new(session.global.quiet, engine.stages));
-    let listener = Arc::clone(&bar);
-    let outcome = tokio::select! {
-        node = Node::start(options, move |progress| listener.show(&progress)) => node.map_err(anyhow::Error::from),
-        _ = tokio::signal::ctrl_c() => Err(Failure::because(Code::Interrupted, "interrupted while loading")),
-    };
-    bar.finish();
-    outcome
+    })
 }
 
-/// One bar for a model at a time: the mean of its stages.
-struct LoadBar {
+/// Loads a model for this command. Ctrl-C ends it, and the engine's processes with it.
+async fn load(session: &Session, model: LocalModel, engine: &EngineArgs) -> anyhow::Result<Arc<Node>> {
+    let options = node_options(session, vec![model], engine)?;
+    let bar = LoadBar::new(session, engine);
+    tokio::select! {
+        node = Node::start(options, bar.listener()) => Ok(node?),
+        _ = tokio::signal::ctrl_c() => Err(Failure::because(Code::Interrupted, "interrupted while loading")),
+    }
+}
+
+/// One bar for a model at a time: the mean of its stages. It is gone when this is.
+pub(super) struct LoadBar(Arc<Bar>);
+
+struct Bar {
     bar: ProgressBar,
     stages: u32,
     done: Mutex<HashMap<(String, usize), f32>>,
 }
 
 impl LoadBar {
+    pub(super) fn new(session: &Session, engine: &EngineArgs) -> Self {
+        Self(Arc::new(Bar::new(session.global.quiet, engine.stages)))
+    }
+
+    /// Shows what it hears.
+    pub(super) fn listener(&self) -> impl Fn(LoadProgress) + Send + Sync + 'static {
+        let bar = Arc::clone(&self.0);
+        move |progress| bar.show(&progress)
+    }
+}
+
+impl Drop for LoadBar {
+    fn drop(&mut self) {
+        self.0.bar.finish_and_clear();
+    }
+}
+
+impl Bar {
     fn new(quiet: bool, stages: u32) -> Self {
         let hidden = quiet || !io::stderr().is_terminal();
         let target = if hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
@@ -119,10 +145,6 @@ impl LoadBar {
         self.bar.set_message(ui::without_controls(&progress.model));
         self.bar.set_position(((share * PROGRESS_STEPS as f64) as u64).min(PROGRESS_STEPS));
     }
-
-    fn finish(&self) {
-        self.bar.finish_and_clear();
-    }
 }
 
 /// A server that a command runs for itself: on a port of its own, with a key that nobody else has.
@@ -135,7 +157,7 @@ pub(super) struct OwnServer {
 
 impl OwnServer {
     pub(super) async fn start(session: &Session, model: LocalModel, engine: &EngineArgs) -> anyhow::Result<Self> {
-        let node = load(session, vec![model], engine).await?;
+        let node = load(session, model, engine).await?;
         let listener =
             tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("listening on this machine")?;
         let address = listener.local_addr()?;

@@ -141,6 +141,34 @@ impl Drop for Server {
     }
 }
 
+/// Makes the first child of a process hang, as soon as there is one.
+pub fn stop_first_child(parent: u32) {
+    let children = format!("/proc/{parent}/task");
+    let started = std::time::Instant::now();
+    loop {
+        let tasks = std::fs::read_dir(&children).unwrap().flatten();
+        let found = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+        let found: Vec<String> =
+            found.flat_map(|line| line.split(' ').map(str::to_owned).collect::<Vec<_>>()).collect();
+        if let Some(child) = found.iter().find(|pid| !pid.is_empty()) {
+            assert!(Command::new("kill").args(["-STOP", child]).status().unwrap().success());
+            return;
+        }
+        assert!(started.elapsed() < std::time::Duration::from_secs(60), "no child was started");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
+/// One answer of a server, headers included.
+pub fn get(address: &str, path: &str) -> String {
+    use std::io::Read;
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
 /// Runs a command with something on its standard input.
 pub fn with_input(mut command: Command, input: &str) -> Outcome {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();

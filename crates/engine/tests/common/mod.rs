@@ -3,7 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use murmur_engine::{Ending, Engine, EngineOptions, SessionEvent, SessionRequest, SessionStream};
+use murmur_engine::{
+    Ending, Engine, EngineOptions, Patience, SessionEvent, SessionRequest, SessionStream, Stop,
+    link::{Link, Receiver},
+};
 use murmur_gguf::{
     Gguf, LayerRange,
     synth::{self, Spec, Weights},
@@ -46,11 +49,12 @@ impl Lab {
             threads: Some(1),
             exact,
             gpu_layers: 0,
+            patience: Patience::default(),
         }
     }
 
     pub fn engine(&self, model: &Path, ranges: Vec<LayerRange>, exact: bool) -> Engine {
-        Engine::load(self.options(model, ranges, exact), |_, _| {}).unwrap()
+        Engine::load(self.options(model, ranges, exact), Stop::new(), |_, _| {}).unwrap()
     }
 }
 
@@ -143,8 +147,17 @@ pub async fn run(engine: &Engine, request: SessionRequest) -> Answer {
 
 /// Kills a process and everything it held.
 pub fn kill(pid: u32) {
+    signal(pid, rustix::process::Signal::KILL);
+}
+
+/// Makes a process hang.
+pub fn stop_process(pid: u32) {
+    signal(pid, rustix::process::Signal::STOP);
+}
+
+fn signal(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
 }
 
 pub fn stage_pid(engine: &Engine, stage: usize) -> Option<u32> {
@@ -167,6 +180,14 @@ pub fn load(path: &Path, role: Role) -> Load {
         tap: None,
         inject: None,
     }
+}
+
+/// A child that is spoken to directly, loaded.
+pub fn start_child(load: &Load) -> (Link, Receiver) {
+    let program = Path::new(env!("CARGO_BIN_EXE_murmur-engine-child"));
+    let (link, mut receiver) = Link::start(program, load, Patience::default().silence_floor).unwrap();
+    receiver.loaded(&link, &mut |_| {}).unwrap();
+    (link, receiver)
 }
 
 /// Process ids of this process's children, loaded or not.

@@ -1,0 +1,150 @@
+//! One session as the driver sees it: what it asked for, what it has, and how often stages died under it.
+
+use murmur_protocol::sampling::{Sampled, SamplingParams, Token};
+use tokio::sync::mpsc;
+
+use super::DriverOptions;
+use crate::schedule::EXACT_DECODE_ROWS_MAX;
+
+/// A session under which stages died so often, without a token in between, is a suspect: it may be what kills them. It
+/// then runs alone, and is given up if that death has no other explanation.
+pub(super) const SUSPECT_DEATHS: u32 = 2;
+/// A session under which stages died so often altogether is given up, tokens or not.
+pub(super) const DEATHS_MAX: u32 = 32;
+
+/// What a session asks for.
+#[derive(Debug, Clone)]
+pub struct SessionRequest {
+    /// Prompt tokens, at least one.
+    pub prompt: Vec<Token>,
+    /// Tokens to generate at most; prompt and answer together must fit the context.
+    pub max_tokens: u32,
+    /// How to sample.
+    pub sampling: SamplingParams,
+}
+
+/// What happens to a session.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SessionEvent {
+    /// Prompt tokens are done so far.
+    Prefill {
+        /// Tokens done, cached ones included.
+        done_tokens: u32,
+        /// Tokens found in the prefix cache.
+        cached_tokens: u32,
+    },
+    /// A token.
+    Token(Sampled),
+    /// The end, after the last token.
+    Ended(Ending),
+    /// The session failed: what happened.
+    Failed(String),
+}
+
+/// Why a session ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// The model (or the grammar) ended.
+    EndOfText,
+    /// `max_tokens` were generated.
+    Length,
+}
+
+pub(super) enum Phase {
+    /// Waiting for room, or for stages to come (back).
+    Queued,
+    /// `Open` is on its way, sent when `releases` sessions had ended.
+    Opening { missing: Vec<bool>, cached_tokens: u32, releases: u64 },
+    /// Rows are on their way. `next`: first position not sent. `in_flight`: frames sent and not answered; `prefill`:
+    /// whether these are prompt rows.
+    Running { next: u32, in_flight: usize, prefill: bool },
+}
+
+pub(super) struct Session {
+    pub(super) epoch: u32,
+    pub(super) phase: Phase,
+    pub(super) tokens: Vec<Token>,
+    pub(super) prompt_tokens: u32,
+    pub(super) cached_tokens: u32,
+    pub(super) max_tokens: u32,
+    pub(super) sampling: SamplingParams,
+    pub(super) events: mpsc::Sender<SessionEvent>,
+    /// Stages that died while they worked on it, since its last token.
+    deaths: u32,
+    /// The same, since it began.
+    deaths_total: u32,
+}
+
+impl Session {
+    pub(super) fn new(request: SessionRequest, events: mpsc::Sender<SessionEvent>) -> Session {
+        Session {
+            epoch: 0,
+            phase: Phase::Queued,
+            prompt_tokens: request.prompt.len() as u32,
+            tokens: request.prompt,
+            cached_tokens: 0,
+            max_tokens: request.max_tokens,
+            sampling: request.sampling,
+            events,
+            deaths: 0,
+            deaths_total: 0,
+        }
+    }
+
+    pub(super) fn generated(&self) -> &[Token] {
+        &self.tokens[self.prompt_tokens as usize..]
+    }
+
+    /// The next frame's rows: positions `start..end`, and whether they are prompt rows.
+    pub(super) fn next_rows(&self, start: u32, options: &DriverOptions) -> (u32, bool) {
+        let chunk = options.chunk_rows;
+        if start < self.prompt_tokens {
+            return (((start / chunk + 1) * chunk).min(self.prompt_tokens), true);
+        }
+        let left = self.tokens.len() as u32 - start;
+        let rows = if options.exact { EXACT_DECODE_ROWS_MAX as u32 } else { chunk };
+        (start + left.min(rows), left > 1 && !options.exact)
+    }
+
+    /// True when only its own run can tell whether it kills stages.
+    pub(super) fn is_suspect(&self) -> bool {
+        self.deaths >= SUSPECT_DEATHS
+    }
+
+    /// It got through: whatever killed the stages, this was not it.
+    pub(super) fn clear(&mut self) {
+        self.deaths = 0;
+    }
+
+    /// A stage died. The session goes back to the queue under a new epoch; the reason, if it is given up instead.
+    pub(super) fn on_death(&mut self) -> Option<String> {
+        let at_work = match self.phase {
+            Phase::Queued => false,
+            Phase::Opening { .. } => true,
+            Phase::Running { in_flight, .. } => in_flight > 0,
+        };
+        self.requeue();
+        if !at_work {
+            return None;
+        }
+        // A suspect is at work only when nothing else is.
+        let died_alone = self.is_suspect();
+        self.deaths += 1;
+        self.deaths_total += 1;
+        let deaths = self.deaths;
+        if died_alone {
+            return Some(format!(
+                "the engine process died {deaths} times in a row while it worked on this request, the last time on \
+                 nothing else; it was restarted each time, and the request is now given up"
+            ));
+        }
+        (self.deaths_total > DEATHS_MAX).then(|| {
+            format!("the engine process died more than {DEATHS_MAX} times during this request, which is now given up")
+        })
+    }
+
+    pub(super) fn requeue(&mut self) {
+        self.phase = Phase::Queued;
+        self.epoch += 1;
+    }
+}

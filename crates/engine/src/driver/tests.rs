@@ -1,0 +1,224 @@
+use murmur_protocol::sampling::{Sampled, SamplingParams};
+
+use super::{
+    session::{DEATHS_MAX, SUSPECT_DEATHS},
+    *,
+};
+
+fn driver(stages: usize) -> Driver {
+    let mut driver =
+        Driver::new(DriverOptions { stages, chunk_rows: 4, exact: false, queue_max: 8, end_of_generation: vec![0] });
+    (0..stages).for_each(|stage| driver.on_ready(stage));
+    driver
+}
+
+fn request() -> SessionRequest {
+    SessionRequest { prompt: (1..=10).collect(), max_tokens: 3, sampling: SamplingParams::default() }
+}
+
+fn sent(driver: &mut Driver) -> Vec<(usize, Kind, u64, u32, u32)> {
+    let frames = driver.take_output().into_iter();
+    frames.map(|(to, f)| (to, f.header.kind, f.header.session, f.header.epoch, f.header.position)).collect()
+}
+
+fn answer<T: serde::Serialize>(driver: &mut Driver, stage: usize, kind: Kind, at: (u64, u32), message: &T) {
+    let mut header = Header::new(kind, at.0);
+    header.epoch = at.1;
+    driver.on_frame(stage, Frame::message(header, message).unwrap());
+}
+
+#[test]
+fn room_made_while_a_busy_answer_was_on_its_way_is_not_forgotten() {
+    let mut driver = driver(1);
+    let (first, _events) = driver.start(request()).unwrap();
+    answer(&mut driver, 0, Kind::Opened, (first, 0), &Opened { cached_tokens: 0 });
+    let (second, _events) = driver.start(request()).unwrap();
+    driver.cancel(first);
+    sent(&mut driver);
+    // The stage said this before it heard of the cancel.
+    answer(&mut driver, 0, Kind::NotOpened, (second, 0), &NotOpened::Busy { retry_ms: 1 });
+    assert!(sent(&mut driver).contains(&(0, Kind::Open, second, 1, 0)));
+}
+
+#[test]
+fn the_ring_starts_where_every_stage_has_the_prefix() {
+    let mut driver = driver(2);
+    let (id, _events) = driver.start(request()).unwrap();
+    sent(&mut driver);
+    answer(&mut driver, 0, Kind::Opened, (id, 0), &Opened { cached_tokens: 9 });
+    assert!(sent(&mut driver).is_empty());
+    answer(&mut driver, 1, Kind::Opened, (id, 0), &Opened { cached_tokens: 5 });
+    // Rows 5..8 end at the chunk boundary, 8..10 are the rest.
+    assert_eq!(sent(&mut driver), [(0, Kind::Tokens, id, 0, 5), (0, Kind::Tokens, id, 0, 8)]);
+}
+
+#[test]
+fn a_lost_stage_opens_every_session_anew_and_old_answers_are_ignored() {
+    let mut driver = driver(2);
+    let (id, mut events) = driver.start(request()).unwrap();
+    for stage in 0..2 {
+        answer(&mut driver, stage, Kind::Opened, (id, 0), &Opened { cached_tokens: 0 });
+    }
+    driver.on_lost(1);
+    sent(&mut driver);
+    let stale = Step { sampled: None, compute_us: 1, batch_rows: 1, threads: 1 };
+    answer(&mut driver, 1, Kind::Done, (id, 0), &stale);
+    assert!(sent(&mut driver).is_empty() && events.try_recv().is_err());
+    driver.on_ready(1);
+    let opened: Vec<_> = sent(&mut driver);
+    assert_eq!(opened, [(0, Kind::Open, id, 1, 0), (1, Kind::Open, id, 1, 0)]);
+}
+
+/// Opens what the driver wants opened; the ids, in order.
+fn open_all(driver: &mut Driver) -> Vec<u64> {
+    let mut opened = Vec::new();
+    loop {
+        let frames = driver.take_output();
+        let Some((_, open)) = frames.into_iter().find(|(_, frame)| frame.header.kind == Kind::Open) else {
+            return opened;
+        };
+        let at = (open.header.session, open.header.epoch);
+        opened.push(at.0);
+        answer(driver, 0, Kind::Opened, at, &Opened { cached_tokens: 0 });
+    }
+}
+
+fn epoch(driver: &Driver, id: u64) -> u32 {
+    driver.sessions[&id].epoch
+}
+
+/// Answers everything a session has in flight; its last prompt row gives a token.
+fn gets_a_token(driver: &mut Driver, id: u64) {
+    let at = (id, epoch(driver, id));
+    let step = Step { sampled: None, compute_us: 1, batch_rows: 1, threads: 1 };
+    let Phase::Running { in_flight, .. } = driver.sessions[&id].phase else { panic!("{id} does not run") };
+    for _ in 1..in_flight {
+        answer(driver, 0, Kind::Done, at, &step);
+    }
+    let sampled = Sampled { token: 5, logprob: None, top: vec![], grammar_ended: false };
+    answer(driver, 0, Kind::Sampled, at, &Step { sampled: Some(sampled), ..step });
+}
+
+fn dies(driver: &mut Driver) {
+    driver.on_lost(0);
+    driver.on_ready(0);
+}
+
+#[test]
+fn a_request_that_kills_its_stage_is_given_up_and_takes_no_other_with_it() {
+    let mut driver = driver(1);
+    let mut sessions: Vec<_> = (0..4).map(|_| driver.start(request()).unwrap()).collect();
+    let ids: Vec<u64> = sessions.iter().map(|(id, _)| *id).collect();
+    let poisonous = ids[1];
+    let mut deaths = 0;
+    // Whenever the poisonous one is computed, the stage dies, and with it the turn of all that run.
+    for _ in 0..100 {
+        if open_all(&mut driver).is_empty() && driver.queued() == 0 {
+            break;
+        }
+        let running: Vec<u64> = ids
+            .iter()
+            .copied()
+            .filter(|id| matches!(driver.sessions.get(id).map(|s| &s.phase), Some(Phase::Running { .. })))
+            .collect();
+        if running.contains(&poisonous) {
+            deaths += 1;
+            assert_eq!(driver.on_lost(0), deaths > SUSPECT_DEATHS, "only the last is explained");
+            driver.on_ready(0);
+        } else {
+            running.into_iter().for_each(|id| gets_a_token(&mut driver, id));
+        }
+    }
+    assert_eq!(deaths, SUSPECT_DEATHS + 1, "two in company and one alone");
+    while driver.running() > 0 {
+        let next = *driver.sessions.keys().next().unwrap();
+        gets_a_token(&mut driver, next);
+        open_all(&mut driver);
+    }
+    for (id, events) in &mut sessions {
+        let heard: Vec<_> = std::iter::from_fn(|| events.try_recv().ok()).collect();
+        let tokens = heard.iter().filter(|event| matches!(event, SessionEvent::Token(_))).count();
+        match heard.last().unwrap() {
+            SessionEvent::Failed(_) => assert_eq!((*id, tokens), (poisonous, 0)),
+            last => assert_eq!((tokens, last), (3, &SessionEvent::Ended(Ending::Length))),
+        }
+    }
+}
+
+#[test]
+fn a_session_that_is_not_being_computed_is_charged_with_nothing() {
+    let mut driver = driver(1);
+    let (waiting, mut events) = driver.start(request()).unwrap();
+    open_all(&mut driver);
+    gets_a_token(&mut driver, waiting);
+    // Its reader sleeps, so no row of it is in flight.
+    let Some(session) = driver.sessions.get_mut(&waiting) else { panic!() };
+    session.phase = Phase::Running { next: 11, in_flight: 0, prefill: false };
+    for _ in 0..DEATHS_MAX {
+        dies(&mut driver);
+        open_all(&mut driver);
+        let Some(session) = driver.sessions.get_mut(&waiting) else { panic!("given up") };
+        assert!(!session.is_suspect());
+        session.phase = Phase::Running { next: 11, in_flight: 0, prefill: false };
+    }
+    assert!(matches!(events.try_recv(), Ok(SessionEvent::Token(_))));
+    assert!(events.try_recv().is_err());
+}
+
+#[test]
+fn a_session_under_which_stages_die_without_end_is_given_up_although_it_gets_tokens() {
+    let mut driver = driver(1);
+    let (id, mut events) = driver.start(SessionRequest { max_tokens: 1000, ..request() }).unwrap();
+    for _ in 0..=DEATHS_MAX {
+        open_all(&mut driver);
+        gets_a_token(&mut driver, id);
+        assert!(matches!(events.try_recv(), Ok(SessionEvent::Token(_))));
+        dies(&mut driver);
+    }
+    assert!(matches!(events.try_recv(), Ok(SessionEvent::Failed(_))));
+}
+
+#[test]
+fn a_suspect_whose_reader_sleeps_lets_the_others_go_on() {
+    let mut driver = driver(1);
+    let (suspect, _events) = driver.start(SessionRequest { max_tokens: 100, ..request() }).unwrap();
+    for _ in 0..SUSPECT_DEATHS {
+        open_all(&mut driver);
+        dies(&mut driver);
+    }
+    let events = driver.sessions[&suspect].events.clone();
+    while events.capacity() >= EVENTS_MARGIN {
+        events.try_send(SessionEvent::Prefill { done_tokens: 0, cached_tokens: 0 }).unwrap();
+    }
+    let (other, _events) = driver.start(request()).unwrap();
+    assert_eq!(open_all(&mut driver), [suspect]);
+    let step = Step { sampled: None, compute_us: 1, batch_rows: 1, threads: 1 };
+    let at = (suspect, epoch(&driver, suspect));
+    answer(&mut driver, 0, Kind::Done, at, &step);
+    answer(&mut driver, 0, Kind::Done, at, &step);
+    assert_eq!(open_all(&mut driver), [other]);
+}
+
+#[test]
+fn while_a_stage_cannot_be_had_sessions_fail_with_the_reason_and_afterwards_begin_again() {
+    let mut driver = driver(2);
+    let (_, mut events) = driver.start(request()).unwrap();
+    driver.on_lost(1);
+    driver.on_unavailable(1, "no such file");
+    assert_eq!(events.try_recv(), Ok(SessionEvent::Failed("no such file".into())));
+    assert_eq!(driver.start(request()).err(), Some(NotStarted::Unavailable("no such file".into())));
+    driver.on_ready(1);
+    assert!(driver.start(request()).is_ok());
+    driver.stop("good night");
+    driver.on_ready(1);
+    assert_eq!(driver.start(request()).err(), Some(NotStarted::Unavailable("good night".into())));
+}
+
+#[test]
+fn a_frame_that_cannot_be_sent_ends_its_session_with_a_reason() {
+    let mut driver = driver(1);
+    let (id, mut events) = driver.start(request()).unwrap();
+    driver.on_unsendable(id, "too large");
+    assert!(matches!(events.try_recv(), Ok(SessionEvent::Failed(reason)) if reason.contains("too large")));
+    assert_eq!(driver.queued() + driver.running(), 0);
+}

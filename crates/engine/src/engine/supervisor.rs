@@ -1,0 +1,172 @@
+//! Keeps one stage alive: loads it, carries its frames to the driver, starts it again when it dies or hangs.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use murmur_gguf::LayerRange;
+use murmur_protocol::{
+    frame::Frame,
+    stage::{Load, Loaded},
+};
+
+use super::{Patience, lock, stop::Stop};
+use crate::{
+    driver::Driver,
+    link::{Link, LinkError, Receiver},
+};
+
+/// A stage that cannot be loaded this often in a row has failed: sessions are told so, and it is tried less often.
+const QUICK_RELOADS: u32 = 5;
+/// Wait before the second reload; doubled each time.
+const RELOAD_PAUSE: Duration = Duration::from_millis(100);
+/// A stage that dies sooner than this after loading counts as one that could not be loaded, unless a request is to blame.
+const PROVEN_AFTER: Duration = Duration::from_secs(2);
+/// The pause between tries of a failed stage doubles this often at most (from 30 s to 16 min).
+const FAILED_PAUSE_DOUBLINGS_MAX: u32 = 5;
+
+/// What running requests are told when the engine ends.
+pub(super) const ENDING: &str = "the server is shutting down";
+
+/// The driver and the stages it drives.
+pub(super) struct Shared {
+    pub(super) driver: Mutex<Driver>,
+    pub(super) stages: Vec<StageCell>,
+    pub(super) stop: Stop,
+    pub(super) program: PathBuf,
+    pub(super) patience: Patience,
+}
+
+/// A stage: what it is, and its process.
+pub(super) struct StageCell {
+    pub(super) load: Load,
+    pub(super) range: LayerRange,
+    pub(super) state: Mutex<StageState>,
+}
+
+/// What changes about a stage.
+#[derive(Default)]
+pub(super) struct StageState {
+    pub(super) link: Option<Arc<Link>>,
+    pub(super) loaded: Option<Loaded>,
+    pub(super) restarts: u32,
+}
+
+impl Shared {
+    /// Changes the driver's state and sends what comes out. Sending never blocks, and happens under the lock so that
+    /// frames leave in the order the driver made them.
+    pub(super) fn drive<T>(&self, change: impl FnOnce(&mut Driver) -> T) -> T {
+        let mut driver = lock(&self.driver);
+        let result = change(&mut driver);
+        self.flush(&mut driver);
+        result
+    }
+
+    fn flush(&self, driver: &mut Driver) {
+        // A frame that cannot be sent ends its session, and that is told to the stages in turn.
+        loop {
+            let output = driver.take_output();
+            if output.is_empty() {
+                return;
+            }
+            let mut by_stage: Vec<Vec<Frame>> = vec![Vec::new(); self.stages.len()];
+            for (stage, frame) in output {
+                if let Some(frames) = by_stage.get_mut(stage) {
+                    frames.push(frame);
+                }
+            }
+            for (cell, frames) in self.stages.iter().zip(by_stage).filter(|(_, frames)| !frames.is_empty()) {
+                let link = lock(&cell.state).link.clone();
+                for unsendable in link.map(|link| link.send(&frames)).unwrap_or_default() {
+                    driver.on_unsendable(unsendable.session, &unsendable.error.to_string());
+                }
+            }
+        }
+    }
+
+    /// Starts a stage's process and waits until it has loaded.
+    pub(super) fn bring_up(&self, stage: usize, progress: &mut dyn FnMut(f32)) -> Result<Receiver, LinkError> {
+        let cell = &self.stages[stage];
+        let (link, mut receiver) = Link::start(&self.program, &cell.load, self.patience.silence_floor)?;
+        let link = Arc::new(link);
+        self.stop.adopt(&link);
+        let loaded = receiver.loaded(&link, progress)?;
+        {
+            let mut state = lock(&cell.state);
+            state.link = Some(link);
+            state.loaded = Some(loaded);
+        }
+        self.drive(|driver| driver.on_ready(stage));
+        Ok(receiver)
+    }
+
+    /// Serves a stage that is up until the engine is stopped.
+    pub(super) fn supervise(&self, stage: usize, mut receiver: Receiver) {
+        let mut failures = 0;
+        let mut loaded_at = Instant::now();
+        loop {
+            self.receive(stage, &mut receiver);
+            // Taken out first: waiting for the process must not hold the lock that sending needs.
+            let link = lock(&self.stages[stage].state).link.take();
+            let died = link.map(|link| link.died().to_string()).unwrap_or_default();
+            if self.stop.is_stopped() {
+                return self.drive(|driver| driver.stop(ENDING));
+            }
+            tracing::warn!(stage, "{died}; starting it again");
+            let is_explained = self.drive(|driver| driver.on_lost(stage));
+            let is_proven = is_explained || loaded_at.elapsed() >= PROVEN_AFTER;
+            failures = if is_proven { 0 } else { failures + 1 };
+            let Some(again) = self.bring_back(stage, died, &mut failures) else {
+                return self.drive(|driver| driver.stop(ENDING));
+            };
+            receiver = again;
+            loaded_at = Instant::now();
+        }
+    }
+
+    /// Tries until the stage is up; `None` when the engine is stopped. `failures`: times in a row that it did not live,
+    /// `reason`: why it did not the last time.
+    fn bring_back(&self, stage: usize, mut reason: String, failures: &mut u32) -> Option<Receiver> {
+        loop {
+            if *failures >= QUICK_RELOADS {
+                let reason = format!("the engine process could not be restarted: {reason}");
+                tracing::error!(stage, "{reason}; trying again later");
+                self.drive(|driver| driver.on_unavailable(stage, &reason));
+            }
+            if !self.stop.pause(self.pause(*failures)) {
+                return None;
+            }
+            match self.bring_up(stage, &mut |_| {}) {
+                Ok(receiver) => {
+                    lock(&self.stages[stage].state).restarts += 1;
+                    return Some(receiver);
+                }
+                Err(error) => {
+                    *failures = failures.saturating_add(1);
+                    reason = error.to_string();
+                }
+            }
+        }
+    }
+
+    fn pause(&self, failures: u32) -> Duration {
+        match failures.checked_sub(QUICK_RELOADS) {
+            Some(slow) => self.patience.failed_pause * 2u32.pow(slow.min(FAILED_PAUSE_DOUBLINGS_MAX)),
+            None if failures == 0 => Duration::ZERO,
+            None => RELOAD_PAUSE * 2u32.pow(failures - 1),
+        }
+    }
+
+    fn receive(&self, stage: usize, receiver: &mut Receiver) {
+        while let Some((frame, more)) = receiver.receive() {
+            let mut driver = lock(&self.driver);
+            driver.on_frame(stage, frame);
+            // What arrived together is answered together, so that the next batch is not torn apart.
+            if !more {
+                self.flush(&mut driver);
+            }
+        }
+    }
+}

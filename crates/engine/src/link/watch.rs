@@ -1,0 +1,223 @@
+//! Is a child that says nothing at work, or does it hang? Pure: time comes in as ticks and durations.
+//!
+//! Every frame but a few is a question that the child owes one answer. Silence while nothing is owed means nothing.
+//! Silence of a child that owes is measured against what it took before: time per row, times the rows that it owes, with
+//! a wide margin, and never less than a floor. Silence is counted in ticks during which nothing arrived, not read off a
+//! clock, so that a machine that was suspended blames nobody.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    time::{Duration, Instant},
+};
+
+use murmur_protocol::frame::{Header, Kind};
+
+/// Ticks in the shortest silence for which a child is ended.
+const TICKS_PER_FLOOR: u32 = 8;
+/// How much slower than ever before a step may be: the machine may have become busy.
+const SLOWDOWN_MAX: f64 = 10.0;
+/// Before anything is known of a child: floors of silence while it loads (between two signs of progress).
+const LOAD_FLOORS: f64 = 20.0;
+/// Before anything is known of a child: floors for the first rows, whatever their number. Weights come from disk then.
+const FIRST_FLOORS: f64 = 10.0;
+/// Before anything is known of a child: floors for each row.
+const FIRST_FLOORS_PER_ROW: f64 = 0.25;
+/// Nothing takes longer than so many floors (an hour, with the usual one).
+const FLOORS_MAX: f64 = 120.0;
+
+/// What a child owes, and how long it has said nothing.
+pub(super) struct Watch {
+    floor: Duration,
+    loaded: bool,
+    /// Rows of the questions not yet answered, by session, oldest first; 0 for questions without rows.
+    owed: HashMap<u64, Owed>,
+    /// Silence so far, in whole ticks.
+    silent: Duration,
+    /// The last answer, or when the child began to owe.
+    since: Option<Instant>,
+    /// The slowest row so far, seconds; `None` until one answer about rows has come.
+    slowest_row_s: Option<f64>,
+    hung: Option<Duration>,
+}
+
+struct Owed {
+    epoch: u32,
+    rows: VecDeque<u32>,
+}
+
+impl Watch {
+    pub(super) fn new(floor: Duration) -> Watch {
+        Watch {
+            floor,
+            loaded: false,
+            owed: HashMap::new(),
+            silent: Duration::ZERO,
+            since: None,
+            slowest_row_s: None,
+            hung: None,
+        }
+    }
+
+    /// How often [`Watch::tick`] wants to be called while nothing arrives.
+    pub(super) fn tick_interval(floor: Duration) -> Duration {
+        (floor / TICKS_PER_FLOOR).max(Duration::from_millis(1))
+    }
+
+    /// A frame is on its way to the child.
+    pub(super) fn sent(&mut self, header: &Header, now: Instant) {
+        match header.kind {
+            Kind::Load => {}
+            Kind::Close => {
+                self.owed.remove(&header.session);
+            }
+            kind => {
+                if self.owed.is_empty() {
+                    (self.silent, self.since) = (Duration::ZERO, Some(now));
+                }
+                let owed =
+                    self.owed.entry(header.session).or_insert(Owed { epoch: header.epoch, rows: VecDeque::new() });
+                if kind == Kind::Open || owed.epoch != header.epoch {
+                    // The child forgets what it was asked about this session before.
+                    *owed = Owed { epoch: header.epoch, rows: VecDeque::new() };
+                }
+                owed.rows.push_back(header.rows);
+            }
+        }
+    }
+
+    /// A frame came from the child.
+    pub(super) fn received(&mut self, header: &Header, now: Instant) {
+        self.silent = Duration::ZERO;
+        let took = self.since.replace(now).map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        match header.kind {
+            Kind::Progress => return,
+            Kind::Loaded | Kind::LoadFailed => {
+                self.loaded = true;
+                return;
+            }
+            _ => {}
+        }
+        let Some(owed) = self.owed.get_mut(&header.session).filter(|owed| owed.epoch == header.epoch) else { return };
+        if let Some(rows @ 1..) = owed.rows.pop_front() {
+            let row_s = took.as_secs_f64() / f64::from(rows);
+            // The first answer took what loading left to do, and says little about the next.
+            self.slowest_row_s = Some(self.slowest_row_s.map_or(0.0, |slowest| slowest.max(row_s)));
+        }
+        if owed.rows.is_empty() {
+            self.owed.remove(&header.session);
+        }
+    }
+
+    /// A tick has passed in which nothing arrived. True: the child hangs.
+    pub(super) fn tick(&mut self) -> bool {
+        if self.loaded && self.owed.is_empty() {
+            self.silent = Duration::ZERO;
+            return false;
+        }
+        self.silent += Self::tick_interval(self.floor);
+        if self.silent > self.patience() {
+            self.hung = Some(self.silent);
+        }
+        self.hung.is_some()
+    }
+
+    /// How long it had been silent, when it was found to hang.
+    pub(super) fn hung(&self) -> Option<Duration> {
+        self.hung
+    }
+
+    fn patience(&self) -> Duration {
+        let rows: u32 = self.owed.values().flat_map(|owed| &owed.rows).fold(0, |sum, &rows| sum.saturating_add(rows));
+        let floor_s = self.floor.as_secs_f64();
+        let floors = match self.slowest_row_s {
+            _ if !self.loaded => LOAD_FLOORS,
+            None => FIRST_FLOORS.max(FIRST_FLOORS_PER_ROW * f64::from(rows)),
+            Some(slowest_s) => SLOWDOWN_MAX * slowest_s * f64::from(rows) / floor_s.max(f64::EPSILON),
+        };
+        self.floor.mul_f64(floors.clamp(1.0, FLOORS_MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FLOOR: Duration = Duration::from_secs(30);
+
+    fn header(kind: Kind, session: u64, rows: u32) -> Header {
+        Header { rows, ..Header::new(kind, session) }
+    }
+
+    fn loaded(now: Instant) -> Watch {
+        let mut watch = Watch::new(FLOOR);
+        watch.received(&header(Kind::Loaded, 0, 0), now);
+        watch
+    }
+
+    /// Ticks until it is found to hang.
+    fn silence(watch: &mut Watch) -> Option<Duration> {
+        (0..10_000).find(|_| watch.tick()).and_then(|_| watch.hung())
+    }
+
+    #[test]
+    fn a_child_that_owes_nothing_may_be_silent_for_ever() {
+        let now = Instant::now();
+        let mut watch = loaded(now);
+        assert_eq!(silence(&mut watch), None);
+        watch.sent(&header(Kind::Tokens, 1, 5), now);
+        watch.received(&header(Kind::Sampled, 1, 5), now);
+        watch.sent(&header(Kind::Open, 2, 0), now);
+        watch.sent(&header(Kind::Close, 2, 0), now);
+        assert_eq!(silence(&mut watch), None);
+    }
+
+    #[test]
+    fn a_child_that_owes_is_ended_after_the_floor_once_it_is_known_to_be_fast() {
+        let now = Instant::now();
+        let mut watch = loaded(now);
+        for step in 0..3 {
+            watch.sent(&header(Kind::Tokens, 1, 1), now + Duration::from_millis(step));
+            watch.received(&header(Kind::Sampled, 1, 1), now + Duration::from_millis(step + 1));
+        }
+        watch.sent(&header(Kind::Tokens, 1, 1), now);
+        let silence = silence(&mut watch).unwrap();
+        assert!(silence > FLOOR && silence < 2 * FLOOR, "{silence:?}");
+    }
+
+    #[test]
+    fn a_slow_child_is_given_time_for_all_the_rows_it_owes() {
+        let now = Instant::now();
+        let mut watch = loaded(now);
+        for second in [0, 10] {
+            watch.sent(&header(Kind::Tokens, 1, 10), now + Duration::from_secs(second));
+            watch.received(&header(Kind::Done, 1, 10), now + Duration::from_secs(second + 5));
+        }
+        // Half a second per row, ten times slower at worst.
+        watch.sent(&header(Kind::Tokens, 1, 100), now);
+        let silence = silence(&mut watch).unwrap();
+        assert!((495..510).contains(&silence.as_secs()), "{silence:?}");
+    }
+
+    #[test]
+    fn loading_and_the_first_rows_have_more_time_and_not_for_ever() {
+        let now = Instant::now();
+        let mut loading = Watch::new(FLOOR);
+        assert!((600..610).contains(&silence(&mut loading).unwrap().as_secs()));
+        let mut first = loaded(now);
+        first.sent(&header(Kind::Tokens, 1, 256), now);
+        assert!((1920..1930).contains(&silence(&mut first).unwrap().as_secs()));
+        let mut most = loaded(now);
+        most.sent(&header(Kind::Tokens, 1, u32::MAX), now);
+        assert!((3600..3610).contains(&silence(&mut most).unwrap().as_secs()));
+    }
+
+    #[test]
+    fn answers_of_an_older_epoch_pay_nothing() {
+        let now = Instant::now();
+        let mut watch = loaded(now);
+        watch.sent(&header(Kind::Tokens, 1, 5), now);
+        watch.sent(&Header { epoch: 1, ..header(Kind::Open, 1, 0) }, now);
+        watch.received(&header(Kind::Done, 1, 5), now);
+        assert!(silence(&mut watch).is_some());
+    }
+}

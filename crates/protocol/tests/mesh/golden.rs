@@ -1,0 +1,115 @@
+//! The encoding of every message, checked in. What once was sent must be read for ever; a change here is a new version of
+//! the protocol, or a mistake.
+//!
+//! `MURMUR_GOLDEN=write` writes the file anew: for added messages.
+
+use std::fmt::{Debug, Write};
+
+use data_encoding::HEXLOWER;
+use murmur_protocol::mesh::*;
+
+use crate::samples::{self, mesh_key, node_key};
+
+const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/mesh.txt");
+
+/// One vector: name, meaning, bytes; a blank line in between.
+fn add(vectors: &mut String, name: &str, meaning: &impl Debug, bytes: &[u8]) {
+    writeln!(vectors, "{name}\n  {meaning:?}").unwrap();
+    for line in HEXLOWER.encode(bytes).as_bytes().chunks(112) {
+        writeln!(vectors, "  {}", std::str::from_utf8(line).unwrap()).unwrap();
+    }
+    vectors.push('\n');
+}
+
+fn vectors() -> String {
+    let mut text = String::new();
+    let record = samples::record();
+    add(&mut text, "record", &record, record.sign(&node_key(1)).unwrap().as_bytes());
+    let member = NodeRecord {
+        mesh: mesh_key().mesh_id(),
+        certificate: Some(samples::certificate().sign(&mesh_key()).unwrap()),
+        ..samples::record()
+    };
+    add(&mut text, "record of a member", &member, member.sign(&node_key(1)).unwrap().as_bytes());
+    let tombstone = samples::tombstone();
+    add(&mut text, "tombstone", &tombstone, tombstone.sign(&node_key(1)).unwrap().as_bytes());
+    let certificate = samples::certificate();
+    add(&mut text, "certificate", &certificate, certificate.sign(&mesh_key()).unwrap().as_bytes());
+    let list = samples::revocations();
+    add(&mut text, "revocations", &list, list.sign(&mesh_key()).unwrap().as_bytes());
+    for (name, ticket) in [("private ticket", samples::private_ticket()), ("public ticket", samples::public_ticket())] {
+        let signed = ticket.clone().sign(&node_key(1)).unwrap();
+        writeln!(text, "{name}\n  {ticket:?}\n  {signed}\n").unwrap();
+    }
+    for (name, message) in samples::controls() {
+        add(&mut text, &format!("control: {name}"), &message, &encode(&message).unwrap());
+    }
+    for (name, message) in samples::works() {
+        add(&mut text, &format!("work: {name}"), &message, &encode(&message).unwrap());
+    }
+    let secret = MeshSecret::from_bytes([0x55; 32]);
+    let (public, private) = (MeshId::public("home"), mesh_key().mesh_id());
+    add(&mut text, "id of the public mesh home", &"MeshId", public.as_bytes());
+    add(&mut text, "topic of the public mesh", &"public", &public.topic(None));
+    add(&mut text, "topic of the private mesh", &"private", &private.topic(Some(&secret)));
+    add(&mut text, "publishing key of the private mesh", &"private", &secret.publishing_key(&private));
+    text
+}
+
+/// The lines below the name of each vector.
+fn entries(text: &str) -> impl Iterator<Item = (&str, Vec<&str>)> {
+    text.split("\n\n").filter(|entry| !entry.trim().is_empty()).map(|entry| {
+        let mut lines = entry.lines();
+        (lines.next().unwrap(), lines.map(str::trim).collect())
+    })
+}
+
+#[test]
+fn the_encoding_of_every_message_is_what_it_was() {
+    let now = vectors();
+    if std::env::var("MURMUR_GOLDEN").is_ok_and(|value| value == "write") {
+        std::fs::write(PATH, &now).unwrap();
+    }
+    let was = std::fs::read_to_string(PATH).unwrap();
+    for ((name, now), (old_name, was)) in entries(&now).zip(entries(&was)) {
+        assert_eq!((name, now), (old_name, was));
+    }
+    assert_eq!(now, was, "a vector was added or left out");
+}
+
+#[test]
+fn what_was_written_down_is_read_as_what_it_meant() {
+    let text = std::fs::read_to_string(PATH).unwrap();
+    let mut read = 0;
+    for (name, lines) in entries(&text) {
+        let (meaning, rest) = lines.split_first().unwrap();
+        let hex = rest.concat();
+        let bytes = || HEXLOWER.decode(hex.as_bytes()).unwrap();
+        let found = match name.split_once(": ") {
+            Some(("control", _)) => {
+                format!("{:?}", Decoder::<Control>::new().next(&mut bytes().as_slice()).unwrap().unwrap())
+            }
+            Some(("work", _)) => {
+                format!("{:?}", Decoder::<Work>::new().next(&mut bytes().as_slice()).unwrap().unwrap())
+            }
+            _ if name.ends_with("ticket") => format!("{:?}", hex.parse::<SignedTicket>().unwrap().ticket()),
+            _ if name.starts_with("record of") => {
+                format!("{:?}", SignedRecord::from_bytes(bytes()).unwrap().verify(mesh_key().mesh_id()).unwrap())
+            }
+            _ if name == "record" || name == "tombstone" => {
+                format!("{:?}", SignedRecord::from_bytes(bytes()).unwrap().verify(MeshId::public("home")).unwrap())
+            }
+            _ if name == "certificate" => {
+                let signed = SignedCertificate::from_bytes(bytes()).unwrap();
+                format!("{:?}", signed.verify(mesh_key().mesh_id(), node_key(1).node_id(), 0).unwrap())
+            }
+            _ if name == "revocations" => {
+                format!("{:?}", SignedRevocations::from_bytes(bytes()).unwrap().verify(mesh_key().mesh_id()).unwrap())
+            }
+            _ => continue,
+        };
+        assert_eq!(&found, meaning, "{name}");
+        read += 1;
+    }
+    assert_eq!(read, 7 + samples::controls().len() + samples::works().len());
+}

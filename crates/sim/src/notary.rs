@@ -1,0 +1,88 @@
+//! What signatures would say.
+//!
+//! A thousand nodes make fifty records a second, and each is checked a thousand times: real signatures would be all that the
+//! simulation does. So each record is put down here once, with whether it is genuine, and travels as the number of its
+//! entry, padded to the length of a real record. A liar can put down what it likes; it cannot make it genuine.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use murmur_core::membership::Verified;
+use murmur_protocol::mesh::{
+    Addresses, Capabilities, MeshId, MessageError, ModelDigest, ModelState, NodeId, NodeRecord, Role, ServedModel,
+    SignedRecord, TokenizerDigest,
+};
+
+/// Length of a signed record with one model, one relay and two addresses, in bytes.
+pub const RECORD_BYTES: usize = 420;
+
+const NUMBER_BYTES: usize = size_of::<u64>();
+
+/// A record as it stands in the book.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    pub(crate) verified: Arc<Verified>,
+    /// Its node signed it.
+    pub(crate) genuine: bool,
+}
+
+/// The book of all records of a run.
+#[derive(Debug)]
+pub(crate) struct Notary {
+    signed: SignedRecord,
+    entries: Vec<Entry>,
+}
+
+impl Notary {
+    pub(crate) fn new() -> Result<Self, MessageError> {
+        Ok(Notary { signed: SignedRecord::from_bytes([0; RECORD_BYTES])?, entries: Vec::new() })
+    }
+
+    /// Puts a record down; returns the bytes that stand for it.
+    pub(crate) fn put_down(&mut self, record: NodeRecord, genuine: bool) -> (Arc<Verified>, Bytes) {
+        let verified = Verified::trusted(record, self.signed.clone());
+        let mut bytes = vec![0; RECORD_BYTES];
+        bytes[..NUMBER_BYTES].copy_from_slice(&(self.entries.len() as u64).to_le_bytes());
+        self.entries.push(Entry { verified: Arc::clone(&verified), genuine });
+        (verified, bytes.into())
+    }
+
+    /// The record that these bytes stand for.
+    pub(crate) fn look_up(&self, bytes: &[u8]) -> Option<&Entry> {
+        let number = bytes.get(..NUMBER_BYTES)?.try_into().ok().map(u64::from_le_bytes)?;
+        self.entries.get(usize::try_from(number).ok()?)
+    }
+}
+
+/// A record with one model.
+pub(crate) fn record(node: NodeId, mesh: MeshId, sequence: u64, ttl_ms: u32, tombstone: bool) -> NodeRecord {
+    let model = ServedModel {
+        digest: ModelDigest::from_bytes([1; 32]),
+        name: "model".to_owned(),
+        state: ModelState::Ready,
+        context_tokens: 8_192,
+        parallel: 4,
+        running: 0,
+        queued: 0,
+        decode_us_per_token: 20_000,
+        prefill_us_per_token: 1_000,
+        load_ms: 0,
+        tokenizer: TokenizerDigest::from_bytes([2; 32]),
+        exact: false,
+        build: String::new(),
+    };
+    NodeRecord {
+        node,
+        mesh,
+        sequence,
+        ttl_ms,
+        tombstone,
+        role: Role::Worker,
+        addresses: Addresses::default(),
+        models: if tombstone { Vec::new() } else { vec![model] },
+        software: String::new(),
+        capabilities: Capabilities::default(),
+        memory_free_bytes: 0,
+        certificate: None,
+    }
+}

@@ -1,0 +1,535 @@
+//! The simulation: nodes, links between them, and what befalls them.
+
+mod count;
+mod liar;
+
+use std::{collections::HashMap, sync::Arc};
+
+use iroh_gossip::proto::{Command, Event as GossipEvent, InEvent, Message, OutEvent, Scope, Timer, TopicId};
+use murmur_core::membership::{Membership, MembershipOptions, Outcome, Unwelcome, Verified};
+use murmur_protocol::mesh::{MeshId, MessageError, NodeId};
+use n0_future::time::{Duration, Instant};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+use crate::{
+    measure::{ROUND_MS, Report},
+    network::{Network, NetworkOptions},
+    node::{Clock, Index, Life, Node},
+    notary::{self, Notary},
+    queue::Queue,
+};
+
+/// The time of day when a simulation begins: a morning in 2026, in Unix milliseconds.
+const MORNING_UNIX_MS: u64 = 1_790_000_000_000;
+
+/// How often a node looks whether something is due.
+const TICK_MS: u64 = 500;
+
+/// How often a node without neighbours asks discovery for some.
+const LONELY_MS: u64 = 2_000;
+
+/// How often a node with neighbours joins one that discovery names: it heals an overlay that has split.
+const HEAL_MS: u64 = 60_000;
+
+/// How often a liar lies.
+const LIE_MS: u64 = 5_000;
+
+/// Bytes around a message: QUIC, UDP and IP headers.
+const ENVELOPE_BYTES: u64 = 60;
+
+/// Bytes of an entry of a digest.
+const DIGEST_ENTRY_BYTES: u64 = 40;
+
+/// How many nodes a newcomer asks for their neighbourhood.
+const CONTACTS: usize = 3;
+
+/// What is simulated.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scenario {
+    /// Nodes.
+    pub nodes: u32,
+    /// Of these, how many lie.
+    pub liars: u32,
+    /// What all that is drawn depends on.
+    pub seed: u64,
+    /// The links.
+    pub network: NetworkOptions,
+    /// The tables.
+    pub membership: MembershipOptions,
+    /// How long records are valid, in milliseconds.
+    pub ttl_ms: u32,
+    /// How long a node that was told of a broadcast waits for it before it asks, in milliseconds: PlumTree's first
+    /// timeout. Shorter than a broadcast takes to get around, and nodes ask for what is on its way already.
+    pub graft_timeout_ms: u64,
+    /// The nodes start within this time, in milliseconds.
+    pub starting_ms: u64,
+    /// Wall clocks are off by so much at most, in milliseconds.
+    pub wall_skew_ms_max: u64,
+    /// Monotonic clocks are fast or slow by so many parts per million at most.
+    pub drift_ppm_max: u32,
+}
+
+impl Default for Scenario {
+    fn default() -> Self {
+        Scenario {
+            nodes: 20,
+            liars: 0,
+            seed: 1,
+            network: NetworkOptions::default(),
+            membership: MembershipOptions::default(),
+            ttl_ms: 60_000,
+            graft_timeout_ms: 80,
+            starting_ms: 5_000,
+            wall_skew_ms_max: 600_000,
+            drift_ppm_max: 500,
+        }
+    }
+}
+
+/// What neighbours say to each other beside broadcasts.
+#[derive(Debug, Clone)]
+enum Direct {
+    Digest(Vec<(NodeId, u64)>),
+    Want(Vec<NodeId>),
+    /// Records with the age in milliseconds that the sender states, and whether they are genuine.
+    Records(Vec<(Arc<Verified>, u32, bool)>),
+}
+
+#[derive(Debug, Clone)]
+enum Event {
+    Start(Index),
+    Gossip { from: Index, message: Message<Index> },
+    Direct { from: Index, message: Direct },
+    GossipTimer(Timer<Index>),
+    ConnectionLost(Index),
+    Tick,
+    Exchange,
+    Heal,
+    Lie,
+}
+
+/// An event at a node, in the life that it is meant for.
+#[derive(Debug)]
+struct Happening {
+    at: Index,
+    life: u32,
+    event: Event,
+}
+
+/// A mesh in one thread.
+#[derive(Debug)]
+pub struct Sim {
+    scenario: Scenario,
+    mesh: MeshId,
+    topic: TopicId,
+    /// The overlay measures time in moments of the real clock; only differences count.
+    epoch: Instant,
+    rng: StdRng,
+    queue: Queue<Happening>,
+    network: Network,
+    notary: Notary,
+    nodes: Vec<Node>,
+    by_id: HashMap<NodeId, Index>,
+    /// Old records, for liars.
+    hoard: Vec<Arc<Verified>>,
+    report: Report,
+    alive: u64,
+    counted_until_ms: u64,
+}
+
+impl Sim {
+    /// A mesh that is about to start.
+    ///
+    /// # Errors
+    /// [`MessageError`] if the protocol does not take records of the length that is simulated.
+    pub fn new(scenario: Scenario) -> Result<Self, MessageError> {
+        let mut rng = StdRng::seed_from_u64(scenario.seed);
+        let skew_ms = scenario.wall_skew_ms_max as i64;
+        let drift_ppm = i64::from(scenario.drift_ppm_max);
+        let mut queue = Queue::new();
+        let mut nodes = Vec::new();
+        for index in 0..scenario.nodes {
+            let mut name = scenario.seed.to_le_bytes().to_vec();
+            name.extend(index.to_le_bytes());
+            nodes.push(Node {
+                id: NodeId::from_bytes(*blake3::hash(&name).as_bytes()),
+                clock: Clock {
+                    offset_ms: rng.random_range(0..=1 << 40),
+                    drift_ppm: rng.random_range(-drift_ppm..=drift_ppm),
+                },
+                wall_skew_ms: rng.random_range(-skew_ms..=skew_ms),
+                liar: index >= scenario.nodes - scenario.liars.min(scenario.nodes),
+                lives: 0,
+                life: None,
+                stored_sequence: 0,
+                began_ms: 0,
+                ended_ms: 0,
+                valid_until_ms: 0,
+            });
+            let delay_ms = rng.random_range(0..=scenario.starting_ms);
+            queue.after(delay_ms, Happening { at: index, life: 0, event: Event::Start(index) });
+        }
+        Ok(Sim {
+            mesh: MeshId::public("simulated"),
+            topic: TopicId::from([7; 32]),
+            epoch: Instant::now(),
+            queue,
+            network: Network::new(scenario.network.clone(), scenario.seed),
+            notary: Notary::new()?,
+            by_id: nodes.iter().zip(0..).map(|(node, index)| (node.id, index)).collect(),
+            nodes,
+            hoard: Vec::new(),
+            report: Report::default(),
+            alive: 0,
+            counted_until_ms: 0,
+            rng,
+            scenario,
+        })
+    }
+
+    /// Simulated milliseconds since the beginning.
+    pub fn now_ms(&self) -> u64 {
+        self.queue.now_ms()
+    }
+
+    /// Lets `ms` milliseconds pass.
+    pub fn run_for(&mut self, ms: u64) {
+        let until_ms = self.queue.now_ms() + ms;
+        while let Some(Happening { at, life, event }) = self.queue.next(until_ms) {
+            if let Event::Start(index) = event {
+                self.start(index);
+            } else if self.nodes[at as usize].lives == life && self.nodes[at as usize].life.is_some() {
+                self.happen(at, event);
+            }
+        }
+        self.count_time();
+    }
+
+    /// What was counted so far.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+
+    /// Starts what is counted anew: after a mesh has settled, for instance.
+    pub fn reset_report(&mut self) {
+        self.count_time();
+        self.report = Report::default();
+    }
+
+    /// The nodes that run.
+    pub fn alive(&self) -> impl Iterator<Item = Index> {
+        self.nodes.iter().zip(0..).filter(|(node, _)| node.life.is_some()).map(|(_, index)| index)
+    }
+
+    /// Whether `observer` runs and lists `node`.
+    pub fn lists(&self, observer: Index, node: Index) -> bool {
+        let (observer, node) = (&self.nodes[observer as usize], &self.nodes[node as usize]);
+        let now = observer.clock.at(self.queue.now_ms());
+        observer.life.as_ref().is_some_and(|life| life.membership.get(&node.id, now).is_some())
+    }
+
+    /// Starts a node that does not run, with what it has on disk.
+    pub fn start(&mut self, index: Index) {
+        if self.nodes[index as usize].life.is_some() {
+            return;
+        }
+        self.count_time();
+        self.alive += 1;
+        let now_ms = self.queue.now_ms();
+        let contacts = self.contacts(index, CONTACTS);
+        let overlay_rng = StdRng::seed_from_u64(self.rng.random());
+        let count = self.nodes.len();
+        let node = &mut self.nodes[index as usize];
+        node.lives += 1;
+        node.began_ms = now_ms;
+        let wall_ms = (MORNING_UNIX_MS + now_ms).saturating_add_signed(node.wall_skew_ms);
+        let first_sequence = wall_ms.max(node.stored_sequence + 1);
+        let membership = Membership::new(node.id, self.mesh, first_sequence, self.scenario.membership.clone());
+        node.life = Some(Life::new(index, membership, count, self.scenario.graft_timeout_ms, overlay_rng));
+        self.command(index, Command::Join(contacts));
+        self.renew(index);
+        let first_exchange_ms = self.rng.random_range(0..ROUND_MS);
+        self.after(first_exchange_ms, index, Event::Exchange);
+        self.after(LONELY_MS, index, Event::Heal);
+        self.after(TICK_MS, index, Event::Tick);
+        if self.nodes[index as usize].liar {
+            self.after(LIE_MS, index, Event::Lie);
+        }
+    }
+
+    /// Switches a node off.
+    pub fn crash(&mut self, index: Index) {
+        self.count_time();
+        let node = &mut self.nodes[index as usize];
+        if node.life.take().is_some() {
+            node.ended_ms = node.valid_until_ms;
+            self.alive -= 1;
+        }
+    }
+
+    /// Lets a node say goodbye and end.
+    pub fn leave(&mut self, index: Index) {
+        let now_ms = self.queue.now_ms();
+        let node = &mut self.nodes[index as usize];
+        let Some(life) = &mut node.life else { return };
+        let sequence = life.membership.leave(node.clock.at(now_ms));
+        node.stored_sequence = sequence;
+        let tombstone = notary::record(node.id, self.mesh, sequence, self.scenario.ttl_ms, true);
+        let (verified, bytes) = self.notary.put_down(tombstone, true);
+        let neighbours = life.neighbours.clone();
+        self.command(index, Command::Broadcast(bytes, Scope::Swarm));
+        for neighbour in neighbours {
+            self.send_direct(index, neighbour, Direct::Records(vec![(Arc::clone(&verified), 0, true)]));
+        }
+        self.command(index, Command::Quit);
+        self.crash(index);
+        self.nodes[index as usize].ended_ms = now_ms;
+    }
+
+    /// Splits the network into groups, by number of node; or heals it with `None`.
+    pub fn partition(&mut self, groups: Option<Vec<u32>>) {
+        self.network.set_groups(groups);
+    }
+
+    fn happen(&mut self, at: Index, event: Event) {
+        match event {
+            Event::Start(_) => {}
+            Event::Gossip { from, message } => {
+                self.report.messages += 1;
+                self.overlay(at, InEvent::RecvMessage(from, message));
+            }
+            Event::Direct { from, message } => {
+                self.report.messages += 1;
+                self.hear_direct(at, from, message);
+            }
+            Event::GossipTimer(timer) => self.overlay(at, InEvent::TimerExpired(timer)),
+            Event::ConnectionLost(peer) => {
+                let Some(life) = &mut self.nodes[at as usize].life else { return };
+                life.giving_up.retain(|known| *known != peer);
+                self.overlay(at, InEvent::PeerDisconnected(peer));
+            }
+            Event::Tick => {
+                self.tick(at);
+                self.after(TICK_MS, at, Event::Tick);
+            }
+            Event::Exchange => {
+                let count = self.neighbours(at).len();
+                if count > 0 {
+                    let chosen = self.rng.random_range(0..count);
+                    let neighbour = self.neighbours(at)[chosen];
+                    self.compare(at, neighbour);
+                }
+                let wait_ms = self.rng.random_range(ROUND_MS * 9 / 10..ROUND_MS * 11 / 10);
+                self.after(wait_ms, at, Event::Exchange);
+            }
+            Event::Heal => {
+                let lonely = self.neighbours(at).is_empty();
+                let contacts = self.contacts(at, if lonely { CONTACTS } else { 1 });
+                self.command(at, Command::Join(contacts));
+                self.after(if lonely { LONELY_MS } else { HEAL_MS }, at, Event::Heal);
+            }
+            Event::Lie => {
+                self.lie(at);
+                self.after(LIE_MS, at, Event::Lie);
+            }
+        }
+    }
+
+    fn tick(&mut self, at: Index) {
+        let now_ms = self.queue.now_ms();
+        let node = &mut self.nodes[at as usize];
+        let now = node.clock.at(now_ms);
+        let Some(life) = &mut node.life else { return };
+        let expired = life.membership.expire(now);
+        let due = life.membership.next_renewal().is_some_and(|due| due <= now);
+        for gone in expired {
+            self.dropped(at, gone);
+        }
+        if due {
+            self.renew(at);
+        }
+    }
+
+    /// Signs the own record anew and broadcasts it.
+    fn renew(&mut self, at: Index) {
+        let now_ms = self.queue.now_ms();
+        let node = &mut self.nodes[at as usize];
+        let Some(life) = &mut node.life else { return };
+        let sequence = life.membership.renew(node.clock.at(now_ms));
+        node.stored_sequence = sequence;
+        node.valid_until_ms = now_ms + u64::from(self.scenario.ttl_ms);
+        let record = notary::record(node.id, self.mesh, sequence, self.scenario.ttl_ms, false);
+        let (verified, bytes) = self.notary.put_down(record, true);
+        life.membership.set_own(Arc::clone(&verified));
+        if self.scenario.liars > 0 && self.rng.random_ratio(1, 8) {
+            self.hoard.push(verified);
+        }
+        self.command(at, Command::Broadcast(bytes, Scope::Swarm));
+    }
+
+    fn command(&mut self, at: Index, command: Command<Index>) {
+        self.overlay(at, InEvent::Command(self.topic, command));
+    }
+
+    /// Lets the overlay of a node take an event, and does what it wants done.
+    fn overlay(&mut self, at: Index, event: InEvent<Index>) {
+        let now = self.epoch + Duration::from_millis(self.queue.now_ms());
+        let Some(life) = &mut self.nodes[at as usize].life else { return };
+        let wanted: Vec<OutEvent<Index>> = life.gossip.handle(event, now, None).collect();
+        for out in wanted {
+            match out {
+                OutEvent::SendMessage(to, message) => {
+                    let bytes = ENVELOPE_BYTES + message.size().unwrap_or_default() as u64;
+                    self.report.gossip_bytes += bytes;
+                    self.send(at, to, Event::Gossip { from: at, message });
+                }
+                OutEvent::EmitEvent(_, GossipEvent::Received(received)) => {
+                    self.hear_broadcast(at, received.delivered_from, &received.content);
+                }
+                OutEvent::EmitEvent(_, GossipEvent::NeighborUp(peer)) => self.neighbour_up(at, peer),
+                OutEvent::EmitEvent(_, GossipEvent::NeighborDown(peer)) => {
+                    if let Some(life) = &mut self.nodes[at as usize].life {
+                        life.neighbours.retain(|known| *known != peer);
+                    }
+                }
+                OutEvent::ScheduleTimer(delay, timer) => {
+                    let delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+                    self.after(delay_ms, at, Event::GossipTimer(timer));
+                }
+                OutEvent::DisconnectPeer(_) | OutEvent::PeerData(..) => {}
+            }
+        }
+    }
+
+    fn neighbour_up(&mut self, at: Index, peer: Index) {
+        let Some(life) = &mut self.nodes[at as usize].life else { return };
+        if life.neighbours.is_empty() {
+            // What was broadcast before has reached nobody.
+            life.membership.note_change();
+        }
+        life.neighbours.push(peer);
+        self.compare(at, peer);
+    }
+
+    /// Tells a neighbour what is known here; it answers with what is lacking.
+    fn compare(&mut self, at: Index, neighbour: Index) {
+        let now_ms = self.queue.now_ms();
+        let node = &mut self.nodes[at as usize];
+        let now = node.clock.at(now_ms);
+        let Some(life) = &mut node.life else { return };
+        let digest = life.membership.digest(now);
+        self.send_direct(at, neighbour, Direct::Digest(digest));
+    }
+
+    fn hear_broadcast(&mut self, at: Index, from: Index, bytes: &[u8]) {
+        let Some(entry) = self.notary.look_up(bytes) else { return };
+        let (verified, genuine) = (Arc::clone(&entry.verified), entry.genuine);
+        self.hear_record(at, from, &verified, 0, genuine);
+    }
+
+    fn hear_direct(&mut self, at: Index, from: Index, message: Direct) {
+        let now_ms = self.queue.now_ms();
+        let node = &mut self.nodes[at as usize];
+        let now = node.clock.at(now_ms);
+        let Some(life) = &mut node.life else { return };
+        let aged = |records: Vec<murmur_core::membership::Aged>| {
+            Direct::Records(records.into_iter().map(|aged| (aged.verified, aged.age_ms, true)).collect())
+        };
+        match message {
+            Direct::Digest(digest) => {
+                let answer = life.membership.answer(&digest, now);
+                if !answer.records.is_empty() {
+                    self.send_direct(at, from, aged(answer.records));
+                }
+                if !answer.want.is_empty() {
+                    self.send_direct(at, from, Direct::Want(answer.want));
+                }
+            }
+            Direct::Want(nodes) => {
+                let records = life.membership.wanted(&nodes, now);
+                self.send_direct(at, from, aged(records));
+            }
+            Direct::Records(records) => {
+                for (verified, age_ms, genuine) in records {
+                    self.hear_record(at, from, &verified, age_ms, genuine);
+                }
+            }
+        }
+    }
+
+    fn hear_record(&mut self, at: Index, from: Index, verified: &Arc<Verified>, age_ms: u32, genuine: bool) {
+        if !genuine {
+            self.report.forgeries_refused += 1;
+            return;
+        }
+        let now_ms = self.queue.now_ms();
+        let from_id = self.nodes[from as usize].id;
+        let node = &mut self.nodes[at as usize];
+        let now = node.clock.at(now_ms);
+        let Some(life) = &mut node.life else { return };
+        match life.membership.accept(verified, u64::from(age_ms), from_id, now) {
+            Outcome::New { displaced } => {
+                self.listed(at, verified.record().node);
+                for gone in displaced {
+                    self.dropped(at, gone);
+                }
+            }
+            Outcome::Departed => self.dropped(at, verified.record().node),
+            Outcome::Refused(Unwelcome::WrongMesh) => self.report.strangers_refused += 1,
+            Outcome::Newer | Outcome::Known | Outcome::Old | Outcome::Overtaken | Outcome::Refused(_) => {}
+        }
+    }
+
+    fn send_direct(&mut self, from: Index, to: Index, message: Direct) {
+        let bytes = match &message {
+            Direct::Digest(digest) => digest.len() as u64 * DIGEST_ENTRY_BYTES,
+            Direct::Want(nodes) => nodes.len() as u64 * DIGEST_ENTRY_BYTES,
+            Direct::Records(records) => records.len() as u64 * notary::RECORD_BYTES as u64,
+        };
+        self.report.exchange_bytes += ENVELOPE_BYTES + bytes;
+        self.send(from, to, Event::Direct { from, message });
+    }
+
+    /// Puts a message on its way.
+    fn send(&mut self, from: Index, to: Index, event: Event) {
+        let target = &self.nodes[to as usize];
+        if target.life.is_none() || !self.network.connects(from, to) {
+            let dead_ms = self.network.dead_connection_ms();
+            let Some(life) = &mut self.nodes[from as usize].life else { return };
+            if !life.giving_up.contains(&to) {
+                life.giving_up.push(to);
+                self.after(dead_ms, from, Event::ConnectionLost(to));
+            }
+            return;
+        }
+        let lives = target.lives;
+        let [first_ms, again_ms] = self.network.arrivals(from, to, self.queue.now_ms(), &mut self.rng);
+        if let Some(delay_ms) = again_ms {
+            self.queue.after(delay_ms, Happening { at: to, life: lives, event: event.clone() });
+        }
+        if let Some(delay_ms) = first_ms {
+            self.queue.after(delay_ms, Happening { at: to, life: lives, event });
+        }
+    }
+
+    /// Live nodes that discovery names: any.
+    fn contacts(&mut self, of: Index, count: usize) -> Vec<Index> {
+        let others: Vec<Index> =
+            self.alive().filter(|index| *index != of && self.network.connects(of, *index)).collect();
+        let mut contacts = Vec::new();
+        for _ in 0..count.min(others.len()) {
+            contacts.push(others[self.rng.random_range(0..others.len())]);
+        }
+        contacts.dedup();
+        contacts
+    }
+
+    fn neighbours(&self, of: Index) -> &[Index] {
+        self.nodes[of as usize].life.as_ref().map_or(&[], |life| &life.neighbours)
+    }
+
+    fn after(&mut self, delay_ms: u64, at: Index, event: Event) {
+        let life = self.nodes[at as usize].lives;
+        self.queue.after(delay_ms, Happening { at, life, event });
+    }
+}

@@ -1,0 +1,127 @@
+//! Neighbours compare what they know, and hand each other what is lacking.
+//!
+//! ```text
+//! one that asks                      the other
+//!   Digest ────────────────────────>
+//!          <──────────  Records ... Want
+//!   Records ... end ───────────────>
+//!          <──────────────────  end
+//! ```
+//!
+//! After one exchange both know what either knew, up to the bounds of `murmur_core::membership`. Each exchange is one
+//! stream with a deadline. Signatures are checked before a record is taken, on the stream's own task, so that a flood
+//! of forgeries costs the one who checks and not the table; each one that fails is an offence of the peer that handed
+//! it over.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use iroh::endpoint::SendStream;
+use murmur_core::membership::{Aged, Answer, Digest, Verified};
+use murmur_protocol::mesh::control::RECORDS_MAX;
+use murmur_protocol::mesh::{AgedRecord, Control};
+use tokio::time::timeout;
+
+use crate::NetError;
+use crate::links::Link;
+use crate::shared::Shared;
+use crate::state::Command;
+use crate::stream::{self, Reader};
+
+/// Within this time an exchange is over.
+pub const EXCHANGE_DEADLINE_MS: u64 = 20_000;
+
+/// Messages with records in one direction of one exchange, at most.
+const RECORD_MESSAGES_MAX: usize = 512;
+
+/// Compares with the neighbour at the other end.
+pub(crate) async fn exchange(shared: &Arc<Shared>, link: &Link) -> Result<(), NetError> {
+    let exchanging = async {
+        let digest: Digest = shared.ask(|reply| Command::Digest { reply }).await?;
+        let (mut send, recv) =
+            link.connection.open_bi().await.map_err(|error| NetError::unreachable(link.node, error))?;
+        stream::write(&mut send, &Control::Digest(digest)).await?;
+        let mut reader = Reader::new(recv);
+        let Some(wanted) = take_records(shared, link, &mut reader).await? else {
+            return Err(NetError::protocol("a digest was not answered"));
+        };
+        let records = shared.ask(|reply| Command::Wanted { nodes: wanted, reply }).await?;
+        hand_over(&mut send, &records).await?;
+        stream::finish(&mut send);
+        match reader.next().await? {
+            None => Ok(()),
+            Some(_) => Err(NetError::protocol("something came after the end of an exchange")),
+        }
+    };
+    deadline(exchanging).await
+}
+
+/// Answers a neighbour's digest.
+pub(crate) async fn respond(
+    shared: &Arc<Shared>,
+    link: &Link,
+    digest: Digest,
+    send: &mut SendStream,
+    reader: &mut Reader,
+) -> Result<(), NetError> {
+    let responding = async {
+        let answer: Answer = shared.ask(|reply| Command::Answer { digest, reply }).await?;
+        hand_over(send, &answer.records).await?;
+        stream::write(send, &Control::Want(answer.want)).await?;
+        match take_records(shared, link, reader).await? {
+            None => Ok(()),
+            Some(_) => Err(NetError::protocol("records were asked for twice")),
+        }
+    };
+    deadline(responding).await
+}
+
+async fn hand_over(send: &mut SendStream, records: &[Aged]) -> Result<(), NetError> {
+    for part in records.chunks(RECORDS_MAX) {
+        let part = part.iter().map(|aged| AgedRecord { age_ms: aged.age_ms, record: aged.verified.signed().clone() });
+        stream::write(send, &Control::Records(part.collect())).await?;
+    }
+    Ok(())
+}
+
+/// Takes records until something is wanted, which is returned, or the stream ends.
+async fn take_records(
+    shared: &Arc<Shared>,
+    link: &Link,
+    reader: &mut Reader,
+) -> Result<Option<Vec<murmur_protocol::mesh::NodeId>>, NetError> {
+    for _ in 0..=RECORD_MESSAGES_MAX {
+        match reader.next().await? {
+            Some(Control::Records(records)) => {
+                for aged in records {
+                    take(shared, link, &aged).await?;
+                }
+            }
+            Some(Control::Want(nodes)) => return Ok(Some(nodes)),
+            Some(Control::Unknown { .. }) => {}
+            Some(_) => return Err(NetError::protocol("another message came in the middle of an exchange")),
+            None => return Ok(None),
+        }
+    }
+    Err(NetError::protocol("an exchange does not end"))
+}
+
+/// Checks a record that a neighbour handed over, and gives it to the table.
+async fn take(shared: &Arc<Shared>, link: &Link, aged: &AgedRecord) -> Result<(), NetError> {
+    match Verified::check(aged.record.clone(), shared.identity.mesh) {
+        Ok(verified) => {
+            let age_ms = u64::from(aged.age_ms);
+            shared.ask(|reply| Command::Handed { verified, age_ms, from: link.node, reply }).await.map(drop)
+        }
+        Err(error) => {
+            tracing::debug!(from = %link.node.short(), %error, "a neighbour handed over a bad record");
+            if shared.offence(link.node) { Err(NetError::protocol("too many bad records")) } else { Ok(()) }
+        }
+    }
+}
+
+async fn deadline(exchange: impl Future<Output = Result<(), NetError>>) -> Result<(), NetError> {
+    timeout(Duration::from_millis(EXCHANGE_DEADLINE_MS), exchange)
+        .await
+        .unwrap_or(Err(NetError::Late("exchange of records")))
+}

@@ -1,0 +1,169 @@
+//! The QUIC endpoint of a node, by iroh: dialled by key, through NATs where that works and through a relay where not.
+//!
+//! The key in `node.key` of the data folder is the node. It is made once and never silently replaced.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use iroh::address_lookup::memory::MemoryLookup;
+use iroh::endpoint::{Builder, EndpointHooks, PortmapperConfig, QuicTransportConfig, VarInt, presets};
+use iroh::{Endpoint, EndpointAddr, RelayMode, RelayUrl, SecretKey};
+use murmur_protocol::mesh::{Addresses, NodeKey};
+
+use crate::contact::Contact;
+use crate::{NetError, data_dir};
+
+/// The control connection: greeting, exchange of records, tickets.
+pub const MESH_ALPN: &[u8] = b"murmur/mesh/1";
+
+/// Work: one stream per request, after the same greeting.
+pub const WORK_ALPN: &[u8] = b"murmur/work/1";
+
+/// The overlay on which records are broadcast. Taken from and offered to greeted peers only.
+pub const GOSSIP_ALPN: &[u8] = b"murmur/gossip/1";
+
+/// File of the node's secret key in the data folder.
+pub const KEY_FILE: &str = "node.key";
+
+/// A connection over which nothing came for so long is gone. Peers that crash cannot say so.
+pub const IDLE_TIMEOUT_MS: u64 = 10_000;
+
+/// How often a silent connection is kept alive: three tries within [`IDLE_TIMEOUT_MS`].
+pub const KEEP_ALIVE_EVERY_MS: u64 = 3_000;
+
+/// Streams that a peer may have open on one connection before its greeting is accepted, and on control connections.
+pub const CONTROL_STREAMS_MAX: u32 = 16;
+
+/// Which relays carry what cannot go directly. They see ciphertext only.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Relays {
+    /// The public ones of iroh's makers, together with their directory of addresses.
+    #[default]
+    Public,
+    /// These, and no directory. Of a [`Seed`](crate::seed::Seed), say.
+    Own(Vec<String>),
+    /// None: for machines without internet, and tests. Nobody outside is contacted.
+    None,
+}
+
+/// How the endpoint meets the network.
+#[derive(Debug, Clone, Default)]
+pub struct EndpointOptions {
+    /// Relays.
+    pub relays: Relays,
+    /// The socket address to bind instead of any port on all interfaces.
+    pub bind: Option<SocketAddr>,
+}
+
+/// The secret key of the node whose data folder this is; made on first use.
+///
+/// # Errors
+/// [`NetError::CorruptFile`] if the file is there and holds no key: a node never gets another identity by accident.
+pub fn node_key(data_dir: &Path) -> Result<NodeKey, NetError> {
+    let secret = data_dir::secret(&data_dir.join(KEY_FILE), || SecretKey::generate().to_bytes())?;
+    Ok(NodeKey::from_bytes(&secret))
+}
+
+/// A bound endpoint, and the book of addresses from which it dials.
+#[derive(Debug, Clone)]
+pub(crate) struct Bound {
+    pub endpoint: Endpoint,
+    pub addresses: MemoryLookup,
+}
+
+/// Binds the endpoint.
+pub(crate) async fn bind(
+    key: &NodeKey,
+    options: &EndpointOptions,
+    hooks: impl EndpointHooks + 'static,
+) -> Result<Bound, NetError> {
+    let addresses = MemoryLookup::new();
+    let mut builder = relays(&options.relays)?
+        .secret_key(SecretKey::from_bytes(&key.to_bytes()))
+        .alpns(vec![MESH_ALPN.to_vec(), WORK_ALPN.to_vec(), GOSSIP_ALPN.to_vec()])
+        .transport_config(transport()?)
+        .address_lookup(addresses.clone())
+        .hooks(hooks);
+    if let Some(bind) = options.bind {
+        builder = builder
+            .clear_ip_transports()
+            .bind_addr(bind)
+            .map_err(|error| NetError::Option { what: "bind address", reason: error.to_string() })?;
+    }
+    let start = |error: &dyn std::error::Error| NetError::Start { what: "QUIC endpoint", reason: causes(error) };
+    let endpoint = builder.bind().await.map_err(|error| start(&error))?;
+    Ok(Bound { endpoint, addresses })
+}
+
+fn relays(relays: &Relays) -> Result<Builder, NetError> {
+    match relays {
+        Relays::Public => Ok(Endpoint::builder(presets::N0)),
+        Relays::Own(urls) => {
+            let parse = |url: &String| {
+                url.parse::<RelayUrl>()
+                    .map_err(|error| NetError::Option { what: "relay", reason: format!("{url}: {error}") })
+            };
+            let urls = urls.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+            Ok(Endpoint::builder(presets::Minimal).relay_mode(RelayMode::custom(urls)))
+        }
+        Relays::None => Ok(Endpoint::builder(presets::Minimal)
+            .relay_mode(RelayMode::Disabled)
+            .portmapper_config(PortmapperConfig::Disabled)),
+    }
+}
+
+/// iroh's defaults are the fastest that were measured; only what bounds a peer, and how soon a dead one is noticed,
+/// differs.
+fn transport() -> Result<QuicTransportConfig, NetError> {
+    let idle = Duration::from_millis(IDLE_TIMEOUT_MS);
+    let keep_alive = Duration::from_millis(KEEP_ALIVE_EVERY_MS);
+    let idle_timeout = idle
+        .try_into()
+        .map_err(|_| NetError::Option { what: "idle timeout", reason: "it is too long for QUIC".into() })?;
+    Ok(QuicTransportConfig::builder()
+        .max_idle_timeout(Some(idle_timeout))
+        .keep_alive_interval(keep_alive)
+        .default_path_keep_alive_interval(keep_alive)
+        .default_path_max_idle_timeout(idle)
+        .max_concurrent_bidi_streams(VarInt::from_u32(CONTROL_STREAMS_MAX))
+        .build())
+}
+
+/// Where this endpoint can be dialled, to be told to others.
+///
+/// An endpoint bound to all interfaces knows the addresses of the machine and those under which relays saw it; one
+/// bound to a particular address says that one too, loopback included.
+pub(crate) fn own_addresses(endpoint: &Endpoint, addr: &EndpointAddr) -> Addresses {
+    let mut contact = Contact::from_transport_addrs(addr.id, &addr.addrs);
+    for socket in endpoint.bound_sockets() {
+        let known = contact.addresses.direct.contains(&socket);
+        if !socket.ip().is_unspecified() && !known {
+            contact.addresses.direct.push(socket);
+        }
+    }
+    contact.addresses.direct.truncate(ADVERTISED_ADDRESSES_MAX);
+    Addresses::publishable(contact.addresses.relay, contact.addresses.direct)
+}
+
+/// Direct addresses in the own record, at most: it has to stay small.
+const ADVERTISED_ADDRESSES_MAX: usize = 8;
+
+/// The endpoint's own socket addresses and relay as one contact.
+pub(crate) fn own_contact(endpoint: &Endpoint) -> Contact {
+    let addr = endpoint.addr();
+    let addresses = own_addresses(endpoint, &addr);
+    Contact { node: crate::contact::node_id(addr.id), addresses }
+}
+
+/// An error with its causes, in one line.
+pub(crate) fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

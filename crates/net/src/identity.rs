@@ -1,0 +1,195 @@
+//! Who this node is, and of which mesh: what the greeting and the records are made from.
+
+use std::path::Path;
+
+use murmur_protocol::mesh::{
+    Capabilities, Hello, MemberCertificate, MemberError, MeshId, NodeId, NodeKey, NodeRecord, PROTOCOL_VERSIONS,
+    Refusal, RefusalCode, Role, SignedCertificate, negotiate,
+};
+
+use crate::credentials::Credentials;
+use crate::revocations::Revocations;
+use crate::ticket::Tickets;
+use crate::{NetError, clock};
+
+/// A node in one mesh.
+#[derive(Debug)]
+pub(crate) struct Identity {
+    pub key: NodeKey,
+    pub node: NodeId,
+    pub mesh: MeshId,
+    pub mesh_name: String,
+    pub software: String,
+    pub private: Option<Private>,
+}
+
+/// What goes with a private mesh.
+#[derive(Debug)]
+pub(crate) struct Private {
+    pub credentials: Credentials,
+    pub revocations: Revocations,
+    pub tickets: Tickets,
+}
+
+/// What a greeting said, once it was accepted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Greeted {
+    /// The protocol's version for this connection.
+    pub version: u32,
+    pub software: String,
+    pub capabilities: Capabilities,
+    /// How far the peer's wall clock is ahead of ours, in milliseconds, the way of the message included.
+    pub clock_ahead_ms: i64,
+    /// Private meshes.
+    pub certificate: Option<MemberCertificate>,
+}
+
+impl Identity {
+    /// In a public mesh.
+    pub(crate) fn public(key: NodeKey, name: &str, software: &str) -> Self {
+        let (mesh, node) = (MeshId::public(name), key.node_id());
+        Identity { key, node, mesh, mesh_name: name.to_owned(), software: software.to_owned(), private: None }
+    }
+
+    /// In a private mesh, with what the data folder holds about it.
+    pub(crate) fn private(
+        key: NodeKey,
+        credentials: Credentials,
+        software: &str,
+        data_dir: &Path,
+    ) -> Result<Self, NetError> {
+        let revocations = Revocations::load(data_dir, credentials.mesh)?;
+        let tickets = Tickets::load(data_dir, &credentials.mesh)?;
+        Ok(Identity {
+            node: key.node_id(),
+            key,
+            mesh: credentials.mesh,
+            mesh_name: credentials.name.clone(),
+            software: software.to_owned(),
+            private: Some(Private { credentials, revocations, tickets }),
+        })
+    }
+
+    /// The own certificate; private meshes.
+    pub(crate) fn certificate(&self) -> Option<SignedCertificate> {
+        self.private.as_ref().map(|private| private.credentials.certificate.clone())
+    }
+
+    /// The own greeting.
+    pub(crate) fn hello(&self, capabilities: Capabilities) -> Hello {
+        Hello {
+            versions: PROTOCOL_VERSIONS,
+            software: self.software.clone(),
+            capabilities,
+            mesh: self.mesh,
+            certificate: self.certificate(),
+            wall_clock_ms: clock::unix_ms(),
+        }
+    }
+
+    /// Decides about a greeting of `peer`, whom QUIC has proven to be that node.
+    pub(crate) fn judge(&self, hello: &Hello, peer: NodeId) -> Result<Greeted, Refusal> {
+        let version = negotiate(&PROTOCOL_VERSIONS, &hello.versions)?;
+        if hello.mesh != self.mesh {
+            return Err(Refusal::new(RefusalCode::WrongMesh, "this node belongs to another mesh"));
+        }
+        let certificate = self.member(hello.certificate.as_ref(), peer)?;
+        let ahead_ms = i128::from(hello.wall_clock_ms) - i128::from(clock::unix_ms());
+        Ok(Greeted {
+            version,
+            software: hello.software.clone(),
+            capabilities: hello.capabilities,
+            clock_ahead_ms: i64::try_from(ahead_ms).unwrap_or(i64::MAX),
+            certificate,
+        })
+    }
+
+    /// Decides whether `node` is a member: in a public mesh everybody is.
+    pub(crate) fn member(
+        &self,
+        certificate: Option<&SignedCertificate>,
+        node: NodeId,
+    ) -> Result<Option<MemberCertificate>, Refusal> {
+        let Some(private) = &self.private else { return Ok(None) };
+        let Some(signed) = certificate else {
+            return Err(Refusal::new(RefusalCode::NoCertificate, "this mesh is private: members only"));
+        };
+        let certificate = signed.verify(self.mesh, node, clock::unix_ms()).map_err(|error| {
+            let code = match error {
+                MemberError::Expired { .. } => RefusalCode::CertificateExpired,
+                _ => RefusalCode::BadCertificate,
+            };
+            Refusal::new(code, &error.to_string())
+        })?;
+        if private.revocations.revokes(&certificate) {
+            return Err(Refusal::new(RefusalCode::Revoked, "the membership of this node has been revoked"));
+        }
+        Ok(Some(certificate))
+    }
+
+    /// Whether a record, whose signature was checked, is one of a member that may be what it says.
+    pub(crate) fn accepts(&self, record: &NodeRecord) -> bool {
+        match self.member(record.certificate.as_ref(), record.node) {
+            Ok(None) => true,
+            Ok(Some(certificate)) => certificate.role == Role::Worker || record.models.is_empty(),
+            Err(_) => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use murmur_protocol::mesh::Revocation;
+
+    use super::*;
+    use crate::credentials::certify;
+
+    fn key(number: u8) -> NodeKey {
+        NodeKey::from_bytes(&[number; 32])
+    }
+
+    fn code(result: Result<Greeted, Refusal>) -> RefusalCode {
+        result.unwrap_err().code
+    }
+
+    #[test]
+    fn another_mesh_or_version_is_refused_with_the_reason() {
+        let (ours, peer) = (Identity::public(key(1), "x", "murmur/1"), key(2).node_id());
+        let theirs = Identity::public(key(2), "y", "murmur/1").hello(Capabilities::NONE);
+        assert_eq!(code(ours.judge(&theirs, peer)), RefusalCode::WrongMesh);
+        let mut newer = Identity::public(key(2), "x", "murmur/9").hello(Capabilities::NONE);
+        ours.judge(&newer, peer).unwrap();
+        newer.versions = 7..=9;
+        assert_eq!(code(ours.judge(&newer, peer)), RefusalCode::Version);
+    }
+
+    #[test]
+    fn a_private_mesh_lets_in_members_only_and_each_with_its_own_certificate() {
+        let folder = tempfile::tempdir().unwrap();
+        let credentials = Credentials::found(folder.path(), "home", key(1).node_id()).unwrap();
+        let owner = credentials.owner.clone().unwrap();
+        let ours = Identity::private(key(1), credentials.clone(), "murmur/1", folder.path()).unwrap();
+        let (member, other) = (key(2).node_id(), key(3).node_id());
+        let mut hello = ours.hello(Capabilities::NONE);
+
+        hello.certificate = None;
+        assert_eq!(code(ours.judge(&hello, member)), RefusalCode::NoCertificate);
+        hello.certificate = Some(certify(&owner, member, Role::Worker, 1_000).unwrap());
+        ours.judge(&hello, member).unwrap();
+        assert_eq!(code(ours.judge(&hello, other)), RefusalCode::BadCertificate);
+
+        ours.private.as_ref().unwrap().revocations.add(Revocation::Node(member), &owner).unwrap();
+        assert_eq!(code(ours.judge(&hello, member)), RefusalCode::Revoked);
+    }
+
+    #[test]
+    fn a_wall_clock_that_is_off_by_ten_minutes_is_reported_and_does_no_harm() {
+        let (ours, peer) = (Identity::public(key(1), "x", "murmur/1"), key(2).node_id());
+        for ahead_ms in [600_000, -600_000] {
+            let mut hello = Identity::public(key(2), "x", "murmur/1").hello(Capabilities::NONE);
+            hello.wall_clock_ms = hello.wall_clock_ms.saturating_add_signed(ahead_ms);
+            let greeted = ours.judge(&hello, peer).unwrap();
+            assert!((greeted.clock_ahead_ms - ahead_ms).abs() < 60_000, "{greeted:?}");
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! The control connections: one per pair of nodes.
+//!
+//! Both ends may dial at the same moment, which NATs even ask for. Of two connections both ends keep the same one: that
+//! which the node with the smaller id has dialled. Of two that the same node has dialled, the newer: it has restarted.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use iroh::TransportAddr;
+use iroh::endpoint::Connection;
+use murmur_protocol::mesh::NodeId;
+
+use crate::admission::close;
+use crate::identity::Greeted;
+
+/// A greeted control connection.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub node: NodeId,
+    pub connection: Connection,
+    pub greeted: Greeted,
+    pub dialled_by_us: bool,
+}
+
+/// How the packets of a connection travel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Path {
+    /// Directly, to this socket address.
+    Direct(std::net::SocketAddr),
+    /// Through the relay of this URL.
+    Relayed(String),
+    /// There is no connection, or its path is not known yet.
+    Unknown,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub(crate) struct Links {
+    by_node: Mutex<HashMap<NodeId, Arc<Link>>>,
+}
+
+impl Links {
+    fn by_node(&self) -> MutexGuard<'_, HashMap<NodeId, Arc<Link>>> {
+        self.by_node.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a connection, or closes it because another one of the pair is kept. `own`: this node.
+    pub(crate) fn add(&self, own: NodeId, link: Link) -> Option<Arc<Link>> {
+        let link = Arc::new(link);
+        let mut links = self.by_node();
+        if let Some(old) = links.get(&link.node).filter(|old| old.connection.close_reason().is_none()) {
+            let smaller_is_us = own < link.node;
+            if old.dialled_by_us != link.dialled_by_us && old.dialled_by_us == smaller_is_us {
+                link.connection.close(close::DUPLICATE, b"duplicate");
+                return None;
+            }
+            old.connection.close(close::DUPLICATE, b"duplicate");
+        }
+        links.insert(link.node, Arc::clone(&link));
+        Some(link)
+    }
+
+    /// Forgets a connection that has ended. False if another one has taken its place.
+    pub(crate) fn remove(&self, link: &Arc<Link>) -> bool {
+        let mut links = self.by_node();
+        let is_current = links.get(&link.node).is_some_and(|current| Arc::ptr_eq(current, link));
+        if is_current {
+            links.remove(&link.node);
+        }
+        is_current
+    }
+
+    /// The live connection to a node.
+    pub(crate) fn get(&self, node: &NodeId) -> Option<Arc<Link>> {
+        self.by_node().get(node).filter(|link| link.connection.close_reason().is_none()).cloned()
+    }
+
+    /// All live connections.
+    pub(crate) fn all(&self) -> Vec<Arc<Link>> {
+        self.by_node().values().filter(|link| link.connection.close_reason().is_none()).cloned().collect()
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.by_node().len()
+    }
+}
+
+/// Round-trip time, in milliseconds, and path of a connection, as QUIC sees them.
+pub(crate) fn path(connection: &Connection) -> (Option<f64>, Path) {
+    let paths = connection.paths();
+    let Some(selected) = paths.iter().find(|path| path.is_selected()) else { return (None, Path::Unknown) };
+    let kind = match selected.remote_addr() {
+        TransportAddr::Ip(address) => Path::Direct(*address),
+        TransportAddr::Relay(url) => Path::Relayed(url.to_string()),
+        _ => Path::Unknown,
+    };
+    (Some(selected.rtt().as_secs_f64() * 1e3), kind)
+}

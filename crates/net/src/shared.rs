@@ -1,0 +1,67 @@
+//! What the tasks of one mesh share: nothing in here decides who is in the mesh; that is [`crate::state`]'s.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use iroh::Endpoint;
+use iroh::address_lookup::memory::MemoryLookup;
+use iroh::endpoint::Connection;
+use iroh_gossip::net::Gossip;
+use murmur_protocol::mesh::{Capabilities, NodeId};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::NetError;
+use crate::admission::{Admission, close};
+use crate::identity::Identity;
+use crate::links::Links;
+use crate::mesh::Work;
+use crate::state::Command;
+
+/// One node in one mesh.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub identity: Identity,
+    pub capabilities: Capabilities,
+    pub endpoint: Endpoint,
+    /// What the endpoint and the overlay dial from.
+    pub addresses: MemoryLookup,
+    pub gossip: Gossip,
+    pub admission: Arc<Admission>,
+    pub links: Links,
+    /// Connections that this node has dialled to send work over.
+    pub workers: Mutex<HashMap<NodeId, Connection>>,
+    /// Work that others have sent.
+    pub work: mpsc::Sender<Work>,
+    pub commands: mpsc::Sender<Command>,
+}
+
+impl Shared {
+    /// Orders something of the state's task and waits for the answer.
+    pub(crate) async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, NetError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.map_err(|_| NetError::Closed)?;
+        answer.await.map_err(|_| NetError::Closed)
+    }
+
+    /// Counts an offence of a peer. True when it is shut out with this one; its connections are closed then.
+    pub(crate) fn offence(&self, node: NodeId) -> bool {
+        let out = self.admission.strike(node);
+        if out {
+            tracing::warn!(node = %node.short(), "a peer is shut out for its offences");
+            self.disconnect(&node);
+        }
+        out
+    }
+
+    /// Closes every connection to a peer.
+    pub(crate) fn disconnect(&self, node: &NodeId) {
+        self.admission.expel(node);
+        if let Some(link) = self.links.get(node) {
+            link.connection.close(close::SHUT_OUT, b"shut out");
+        }
+        let worker = self.workers.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
+        if let Some(connection) = worker {
+            connection.close(close::SHUT_OUT, b"shut out");
+        }
+    }
+}

@@ -1,0 +1,483 @@
+//! The task that owns what a node knows of its mesh.
+//!
+//! The table itself is the pure machine of `murmur_core::membership`; this is its shell. Everything that happens
+//! reaches it as a [`Command`] through one bounded channel: heard broadcasts, records handed over, contacts found,
+//! connections made and lost. It signs the own record when the table says so, dials, keeps the overlay together, and
+//! shows the outcome in a watch channel. It never waits for the network itself: whatever does is a task of its own,
+//! owned here.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use iroh::Watcher;
+use iroh::endpoint::Connection;
+use murmur_core::membership::{Aged, Answer, Digest, Membership, Outcome, Verified};
+use murmur_protocol::mesh::{Addresses, Capabilities, NodeId, NodeRecord, Role, ServedModel, SignedRecord};
+use rand::seq::{IteratorRandom, SliceRandom};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::contact::Contact;
+use crate::dialler::{Dialled, Dialler, Purpose, Waiting};
+use crate::gossip::Topic;
+use crate::links::Link;
+use crate::mesh::Timing;
+use crate::shared::Shared;
+use crate::{NetError, anti_entropy, clock, endpoint, serve};
+
+/// Commands that wait, at most. Whoever sends more waits.
+pub(crate) const COMMANDS_MAX: usize = 1_024;
+
+/// Commands that are dealt with before watchers are told what has changed.
+const BATCH_MAX: usize = 64;
+
+/// How often timers are looked at.
+const TICK_MS: u64 = 100;
+
+/// Control connections that are wanted. Smaller meshes are connected completely, larger ones by so many random pairs
+/// per node.
+pub const LINKS_WANTED: usize = 32;
+
+/// Exchanges of records that this node has begun and that are not over, at most.
+const EXCHANGES_MAX: usize = 8;
+
+/// Peers that the overlay is told to join at once, at most.
+const HEAL_PEERS_MAX: usize = 16;
+
+/// What reaches the state.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// A record was broadcast. `from`: the last hop.
+    Broadcast { record: SignedRecord, from: NodeId },
+    /// A record was handed over, and its signature is good.
+    Handed { verified: Arc<Verified>, age_ms: u64, from: NodeId, reply: oneshot::Sender<()> },
+    /// The overlay has a new neighbour.
+    NeighbourUp(NodeId),
+    /// Discovery has found somebody.
+    Found(Contact),
+    /// The user or a ticket names somebody to begin with.
+    Bootstrap(Contact),
+    /// A peer has to be greeted before the overlay talks to it.
+    Greet { node: NodeId, reply: oneshot::Sender<Result<(), NetError>> },
+    /// A connection for work is wanted.
+    Work { node: NodeId, reply: oneshot::Sender<Result<Connection, NetError>> },
+    /// A peer has dialled and was greeted.
+    LinkUp(Arc<Link>),
+    /// A control connection has ended.
+    LinkDown(Arc<Link>),
+    /// A digest for a neighbour.
+    Digest { reply: oneshot::Sender<Digest> },
+    /// A neighbour's digest.
+    Answer { digest: Digest, reply: oneshot::Sender<Answer> },
+    /// Records that a neighbour asks for.
+    Wanted { nodes: Vec<NodeId>, reply: oneshot::Sender<Vec<Aged>> },
+    /// The own record changes.
+    Update(OwnRecord),
+    /// There is a newer list of revocations.
+    Revoked,
+    /// The node leaves; the answer is its tombstone.
+    Leave { reply: oneshot::Sender<Option<SignedRecord>> },
+}
+
+/// What a node says about itself, beyond who and where it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnRecord {
+    /// What it is in the mesh for.
+    pub role: Role,
+    /// What it serves or could serve, those that matter most first: what does not fit into a record is left out from
+    /// the end.
+    pub models: Vec<ServedModel>,
+    /// What it can do.
+    pub capabilities: Capabilities,
+    /// Memory in which it could load models, in bytes.
+    pub memory_free_bytes: u64,
+}
+
+impl Default for OwnRecord {
+    /// A client without models.
+    fn default() -> Self {
+        OwnRecord { role: Role::Client, models: Vec::new(), capabilities: Capabilities::NONE, memory_free_bytes: 0 }
+    }
+}
+
+/// A node of the table.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// Its latest record.
+    pub verified: Arc<Verified>,
+    /// Since when it is listed.
+    pub since: Instant,
+}
+
+/// The other nodes of the mesh. A snapshot, cheap to clone.
+pub type Table = Arc<BTreeMap<NodeId, Known>>;
+
+pub(crate) struct State {
+    shared: Arc<Shared>,
+    membership: Membership,
+    timing: Timing,
+    own: OwnRecord,
+    own_addresses: watch::Sender<Addresses>,
+    known: BTreeMap<NodeId, Known>,
+    table: watch::Sender<Table>,
+    dialler: Dialler,
+    topic: Topic,
+    exchanges: JoinSet<()>,
+    serving: JoinSet<()>,
+    exchange_due: Instant,
+    heal_due: Instant,
+    changed: bool,
+}
+
+impl State {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        membership: Membership,
+        timing: Timing,
+        own: OwnRecord,
+        topic: Topic,
+        own_addresses: watch::Sender<Addresses>,
+        table: watch::Sender<Table>,
+    ) -> Self {
+        let now = Instant::now();
+        State {
+            exchange_due: now + Duration::from_millis(timing.exchange_every_ms),
+            heal_due: now + Duration::from_millis(timing.heal_every_ms),
+            shared,
+            membership,
+            timing,
+            own,
+            own_addresses,
+            known: BTreeMap::new(),
+            table,
+            dialler: Dialler::default(),
+            topic,
+            exchanges: JoinSet::new(),
+            serving: JoinSet::new(),
+            changed: false,
+        }
+    }
+
+    /// Runs until dropped, or nobody can command it any more.
+    pub(crate) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        let mut batch = Vec::with_capacity(BATCH_MAX);
+        let mut ticks = interval(Duration::from_millis(TICK_MS));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut addresses = self.shared.endpoint.watch_addr().stream();
+        loop {
+            tokio::select! {
+                count = commands.recv_many(&mut batch, BATCH_MAX) => {
+                    if count == 0 {
+                        return;
+                    }
+                    for command in batch.drain(..) {
+                        self.handle(command);
+                    }
+                }
+                (node, purpose, dialled) = self.dialler.ended() => self.dialled(node, purpose, dialled),
+                Some(addr) = addresses.next() => self.moved(endpoint::own_addresses(&self.shared.endpoint, &addr)),
+                Some(_) = self.exchanges.join_next(), if !self.exchanges.is_empty() => {}
+                Some(_) = self.serving.join_next(), if !self.serving.is_empty() => {}
+                _ = ticks.tick() => self.tick(),
+            }
+            if std::mem::take(&mut self.changed) {
+                self.table.send_replace(Arc::new(self.known.clone()));
+            }
+        }
+    }
+
+    fn handle(&mut self, command: Command) {
+        let now = clock::now();
+        // Replies go to whoever still waits for one.
+        match command {
+            Command::Broadcast { record, from } => self.heard(record, from),
+            Command::Handed { verified, age_ms, from, reply } => {
+                self.accept(&verified, age_ms, from);
+                let _ = reply.send(());
+            }
+            Command::NeighbourUp(node) => tracing::debug!(node = %node.short(), "overlay neighbour"),
+            Command::Found(contact) => self.found(&contact, false),
+            Command::Bootstrap(contact) => self.found(&contact, true),
+            Command::Greet { node, reply } => self.greet(node, reply),
+            Command::Work { node, reply } => {
+                let waiting = Waiting::Connection(reply);
+                self.dial(node, Purpose::Work, Some(waiting));
+            }
+            Command::LinkUp(link) => self.link_up(&link),
+            Command::LinkDown(link) => {
+                if self.shared.links.remove(&link) {
+                    self.shared.admission.lapse(&link.node);
+                }
+            }
+            Command::Digest { reply } => drop(reply.send(self.membership.digest(now))),
+            Command::Answer { digest, reply } => drop(reply.send(self.membership.answer(&digest, now))),
+            Command::Wanted { nodes, reply } => drop(reply.send(self.membership.wanted(&nodes, now))),
+            Command::Update(own) => {
+                if own != self.own {
+                    self.own = own;
+                    self.membership.note_change();
+                }
+            }
+            Command::Revoked => self.drop_revoked(),
+            Command::Leave { reply } => drop(reply.send(self.leave())),
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = clock::now();
+        for node in self.membership.expire(now) {
+            tracing::info!(node = %node.short(), "a node has fallen silent");
+            self.remove(&node);
+        }
+        if self.membership.next_renewal().is_some_and(|due| due <= now) {
+            self.renew();
+        }
+        if self.exchange_due <= Instant::now() {
+            self.exchange_due = Instant::now() + Duration::from_millis(self.timing.exchange_every_ms);
+            let links = self.shared.links.all();
+            if let Some(link) = links.into_iter().choose(&mut rand::rng()) {
+                self.exchange(link);
+            }
+        }
+        if self.heal_due <= Instant::now() {
+            self.heal_due = Instant::now() + Duration::from_millis(self.timing.heal_every_ms);
+            let some = self.known.keys().copied().choose_multiple(&mut rand::rng(), HEAL_PEERS_MAX);
+            self.topic.join(some);
+            self.drop_expired_members();
+        }
+        self.dial_more();
+    }
+
+    fn heard(&mut self, record: SignedRecord, from: NodeId) {
+        // Most of what is heard is known already; that is seen without checking a signature.
+        let Ok(claim) = record.claim() else { return };
+        let known = self.known.get(&claim.node).map(|known| known.verified.record().sequence);
+        if known.is_some_and(|known| known >= claim.sequence) {
+            return;
+        }
+        match Verified::check(record, self.shared.identity.mesh) {
+            Ok(verified) => self.accept(&verified, 0, from),
+            Err(error) => tracing::debug!(from = %from.short(), %error, "a bad record was broadcast"),
+        }
+    }
+
+    fn accept(&mut self, verified: &Arc<Verified>, age_ms: u64, from: NodeId) {
+        let record = verified.record();
+        if !self.shared.identity.accepts(record) {
+            tracing::debug!(node = %record.node.short(), "a record of a node that is no member");
+            return;
+        }
+        match self.membership.accept(verified, age_ms, from, clock::now()) {
+            Outcome::New { displaced } => {
+                for displaced in displaced {
+                    self.remove(&displaced);
+                }
+                tracing::info!(node = %record.node.short(), "a node has joined");
+                self.list(verified, Instant::now());
+            }
+            Outcome::Newer => {
+                let since = self.known.get(&record.node).map_or_else(Instant::now, |known| known.since);
+                self.list(verified, since);
+            }
+            Outcome::Departed => {
+                tracing::info!(node = %record.node.short(), "a node has left");
+                self.remove(&record.node);
+                // The departed cannot see to it any more that its last word reaches everybody. The overlay knows equal
+                // messages, so that it does not matter how many do this.
+                self.topic.broadcast(verified.signed());
+            }
+            Outcome::Refused(why) => tracing::debug!(node = %record.node.short(), %why, "a record was not taken"),
+            Outcome::Known | Outcome::Old | Outcome::Overtaken => {}
+        }
+    }
+
+    fn list(&mut self, verified: &Arc<Verified>, since: Instant) {
+        let record = verified.record();
+        let contact = Contact { node: record.node, addresses: record.addresses.clone() };
+        if let Ok(addr) = contact.to_endpoint_addr() {
+            self.shared.addresses.set_endpoint_info(addr);
+        }
+        self.known.insert(record.node, Known { verified: Arc::clone(verified), since });
+        self.changed = true;
+    }
+
+    fn remove(&mut self, node: &NodeId) {
+        if let Ok(id) = crate::contact::endpoint_id(*node) {
+            self.shared.addresses.remove_endpoint_info(id);
+        }
+        self.dialler.forget(node);
+        self.changed |= self.known.remove(node).is_some();
+    }
+
+    fn renew(&mut self) {
+        let sequence = self.membership.renew(clock::now());
+        if let Some(signed) = self.sign(sequence, false) {
+            self.topic.broadcast(&signed);
+        }
+    }
+
+    /// Signs the own record; broadcasting is the caller's.
+    fn sign(&mut self, sequence: u64, tombstone: bool) -> Option<SignedRecord> {
+        let identity = &self.shared.identity;
+        let mut record = NodeRecord {
+            node: identity.node,
+            mesh: identity.mesh,
+            sequence,
+            ttl_ms: self.timing.ttl_ms,
+            tombstone,
+            role: self.own.role,
+            addresses: self.own_addresses.borrow().clone(),
+            models: if tombstone { Vec::new() } else { self.own.models.clone() },
+            software: identity.software.clone(),
+            capabilities: self.own.capabilities,
+            memory_free_bytes: self.own.memory_free_bytes,
+            certificate: identity.certificate(),
+        };
+        let left_out = record.shorten();
+        if left_out > 0 {
+            tracing::warn!(left_out, "not all models fit into the record of this node");
+        }
+        match record.sign(&identity.key) {
+            Ok(signed) => {
+                self.membership.set_own(Verified::trusted(record, signed.clone()));
+                Some(signed)
+            }
+            Err(error) => {
+                tracing::error!(%error, "the own record cannot be signed");
+                None
+            }
+        }
+    }
+
+    fn moved(&mut self, addresses: Addresses) {
+        let moved = self.own_addresses.send_if_modified(|known| {
+            let moved = *known != addresses;
+            *known = addresses;
+            moved
+        });
+        if moved {
+            self.membership.note_change();
+        }
+    }
+
+    fn found(&mut self, contact: &Contact, bootstrap: bool) {
+        if contact.node == self.shared.identity.node {
+            return;
+        }
+        self.dialler.found(contact, bootstrap);
+        self.dial_more();
+    }
+
+    fn greet(&mut self, node: NodeId, reply: oneshot::Sender<Result<(), NetError>>) {
+        if self.shared.admission.is_admitted(&node) {
+            let _ = reply.send(Ok(()));
+        } else {
+            self.dial(node, Purpose::Control, Some(Waiting::Greeting(reply)));
+        }
+    }
+
+    fn dial(&mut self, node: NodeId, purpose: Purpose, waiting: Option<Waiting>) {
+        let told = self.known.get(&node).map(|known| known.verified.record().addresses.clone());
+        self.dialler.dial(&self.shared, node, purpose, told.as_ref(), waiting);
+    }
+
+    /// Dials until there are enough control connections.
+    fn dial_more(&mut self) {
+        let wanted = LINKS_WANTED.saturating_sub(self.shared.links.len());
+        if wanted == 0 || !self.dialler.has_room() {
+            return;
+        }
+        let now = clock::now();
+        let unlinked =
+            |node: &NodeId| self.shared.links.get(node).is_none() && !self.shared.admission.is_shut_out(node);
+        let mut candidates: Vec<NodeId> = self.dialler.due(now).filter(unlinked).collect();
+        candidates
+            .extend(self.known.keys().filter(|node| self.dialler.may_dial(node, now)).filter(|node| unlinked(node)));
+        candidates.shuffle(&mut rand::rng());
+        candidates.truncate(wanted);
+        for node in candidates {
+            if self.dialler.has_room() {
+                self.dial(node, Purpose::Control, None);
+            }
+        }
+    }
+
+    fn dialled(&mut self, node: NodeId, purpose: Purpose, dialled: Dialled) {
+        if let Err(error) = &dialled {
+            tracing::debug!(node = %node.short(), %error, "dialling failed");
+        }
+        self.dialler.note(node, purpose, &dialled, clock::now());
+        let (Purpose::Control, Ok((connection, greeted))) = (purpose, dialled) else { return };
+        let link = Link { node, connection, greeted, dialled_by_us: true };
+        if let Some(link) = self.shared.links.add(self.shared.identity.node, link) {
+            self.serving.spawn(serve::control(Arc::clone(&self.shared), Arc::clone(&link)));
+            self.link_up(&link);
+            self.exchange(link);
+        }
+    }
+
+    fn link_up(&mut self, link: &Arc<Link>) {
+        self.topic.join([link.node]);
+        if let Some(list) = self.shared.identity.private.as_ref().and_then(|private| private.revocations.signed()) {
+            let link = Arc::clone(link);
+            self.exchanges.spawn(async move {
+                if let Err(error) = serve::tell_revocations(&link, list).await {
+                    tracing::debug!(node = %link.node.short(), %error, "revocations were not handed on");
+                }
+            });
+        }
+    }
+
+    fn exchange(&mut self, link: Arc<Link>) {
+        if self.exchanges.len() >= EXCHANGES_MAX {
+            return;
+        }
+        let shared = Arc::clone(&self.shared);
+        self.exchanges.spawn(async move {
+            if let Err(error) = anti_entropy::exchange(&shared, &link).await {
+                tracing::debug!(node = %link.node.short(), %error, "an exchange of records failed");
+            }
+        });
+    }
+
+    fn drop_revoked(&mut self) {
+        let identity = &self.shared.identity;
+        let gone: Vec<NodeId> = self
+            .known
+            .iter()
+            .filter(|(_, known)| !identity.accepts(known.verified.record()))
+            .map(|(node, _)| *node)
+            .collect();
+        for node in gone {
+            tracing::info!(node = %node.short(), "a node is no member any more");
+            self.remove(&node);
+        }
+        self.drop_expired_members();
+        for link in self.shared.links.all() {
+            self.link_up(&link);
+        }
+    }
+
+    /// Closes connections to those that are no members any more.
+    fn drop_expired_members(&self) {
+        let Some(private) = &self.shared.identity.private else { return };
+        let now_ms = clock::unix_ms();
+        for link in self.shared.links.all() {
+            let Some(certificate) = &link.greeted.certificate else { continue };
+            let tolerated_ms = certificate.expires_ms.saturating_add(murmur_protocol::mesh::member::CLOCK_SKEW_MS_MAX);
+            if tolerated_ms < now_ms || private.revocations.revokes(certificate) {
+                self.shared.disconnect(&link.node);
+            }
+        }
+    }
+
+    fn leave(&mut self) -> Option<SignedRecord> {
+        let sequence = self.membership.leave(clock::now());
+        let tombstone = self.sign(sequence, true)?;
+        self.topic.broadcast(&tombstone);
+        Some(tombstone)
+    }
+}

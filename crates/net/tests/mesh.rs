@@ -1,0 +1,216 @@
+//! Public meshes on loopback: finding each other, saying new things, leaving, falling silent, working.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests, helpers included")]
+
+mod common;
+
+use common::{QUICK, all_know_all, join, lists, meet, open_invitation, options, public, soon, start, until};
+use murmur_net::{Mesh, MeshChoice, NetError, Path};
+use murmur_protocol::mesh::{Capabilities, NodeId, NodeKey};
+
+#[tokio::test]
+async fn two_nodes_find_each_other_by_ticket_and_see_each_other_directly() {
+    let nodes = meet(start(public()).await, 2).await;
+    for (a, b) in [(&nodes[0], &nodes[1]), (&nodes[1], &nodes[0])] {
+        let peers = common::with_paths(&a.mesh).await;
+        assert_eq!(peers.len(), 1);
+        assert_eq!(peers[0].record().node, b.mesh.node_id());
+        assert!(matches!(peers[0].path, Path::Direct(_)), "{:?}", peers[0].path);
+        assert!(peers[0].rtt_ms.is_some_and(|rtt_ms| rtt_ms > 0.0));
+        assert!(peers[0].clock_ahead_ms.is_some_and(|ahead_ms| ahead_ms.abs() < 60_000));
+    }
+}
+
+#[tokio::test]
+async fn five_nodes_that_know_one_of_them_all_find_each_other() {
+    meet(start(public()).await, 5).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn twenty_nodes_find_each_other_and_hear_each_other() {
+    let begun = std::time::Instant::now();
+    let nodes = meet(start(public()).await, 20).await;
+    println!("20 nodes know each other after {:?}", begun.elapsed());
+    let (said, speaker) = (std::time::Instant::now(), nodes[7].mesh.node_id());
+    nodes[7].mesh.update(|own| own.memory_free_bytes = 7).await.unwrap();
+    for node in nodes.iter().filter(|node| node.mesh.node_id() != speaker) {
+        let heard = |table: &murmur_net::Table| {
+            table.get(&speaker).is_some_and(|known| known.verified.record().memory_free_bytes == 7)
+        };
+        until(&node.mesh, "the news", heard).await;
+    }
+    println!("all have heard the news after {:?}", said.elapsed());
+    let (left, gone) = (std::time::Instant::now(), nodes[3].mesh.node_id());
+    nodes[3].mesh.leave().await;
+    for node in nodes.iter().filter(|node| node.mesh.node_id() != gone) {
+        until(&node.mesh, "the leaver is gone", |table| !lists(table, gone)).await;
+    }
+    println!("the leaver is gone everywhere after {:?}", left.elapsed());
+}
+
+#[tokio::test]
+async fn what_a_node_says_anew_reaches_everybody() {
+    let nodes = meet(start(public()).await, 3).await;
+    let speaker = nodes[2].mesh.node_id();
+    nodes[2].mesh.update(|own| own.memory_free_bytes = 77).await.unwrap();
+    for node in &nodes[..2] {
+        let said = |table: &murmur_net::Table| {
+            table.get(&speaker).is_some_and(|known| known.verified.record().memory_free_bytes == 77)
+        };
+        until(&node.mesh, "the news", said).await;
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_leaves_is_gone_everywhere_long_before_its_record_expires() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut slow = options(&folder, public());
+    slow.timing.ttl_ms = 60_000;
+    let leaver = common::Node { mesh: Mesh::start(slow).await.unwrap(), folder };
+    let first = start(public()).await;
+    let ticket = first.mesh.invite(&open_invitation()).await.unwrap();
+    leaver.mesh.join(&ticket).await.unwrap();
+    let nodes = vec![first, join(&ticket).await, join(&ticket).await, leaver];
+    all_know_all(&nodes).await;
+
+    let gone = nodes[3].mesh.node_id();
+    let left = std::time::Instant::now();
+    nodes[3].mesh.leave().await;
+    for node in &nodes[..3] {
+        until(&node.mesh, "the leaver is gone", |table| !lists(table, gone)).await;
+    }
+    assert!(left.elapsed().as_secs() < 20, "it took {:?}", left.elapsed());
+    assert!(matches!(nodes[3].mesh.update(|own| own.memory_free_bytes = 1).await, Err(NetError::Closed)));
+    assert!(nodes[3].mesh.accept_work().await.is_none());
+}
+
+#[tokio::test]
+async fn a_node_that_crashes_is_gone_when_its_record_expires_and_stays_gone() {
+    let mut nodes = meet(start(public()).await, 3).await;
+    let crashed = nodes.pop().unwrap();
+    let gone = crashed.mesh.node_id();
+    drop(crashed.mesh);
+    for node in &nodes {
+        until(&node.mesh, "the crashed node is gone", |table| !lists(table, gone)).await;
+    }
+    // The others go on comparing what they know: for as long as a record is valid, none of them may bring it back.
+    let mut watch = nodes[0].mesh.watch();
+    let still = std::time::Duration::from_millis(u64::from(QUICK.ttl_ms));
+    let back = tokio::time::timeout(still, watch.wait_for(|table| lists(table, gone))).await;
+    assert!(back.is_err(), "a crashed node came back");
+    all_know_all(&nodes).await;
+}
+
+#[tokio::test]
+async fn a_node_that_restarts_is_the_same_node_and_heard_at_once() {
+    let mut nodes = meet(start(public()).await, 2).await;
+    let restarting = nodes.pop().unwrap();
+    let (id, folder) = (restarting.mesh.node_id(), restarting.folder);
+    restarting.mesh.leave().await;
+    until(&nodes[0].mesh, "it is gone", |table| !lists(table, id)).await;
+    let mut again = options(&folder, public());
+    again.bootstrap = vec![nodes[0].mesh.contact()];
+    let mesh = Mesh::start(again).await.unwrap();
+    assert_eq!(mesh.node_id(), id);
+    until(&nodes[0].mesh, "it is back", |table| lists(table, id)).await;
+}
+
+#[tokio::test]
+async fn the_rest_stays_together_when_the_node_through_which_they_met_crashes() {
+    let mut nodes = meet(start(public()).await, 5).await;
+    drop(nodes.remove(0).mesh);
+    all_know_all(&nodes).await;
+    let speaker = nodes[0].mesh.node_id();
+    nodes[0].mesh.update(|own| own.memory_free_bytes = 5).await.unwrap();
+    for node in &nodes[1..] {
+        let said = |table: &murmur_net::Table| {
+            table.get(&speaker).is_some_and(|known| known.verified.record().memory_free_bytes == 5)
+        };
+        until(&node.mesh, "the news", said).await;
+    }
+}
+
+#[tokio::test]
+async fn nodes_of_different_meshes_do_not_list_each_other() {
+    let one = start(public()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let mut elsewhere = options(&folder, MeshChoice::Public("other".into()));
+    elsewhere.bootstrap = vec![one.mesh.contact()];
+    let other = Mesh::start(elsewhere).await.unwrap();
+    let refused = other.open_work(one.mesh.node_id()).await.unwrap_err();
+    assert!(matches!(refused, NetError::Refused(_)), "{refused}");
+    assert!(refused.to_string().contains("another mesh"), "{refused}");
+    assert!(one.mesh.peers().is_empty() && other.peers().is_empty());
+    let ticket = one.mesh.invite(&open_invitation()).await.unwrap();
+    assert!(matches!(other.join(&ticket).await, Err(NetError::Ticket(_))));
+}
+
+#[tokio::test]
+async fn requests_go_over_one_connection_and_say_who_asks() {
+    let nodes = meet(start(public()).await, 2).await;
+    let (driver, worker) = (&nodes[0].mesh, &nodes[1].mesh);
+    let serve = async {
+        for _ in 0..3 {
+            let mut work = soon("work", worker.accept_work()).await.unwrap();
+            assert_eq!(work.node, driver.node_id());
+            let question = work.recv.read_to_end(100).await.unwrap();
+            work.send.write_all(&question).await.unwrap();
+            work.send.finish().unwrap();
+        }
+    };
+    let ask = async {
+        for question in [b"one", b"two", b"six"] {
+            let (mut send, mut recv) = driver.open_work(worker.node_id()).await.unwrap();
+            send.write_all(question).await.unwrap();
+            send.finish().unwrap();
+            assert_eq!(recv.read_to_end(100).await.unwrap(), question);
+        }
+    };
+    tokio::join!(serve, ask);
+}
+
+#[tokio::test]
+async fn work_for_a_node_that_is_not_there_fails_with_the_reason() {
+    let node = start(public()).await;
+    let error = node.mesh.open_work(nobody()).await.unwrap_err();
+    assert!(matches!(error, NetError::Unreachable { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_public_mesh_counts_no_uses_and_revokes_nobody() {
+    let node = start(public()).await;
+    let counted = murmur_net::Invitation::default();
+    assert!(matches!(node.mesh.invite(&counted).await, Err(NetError::Ticket(_))));
+    let revocation = murmur_protocol::mesh::Revocation::Serial(1);
+    assert!(matches!(node.mesh.revoke(revocation).await, Err(NetError::NotOwner(_))));
+}
+
+#[tokio::test]
+async fn options_that_cannot_be_honoured_are_refused_before_anything_starts() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rare = options(&folder, public());
+    rare.timing.renew_every_ms = rare.timing.ttl_ms.into();
+    assert!(matches!(Mesh::start(rare).await, Err(NetError::Option { .. })));
+    let mut nostr = options(&folder, public());
+    nostr.nostr = vec!["not a url".into()];
+    assert!(matches!(Mesh::start(nostr).await, Err(NetError::Option { .. })));
+    std::fs::write(folder.path().join("node.key"), "broken").unwrap();
+    assert!(matches!(Mesh::start(options(&folder, public())).await, Err(NetError::CorruptFile { .. })));
+}
+
+/// The id of a node that does not exist.
+fn nobody() -> NodeId {
+    NodeKey::from_bytes(&[42; 32]).node_id()
+}
+
+#[tokio::test]
+async fn capabilities_are_told_in_records() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut able = options(&folder, public());
+    able.own.capabilities = Capabilities::GRAMMARS;
+    let able = common::Node { mesh: Mesh::start(able).await.unwrap(), folder };
+    let id = able.mesh.node_id();
+    let nodes = meet(able, 2).await;
+    let table = nodes[1].mesh.watch().borrow().clone();
+    assert!(table[&id].verified.record().capabilities.contains(Capabilities::GRAMMARS));
+}

@@ -62,7 +62,7 @@ pub(crate) async fn respond(
     link: &Link,
     digest: Digest,
     send: &mut SendStream,
-    reader: &mut Reader,
+    reader: &mut Reader<Control>,
 ) -> Result<(), NetError> {
     let responding = async {
         let answer: Answer = shared.ask(|reply| Command::Answer { digest, reply }).await?;
@@ -88,7 +88,7 @@ async fn hand_over(send: &mut SendStream, records: &[Aged]) -> Result<(), NetErr
 async fn take_records(
     shared: &Arc<Shared>,
     link: &Link,
-    reader: &mut Reader,
+    reader: &mut Reader<Control>,
 ) -> Result<Option<Vec<murmur_protocol::mesh::NodeId>>, NetError> {
     for _ in 0..=RECORD_MESSAGES_MAX {
         match reader.next().await? {

@@ -141,7 +141,7 @@ fn redeemed(identity: &Identity, peer: NodeId, redeem: &Redeem) -> Result<Redeem
     })
 }
 
-async fn open(connection: &Connection, peer: NodeId) -> Result<(SendStream, Reader), NetError> {
+async fn open(connection: &Connection, peer: NodeId) -> Result<(SendStream, Reader<Control>), NetError> {
     let (send, recv): (SendStream, RecvStream) =
         connection.open_bi().await.map_err(|error| NetError::unreachable(peer, error))?;
     Ok((send, Reader::new(recv)))

@@ -42,7 +42,7 @@ pub mod seed;
 pub mod serve;
 mod shared;
 mod state;
-mod stream;
+pub mod stream;
 pub mod ticket;
 
 pub use contact::Contact;

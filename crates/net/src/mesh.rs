@@ -325,6 +325,26 @@ impl Mesh {
             .map_err(|error| NetError::unreachable(node, error))
     }
 
+    /// Asks another node for a sign of life, and says how long it took.
+    ///
+    /// # Errors
+    /// [`NetError::Unreachable`], [`NetError::Refused`], [`NetError::Late`].
+    pub async fn ping(&self, node: NodeId) -> Result<Duration, NetError> {
+        let link = match self.shared.links.get(&node) {
+            Some(link) => link,
+            None => {
+                self.shared.ask(|reply| Command::Greet { node, reply }).await??;
+                self.shared.links.get(&node).ok_or_else(|| NetError::unreachable(node, "it hung up"))?
+            }
+        };
+        let nonce = rand::random();
+        let asked = Instant::now();
+        match serve::ask(&link, &Control::Ping(nonce)).await? {
+            Some(Control::Pong(answer)) if answer == nonce => Ok(asked.elapsed()),
+            _ => Err(NetError::protocol("a ping was answered with something else")),
+        }
+    }
+
     /// The next request of another node; `None` once the mesh has been left. May be called from several tasks.
     pub async fn accept_work(&self) -> Option<Work> {
         // The lock is the queue of those that wait, and guards nothing else.

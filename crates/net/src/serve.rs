@@ -278,15 +278,20 @@ pub(crate) async fn tell_revocations(link: &Link, list: SignedRevocations) -> Re
 
 /// Sends one message that is answered by the end of the stream, and waits for that.
 pub(crate) async fn tell(link: &Link, message: &Control) -> Result<(), NetError> {
-    let telling = async {
+    ask(link, message).await.map(drop)
+}
+
+/// Sends one message, and waits for its answer, or the end of the stream.
+pub(crate) async fn ask(link: &Link, message: &Control) -> Result<Option<Control>, NetError> {
+    let asking = async {
         let (mut send, recv) =
             link.connection.open_bi().await.map_err(|error| NetError::unreachable(link.node, error))?;
         stream::write(&mut send, message).await?;
         stream::finish(&mut send);
-        Reader::new(recv).next().await.map(drop)
+        Reader::new(recv).next().await
     };
     let deadline = Duration::from_millis(STREAM_DEADLINE_MS);
-    timeout(deadline, telling).await.unwrap_or(Err(NetError::Late("answer")))
+    timeout(deadline, asking).await.unwrap_or(Err(NetError::Late("answer")))
 }
 
 /// Takes work streams from a peer until its connection ends.

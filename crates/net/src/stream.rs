@@ -1,31 +1,34 @@
-//! Control messages on a QUIC stream: bounded by their kind's limit, and by a deadline that the caller sets.
+//! Messages on a QUIC stream: bounded by their kind's limit, and by a deadline that the caller sets.
 
 use iroh::endpoint::{RecvStream, SendStream};
-use murmur_protocol::mesh::Control;
-use murmur_protocol::mesh::wire::{self, Decoder};
+use murmur_protocol::mesh::wire::{self, Decoder, Message};
 
 use crate::NetError;
 
 /// Bytes that are taken from QUIC at once.
 const CHUNK_BYTES: usize = 16 * 1024;
 
-/// Reads control messages one after the other.
+/// Reads messages of one kind of stream, one after the other.
 #[derive(Debug)]
-pub(crate) struct Reader {
+pub struct Reader<M> {
     stream: RecvStream,
-    decoder: Decoder<Control>,
+    decoder: Decoder<M>,
     chunk: Vec<u8>,
     used: usize,
 }
 
-impl Reader {
+impl<M: Message> Reader<M> {
     /// At the beginning of a stream.
-    pub(crate) fn new(stream: RecvStream) -> Self {
+    pub fn new(stream: RecvStream) -> Self {
         Reader { stream, decoder: Decoder::new(), chunk: Vec::new(), used: 0 }
     }
 
-    /// The next message; `None` when the peer has finished the stream between two messages.
-    pub(crate) async fn next(&mut self) -> Result<Option<Control>, NetError> {
+    /// The next message; `None` when the peer has finished the stream between two messages. Nothing is lost if it is
+    /// dropped before it is done.
+    ///
+    /// # Errors
+    /// [`NetError::Message`], [`NetError::Protocol`]: the stream is of no more use.
+    pub async fn next(&mut self) -> Result<Option<M>, NetError> {
         loop {
             let mut rest = self.chunk.get(self.used..).unwrap_or_default();
             let message = self.decoder.next(&mut rest)?;
@@ -33,14 +36,15 @@ impl Reader {
             if message.is_some() {
                 return Ok(message);
             }
+            // What was in it is in the decoder; `used` says so should this be dropped while it waits.
             self.chunk.resize(CHUNK_BYTES, 0);
-            self.used = 0;
+            self.used = self.chunk.len();
             match self.stream.read(&mut self.chunk).await {
-                Ok(Some(length)) => self.chunk.truncate(length),
-                Ok(None) if self.decoder.is_at_boundary() => {
-                    self.chunk.clear();
-                    return Ok(None);
+                Ok(Some(length)) => {
+                    self.chunk.truncate(length);
+                    self.used = 0;
                 }
+                Ok(None) if self.decoder.is_at_boundary() => return Ok(None),
                 Ok(None) => return Err(NetError::protocol("a stream ended within a message")),
                 Err(error) => return Err(NetError::protocol(format!("a stream broke: {error}"))),
             }
@@ -48,19 +52,25 @@ impl Reader {
     }
 
     /// The next message, where there must be one.
-    pub(crate) async fn expect(&mut self) -> Result<Control, NetError> {
+    ///
+    /// # Errors
+    /// As for [`Reader::next`], and [`NetError::Protocol`] at the end of the stream.
+    pub async fn expect(&mut self) -> Result<M, NetError> {
         self.next().await?.ok_or_else(|| NetError::protocol("a stream ended before its answer"))
     }
 }
 
 /// Writes one message.
-pub(crate) async fn write(stream: &mut SendStream, message: &Control) -> Result<(), NetError> {
+///
+/// # Errors
+/// [`NetError::Message`] for one that no peer would read; [`NetError::Protocol`] when the stream has broken.
+pub async fn write<M: Message>(stream: &mut SendStream, message: &M) -> Result<(), NetError> {
     let bytes = wire::encode(message)?;
     stream.write_all(&bytes).await.map_err(|error| NetError::protocol(format!("a stream broke: {error}")))
 }
 
 /// Says that nothing more comes.
-pub(crate) fn finish(stream: &mut SendStream) {
+pub fn finish(stream: &mut SendStream) {
     // It fails only for a stream that is closed already.
     let _ = stream.finish();
 }

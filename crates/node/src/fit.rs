@@ -19,6 +19,8 @@ pub struct Demand {
     pub kv_bytes_per_token: u64,
     /// Buffers for computing one batch.
     pub compute_bytes: u64,
+    /// Attention scores of a batch, bytes per token of context: without flash attention they are written out.
+    pub score_bytes_per_token: u64,
     /// Requests of full length at once.
     pub parallel: u32,
     /// The model's own limit.
@@ -43,6 +45,7 @@ impl Demand {
             // With the attention mask: two bytes for each row of a batch, twice where some layers have a window.
             kv_bytes_per_token: per_layer * u64::from(facts.layers)
                 + 4 * u64::from(batch_rows) * u64::from(stages.max(1)),
+            score_bytes_per_token: 0,
             compute_bytes: (u64::from(batch_rows) * width * 4 + logits + PROCESS_BYTES) * u64::from(stages.max(1)),
             parallel,
             trained_context_tokens: facts.context_length,
@@ -55,9 +58,18 @@ impl Demand {
         self.kv_bytes_per_token += 4 * (width + 2 * u64::from(facts.vocabulary));
     }
 
+    /// Exact mode has no flash attention: scores of `batch_rows` rows with every cell of a sequence, for every head, before
+    /// and after the softmax.
+    pub fn exact(&mut self, facts: &Facts, batch_rows: u32, stages: u32) {
+        const SCORE_BYTES: u64 = 2 * 4;
+        self.score_bytes_per_token =
+            SCORE_BYTES * u64::from(facts.heads) * u64::from(batch_rows) * u64::from(stages.max(1));
+    }
+
     /// Bytes for a context of so many tokens per request.
     pub fn bytes(&self, context_tokens: u32) -> u64 {
-        self.weights_bytes + self.compute_bytes + self.kv_bytes(context_tokens)
+        let scores = self.score_bytes_per_token * u64::from(context_tokens);
+        self.weights_bytes + self.compute_bytes + self.kv_bytes(context_tokens) + scores
     }
 
     fn kv_bytes(&self, context_tokens: u32) -> u64 {
@@ -71,7 +83,7 @@ impl Demand {
             None => DEFAULT_CONTEXT_TOKENS.min(self.trained_context_tokens.max(1)),
         };
         let fixed = self.weights_bytes + self.compute_bytes;
-        let per_token = (self.kv_bytes_per_token * u64::from(self.parallel)).max(1);
+        let per_token = (self.kv_bytes_per_token * u64::from(self.parallel) + self.score_bytes_per_token).max(1);
         let fits = (available_bytes.saturating_sub(fixed) / per_token).min(u64::from(most)) as u32;
         let fits = if fits < most { fits / 256 * 256 } else { fits };
         let enough = match asked {
@@ -184,9 +196,17 @@ mod tests {
             weights_bytes: 4 * GIB,
             kv_bytes_per_token: 128 << 10,
             compute_bytes: GIB / 4,
+            score_bytes_per_token: 0,
             parallel: 4,
             trained_context_tokens: 32768,
         }
+    }
+
+    #[test]
+    fn scores_that_are_written_out_leave_less_room_for_context() {
+        let exact = Demand { score_bytes_per_token: 128 << 10, ..demand() };
+        let (most, less) = (demand().context(None, 6 * GIB).unwrap(), exact.context(None, 6 * GIB).unwrap());
+        assert!(less < most && exact.bytes(less) <= 6 * GIB);
     }
 
     #[test]

@@ -12,12 +12,31 @@ use murmur_protocol::sampling::{Sampled, Token};
 use murmur_sampling::{StopMatcher, Vocabulary};
 use tokio::sync::mpsc;
 
+use crate::mesh::RemoteStream;
+
 /// Events the HTTP layer may lag behind before the generation waits for it.
 pub(crate) const EVENTS_MAX: usize = 16;
 
+/// Where an answer's tokens come from. Dropping it cancels the work.
+pub(crate) enum Source {
+    /// This node's engine.
+    Local(SessionStream),
+    /// The mesh.
+    Remote(RemoteStream),
+}
+
+impl Source {
+    async fn next(&mut self) -> Option<SessionEvent> {
+        match self {
+            Source::Local(session) => session.next().await,
+            Source::Remote(stream) => stream.next().await,
+        }
+    }
+}
+
 /// Turns one session into API events. Ends (and so cancels the session) when the reader is gone.
 pub(crate) struct Pump {
-    pub(crate) session: SessionStream,
+    pub(crate) session: Source,
     pub(crate) out: mpsc::Sender<Event>,
     pub(crate) vocabulary: Arc<Vocabulary>,
     /// Control tokens that the reader wants to see as text.

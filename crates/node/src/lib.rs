@@ -8,12 +8,14 @@
 mod backend;
 pub mod fit;
 mod generate;
+mod mesh;
 mod model;
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use murmur_engine::EngineOptions;
 pub use murmur_engine::{CHILD_SUBCOMMAND, child};
+pub use murmur_net as net;
 
 use crate::model::Model;
 
@@ -141,6 +143,7 @@ impl Drop for Loading {
 pub struct Node {
     options: NodeOptions,
     models: Vec<Model>,
+    mesh: mesh::MeshCell,
     started: Instant,
 }
 
@@ -159,7 +162,7 @@ impl Node {
             }
             models.push(Model::open(spec, &options)?);
         }
-        Ok(Node { options, models, started: Instant::now() })
+        Ok(Node { options, models, mesh: mesh::MeshCell::new(), started: Instant::now() })
     }
 
     /// Loads every model; `progress` hears how far it is. The first that cannot be loaded ends it.
@@ -204,9 +207,10 @@ impl Node {
         self.models.iter().for_each(Model::stop);
     }
 
-    /// Ends every engine process and waits for their end. Requests that still run fail.
+    /// Leaves the mesh, ends every engine process and waits for their end. Requests that still run fail.
     pub async fn shutdown(self: Arc<Self>) {
         self.stop();
+        self.leave_mesh().await;
         // Dropping an engine waits for its processes.
         let _ = tokio::task::spawn_blocking(move || drop(self)).await;
     }

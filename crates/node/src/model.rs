@@ -1,7 +1,7 @@
 //! One model: what its file says, how far loading is, its engine once loaded, and what clients see of it.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU32, Ordering},
@@ -17,10 +17,12 @@ use murmur_engine::{Engine, EngineError, EngineOptions, Patience, Stop};
 use murmur_gguf::{Facts, Gguf, LayerRange};
 use murmur_sampling::Vocabulary;
 
-use crate::{LoadProgress, ModelSpec, NodeError, NodeOptions, Threads, fit};
+use crate::{LoadProgress, ModelSpec, NodeError, NodeOptions, Threads, fit, mesh::ModelIdentity};
 
 /// Prompt rows per chunk. A long prompt delays running streams by one chunk; larger chunks read the weights less often.
 const CHUNK_ROWS: u32 = 256;
+/// The same in exact mode, where the attention scores of a chunk are written out.
+const CHUNK_ROWS_EXACT: u32 = 128;
 /// Requests that may wait for their turn; more are refused with 429.
 const QUEUE_MAX: usize = 64;
 /// Loading progress is counted in so many parts.
@@ -42,6 +44,8 @@ pub(crate) struct Model {
     progress: AtomicU32,
     stop: Stop,
     loaded: OnceLock<LoadedModel>,
+    /// What it is to other nodes; `None` inside: it cannot be offered.
+    identity: OnceLock<Option<ModelIdentity>>,
 }
 
 /// A file that was checked.
@@ -84,12 +88,33 @@ impl Model {
             progress: AtomicU32::new(0),
             stop: Stop::new(),
             loaded: OnceLock::new(),
+            identity: OnceLock::new(),
         })
     }
 
     /// The name clients use.
     pub(crate) fn id(&self) -> &str {
         &self.spec.id
+    }
+
+    /// Its file.
+    pub(crate) fn path(&self) -> &Path {
+        &self.spec.path
+    }
+
+    /// What it is to other nodes, once that is known.
+    pub(crate) fn identity(&self) -> Option<&ModelIdentity> {
+        self.identity.get()?.as_ref()
+    }
+
+    /// Whether it was found out what it is to other nodes.
+    pub(crate) fn is_identified(&self) -> bool {
+        self.identity.get().is_some()
+    }
+
+    /// Says what it is to other nodes, if it can be offered to them. The first word counts.
+    pub(crate) fn identify(&self, identity: Option<ModelIdentity>) {
+        let _ = self.identity.set(identity);
     }
 
     /// What it can be asked for.
@@ -167,7 +192,7 @@ impl Model {
             context_tokens,
             parallel,
             queue_max: QUEUE_MAX,
-            chunk_rows: CHUNK_ROWS,
+            chunk_rows: if options.exact { CHUNK_ROWS_EXACT } else { CHUNK_ROWS },
             threads: match options.threads {
                 Threads::Auto => None,
                 Threads::Fixed(n) => Some(n),
@@ -208,7 +233,11 @@ impl Model {
     ) -> Result<(fit::Demand, u32), NodeError> {
         let sequences = EngineOptions::sequences(parallel, options.exact);
         let weights_bytes = file.gguf.file_bytes();
-        let mut demand = fit::Demand::of(&file.facts, weights_bytes, (parallel, sequences), CHUNK_ROWS * 2, stages);
+        let batch_rows = if options.exact { CHUNK_ROWS_EXACT.max(sequences) } else { CHUNK_ROWS * 2 };
+        let mut demand = fit::Demand::of(&file.facts, weights_bytes, (parallel, sequences), batch_rows, stages);
+        if options.exact {
+            demand.exact(&file.facts, batch_rows, stages);
+        }
         if file.embedding {
             demand.whole_sequences(&file.facts);
         }

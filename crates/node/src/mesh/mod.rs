@@ -1,0 +1,153 @@
+//! The node in a mesh: it offers its models to others, and others' models to its user.
+//!
+//! Three tasks, all owned here:
+//! - [`announce`] keeps the own record true: which models, in which state, how busy, how fast;
+//! - [`worker`] answers the requests of other nodes with this node's engines;
+//! - [`catalogue`] watches the records of others, and gets what a driver needs of their models: vocabulary and template.
+//!
+//! A request of this node's user for a model of others runs in [`request`], where `murmur_core`'s session decides and this
+//! crate does: it opens streams, keeps timers, hands tokens on.
+
+mod announce;
+mod catalogue;
+mod identity;
+mod request;
+mod view;
+mod worker;
+
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Instant;
+
+use murmur_api::backend::{MeshAction, Refusal};
+use murmur_core::{health::Health, router::Router, time::Now};
+use murmur_net::{Mesh, MeshOptions, NetError};
+use murmur_protocol::mesh::{Capabilities, Role};
+use tokio::task::JoinSet;
+
+pub(crate) use catalogue::RemoteModel;
+pub(crate) use identity::ModelIdentity;
+pub(crate) use request::{RemoteRequest, RemoteStream};
+
+use crate::Node;
+use catalogue::Catalogue;
+use worker::Speeds;
+
+/// What this build can do for others.
+const CAPABILITIES: Capabilities = Capabilities::GRAMMARS.with(Capabilities::LOGPROBS).with(Capabilities::CARDS);
+
+/// A node's part in a mesh.
+pub(crate) struct MeshNode {
+    mesh: Arc<Mesh>,
+    started: Instant,
+    /// Who gets a request, and what is known of them. Held for an instant only.
+    dispatch: Mutex<Dispatch>,
+    catalogue: Catalogue,
+    speeds: Speeds,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+/// What routing needs.
+#[derive(Default)]
+struct Dispatch {
+    router: Router,
+    health: Health,
+}
+
+impl MeshNode {
+    /// The moment, for the pure machines.
+    fn now(&self) -> Now {
+        Now::from_ms(u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX))
+    }
+
+    fn dispatch(&self) -> MutexGuard<'_, Dispatch> {
+        self.dispatch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The mesh itself.
+    pub(crate) fn mesh(&self) -> &Arc<Mesh> {
+        &self.mesh
+    }
+
+    /// A model of others, by the name that clients use.
+    pub(crate) fn remote(&self, id: &str) -> Option<Arc<RemoteModel>> {
+        self.catalogue.find(&self.mesh, id)
+    }
+
+    /// The models of others that can be asked.
+    pub(crate) fn remotes(&self) -> Vec<Arc<RemoteModel>> {
+        self.catalogue.models(&self.mesh)
+    }
+
+    /// What `/api/mesh` shows.
+    pub(crate) fn view(&self) -> serde_json::Value {
+        view::mesh(&self.mesh)
+    }
+
+    /// Does what a user asks of the mesh.
+    pub(crate) async fn act(&self, action: MeshAction) -> Result<serde_json::Value, Refusal> {
+        view::act(&self.mesh, action).await
+    }
+
+    async fn leave(&self) {
+        let mut tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        tasks.shutdown().await;
+        self.mesh.leave().await;
+    }
+}
+
+/// The place of a mesh in a node that may be in none.
+pub(crate) type MeshCell = OnceLock<Arc<MeshNode>>;
+
+impl Node {
+    /// Takes this node's place in a mesh: from now on its models are offered there, and the models of others here. Returns
+    /// when the endpoint is bound and a ticket for a private mesh is redeemed.
+    ///
+    /// # Errors
+    /// [`NetError`]; [`NetError::Option`] when the node is in a mesh already.
+    pub async fn join_mesh(self: &Arc<Self>, mut options: MeshOptions) -> Result<(), NetError> {
+        let twice = || NetError::Option { what: "a mesh", reason: "this node is in one already".into() };
+        if self.mesh.get().is_some() {
+            return Err(twice());
+        }
+        options.own.role = if self.models.is_empty() { Role::Client } else { Role::Worker };
+        options.own.capabilities = if self.models.is_empty() { Capabilities::NONE } else { CAPABILITIES };
+        let data_dir = options.data_dir.clone();
+        let node = Arc::new(MeshNode {
+            mesh: Arc::new(Mesh::start(options).await?),
+            started: Instant::now(),
+            dispatch: Mutex::default(),
+            catalogue: Catalogue::new(data_dir, self.options.engine_program.clone()),
+            speeds: Speeds::default(),
+            tasks: Mutex::default(),
+        });
+        if self.mesh.set(Arc::clone(&node)).is_err() {
+            node.leave().await;
+            return Err(twice());
+        }
+        let mut tasks = node.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        tasks.spawn(catalogue::run(Arc::downgrade(&node)));
+        if !self.models.is_empty() {
+            tasks.spawn(announce::run(Arc::downgrade(self), Arc::downgrade(&node)));
+            tasks.spawn(worker::run(Arc::downgrade(self), Arc::downgrade(&node)));
+        }
+        drop(tasks);
+        Ok(())
+    }
+
+    /// The mesh, where the node is in one.
+    pub fn mesh(&self) -> Option<Arc<Mesh>> {
+        self.mesh.get().map(|node| Arc::clone(&node.mesh))
+    }
+
+    /// Says goodbye to the mesh.
+    pub(crate) async fn leave_mesh(&self) {
+        if let Some(node) = self.mesh.get() {
+            node.leave().await;
+        }
+    }
+}
+
+/// Both, while the node is there.
+fn both(node: &Weak<Node>, mesh: &Weak<MeshNode>) -> Option<(Arc<Node>, Arc<MeshNode>)> {
+    Some((node.upgrade()?, mesh.upgrade()?))
+}

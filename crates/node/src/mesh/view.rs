@@ -1,0 +1,120 @@
+//! What `/api/mesh` shows and does.
+
+use std::{num::NonZeroU32, time::Duration};
+
+use murmur_api::backend::{MeshAction, Refusal};
+use murmur_net::{Invitation, Mesh, NetError, Path, PeerView};
+use murmur_protocol::mesh::{ModelState, NodeId, Revocation, Role, ServedModel, SignedTicket, TicketId};
+use serde_json::{Value, json};
+
+pub(super) fn mesh(mesh: &Mesh) -> Value {
+    let peers: Vec<Value> = mesh.peers().iter().map(peer).collect();
+    json!({
+        "name": mesh.mesh_name(),
+        "id": mesh.mesh_id().to_string(),
+        "private": mesh.is_private(),
+        "node": mesh.node_id().to_string(),
+        "addresses": mesh.contact().addresses.direct.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "relay": mesh.contact().addresses.relay,
+        "peers": peers,
+    })
+}
+
+fn peer(peer: &PeerView) -> Value {
+    let record = peer.record();
+    let path = match &peer.path {
+        Path::Direct(address) => format!("direct {address}"),
+        Path::Relayed(url) => format!("relayed {url}"),
+        Path::Unknown => "unknown".to_owned(),
+    };
+    json!({
+        "node": record.node.to_string(),
+        "short": record.node.short(),
+        "software": record.software,
+        "role": role(record.role),
+        "rtt_ms": peer.rtt_ms,
+        "path": path,
+        "since_s": peer.since.elapsed().as_secs(),
+        "clock_ahead_ms": peer.clock_ahead_ms,
+        "models": record.models.iter().map(model).collect::<Vec<_>>(),
+    })
+}
+
+fn role(role: Role) -> &'static str {
+    match role {
+        Role::Worker => "worker",
+        Role::Client => "client",
+        Role::Seed => "seed",
+        Role::Unknown => "unknown",
+    }
+}
+
+pub(super) fn state(state: ModelState) -> &'static str {
+    match state {
+        ModelState::Available => "available",
+        ModelState::Loading => "loading",
+        ModelState::Ready => "ready",
+        ModelState::Draining => "draining",
+        ModelState::Unknown => "unknown",
+    }
+}
+
+/// What a peer says of a model.
+pub(super) fn model(served: &ServedModel) -> Value {
+    let per_second = |us: u32| (us > 0).then(|| Duration::from_secs(1).as_micros() as f64 / f64::from(us));
+    json!({
+        "name": served.name,
+        "digest": served.digest.to_string(),
+        "state": state(served.state),
+        "context_tokens": served.context_tokens,
+        "parallel": served.parallel,
+        "running": served.running,
+        "queued": served.queued,
+        "decode_tokens_per_s": per_second(served.decode_us_per_token),
+        "prefill_tokens_per_s": per_second(served.prefill_us_per_token),
+        "exact": served.exact,
+    })
+}
+
+/// Does what a user asks.
+pub(super) async fn act(mesh: &Mesh, action: MeshAction) -> Result<Value, Refusal> {
+    match action {
+        MeshAction::Invite { valid_s, role, uses } => {
+            let role = if role == "client" { Role::Client } else { Role::Worker };
+            let none = || bad("a ticket that nobody may use is of no use: 1 is the least".to_owned(), "uses");
+            let uses = uses.map(|uses| NonZeroU32::new(uses).ok_or_else(none)).transpose()?;
+            let invitation = Invitation { role, valid_ms: valid_s.saturating_mul(1_000), uses };
+            let ticket = mesh.invite(&invitation).await.map_err(refused)?;
+            let (id, expires_unix_ms) = (ticket.ticket().id.to_string(), ticket.ticket().expires_ms);
+            Ok(json!({"ticket": ticket.to_string(), "id": id, "expires_unix_ms": expires_unix_ms}))
+        }
+        MeshAction::Join { ticket } => {
+            let ticket: SignedTicket = ticket.parse().map_err(|error| bad(format!("the ticket: {error}"), "ticket"))?;
+            mesh.join(&ticket).await.map_err(refused)?;
+            Ok(json!({"joined": true}))
+        }
+        MeshAction::Revoke { what } => {
+            let revoked = if let Ok(ticket) = what.parse::<TicketId>() {
+                mesh.revoke_ticket(ticket).map_err(refused)?
+            } else if let Ok(node) = what.parse::<NodeId>() {
+                mesh.revoke(Revocation::Node(node)).await.map_err(refused)?
+            } else {
+                return Err(bad("this is no id of a ticket or of a node".to_owned(), "what"));
+            };
+            Ok(json!({"revoked": revoked}))
+        }
+    }
+}
+
+fn bad(message: String, param: &str) -> Refusal {
+    Refusal::BadRequest { message, param: Some(param.to_owned()), code: None }
+}
+
+fn refused(error: NetError) -> Refusal {
+    match error {
+        NetError::Ticket(_) | NetError::NotOwner(_) => {
+            Refusal::BadRequest { message: error.to_string(), param: None, code: None }
+        }
+        error => Refusal::Failed { message: error.to_string() },
+    }
+}

@@ -1,0 +1,325 @@
+//! Requests of other nodes, answered by this node's engines.
+//!
+//! One stream per request. The worker checks everything itself (a driver may be anybody), admits before it accepts, sends
+//! signs of life until the first token, and stops within a step when the driver resets the stream. A driver that does not
+//! read holds its own session back, for as long as its lease.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+use murmur_engine::{Ending, SessionEvent, SessionRequest, SessionStream, StartError};
+use murmur_net::{
+    NetError, SendStream, Work as Request,
+    stream::{self, Reader},
+};
+use murmur_protocol::mesh::{
+    Admitted, Card, FailureCode, FinishReason, ModelDigest, NodeId, Open, Refused, Tokens, Work,
+    card::CARD_PART_BYTES_MAX,
+    work::{Failed, Finished, Prefill},
+};
+use murmur_sampling::Sampler;
+use tokio::{
+    task::JoinSet,
+    time::{MissedTickBehavior, timeout},
+};
+
+use super::{CAPABILITIES, MeshNode, ModelIdentity, both};
+use crate::{Node, model::Model};
+
+/// A stream says what it wants within this.
+const OPEN_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a driver may leave its tokens unread.
+const LEASE: Duration = Duration::from_secs(60);
+/// How often a driver hears that its prompt is being worked on.
+const HEARTBEAT: Duration = Duration::from_millis(250);
+/// What a request that found no room should wait before it comes again.
+const RETRY_MS: u32 = 250;
+/// Requests of one node at the same time, cards included.
+const STREAMS_PER_NODE_MAX: usize = 64;
+/// Speeds of so many tokens and more are measurements.
+const MEASURED_TOKENS_MIN: u32 = 32;
+/// Weight of a new measurement in the moving average.
+const SMOOTHING: f64 = 0.25;
+
+/// How fast this node reads prompts, by model.
+#[derive(Default)]
+pub(super) struct Speeds(Mutex<HashMap<ModelDigest, f64>>);
+
+impl Speeds {
+    fn speeds(&self) -> MutexGuard<'_, HashMap<ModelDigest, f64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// 0: not measured.
+    pub(super) fn prefill_us_per_token(&self, model: &ModelDigest) -> u32 {
+        self.speeds().get(model).map_or(0, |&us| us as u32)
+    }
+
+    fn note_prefill(&self, model: ModelDigest, took: Duration, tokens: u32) {
+        if tokens >= MEASURED_TOKENS_MIN {
+            let us = took.as_secs_f64() * 1e6 / f64::from(tokens);
+            let mut speeds = self.speeds();
+            let average = speeds.entry(model).or_insert(us);
+            *average += SMOOTHING * (us - *average);
+        }
+    }
+}
+
+/// Who has how many requests here.
+#[derive(Default)]
+struct Places(Mutex<HashMap<NodeId, usize>>);
+
+/// One of them. Dropped, it is free.
+struct Place {
+    places: Arc<Places>,
+    node: NodeId,
+}
+
+impl Places {
+    fn counts(&self) -> MutexGuard<'_, HashMap<NodeId, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(self: &Arc<Self>, node: NodeId) -> Option<Place> {
+        let mut counts = self.counts();
+        let count = counts.entry(node).or_default();
+        if *count >= STREAMS_PER_NODE_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(Place { places: Arc::clone(self), node })
+    }
+
+    /// Whether a node has its share of `parallel` requests and more, with this one.
+    fn is_beyond_share(&self, node: NodeId, parallel: usize) -> bool {
+        let counts = self.counts();
+        let share = parallel.div_ceil(counts.len().max(1));
+        counts.get(&node).is_some_and(|&count| count > share)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut counts = self.places.counts();
+        if let Some(count) = counts.get_mut(&self.node) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.node);
+            }
+        }
+    }
+}
+
+/// Takes requests until the mesh is left.
+pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
+    let Some(accepting) = mesh.upgrade().map(|mesh| Arc::clone(mesh.mesh())) else { return };
+    let places = Arc::new(Places::default());
+    let mut requests = JoinSet::new();
+    loop {
+        tokio::select! {
+            request = accepting.accept_work() => {
+                let Some(request) = request else { return };
+                let Some((node, mesh)) = both(&node, &mesh) else { return };
+                requests.spawn(serve(node, mesh, Arc::clone(&places), request));
+            }
+            Some(_) = requests.join_next(), if !requests.is_empty() => {}
+        }
+    }
+}
+
+async fn serve(node: Arc<Node>, mesh: Arc<MeshNode>, places: Arc<Places>, request: Request) {
+    let Request { node: peer, mut send, recv } = request;
+    let Some(place) = places.take(peer) else {
+        let _ = say(&mut send, &Work::Refused(Refused::Busy { retry_ms: RETRY_MS })).await;
+        return;
+    };
+    let mut reader = Reader::<Work>::new(recv);
+    let answered = match timeout(OPEN_DEADLINE, reader.expect()).await {
+        Ok(Ok(Work::Open(open))) => generate(&node, &mesh, &place, *open, &mut send).await,
+        Ok(Ok(Work::GetCard(model))) => hand_out_card(&node, model, &mut send).await,
+        Ok(Ok(_)) => refuse(&mut send, "a stream begins with a request").await,
+        Ok(Err(error)) => refuse(&mut send, &error.to_string()).await,
+        Err(_) => refuse(&mut send, "no request came").await,
+    };
+    if let Err(error) = answered {
+        tracing::debug!("a request of {}: {error}", peer.short());
+    }
+    stream::finish(&mut send);
+}
+
+/// Writes a message, if the driver takes it within its lease.
+async fn say(send: &mut SendStream, message: &Work) -> Result<(), NetError> {
+    timeout(LEASE, stream::write(send, message)).await.unwrap_or(Err(NetError::Late("reading of tokens")))
+}
+
+async fn refuse(send: &mut SendStream, reason: &str) -> Result<(), NetError> {
+    say(send, &Work::Failed(Failed::new(FailureCode::BadMessage, reason))).await
+}
+
+fn find<'a>(node: &'a Node, digest: &ModelDigest) -> Option<(&'a Model, &'a ModelIdentity)> {
+    let identified = node.models.iter().filter_map(|model| Some((model, model.identity()?)));
+    identified.into_iter().find(|(_, identity)| identity.digest == *digest)
+}
+
+async fn hand_out_card(node: &Node, model: ModelDigest, send: &mut SendStream) -> Result<(), NetError> {
+    let Some((_, identity)) = find(node, &model) else {
+        return refuse(send, "this model is not served here").await;
+    };
+    let total_bytes = u32::try_from(identity.card.len()).unwrap_or(u32::MAX);
+    say(send, &Work::Card(Card { tokenizer: identity.tokenizer, total_bytes })).await?;
+    for part in identity.card.chunks(CARD_PART_BYTES_MAX) {
+        say(send, &Work::CardPart(part.to_vec())).await?;
+    }
+    Ok(())
+}
+
+async fn generate(
+    node: &Node,
+    mesh: &MeshNode,
+    place: &Place,
+    open: Open,
+    send: &mut SendStream,
+) -> Result<(), NetError> {
+    let (model, begun) = (open.model, Instant::now());
+    let had = u32::try_from(open.generated.len()).unwrap_or(u32::MAX);
+    let prompt_tokens = u32::try_from(open.prompt.len()).unwrap_or(u32::MAX).saturating_add(had);
+    let session = match admit(node, place, open).await {
+        Ok(session) => session,
+        Err(because) => return say(send, &Work::Refused(because)).await,
+    };
+    let mut answer = Answer { next: had, first: had, prompt_tokens, cached_tokens: None, begun, first_token: None };
+    let outcome = answer.send(session, send).await;
+    if let Some(first_token) = answer.first_token {
+        let computed = prompt_tokens.saturating_sub(answer.cached_tokens.unwrap_or(0));
+        mesh.speeds.note_prefill(model, first_token - begun, computed);
+    }
+    outcome
+}
+
+/// Checks a request and starts it.
+async fn admit(node: &Node, place: &Place, open: Open) -> Result<SessionStream, Refused> {
+    let not_served = |reason: &str| Refused::NotServed { reason: reason.to_owned() };
+    let (model, identity) = find(node, &open.model).ok_or_else(|| not_served("this model is not served here"))?;
+    let loaded = model.loaded().ok_or_else(|| not_served("this model is not loaded"))?;
+    let engine = &loaded.engine;
+    if open.exact && !engine.options().exact {
+        return Err(not_served("this model is not served in exact mode here"));
+    }
+    if open.build.is_some_and(|build| build != murmur_engine::build_id()) {
+        return Err(not_served("another build serves this model here"));
+    }
+    if open.tokenizer != identity.tokenizer {
+        return Err(not_served("this model has another vocabulary here"));
+    }
+    if !CAPABILITIES.contains(open.requires) {
+        return Err(not_served("the request needs what this node cannot do"));
+    }
+    let status = engine.status();
+    let parallel = engine.options().parallel as usize;
+    let is_full = status.running + status.queued >= parallel;
+    if is_full && (status.queued >= parallel || place.places.is_beyond_share(place.node, parallel)) {
+        return Err(Refused::Busy { retry_ms: RETRY_MS });
+    }
+    let bad = |reason: String| Refused::BadRequest { reason };
+    let vocabulary = engine.tokenizer().vocabulary().clone();
+    if let Some(token) = open.generated.iter().find(|token| !vocabulary.contains(**token)) {
+        return Err(bad(format!("token {token} of the answer is not in the vocabulary")));
+    }
+    let (params, prompt) = (open.sampling.clone(), open.prompt.clone());
+    let checked = tokio::task::spawn_blocking(move || Sampler::new(params, vocabulary, &prompt).map(drop));
+    let checked = checked.await.map_err(|_| not_served("this node is stopping"))?;
+    checked.map_err(|error| bad(error.to_string()))?;
+    let Open { prompt, generated, max_tokens, sampling, .. } = open;
+    let started = engine.start(SessionRequest { prompt, generated, max_tokens, sampling });
+    started.map_err(|error| match error {
+        StartError::QueueFull(_) => Refused::Busy { retry_ms: RETRY_MS },
+        StartError::Unavailable(reason) => Refused::NotServed { reason },
+        StartError::WrongLength { .. } => Refused::NoMemory { reason: error.to_string() },
+        StartError::NoStages => bad(error.to_string()),
+    })
+}
+
+/// An answer on its way.
+struct Answer {
+    /// Place of the next token.
+    next: u32,
+    /// Place of this worker's first token.
+    first: u32,
+    prompt_tokens: u32,
+    /// Known once the engine has room for the request.
+    cached_tokens: Option<u32>,
+    begun: Instant,
+    first_token: Option<Instant>,
+}
+
+impl Answer {
+    async fn send(&mut self, mut session: SessionStream, send: &mut SendStream) -> Result<(), NetError> {
+        let left = send.stopped();
+        tokio::pin!(left);
+        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut done_tokens = 0;
+        loop {
+            let event = tokio::select! {
+                // Reset, or the connection is gone.
+                _ = &mut left => return Ok(()),
+                event = session.next() => event,
+                _ = heartbeat.tick(), if self.first_token.is_none() => {
+                    let cached_tokens = self.cached_tokens.unwrap_or(0);
+                    say(send, &Work::Prefill(Prefill { done_tokens, cached_tokens })).await?;
+                    continue;
+                }
+            };
+            match event {
+                Some(SessionEvent::Prefill { done_tokens: done, cached_tokens }) => {
+                    done_tokens = done;
+                    self.admitted(send, cached_tokens).await?;
+                    say(send, &Work::Prefill(Prefill { done_tokens, cached_tokens })).await?;
+                }
+                Some(SessionEvent::Token(sampled)) => {
+                    self.admitted(send, 0).await?;
+                    self.first_token.get_or_insert_with(Instant::now);
+                    let tokens = Tokens { first: self.next, sampled: vec![sampled] };
+                    self.next = self.next.saturating_add(1);
+                    say(send, &Work::Tokens(tokens)).await?;
+                }
+                Some(SessionEvent::Ended(ending)) => return say(send, &Work::Finished(self.account(ending))).await,
+                Some(SessionEvent::Failed(reason)) => {
+                    return say(send, &Work::Failed(Failed::new(FailureCode::Engine, &reason))).await;
+                }
+                None => {
+                    return say(send, &Work::Failed(Failed::new(FailureCode::Leaving, "the node is stopping"))).await;
+                }
+            }
+        }
+    }
+
+    /// Says once that there is room.
+    async fn admitted(&mut self, send: &mut SendStream, cached_tokens: u32) -> Result<(), NetError> {
+        if self.cached_tokens.is_some() {
+            return Ok(());
+        }
+        self.cached_tokens = Some(cached_tokens);
+        let lease_ms = u32::try_from(LEASE.as_millis()).unwrap_or(u32::MAX);
+        say(send, &Work::Admitted(Admitted { lease_ms, cached_tokens })).await
+    }
+
+    fn account(&self, ending: Ending) -> Finished {
+        let us = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        let first_token = self.first_token.unwrap_or_else(Instant::now);
+        Finished {
+            reason: match ending {
+                Ending::EndOfText => FinishReason::EndOfText,
+                Ending::Length => FinishReason::Length,
+            },
+            prompt_tokens: self.prompt_tokens,
+            cached_tokens: self.cached_tokens.unwrap_or(0),
+            generated_tokens: self.next - self.first,
+            prefill_us: us(first_token - self.begun),
+            decode_us: us(first_token.elapsed()),
+        }
+    }
+}

@@ -52,7 +52,7 @@ fn options(args: &[String], exact: bool, stages: u32) -> EngineOptions {
 }
 
 async fn tokens_of(engine: &Engine, prompt: Vec<Token>, sampling: SamplingParams) -> Vec<Token> {
-    let request = SessionRequest { prompt, max_tokens: TOKENS, sampling };
+    let request = SessionRequest { prompt, generated: Vec::new(), max_tokens: TOKENS, sampling };
     let mut stream = engine.start(request).expect("there is room");
     let mut tokens = Vec::new();
     while let Some(event) = stream.next().await {

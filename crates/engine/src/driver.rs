@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use murmur_protocol::{
     frame::{FLAG_FORGET, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
-    sampling::Token,
+    sampling::{SamplingParams, Token},
     stage::{NotOpened, Open, Opened, Step},
 };
 use tokio::sync::mpsc;
@@ -63,6 +63,12 @@ pub struct DriverOptions {
     pub queue_max: usize,
     /// Tokens that end a generation.
     pub end_of_generation: Vec<Token>,
+}
+
+impl DriverOptions {
+    fn ends(&self, token: Token, sampling: &SamplingParams) -> bool {
+        !sampling.ignore_eos && self.end_of_generation.contains(&token)
+    }
 }
 
 /// Counters for metrics.
@@ -169,6 +175,11 @@ impl Driver {
         self.next_id += 1;
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         self.counters.sessions += 1;
+        if request.generated.last().is_some_and(|&token| self.options.ends(token, &request.sampling)) {
+            // Whoever generated it was lost between the last token and the ending.
+            let _ = events.try_send(SessionEvent::Ended(Ending::EndOfText));
+            return Ok((id, receiver));
+        }
         self.sessions.insert(id, Session::new(request, events));
         self.queue.push_back(id);
         self.admit();
@@ -336,7 +347,7 @@ impl Driver {
             return;
         }
         let cached = (*cached_tokens).min(session.tokens.len() as u32 - 1);
-        if session.generated().is_empty() {
+        if session.is_new() {
             session.cached_tokens = cached.min(session.prompt_tokens);
             self.counters.cached_tokens += u64::from(session.cached_tokens);
         }
@@ -394,11 +405,12 @@ impl Driver {
         let token = sampled.token;
         let grammar_ended = sampled.grammar_ended;
         let was_suspect = session.is_suspect();
+        let ends = self.options.ends(token, &session.sampling);
         session.clear();
         session.tokens.push(token);
         self.counters.generated_tokens += 1;
         let full = session.generated().len() as u32 >= session.max_tokens;
-        let ended = !session.sampling.ignore_eos && self.options.end_of_generation.contains(&token) || grammar_ended;
+        let ended = ends || grammar_ended;
         let heard = session.events.try_send(SessionEvent::Token(sampled)).is_ok();
         if ended || full {
             let ending = if ended { Ending::EndOfText } else { Ending::Length };

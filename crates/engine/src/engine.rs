@@ -4,6 +4,7 @@ mod helper;
 mod slices;
 mod stop;
 mod supervisor;
+mod tokenizer;
 
 use std::{
     path::PathBuf,
@@ -16,22 +17,19 @@ use murmur_gguf::{Arch, Gguf, HiddenInput, LayerRange};
 use murmur_protocol::{
     frame::{Frame, Header, Kind, MAX_ROWS},
     sampling::Token,
-    stage::{Load, Loaded, Role, Step, Tokenize},
+    stage::{Load, Loaded, Role, Step},
 };
 use murmur_sampling::Vocabulary;
 use tokio::sync::mpsc;
 
 pub use slices::{UNUSED_SLICES_BYTES_MAX, prune as prune_slices};
 pub use stop::Stop;
+pub use tokenizer::Tokenizer;
 
 use crate::{
     driver::{Counters, Driver, DriverOptions, EVENTS_MAX, NotStarted, SessionEvent, SessionRequest},
-    engine::{
-        helper::Helper,
-        supervisor::{ENDING, Shared, StageCell},
-    },
+    engine::supervisor::{ENDING, Shared, StageCell},
     link::LinkError,
-    vocabulary,
 };
 
 /// Most KV cells of a stage: llama.cpp counts them in 32 bits and rounds up.
@@ -155,8 +153,11 @@ pub enum StartError {
     /// As many requests wait as may.
     #[error("{0} requests are waiting already")]
     QueueFull(usize),
-    /// The prompt is empty, or prompt and answer together are longer than the context.
-    #[error("a session has at least one prompt token, and with its answer at most {context_tokens}")]
+    /// The prompt is empty, nothing is left to generate, or prompt and answer together are longer than the context.
+    #[error(
+        "a session has at least one prompt token and one token to generate, and with its whole answer at most \
+         {context_tokens}"
+    )]
     WrongLength {
         /// The context.
         context_tokens: u32,
@@ -202,8 +203,7 @@ pub struct StageStatus {
 /// A model with its processes. Dropping it ends them.
 pub struct Engine {
     shared: Arc<Shared>,
-    helper: Arc<Helper>,
-    vocabulary: Arc<Vocabulary>,
+    tokenizer: Arc<Tokenizer>,
     options: EngineOptions,
     threads: Vec<thread::JoinHandle<()>>,
 }
@@ -226,18 +226,15 @@ impl Engine {
         progress: &dyn Fn(usize, f32),
     ) -> Result<Engine, EngineError> {
         let gguf = Gguf::open(&options.model)?;
-        let helper = start_helper(&options, stop.clone(), progress).map_err(|error| stopped_or(&stop, error));
-        let helper = Arc::new(helper?);
-        let facts = helper.vocabulary_facts()?;
-        let end_of_generation = facts.end_of_generation.clone();
-        let vocabulary = Arc::new(vocabulary::from_facts(facts)?);
+        let tokenizer = start_tokenizer(&options, stop.clone(), progress).map_err(|error| stopped_or(&stop, error));
+        let tokenizer = Arc::new(tokenizer?);
         let stages = if options.embedding { Vec::new() } else { stage_cells(&options, &gguf)? };
         let driver = Driver::new(DriverOptions {
             stages: stages.len(),
             chunk_rows: options.chunk_rows,
             exact: options.exact,
             queue_max: options.queue_max,
-            end_of_generation,
+            end_of_generation: tokenizer.vocabulary().end_of_generation().to_vec(),
         });
         let shared = Arc::new(Shared {
             driver: Mutex::new(driver),
@@ -246,7 +243,7 @@ impl Engine {
             program: options.program.clone(),
             patience: options.patience,
         });
-        let mut engine = Engine { shared, helper, vocabulary, options, threads: Vec::new() };
+        let mut engine = Engine { shared, tokenizer, options, threads: Vec::new() };
         for stage in 0..engine.shared.stages.len() {
             let receiver = engine.shared.bring_up(stage, &mut |fraction| progress(stage, fraction));
             let receiver = receiver.map_err(|error| stopped_or(&engine.shared.stop, error.into()))?;
@@ -260,9 +257,14 @@ impl Engine {
         Ok(engine)
     }
 
+    /// The model's vocabulary and what reads texts. Ends with the engine, whoever else holds it.
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.tokenizer
+    }
+
     /// The model's vocabulary.
     pub fn vocabulary(&self) -> &Arc<Vocabulary> {
-        &self.vocabulary
+        self.tokenizer.vocabulary()
     }
 
     /// What it runs.
@@ -270,30 +272,27 @@ impl Engine {
         &self.options
     }
 
-    /// Text to tokens. `add_special`: with what the model wants at the start; `parse_special`: control tokens written in
-    /// the text are read as such.
+    /// Text to tokens: see [`Tokenizer::tokenize`].
     pub async fn tokenize(
         &self,
         text: &str,
         add_special: bool,
         parse_special: bool,
     ) -> Result<Vec<Token>, EngineError> {
-        let request = Tokenize { text: text.to_owned(), add_special, parse_special };
-        let frame = Frame::message(Header::new(Kind::Tokenize, 0), &request).map_err(LinkError::from)?;
-        let answer = self.helper.ask(frame).await?;
-        Ok(answer.token_rows().map_err(LinkError::from)?)
+        self.tokenizer.tokenize(text, add_special, parse_special).await
     }
 
     /// A unit-length embedding of tokens; only for pooling models.
     pub async fn embed(&self, tokens: &[Token]) -> Result<Vec<f32>, EngineError> {
-        let answer = self.helper.ask(Frame::tokens(Header::new(Kind::Embed, 0), tokens)).await?;
+        let answer = self.tokenizer.ask(Frame::tokens(Header::new(Kind::Embed, 0), tokens)).await?;
         Ok(bytemuck::pod_collect_to_vec(&answer.payload))
     }
 
     /// Begins a session, or queues it.
     pub fn start(&self, request: SessionRequest) -> Result<SessionStream, StartError> {
         let room = self.options.context_tokens as usize;
-        if request.prompt.is_empty() || request.prompt.len() + request.max_tokens as usize > room {
+        let (most, given) = (request.max_tokens as usize, request.generated.len());
+        if request.prompt.is_empty() || given >= most || request.prompt.len().saturating_add(most) > room {
             return Err(StartError::WrongLength { context_tokens: self.options.context_tokens });
         }
         if self.shared.stages.is_empty() {
@@ -347,7 +346,7 @@ impl Engine {
     pub fn process_ids(&self) -> Vec<u32> {
         let stages = self.shared.stages.iter();
         let stages = stages.filter_map(|cell| lock(&cell.state).link.as_ref().map(|link| link.process_id()));
-        stages.chain(self.helper.process_id()).collect()
+        stages.chain(self.tokenizer.process_id()).collect()
     }
 
     /// The files that its processes have loaded, or would load again.
@@ -370,16 +369,22 @@ fn stopped_or(stop: &Stop, error: EngineError) -> EngineError {
     if stop.is_stopped() { EngineError::Stopped } else { error }
 }
 
-fn start_helper(options: &EngineOptions, stop: Stop, progress: &dyn Fn(usize, f32)) -> Result<Helper, EngineError> {
-    let role = if options.embedding { Role::Embedding } else { Role::Vocabulary };
-    let load = load_of(options, options.model.clone(), role);
+fn start_tokenizer(
+    options: &EngineOptions,
+    stop: Stop,
+    progress: &dyn Fn(usize, f32),
+) -> Result<Tokenizer, EngineError> {
+    let load = match options.embedding {
+        true => load_of(options, options.model.clone(), Role::Embedding),
+        false => tokenizer::vocabulary_of(&options.model),
+    };
     // Only an embedding model is loaded here; reading a vocabulary is no progress to speak of.
     let mut report = |fraction| {
         if options.embedding {
             progress(0, fraction);
         }
     };
-    Helper::new(options.program.clone(), load, options.patience.silence_floor, stop, &mut report)
+    Tokenizer::of_child(options.program.clone(), load, options.patience.silence_floor, stop, &mut report)
 }
 
 fn stage_cells(options: &EngineOptions, gguf: &Gguf) -> Result<Vec<StageCell>, EngineError> {

@@ -5,11 +5,12 @@
 //! or several is the same code path, so that stages can later run on other machines.
 //!
 //! Where to start reading:
-//! - parent: [`Engine`] (what the node holds) - `driver` (pure: which rows go where, what a death means) - `link` (process
+//! - parent: [`Engine`] (what the node holds; of models that others hold: [`Tokenizer`]) - `driver` (pure: which rows go where, what a death means) - `link` (process
 //!   and socket);
 //! - child: `child` (the loop) - `stage` (rows in, tokens or hidden states out) - `schedule` and `slots` and `threads`
 //!   (pure: what is computed together, whose KV is where, how many threads) - `ffi` (the only unsafe code).
 
+mod build_id;
 pub mod child;
 pub mod driver;
 mod embedding;
@@ -22,9 +23,10 @@ mod stage;
 mod threads;
 mod vocabulary;
 
+pub use build_id::{BUILD_ID_BYTES_MAX, build_id};
 pub use driver::{Ending, SessionEvent, SessionRequest};
 pub use engine::{
-    Engine, EngineError, EngineOptions, EngineStatus, Patience, SessionStream, StartError, Stop,
+    Engine, EngineError, EngineOptions, EngineStatus, Patience, SessionStream, StartError, Stop, Tokenizer,
     UNUSED_SLICES_BYTES_MAX, prune_slices,
 };
 pub use link::CHILD_SUBCOMMAND;

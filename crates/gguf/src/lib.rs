@@ -6,13 +6,14 @@
 //!
 //! The second half is about layers. [`slice()`] writes the part of a model that one stage of a ring runs, as a GGUF file of
 //! its own that unpatched llama.cpp loads: layers renumbered from zero, the embedding only in the first stage, the head
-//! only in the last. [`Manifest`] says what a model is, in bytes and digests; [`synth`] makes small random models of every
+//! only in the last. [`tokenizer_card`] is what is left without any layer. [`Manifest`] says what a model is, in bytes and digests; [`synth`] makes small random models of every
 //! supported architecture for tests and large ones for benchmarks.
 //!
 //! The format's specification is `docs/gguf.md` of ggml; where it is silent, `ggml/src/gguf.cpp` decides.
 //! Start reading at [`mod@gguf`], then [`mod@slice`].
 
 pub mod arch;
+pub mod card;
 pub mod error;
 pub mod facts;
 pub mod gguf;
@@ -30,6 +31,7 @@ mod vocabulary;
 pub mod write;
 
 pub use arch::{Arch, HiddenInput, hidden_tap_name};
+pub use card::tokenizer_card;
 pub use error::{GgufError, GgufErrorKind};
 pub use facts::Facts;
 pub use gguf::Gguf;

@@ -31,21 +31,49 @@ impl Gguf {
     pub fn validate_for_engine(&self) -> Result<(), GgufError> {
         check(self).map_err(|reason| GgufError::new(self.path(), GgufErrorKind::Unrunnable(reason)))
     }
+
+    /// Checks that llama.cpp can load the vocabulary of this file, and nothing else of it, without reaching an assertion.
+    /// The file may have weights or none.
+    pub fn validate_vocabulary(&self) -> Result<(), GgufError> {
+        let checked = check_tokenizer(self).and_then(|()| is_in_one_file(self));
+        checked.map_err(|reason| GgufError::new(self.path(), GgufErrorKind::Unrunnable(reason)))
+    }
 }
 
-fn check(gguf: &Gguf) -> Rule {
+/// The first reason, if any, why this file's tokenizer cannot be used.
+pub(crate) fn check_tokenizer(gguf: &Gguf) -> Rule {
+    states_architecture(gguf)?;
+    vocabulary::check(gguf)?;
+    if gguf.tokens().is_none() {
+        return Err("it has no vocabulary".into());
+    }
+    Ok(())
+}
+
+fn states_architecture(gguf: &Gguf) -> Rule {
     if gguf.architecture().is_empty() {
         return Err("it does not state its architecture (general.architecture); it is not a language model".into());
     }
-    if gguf.tensors().is_empty() {
-        return Err("it holds no weights, only a vocabulary; fetch the model itself".into());
-    }
+    Ok(())
+}
+
+/// llama.cpp opens the other parts, by names that it derives from this one's.
+fn is_in_one_file(gguf: &Gguf) -> Rule {
     if let Some(count @ 2..) = gguf.u32("split.count") {
         let part = gguf.u32("split.no").unwrap_or(0).saturating_add(1);
         return Err(format!(
             "it is part {part} of {count} of a model in several files; merge them with llama-gguf-split --merge"
         ));
     }
+    Ok(())
+}
+
+fn check(gguf: &Gguf) -> Rule {
+    states_architecture(gguf)?;
+    if gguf.tensors().is_empty() {
+        return Err("it holds no weights, only a vocabulary; fetch the model itself".into());
+    }
+    is_in_one_file(gguf)?;
     contiguous(gguf)?;
     weight_types(gguf)?;
     vocabulary::check(gguf)?;

@@ -180,6 +180,11 @@ impl<'a> GgufBuilder<'a> {
         Ok((header, total))
     }
 
+    /// The bytes of the file up to its tensor data: the whole of a file without tensors.
+    pub(crate) fn header_bytes(&self) -> Result<Vec<u8>, WriteError> {
+        Ok(self.header(self.alignment()?)?.0)
+    }
+
     /// Writes the file and returns its size in bytes.
     pub fn write(mut self, path: impl AsRef<Path>) -> Result<u64, WriteError> {
         let path = path.as_ref();

@@ -9,7 +9,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use murmur_gguf::{Facts, Gguf, Manifest, allowed_cuts, even_cuts, sliceable};
+use murmur_gguf::{Facts, Gguf, Manifest, allowed_cuts, even_cuts, sliceable, tokenizer_card};
 use proptest::prelude::*;
 
 /// Everything that can be asked of a file without its data.
@@ -22,6 +22,11 @@ fn examine(bytes: &[u8]) -> bool {
         assert!(tensor.elements() > 0);
     }
     let valid = gguf.validate_for_engine().is_ok();
+    if let Ok(card) = tokenizer_card(&gguf) {
+        // What one node makes, another can read.
+        let card = Gguf::from_reader(card.as_slice(), card.len() as u64, "card.gguf").unwrap();
+        card.validate_vocabulary().unwrap();
+    }
     let _ = (Facts::of(&gguf).map(|facts| facts.kv_bytes_per_token_per_layer()), sliceable(&gguf).is_ok());
     let _ = (allowed_cuts(&gguf), even_cuts(&gguf, 2), gguf.layer_count(), gguf.tokens().map(|t| t.iter().count()));
     valid

@@ -17,7 +17,11 @@ pub(super) const DEATHS_MAX: u32 = 32;
 pub struct SessionRequest {
     /// Prompt tokens, at least one.
     pub prompt: Vec<Token>,
-    /// Tokens to generate at most; prompt and answer together must fit the context.
+    /// The beginning of the answer, if another engine generated it. The session goes on behind it, with the tokens that
+    /// would have followed there. An answer that a token has ended ends at once; one that its grammar has ended
+    /// (`grammar_ended`) must not be given.
+    pub generated: Vec<Token>,
+    /// Tokens of the whole answer at most, more than `generated` has; prompt and answer together must fit the context.
     pub max_tokens: u32,
     /// How to sample.
     pub sampling: SamplingParams,
@@ -28,7 +32,7 @@ pub struct SessionRequest {
 pub enum SessionEvent {
     /// Prompt tokens are done so far.
     Prefill {
-        /// Tokens done, cached ones included.
+        /// Prompt tokens done, cached ones included.
         done_tokens: u32,
         /// Tokens found in the prefix cache.
         cached_tokens: u32,
@@ -65,6 +69,8 @@ pub(super) struct Session {
     pub(super) phase: Phase,
     pub(super) tokens: Vec<Token>,
     pub(super) prompt_tokens: u32,
+    /// Tokens of the answer that another engine generated.
+    given_tokens: u32,
     pub(super) cached_tokens: u32,
     pub(super) max_tokens: u32,
     pub(super) sampling: SamplingParams,
@@ -77,11 +83,15 @@ pub(super) struct Session {
 
 impl Session {
     pub(super) fn new(request: SessionRequest, events: mpsc::Sender<SessionEvent>) -> Session {
+        let mut tokens = request.prompt;
+        let prompt_tokens = tokens.len() as u32;
+        tokens.extend_from_slice(&request.generated);
         Session {
             epoch: 0,
             phase: Phase::Queued,
-            prompt_tokens: request.prompt.len() as u32,
-            tokens: request.prompt,
+            prompt_tokens,
+            given_tokens: request.generated.len() as u32,
+            tokens,
             cached_tokens: 0,
             max_tokens: request.max_tokens,
             sampling: request.sampling,
@@ -93,6 +103,11 @@ impl Session {
 
     pub(super) fn generated(&self) -> &[Token] {
         &self.tokens[self.prompt_tokens as usize..]
+    }
+
+    /// True before the first token of its own.
+    pub(super) fn is_new(&self) -> bool {
+        self.generated().len() == self.given_tokens as usize
     }
 
     /// The next frame's rows: positions `start..end`, and whether they are prompt rows.

@@ -13,7 +13,7 @@ fn driver(stages: usize) -> Driver {
 }
 
 fn request() -> SessionRequest {
-    SessionRequest { prompt: (1..=10).collect(), max_tokens: 3, sampling: SamplingParams::default() }
+    SessionRequest { prompt: (1..=10).collect(), generated: vec![], max_tokens: 3, sampling: SamplingParams::default() }
 }
 
 fn sent(driver: &mut Driver) -> Vec<(usize, Kind, u64, u32, u32)> {
@@ -50,6 +50,35 @@ fn the_ring_starts_where_every_stage_has_the_prefix() {
     answer(&mut driver, 1, Kind::Opened, (id, 0), &Opened { cached_tokens: 5 });
     // Rows 5..8 end at the chunk boundary, 8..10 are the rest.
     assert_eq!(sent(&mut driver), [(0, Kind::Tokens, id, 0, 5), (0, Kind::Tokens, id, 0, 8)]);
+}
+
+#[test]
+fn an_answer_begun_elsewhere_is_opened_with_what_it_has_and_reports_its_cached_prompt() {
+    let mut driver = driver(1);
+    let (id, mut events) = driver.start(SessionRequest { generated: vec![11, 12], ..request() }).unwrap();
+    let (_, frame) = driver.take_output().remove(0);
+    let open: Open = frame.decode().unwrap();
+    assert_eq!((open.prompt.len(), open.generated, open.reserve_cells), (10, vec![11, 12], 13));
+    answer(&mut driver, 0, Kind::Opened, (id, 0), &Opened { cached_tokens: 8 });
+    assert_eq!(driver.counters().cached_tokens, 8);
+    gets_a_token(&mut driver, id);
+    // Two of three were there.
+    assert!(matches!(events.try_recv(), Ok(SessionEvent::Token(_))));
+    assert_eq!(events.try_recv(), Ok(SessionEvent::Ended(Ending::Length)));
+    assert_eq!((driver.counters().generated_tokens, driver.running()), (1, 0));
+}
+
+#[test]
+fn an_answer_that_had_ended_elsewhere_ends_without_another_token() {
+    let mut driver = driver(1);
+    let ended = SessionRequest { generated: vec![11, 0], ..request() };
+    let (id, mut events) = driver.start(ended.clone()).unwrap();
+    assert_eq!(events.try_recv(), Ok(SessionEvent::Ended(Ending::EndOfText)));
+    assert!(events.try_recv().is_err() && sent(&mut driver).is_empty());
+    driver.cancel(id);
+    let on = SamplingParams { ignore_eos: true, ..SamplingParams::default() };
+    let (id, _events) = driver.start(SessionRequest { sampling: on, ..ended }).unwrap();
+    assert_eq!(sent(&mut driver), [(0, Kind::Open, id, 0, 0)]);
 }
 
 #[test]

@@ -36,6 +36,14 @@ struct State {
     next_id: u64,
 }
 
+impl Drop for Helper {
+    fn drop(&mut self) {
+        // The receiving thread may hold the state an instant longer, but the process must be gone when this returns.
+        let link = lock(&self.state).link.take();
+        drop(link);
+    }
+}
+
 impl Helper {
     /// Starts the child and waits until it has loaded.
     pub(super) fn new(
@@ -78,7 +86,8 @@ impl Helper {
         {
             let mut state = lock(&self.state);
             state.link = Some(link.clone());
-            state.loaded = Some(loaded);
+            // A child that was started again reports the same, and nobody asks for it twice.
+            state.loaded.get_or_insert(loaded);
         }
         let shared = Arc::downgrade(&self.state);
         let receive = move || {

@@ -110,7 +110,7 @@ pub fn sampled(seed: u64) -> SamplingParams {
 }
 
 pub fn request(prompt: Vec<Token>, max_tokens: u32, sampling: SamplingParams) -> SessionRequest {
-    SessionRequest { prompt, max_tokens, sampling }
+    SessionRequest { prompt, generated: vec![], max_tokens, sampling }
 }
 
 #[derive(Debug, Clone, PartialEq)]

@@ -220,6 +220,14 @@ pub enum Refusal {
         /// For the user.
         message: String,
     },
+    /// Something other than a model does not exist: 404.
+    #[error("{message}")]
+    NotFound {
+        /// For the user.
+        message: String,
+        /// Which kind of thing, for programs: `not_in_a_mesh`, for instance.
+        code: String,
+    },
     /// The model is loading or cannot be had at present, or the server ends: 503 with Retry-After.
     #[error("{message}")]
     NotReady {
@@ -236,6 +244,16 @@ pub enum Refusal {
     },
 }
 
+impl Refusal {
+    /// What was asked for needs a mesh, and the node is in none.
+    pub fn not_in_a_mesh() -> Self {
+        Refusal::NotFound {
+            message: "this node is in no mesh: start it with --mesh NAME or --join TICKET".into(),
+            code: "not_in_a_mesh".into(),
+        }
+    }
+}
+
 /// Embeddings of several inputs.
 #[derive(Debug, Clone)]
 pub struct Embeddings {
@@ -243,6 +261,30 @@ pub struct Embeddings {
     pub vectors: Vec<Vec<f32>>,
     /// Tokens over all inputs.
     pub prompt_tokens: u32,
+}
+
+/// What can be done about a node's mesh.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MeshAction {
+    /// Make a ticket that leads others into the mesh.
+    Invite {
+        /// For how many seconds it counts.
+        valid_s: u64,
+        /// What its bearer becomes: `worker` or `client`.
+        role: String,
+        /// How many nodes may come in with it; `None`: any number. Private meshes only.
+        uses: Option<u32>,
+    },
+    /// Look for peers at the issuer of a ticket for this very mesh.
+    Join {
+        /// Its text, `murmur1...`.
+        ticket: String,
+    },
+    /// End a ticket or a membership.
+    Revoke {
+        /// The id of the ticket or of the node, in hexadecimal.
+        what: String,
+    },
 }
 
 /// A node, as the HTTP layer sees it.
@@ -267,6 +309,15 @@ pub trait Backend: Send + Sync + 'static {
     fn status(&self) -> serde_json::Value;
     /// Ends all work at once, because the server stops: every generation fails with a reason, and none begins.
     fn cut_off(&self) {}
+    /// The node's mesh for `/api/mesh`, with its peers; `None`: it is in none.
+    fn mesh(&self) -> Option<serde_json::Value> {
+        None
+    }
+    /// Does something about the mesh, and says what came of it. Refused where there is no mesh.
+    fn mesh_action(&self, action: MeshAction) -> BoxFuture<'_, Result<serde_json::Value, Refusal>> {
+        let _ = action;
+        Box::pin(std::future::ready(Err(Refusal::not_in_a_mesh())))
+    }
     /// For `/metrics`: the node's own part, in Prometheus text format.
     fn metrics(&self) -> String;
 }

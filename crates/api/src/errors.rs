@@ -85,6 +85,7 @@ impl From<Refusal> for ApiError {
                 ApiError { param, code, ..Self::new(StatusCode::BAD_REQUEST, message) }
             }
             Refusal::NoSuchModel { .. } => Self::no_such_model(message),
+            Refusal::NotFound { code, .. } => Self::new(StatusCode::NOT_FOUND, message).code(code),
             Refusal::NotReady { retry_after, .. } => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, message).code("model_not_ready").retry_after(retry_after)
             }

@@ -23,6 +23,7 @@ mod body;
 mod choices;
 mod errors;
 mod fields;
+mod mesh;
 mod metrics;
 mod native;
 mod openai;

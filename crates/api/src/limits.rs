@@ -57,5 +57,13 @@ pub const MAX_MESSAGES: usize = 4096;
 pub const MAX_TOOLS: usize = 128;
 /// Bytes of a grammar, a regular expression or a schema.
 pub const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
+/// Seconds for which a ticket counts, unless it is asked otherwise: a day.
+pub const DEFAULT_INVITE_VALID_S: i64 = 24 * 3600;
+/// Seconds for which a ticket may count: a year.
+pub const MAX_INVITE_VALID_S: i64 = 365 * 24 * 3600;
+/// Nodes that a ticket may be made for.
+pub const MAX_INVITE_USES: i64 = 4096;
+/// Bytes of a ticket or an id.
+pub const MAX_MESH_TEXT_BYTES: usize = 4096;
 /// Inputs of one embeddings request (OpenAI's own limit).
 pub const MAX_EMBEDDING_INPUTS: usize = 2048;

@@ -15,6 +15,7 @@ use crate::{
     body::JsonObject,
     errors::ApiError,
     fields::Fields,
+    mesh,
     openai::{
         chat_request::ChatInput,
         models::describe,
@@ -67,7 +68,8 @@ pub(crate) async fn metrics(State(state): State<Arc<AppState>>) -> impl IntoResp
 /// `GET /api/status`.
 pub(crate) async fn status(State(state): State<Arc<AppState>>) -> Json<Value> {
     let models: Vec<Value> = state.backend.models().iter().map(|model| describe(model)).collect();
-    Json(json!({"version": env!("CARGO_PKG_VERSION"), "models": models, "node": state.backend.status()}))
+    let (mesh, node) = (mesh::summary(&state), state.backend.status());
+    Json(json!({"version": env!("CARGO_PKG_VERSION"), "models": models, "mesh": mesh, "node": node}))
 }
 
 /// `POST /api/tokenize`: `{"model", "content", "parse_special"}` to `{"tokens"}`. The content is read as the prompt of a

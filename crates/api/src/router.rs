@@ -19,6 +19,7 @@ use crate::{
     errors::ApiError,
     fields::shorten,
     limits::IN_FLIGHT_RETRY_AFTER,
+    mesh,
     metrics::{Metrics, observe},
     native, openai,
     openai::templates::Templates,
@@ -71,6 +72,10 @@ pub(crate) fn routes(state: Arc<AppState>) -> Router {
         .route("/v1/models", get(openai::models::list))
         .route("/v1/models/{*id}", get(openai::models::retrieve))
         .route("/api/status", get(native::status))
+        .route("/api/mesh", get(mesh::show))
+        .route("/api/mesh/invite", post(mesh::invite))
+        .route("/api/mesh/join", post(mesh::join))
+        .route("/api/mesh/revoke", post(mesh::revoke))
         .route("/health", get(native::health))
         .route("/metrics", get(native::metrics))
         .method_not_allowed_fallback(method_not_allowed)
@@ -101,7 +106,7 @@ async fn admit(State(state): State<Arc<AppState>>, request: Request, next: Next)
 async fn not_found(method: Method, uri: Uri, request: Request) -> Response {
     let message = format!(
         "There is nothing at {method} {}. This server has /v1/chat/completions, /v1/completions, /v1/embeddings, \
-         /v1/models, /health, /metrics and /api/status.",
+         /v1/models, /health, /metrics, /api/status and /api/mesh.",
         shorten(uri.path())
     );
     reject(request, ApiError::new(StatusCode::NOT_FOUND, message).code("unknown_url")).await

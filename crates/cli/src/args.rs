@@ -5,6 +5,8 @@
 //! rest off these definitions, and a test holds the names to the rule.
 #![allow(rustdoc::broken_intra_doc_links, rustdoc::bare_urls)] // doc comments here are help texts, not Markdown
 
+pub(crate) mod mesh;
+
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueHint, value_parser};
@@ -51,10 +53,10 @@ pub(crate) struct Global {
     /// The configuration file [default: config.toml in the data directory]
     #[arg(long, global = true, env = "MURMUR_CONFIG", value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) config: Option<PathBuf>,
-    /// Where the API listens (serve), or is looked for (status, run, bench)
+    /// Where the API listens (serve, client), or is looked for (status, run, bench, mesh)
     #[arg(long, global = true, env = "MURMUR_API", value_name = "ADDR:PORT", default_value = DEFAULT_API)]
     pub(crate) api: SocketAddr,
-    /// A key that the API demands (serve) or is given (status, run, bench); needed when it listens beyond this machine
+    /// A key that the API demands (serve, client) or is given (status, run, bench, mesh); needed when it listens beyond this machine
     #[arg(long, global = true, env = "MURMUR_API_KEY", value_name = "KEY", hide_env_values = true)]
     pub(crate) api_key: Option<String>,
     /// Machine-readable output
@@ -76,11 +78,18 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     /// Offer models over the API on this machine
     Serve(Serve),
+    /// Use the models of a mesh over the API on this machine, without offering any
+    Client(mesh::Client),
     /// Chat with a model in the terminal, or continue a prompt
     Run(Run),
     /// The models on this machine
     #[command(subcommand)]
     Models(Models),
+    /// The mesh of this node: who is in it, and who may come in
+    #[command(subcommand)]
+    Mesh(mesh::Mesh),
+    /// Run what a mesh of one's own needs where everybody reaches it: a Nostr relay and a relay between nodes
+    Seed(mesh::Seed),
     /// What the running server does
     Status,
     /// Check this machine and the settings
@@ -138,23 +147,21 @@ pub(crate) struct Serve {
     /// The name under which clients find a MODEL; once per MODEL, in the same order
     #[arg(long, env = "MURMUR_ALIAS", value_name = "NAME", value_delimiter = ',', help_heading = "Server options")]
     pub(crate) alias: Vec<ModelName>,
+    #[command(flatten)]
+    pub(crate) mesh: mesh::MeshArgs,
+    #[command(flatten)]
+    pub(crate) server: ServerArgs,
+}
+
+/// Who may use the API.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Server options")]
+pub(crate) struct ServerArgs {
     /// A web origin that may use the API, such as https://chat.example; may be repeated
-    #[arg(
-        long,
-        env = "MURMUR_ALLOW_ORIGIN",
-        value_name = "ORIGIN",
-        value_delimiter = ',',
-        help_heading = "Server options"
-    )]
+    #[arg(long, env = "MURMUR_ALLOW_ORIGIN", value_name = "ORIGIN", value_delimiter = ',')]
     pub(crate) allow_origin: Vec<String>,
     /// A host name by which the API may be called, besides localhost and addresses; may be repeated
-    #[arg(
-        long,
-        env = "MURMUR_ALLOW_HOST",
-        value_name = "HOST",
-        value_delimiter = ',',
-        help_heading = "Server options"
-    )]
+    #[arg(long, env = "MURMUR_ALLOW_HOST", value_name = "HOST", value_delimiter = ',')]
     pub(crate) allow_host: Vec<String>,
 }
 

@@ -83,6 +83,16 @@ impl ApiClient {
         self.json(self.send(Method::POST, path, Some(body)).await?).await
     }
 
+    /// `POST` of something that needs no computing, and the JSON that comes back.
+    pub(crate) async fn ask(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        timeout(ANSWER_TIMEOUT, self.post(path, body)).await.map_err(|_| self.silent())?
+    }
+
+    /// Whether anything listens at the address.
+    pub(crate) async fn is_there(&self) -> bool {
+        matches!(timeout(CONNECT_TIMEOUT, TcpStream::connect(self.address)).await, Ok(Ok(_)))
+    }
+
     /// `POST`, and the events that come back.
     pub(crate) async fn stream(&self, path: &str, body: &Value) -> anyhow::Result<Events> {
         let answer = self.send(Method::POST, path, Some(body)).await?;

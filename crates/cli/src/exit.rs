@@ -4,6 +4,7 @@ use std::{fmt, io, process::ExitCode};
 
 use murmur_api::{OptionsError, ServeError};
 use murmur_gguf::{GgufError, GgufErrorKind};
+use murmur_net::NetError;
 use murmur_node::NodeError;
 use murmur_store::{ErrorKind, StoreError};
 
@@ -13,9 +14,9 @@ Exit codes:
   0    done
   1    failed
   2    wrong use: command line, environment or configuration file
-  3    not found: no such model, file, repository
+  3    not found: no such model, file, repository, mesh
   4    no space: disk or memory
-  5    unavailable or refused: no server, port in use, no permission, hub out of reach
+  5    unavailable or refused: no server, port in use, no permission, hub out of reach, ticket not accepted
   6    damaged or unsupported data: not a GGUF file, cut short, wrong checksum
   130  interrupted";
 
@@ -107,6 +108,15 @@ fn code_of(error: &anyhow::Error) -> Code {
                 _ => Code::Failed,
             };
         }
+        if let Some(net) = cause.downcast_ref::<NetError>() {
+            return match net {
+                NetError::File { source, .. } => code_of_io(source),
+                NetError::CorruptFile { .. } => Code::Damaged,
+                NetError::Option { .. } => Code::Usage,
+                NetError::Protocol(_) | NetError::Message(_) => Code::Failed,
+                _ => Code::Unavailable,
+            };
+        }
         if let Some(gguf) = cause.downcast_ref::<GgufError>() {
             return code_of_gguf(gguf);
         }
@@ -114,15 +124,19 @@ fn code_of(error: &anyhow::Error) -> Code {
             return Code::Usage;
         }
         if let Some(io) = cause.downcast_ref::<io::Error>() {
-            return match io.kind() {
-                io::ErrorKind::NotFound => Code::NotFound,
-                io::ErrorKind::PermissionDenied => Code::Unavailable,
-                io::ErrorKind::StorageFull | io::ErrorKind::OutOfMemory => Code::NoSpace,
-                _ => Code::Failed,
-            };
+            return code_of_io(io);
         }
     }
     Code::Failed
+}
+
+fn code_of_io(error: &io::Error) -> Code {
+    match error.kind() {
+        io::ErrorKind::NotFound => Code::NotFound,
+        io::ErrorKind::PermissionDenied => Code::Unavailable,
+        io::ErrorKind::StorageFull | io::ErrorKind::OutOfMemory => Code::NoSpace,
+        _ => Code::Failed,
+    }
 }
 
 fn code_of_gguf(error: &GgufError) -> Code {

@@ -29,7 +29,7 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// These say where the configuration file is, and so cannot be in it.
 const NOT_IN_FILE: [&str; 2] = ["data-dir", "config"];
 /// Values that are not shown.
-const SECRET: [&str; 1] = ["api-key"];
+const SECRET: [&str; 2] = ["api-key", "join"];
 
 /// What the user asked for, and with which settings.
 #[derive(Debug)]
@@ -331,7 +331,7 @@ mod tests {
         assert_eq!(engine(&invocation).max_memory.unwrap().0, 2 << 30);
         assert!(engine(&invocation).exact);
         let args::Command::Serve(serve) = &invocation.cli.command else { panic!() };
-        assert_eq!(serve.allow_host, ["a", "b"]);
+        assert_eq!(serve.server.allow_host, ["a", "b"]);
     }
 
     #[test]

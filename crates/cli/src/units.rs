@@ -80,6 +80,45 @@ impl fmt::Display for Threads {
     }
 }
 
+/// A time of whole seconds, written `90s`, `30m`, `24h` or `7d`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Period {
+    pub(crate) seconds: u64,
+}
+
+impl FromStr for Period {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        /// Nothing that is asked for lasts longer than a year.
+        const SECONDS_MAX: u64 = 365 * 24 * 3600;
+        let wrong = || format!("'{text}' is not a time; write for instance 90s, 30m, 24h or 7d");
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let unit_s = match unit {
+            "s" => 1,
+            "m" => 60,
+            "h" => 3600,
+            "d" => 24 * 3600,
+            _ => return Err(wrong()),
+        };
+        let seconds = number.parse::<u64>().map_err(|_| wrong())?.saturating_mul(unit_s);
+        match seconds {
+            1..=SECONDS_MAX => Ok(Self { seconds }),
+            _ => Err(format!("'{text}' is out of range; from 1s to 365d")),
+        }
+    }
+}
+
+impl fmt::Display for Period {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = [(24 * 3600, "d"), (3600, "h"), (60, "m")];
+        let whole = units.into_iter().find(|(unit_s, _)| self.seconds.is_multiple_of(*unit_s));
+        let (unit_s, unit) = whole.unwrap_or((1, "s"));
+        write!(f, "{} {unit}", self.seconds / unit_s)
+    }
+}
+
 /// A time as people read it.
 pub(crate) fn human_duration(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
@@ -117,6 +156,19 @@ mod tests {
     fn sizes_are_shown_with_one_decimal() {
         assert_eq!(Size(1536 << 20).to_string(), "1.5 GiB");
         assert_eq!(Size(17).to_string(), "17 B");
+    }
+
+    #[test]
+    fn periods_are_read_as_people_write_them() {
+        for (text, seconds, shown) in
+            [("90s", 90, "90 s"), ("30m", 1800, "30 m"), ("24h", 86_400, "1 d"), ("7d", 604_800, "7 d")]
+        {
+            assert_eq!(text.parse(), Ok(Period { seconds }), "{text}");
+            assert_eq!(Period { seconds }.to_string(), shown);
+        }
+        for text in ["", "0s", "h", "1", "-1h", "1.5h", "366d", "99999999999999999999d", "18446744073709551615d"] {
+            assert!(text.parse::<Period>().is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -6,13 +6,13 @@ use murmur_protocol::sampling::{SamplingParams, Token};
 use serde_json::Value;
 
 use crate::{
-    backend::{Backend, ModelCard, ModelKind},
+    backend::{Backend, ModelCard, ModelKind, ModelState},
     errors::ApiError,
     fields::{Fields, out_of_range, shorten, too_long, too_many, wrong_type},
     limits::{MAX_CHOICES, MAX_LOGIT_BIAS, MAX_N, MAX_STOP_BYTES, MAX_STOP_STRINGS},
 };
 
-/// Names that mean "the model that is there".
+/// Names that mean "a model that is there".
 const ANY_MODEL: [&str; 2] = ["auto", "default"];
 /// Random seeds stay below 2^53, so that a client whose numbers are doubles can send one back unchanged.
 const RANDOM_SEED_BITS: u32 = 53;
@@ -47,7 +47,8 @@ impl Common {
     }
 }
 
-/// The model that `model` names; also `auto`, or nothing at all, where there is but one to choose.
+/// The model that `model` names. `auto` is the first that can be asked now, in the order in which they are listed; no
+/// name at all is the only one there is.
 pub(crate) fn model(
     fields: &mut Fields,
     backend: &dyn Backend,
@@ -81,8 +82,12 @@ pub(crate) fn model(
             Err(ApiError::no_such_model(format!("The model `{}` does not exist here. {advice}", shorten(&name))))
         }
         _ => match (suitable().next(), suitable().nth(1)) {
-            (Some(only), None) => available(only),
             (None, _) => Err(ApiError::no_such_model("No suitable model is loaded.")),
+            (Some(only), None) => available(only),
+            // Where none is ready, the first one says when to come back.
+            (Some(first), _) if name.is_some() => {
+                available(suitable().find(|model| model.state == ModelState::Ready).unwrap_or(first))
+            }
             (Some(_), Some(_)) => {
                 let message = format!("There are several models; name one in `model`: {}.", names());
                 Err(ApiError::param("model", message).code("missing_required_parameter"))

@@ -7,6 +7,7 @@ mod chat;
 mod completions;
 mod embeddings;
 mod flow;
+mod mesh;
 mod native;
 mod refusals;
 mod security;

@@ -26,7 +26,7 @@ async fn models_are_listed_and_found_by_names_with_slashes() {
 }
 
 #[tokio::test]
-async fn a_model_needs_no_name_where_there_is_one_and_needs_one_where_there_are_two() {
+async fn a_model_needs_no_name_where_there_is_one_and_a_name_or_auto_where_there_are_two() {
     let mut fake = Fake::saying(&["x"]);
     let server = Server::start(Fake::saying(&["x"])).await;
     for model in [json!("auto"), json!("default"), json!(null), json!("org/tiny")] {
@@ -42,7 +42,8 @@ async fn a_model_needs_no_name_where_there_is_one_and_needs_one_where_there_are_
 
     fake.models.push(card("second", ModelKind::Generate));
     let server = Server::start(fake).await;
-    let (status, error) = server.fail("/v1/completions", &completion(json!({"model": "auto"}))).await;
+    assert_eq!(server.ask("/v1/completions", &completion(json!({"model": "auto"}))).await["model"], "org/tiny");
+    let (status, error) = server.fail("/v1/completions", &completion(json!({"model": null}))).await;
     assert_eq!((status, error["param"].as_str()), (400, Some("model")));
     assert!(error["message"].as_str().unwrap().contains("`second`"), "{error}");
 }
@@ -58,6 +59,16 @@ fn in_states(states: [ModelState; 2]) -> Fake {
 
 fn failed() -> ModelState {
     ModelState::Failed { reason: "no such file".into() }
+}
+
+#[tokio::test]
+async fn auto_prefers_a_model_that_can_be_asked_now() {
+    for not_ready in [ModelState::Loading { fraction: 0.5 }, failed()] {
+        let mut fake = in_states([not_ready, ModelState::Ready]);
+        fake.models.push(card("second", ModelKind::Generate));
+        let server = Server::start(fake).await;
+        assert_eq!(server.ask("/v1/completions", &completion(json!({"model": "auto"}))).await["model"], "second");
+    }
 }
 
 async fn health(server: &Server) -> (u16, Option<String>, Value) {

@@ -8,8 +8,8 @@ use std::{
 use murmur_api::{
     ApiOptions, Backend,
     backend::{
-        BoxFuture, Completion, Embeddings, Event, Finish, GenerateRequest, Generation, ModelCard, ModelKind,
-        ModelState, Prompt, Refusal, TokenInfo,
+        BoxFuture, Completion, Embeddings, Event, Finish, GenerateRequest, Generation, MeshAction, ModelCard,
+        ModelKind, ModelState, Prompt, Refusal, TokenInfo,
     },
 };
 use murmur_protocol::sampling::Token;
@@ -39,6 +39,9 @@ pub(crate) struct Fake {
     pub(crate) seen: Mutex<Vec<GenerateRequest>>,
     pub(crate) embedded: Mutex<Vec<Prompt>>,
     pub(crate) cut_off: tokio::sync::Notify,
+    pub(crate) mesh: Option<Value>,
+    pub(crate) mesh_refusal: Option<Refusal>,
+    pub(crate) mesh_actions: Mutex<Vec<MeshAction>>,
     answer: Answer,
 }
 
@@ -65,6 +68,9 @@ impl Fake {
             seen: Mutex::default(),
             embedded: Mutex::default(),
             cut_off: tokio::sync::Notify::new(),
+            mesh: None,
+            mesh_refusal: None,
+            mesh_actions: Mutex::default(),
             answer: Box::new(answer),
         }
     }
@@ -175,6 +181,23 @@ impl Backend for Fake {
 
     fn status(&self) -> Value {
         json!({"peers": 0})
+    }
+
+    fn mesh(&self) -> Option<Value> {
+        self.mesh.clone()
+    }
+
+    fn mesh_action(&self, action: MeshAction) -> BoxFuture<'_, Result<Value, Refusal>> {
+        Box::pin(async move {
+            if self.mesh.is_none() {
+                return Err(Refusal::not_in_a_mesh());
+            }
+            if let Some(refusal) = &self.mesh_refusal {
+                return Err(refusal.clone());
+            }
+            self.mesh_actions.lock().unwrap().push(action);
+            Ok(json!({"done": true}))
+        })
     }
 
     fn metrics(&self) -> String {

@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     io::{self, IsTerminal},
     net::{Ipv4Addr, TcpListener},
+    path::PathBuf,
     sync::{Arc, Mutex},
 };
 
@@ -82,14 +83,34 @@ pub(super) fn node_options(
         max_memory_bytes: engine.max_memory.map(|size| size.0),
         exact: engine.exact,
         gpu_layers: engine.gpu_layers,
-        engine_program: std::env::current_exe().context("finding this program, for the engine's processes")?,
+        engine_program: engine_program()?,
     })
+}
+
+/// A node without models: it asks others.
+pub(super) fn client_options(session: &Session) -> anyhow::Result<NodeOptions> {
+    Ok(NodeOptions {
+        data_dir: session.data_dir.clone(),
+        models: Vec::new(),
+        stages: 1,
+        threads: murmur_node::Threads::Auto,
+        ctx_tokens: None,
+        parallel: 1,
+        max_memory_bytes: None,
+        exact: false,
+        gpu_layers: 0,
+        engine_program: engine_program()?,
+    })
+}
+
+fn engine_program() -> anyhow::Result<PathBuf> {
+    std::env::current_exe().context("finding this program, for the engine's processes")
 }
 
 /// Loads a model for this command. Ctrl-C ends it, and the engine's processes with it.
 async fn load(session: &Session, model: LocalModel, engine: &EngineArgs) -> anyhow::Result<Arc<Node>> {
     let options = node_options(session, vec![model], engine)?;
-    let bar = LoadBar::new(session, engine);
+    let bar = LoadBar::new(session, engine.stages);
     tokio::select! {
         node = Node::start(options, bar.listener()) => Ok(node?),
         _ = tokio::signal::ctrl_c() => Err(Failure::because(Code::Interrupted, "interrupted while loading")),
@@ -106,8 +127,8 @@ struct Bar {
 }
 
 impl LoadBar {
-    pub(super) fn new(session: &Session, engine: &EngineArgs) -> Self {
-        Self(Arc::new(Bar::new(session.global.quiet, engine.stages)))
+    pub(super) fn new(session: &Session, stages: u32) -> Self {
+        Self(Arc::new(Bar::new(session.global.quiet, stages)))
     }
 
     /// Shows what it hears.

@@ -1,15 +1,20 @@
 //! One file per command.
 
 mod bench;
+mod client;
 mod doctor;
 pub(crate) mod engine;
 mod launch;
 mod machine;
+mod memberships;
+mod mesh;
 mod models;
 mod pages;
 mod run;
+mod seed;
 mod self_test;
 mod serve;
+mod server;
 mod show;
 mod status;
 
@@ -53,6 +58,9 @@ pub(crate) fn run(invocation: Invocation) -> anyhow::Result<()> {
         Command::Serve(args) => serve::run(&session, args),
         Command::Run(args) => run::run(&session, args),
         Command::Models(command) => models::run(&session, command),
+        Command::Client(args) => client::run(&session, &args),
+        Command::Mesh(command) => mesh::run(&session, command),
+        Command::Seed(args) => seed::run(&session, &args),
         Command::Status => status::run(&session),
         Command::Doctor => doctor::run(&session),
         Command::Bench(args) => bench::run(&session, args),

@@ -1,5 +1,7 @@
 //! `murmur status`: what the running server does.
 
+use std::fmt::Write;
+
 use serde_json::Value;
 
 use super::{Session, small_runtime};
@@ -13,6 +15,15 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
     }
     let version = status.get("version").map(plain).unwrap_or_default();
     let mut page = format!("murmur {version} at http://{}\n", client.address());
+    if let Some(name) = status.pointer("/mesh/name") {
+        let nodes = match status.pointer("/mesh/peers").and_then(Value::as_u64).unwrap_or(0) {
+            0 => "no other nodes".to_owned(),
+            1 => "1 other node".to_owned(),
+            peers => format!("{peers} other nodes"),
+        };
+        // Writing to a string cannot fail.
+        let _ = writeln!(page, "mesh {}: {nodes}", plain(name));
+    }
     let models = list(&status, "/models");
     if models.is_empty() {
         page.push_str("no models\n");
@@ -54,11 +65,17 @@ fn models_table(models: &[Value], at_work: &[Value]) -> String {
                 counted("requests_queued"),
                 counted("prompt_tokens"),
                 counted("generated_tokens"),
+                model
+                    .pointer("/details/served_by")
+                    .and_then(Value::as_array)
+                    .map(|n| n.len().to_string())
+                    .unwrap_or_default(),
             ]
         })
         .collect();
-    let headings = ["MODEL", "STATE", "CONTEXT", "MEMORY", "RUNNING", "QUEUED", "PROMPT TOKENS", "GENERATED"];
-    ui::table(&headings, &rows, &[2, 3, 4, 5, 6, 7])
+    let headings =
+        ["MODEL", "STATE", "CONTEXT", "MEMORY", "RUNNING", "QUEUED", "PROMPT TOKENS", "GENERATED", "OTHER NODES"];
+    ui::table(&headings, &rows, &[2, 3, 4, 5, 6, 7, 8])
 }
 
 fn stage_rows(at_work: &[Value]) -> Vec<Vec<String>> {

@@ -7,12 +7,31 @@
     reason = "helpers of tests end the test when something is off, and not every test needs each"
 )]
 
+pub mod http;
+
 use std::{
     ffi::OsStr,
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
 };
+
+/// Longer than anything here takes on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Asks again and again until there is an answer. For what nothing announces.
+#[track_caller]
+pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(started.elapsed() < PATIENCE, "never came true: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
 
 /// A home of its own for one test.
 pub struct Home {
@@ -109,22 +128,31 @@ impl Outcome {
     }
 }
 
-/// A running `murmur serve`.
+/// A running `murmur serve`, `client` or `seed`.
 pub struct Server {
     pub child: Child,
+    /// Of the API.
     pub address: String,
+    /// What it said when it was ready.
+    pub ready: serde_json::Value,
 }
 
 impl Server {
     /// Starts one and waits until it is ready.
     pub fn start<S: AsRef<OsStr>>(home: &Home, arguments: impl IntoIterator<Item = S>) -> Self {
         let mut command = home.murmur(["serve", "--json", "--api", "127.0.0.1:0", "--threads", "1"]);
-        let mut child = command.args(arguments).stdout(Stdio::piped()).spawn().unwrap();
+        command.args(arguments);
+        Self::ready(command)
+    }
+
+    /// Starts a command that says as JSON when it is ready, and waits for that.
+    pub fn ready(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         let ready: serde_json::Value = serde_json::from_str(&line).unwrap();
-        let address = ready["address"].as_str().unwrap().to_owned();
-        Self { child, address }
+        let address = ready["address"].as_str().unwrap_or_default().to_owned();
+        Self { child, address, ready }
     }
 
     pub fn signal(&self, name: &str) {

@@ -1,0 +1,106 @@
+//! The mesh as programs see it.
+
+use murmur_api::backend::{MeshAction, Refusal};
+use serde_json::{Value, json};
+
+use crate::support::{Fake, Server, error};
+
+fn in_a_mesh() -> Fake {
+    let mut fake = Fake::saying(&[]);
+    fake.mesh = Some(json!({"name": "home", "id": "00ff", "private": true, "peers": [{"node": "aa"}, {"node": "bb"}]}));
+    fake
+}
+
+#[tokio::test]
+async fn the_mesh_and_its_peers_are_shown_and_counted_in_the_status() {
+    let server = Server::start(in_a_mesh()).await;
+    let mesh: Value = server.get("/api/mesh").send().await.unwrap().json().await.unwrap();
+    assert_eq!((&mesh["name"], &mesh["peers"][1]["node"]), (&json!("home"), &json!("bb")));
+    let status: Value = server.get("/api/status").send().await.unwrap().json().await.unwrap();
+    assert_eq!(status["mesh"], json!({"name": "home", "id": "00ff", "private": true, "peers": 2}));
+}
+
+#[tokio::test]
+async fn a_node_without_a_mesh_says_so_and_how_to_get_into_one() {
+    let server = Server::start(Fake::saying(&[])).await;
+    let (status, missing) = error(server.get("/api/mesh").send().await.unwrap()).await;
+    assert_eq!((status, missing["code"].as_str()), (404, Some("not_in_a_mesh")));
+    assert!(missing["message"].as_str().unwrap().contains("--join"), "{missing}");
+    for (path, body) in [
+        ("/api/mesh/invite", json!({})),
+        ("/api/mesh/join", json!({"ticket": "murmur1x"})),
+        ("/api/mesh/revoke", json!({"what": "00"})),
+    ] {
+        let (status, error) = server.fail(path, &body).await;
+        assert_eq!((status, error["code"].as_str()), (404, Some("not_in_a_mesh")), "{path}");
+    }
+    let status: Value = server.get("/api/status").send().await.unwrap().json().await.unwrap();
+    assert_eq!(status["mesh"], Value::Null);
+}
+
+#[tokio::test]
+async fn actions_reach_the_node_as_they_were_asked_for() {
+    let server = Server::start(in_a_mesh()).await;
+    let asked = [
+        ("/api/mesh/invite", json!({})),
+        ("/api/mesh/invite", json!({"valid_s": 60, "role": "client", "uses": 3})),
+        ("/api/mesh/join", json!({"ticket": "murmur1abc"})),
+        ("/api/mesh/revoke", json!({"what": "0123"})),
+    ];
+    for (path, body) in asked {
+        assert_eq!(server.ask(path, &body).await, json!({"done": true}), "{path}");
+    }
+    let invite = |valid_s, role: &str, uses| MeshAction::Invite { valid_s, role: role.into(), uses };
+    let expected = [
+        invite(86_400, "worker", None),
+        invite(60, "client", Some(3)),
+        MeshAction::Join { ticket: "murmur1abc".into() },
+        MeshAction::Revoke { what: "0123".into() },
+    ];
+    assert_eq!(*server.fake.mesh_actions.lock().unwrap(), expected);
+}
+
+#[tokio::test]
+async fn what_makes_no_sense_does_not_reach_the_node() {
+    let server = Server::start(in_a_mesh()).await;
+    for (path, body, param) in [
+        ("/api/mesh/invite", json!({"valid_s": 0}), "valid_s"),
+        ("/api/mesh/invite", json!({"valid_s": u64::MAX}), "valid_s"),
+        ("/api/mesh/invite", json!({"uses": 0}), "uses"),
+        ("/api/mesh/invite", json!({"role": "owner"}), "role"),
+        ("/api/mesh/invite", json!({"for_ever": true}), "for_ever"),
+        ("/api/mesh/join", json!({}), "ticket"),
+        ("/api/mesh/join", json!({"ticket": "x".repeat(5_000)}), "ticket"),
+        ("/api/mesh/revoke", json!({"what": 7}), "what"),
+    ] {
+        let (status, error) = server.fail(path, &body).await;
+        assert_eq!((status, error["param"].as_str()), (400, Some(param)), "{path} {body}");
+    }
+    assert!(server.fake.mesh_actions.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_refusal_of_the_node_is_told_with_its_reason() {
+    let mut fake = in_a_mesh();
+    fake.mesh_refusal =
+        Some(Refusal::BadRequest { message: "only the owner can do that".into(), param: None, code: None });
+    let server = Server::start(fake).await;
+    let (status, error) = server.fail("/api/mesh/invite", &json!({})).await;
+    assert_eq!((status, error["message"].as_str()), (400, Some("only the owner can do that")));
+}
+
+#[tokio::test]
+async fn foreign_pages_and_strangers_make_no_tickets() {
+    let server = Server::with(in_a_mesh(), |o| o.api_keys = vec!["k3y".into()]).await;
+    let ask = || server.post("/api/mesh/invite", &json!({}));
+    assert_eq!(ask().send().await.unwrap().status(), 401);
+    assert_eq!(server.get("/api/mesh").send().await.unwrap().status(), 401);
+    let keyed = || ask().bearer_auth("k3y");
+    assert_eq!(keyed().header("origin", "https://evil.example").send().await.unwrap().status(), 403);
+    assert_eq!(keyed().header("host", "evil.example").send().await.unwrap().status(), 403);
+    // The one kind of request that a page can send without being asked about it first.
+    let simple = crate::support::client().post(server.url("/api/mesh/invite")).bearer_auth("k3y").body("{}");
+    assert_eq!(simple.header("content-type", "text/plain").send().await.unwrap().status(), 415);
+    assert!(server.fake.mesh_actions.lock().unwrap().is_empty());
+    assert_eq!(keyed().send().await.unwrap().status(), 200);
+}

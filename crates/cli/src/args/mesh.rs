@@ -1,0 +1,188 @@
+//! Flags and commands of the mesh.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+};
+
+use clap::{Args, Subcommand, ValueEnum, value_parser};
+use murmur_api::limits::MAX_INVITE_USES;
+use murmur_net::Relays;
+use murmur_protocol::mesh::{SignedTicket, ticket::MESH_NAME_BYTES_MAX};
+
+use super::ServerArgs;
+use crate::units::Period;
+
+/// How a node takes part in a mesh.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Mesh options")]
+pub(crate) struct MeshArgs {
+    /// The mesh: a private one of which this node is a member, by name or id, or else the public one of this name
+    #[arg(long, env = "MURMUR_MESH", value_name = "NAME")]
+    pub(crate) mesh: Option<MeshName>,
+    /// A ticket from `murmur mesh invite`: join the mesh that it leads into
+    #[arg(long, env = "MURMUR_JOIN", value_name = "TICKET", hide_env_values = true)]
+    pub(crate) join: Option<SignedTicket>,
+    /// A Nostr relay on which to find and be found; may be repeated [default: the public relay.damus.io, nos.lol and relay.primal.net]
+    #[arg(long, env = "MURMUR_NOSTR_RELAY", value_name = "URL", value_delimiter = ',')]
+    pub(crate) nostr_relay: Vec<String>,
+    /// Find nobody through Nostr, and publish nothing there
+    #[arg(long, env = "MURMUR_NO_NOSTR", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
+    pub(crate) no_nostr: bool,
+    /// Find nobody on the local network, and say nothing there
+    #[arg(long, env = "MURMUR_NO_MDNS", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
+    pub(crate) no_mdns: bool,
+    /// The relay that carries what cannot go directly: its URL (several with commas), none, or default for public ones
+    #[arg(long, env = "MURMUR_RELAY", value_name = "URL|none|default", default_value = "default")]
+    pub(crate) relay: RelayChoice,
+    /// Where other nodes reach this one, over UDP [default: any port on all interfaces]
+    #[arg(long, env = "MURMUR_BIND", value_name = "ADDR:PORT")]
+    pub(crate) bind: Option<SocketAddr>,
+}
+
+/// `murmur client`.
+#[derive(Debug, Args)]
+pub(crate) struct Client {
+    #[command(flatten)]
+    pub(crate) mesh: MeshArgs,
+    #[command(flatten)]
+    pub(crate) server: ServerArgs,
+}
+
+/// `murmur mesh`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Mesh {
+    /// Found a private mesh, whose key stays on this node
+    Create {
+        /// How people call it
+        name: MeshName,
+    },
+    /// Make a ticket that leads others into the mesh of the running node
+    Invite {
+        /// How long the ticket counts, such as 30m, 24h or 7d
+        #[arg(long, value_name = "TIME", default_value = "24h")]
+        valid: Period,
+        /// How many nodes may come in with it; private meshes only [default: any number, until it expires]
+        #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=MAX_INVITE_USES))]
+        uses: Option<u32>,
+        /// What its bearer may be: a worker offers models, a client only asks
+        #[arg(long, value_name = "ROLE", default_value = "worker")]
+        role: InvitedRole,
+    },
+    /// Show the running node another way into its mesh
+    Join {
+        /// A ticket for the same mesh
+        ticket: SignedTicket,
+    },
+    /// Give up the membership in a private mesh
+    Leave {
+        /// Name or id of the mesh
+        name: MeshName,
+        /// Also on the node that founded it: nobody can be invited or revoked any more
+        #[arg(long)]
+        give_up_key: bool,
+    },
+    /// List the other nodes of the mesh
+    Peers,
+    /// Show this node, its mesh and its memberships
+    Show,
+    /// End a ticket, or a node's membership, for ever
+    Revoke {
+        /// Id of a ticket or node; the first digits of a node's id are enough where they are unique
+        id: String,
+    },
+}
+
+/// What the bearer of a ticket becomes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum InvitedRole {
+    /// Offers models, and asks others
+    Worker,
+    /// Asks only
+    Client,
+}
+
+impl InvitedRole {
+    /// As the API calls it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Worker => "worker",
+            Self::Client => "client",
+        }
+    }
+}
+
+/// `murmur seed`.
+#[derive(Debug, Args)]
+pub(crate) struct Seed {
+    /// The address to listen on; 0.0.0.0 for every machine that can reach this one
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    pub(crate) bind: IpAddr,
+    /// TCP port of the Nostr relay; 0 for any
+    #[arg(long, value_name = "N", default_value = "6878")]
+    pub(crate) nostr_port: u16,
+    /// TCP port of the relay between nodes; 0 for any
+    #[arg(long, value_name = "N", default_value = "6879")]
+    pub(crate) relay_port: u16,
+}
+
+/// A mesh's name that can stand in a ticket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct MeshName(pub(crate) String);
+
+impl FromStr for MeshName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.is_empty() || text.len() > MESH_NAME_BYTES_MAX || text.chars().any(char::is_control) {
+            return Err(format!("a mesh's name has 1 to {MESH_NAME_BYTES_MAX} bytes and no control characters"));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// The relays to use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RelayChoice(pub(crate) Relays);
+
+impl FromStr for RelayChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "default" => return Ok(Self(Relays::Public)),
+            "none" => return Ok(Self(Relays::None)),
+            _ => {}
+        }
+        let urls: Vec<String> = text.split(',').map(|url| url.trim().to_owned()).collect();
+        match urls.iter().find(|url| !url.starts_with("https://") && !url.starts_with("http://")) {
+            None => Ok(Self(Relays::Own(urls))),
+            Some(_) => Err("write the relay's URL, such as https://relay.example, or none, or default".to_owned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relays_are_urls_none_or_the_public_ones() {
+        let read = |text: &str| text.parse::<RelayChoice>().map(|choice| choice.0);
+        assert_eq!(read("default"), Ok(Relays::Public));
+        assert_eq!(read("none"), Ok(Relays::None));
+        let own = vec!["https://a.example".to_owned(), "http://10.0.0.1:3340".to_owned()];
+        assert_eq!(read("https://a.example, http://10.0.0.1:3340"), Ok(Relays::Own(own)));
+        for text in ["", "a.example", "wss://a.example", "https://a.example,b"] {
+            assert!(read(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn names_that_cannot_stand_in_a_ticket_are_no_names() {
+        assert!("Wohngemeinschaft Küche".parse::<MeshName>().is_ok());
+        for text in ["", "a\nb", &"x".repeat(MESH_NAME_BYTES_MAX + 1)] {
+            assert!(text.parse::<MeshName>().is_err(), "{text}");
+        }
+    }
+}

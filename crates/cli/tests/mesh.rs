@@ -1,0 +1,290 @@
+//! Meshes of real processes on this machine, without internet: who comes in, and what becomes of a request whose server
+//! is killed.
+
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends when something is off")]
+
+mod common;
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use common::{
+    Home, Outcome, Server,
+    http::{self, Completion, End},
+    until,
+};
+use serde_json::{Value, json};
+
+/// The model in this repository.
+const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/demo/murmur-demo-q8_0.gguf");
+
+/// Nobody outside this machine is asked or told anything.
+const OFFLINE: [&str; 5] = ["--relay=none", "--no-nostr", "--no-mdns", "--bind", "127.0.0.1:0"];
+
+/// A node with its home.
+struct Node {
+    home: Home,
+    server: Server,
+}
+
+impl Node {
+    /// One that serves the demo model. In exact mode, since texts are compared that come about in different batches.
+    fn serving(home: Home, arguments: &[&str]) -> Self {
+        let server = Server::start(&home, [&[DEMO, "--alias", "demo", "--exact"], &OFFLINE[..], arguments].concat());
+        Self { home, server }
+    }
+
+    fn client(arguments: &[&str]) -> Self {
+        let home = Home::new();
+        let server = Server::ready(client_command(&home, &[arguments, &["--json"]].concat()));
+        Self { home, server }
+    }
+
+    fn api(&self) -> &str {
+        &self.server.address
+    }
+
+    fn mesh<const N: usize>(&self, arguments: [&str; N]) -> Outcome {
+        self.home.run([&["mesh"], &arguments[..], &["--api", self.api()]].concat())
+    }
+
+    #[track_caller]
+    fn invite(&self, arguments: &[&str]) -> Value {
+        let arguments = [&["mesh", "invite", "--json", "--api", self.api()], arguments].concat();
+        self.home.run(arguments).succeeds().json()
+    }
+
+    #[track_caller]
+    fn ticket(&self) -> String {
+        self.invite(&[])["ticket"].as_str().unwrap().to_owned()
+    }
+
+    /// How many nodes serve the demo model, as this one knows.
+    fn servers_of_demo(&self) -> usize {
+        let (_, model) = http::get(self.api(), "/v1/models/demo");
+        let ready = |served: &&Value| served["state"] == "ready";
+        model["details"]["served_by"].as_array().map_or(0, |nodes| nodes.iter().filter(ready).count())
+    }
+
+    #[track_caller]
+    fn waits_for_servers_of_demo(&self, count: usize) {
+        until(&format!("{count} nodes serve the model"), || (self.servers_of_demo() == count).then_some(()));
+    }
+
+    fn requests_running(&self) -> u64 {
+        let (_, status) = http::get(self.api(), "/api/status");
+        status["node"]["models"][0]["requests_running"].as_u64().unwrap()
+    }
+}
+
+fn client_command(home: &Home, arguments: &[&str]) -> std::process::Command {
+    home.murmur([&["client", "--api", "127.0.0.1:0"], &OFFLINE[..], arguments].concat())
+}
+
+/// The founder of a private mesh, which serves.
+fn founder() -> Node {
+    let home = Home::new();
+    home.run(["mesh", "create", "home"]).succeeds();
+    Node::serving(home, &["--mesh", "home"])
+}
+
+/// Tokens of a story that is long enough to be killed in.
+const STORY_TOKENS: u64 = 450;
+
+/// About a sixth of it.
+const STORY_BYTES_BEFORE_KILL: usize = 250;
+
+fn long_story() -> Value {
+    json!({"model": "demo", "prompt": "Once upon a time", "max_tokens": STORY_TOKENS, "seed": 7, "ignore_eos": true})
+}
+
+#[test]
+fn a_client_that_joined_by_ticket_has_the_servers_models_and_gets_the_same_text() {
+    let server = founder();
+    let client = Node::client(&["--join", &server.ticket()]);
+    assert_eq!(client.server.ready["mesh"]["name"], "home");
+    client.waits_for_servers_of_demo(1);
+
+    let request = json!({"model": "demo", "prompt": "Lily and the kitten", "max_tokens": 60, "seed": 3});
+    assert_eq!(http::complete(client.api(), &request), http::complete(server.api(), &request));
+    let mut auto = request.clone();
+    auto["model"] = json!("auto");
+    assert_eq!(http::complete(client.api(), &auto), http::complete(server.api(), &request));
+    let chat = json!({"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 40, "seed": 3});
+    let answer = |api: &str| http::post(api, "/v1/chat/completions", &chat).1["choices"][0]["message"].clone();
+    assert_eq!(answer(client.api()), answer(server.api()));
+    let run = client.home.run(["run", "demo", "Hello", "--max-tokens", "8", "--json", "--api", client.api()]);
+    assert!(run.succeeds().json()["completion_tokens"].as_u64().unwrap() > 0);
+
+    let status = client.home.run(["status", "--api", client.api()]).succeeds();
+    assert!(status.out.contains("mesh home: 1 other node"), "{}", status.out);
+    let peers = client.mesh(["peers"]).succeeds();
+    assert!(peers.out.contains("worker") && peers.out.contains("demo"), "{}", peers.out);
+    let shown = client.mesh(["show", "--json"]).succeeds().json();
+    assert_eq!((&shown["running"]["node"], &shown["memberships"][0]["name"]), (&shown["node"], &json!("home")));
+    client.mesh(["join", &server.ticket()]).succeeds();
+    client.mesh(["invite"]).fails(2, "owner");
+
+    // It says goodbye, and nobody has to wait until its record expires.
+    server.server.signal("TERM");
+    until("the server is gone", || (http::get(client.api(), "/api/mesh").1["peers"] == json!([])).then_some(()));
+    let (status, _) = http::post(client.api(), "/v1/completions", &request);
+    assert_eq!(status, 404);
+}
+
+#[test]
+fn a_stream_goes_on_with_the_same_text_when_its_server_is_killed() {
+    let first = founder();
+    let ticket = first.ticket();
+    let second = Node::serving(Home::new(), &["--join", &ticket]);
+    let client = Node::client(&["--join", &ticket]);
+    client.waits_for_servers_of_demo(2);
+
+    let mut stream = Completion::begin(client.api(), &long_story());
+    stream.read(STORY_BYTES_BEFORE_KILL);
+    let (mut serving, other) = match first.requests_running() {
+        0 => (second, first),
+        _ => (first, second),
+    };
+    serving.server.child.kill().unwrap();
+    let read_before = stream.text.len();
+    assert_eq!(stream.finish(), End::Finished("length".into()));
+    assert!(stream.text.len() > read_before);
+    let (_, status) = http::get(other.api(), "/api/status");
+    let resumed = status["node"]["models"][0]["generated_tokens"].as_u64().unwrap();
+    assert!((1..STORY_TOKENS - 1).contains(&resumed), "it was not killed in mid-stream: {resumed}");
+    assert_eq!(stream.text, http::complete(other.api(), &long_story()));
+}
+
+#[test]
+fn a_stream_ends_with_an_error_when_nobody_is_left_to_go_on_with_it() {
+    let mut server = founder();
+    let client = Node::client(&["--join", &server.ticket()]);
+    client.waits_for_servers_of_demo(1);
+    let mut stream = Completion::begin(client.api(), &long_story());
+    stream.read(STORY_BYTES_BEFORE_KILL);
+    server.server.child.kill().unwrap();
+    match stream.finish() {
+        End::Failed(message) => assert!(message.contains("gone"), "{message}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn an_invitation_is_a_picture_too_where_somebody_looks_at_it() {
+    let server = founder();
+    let piped = server.mesh(["invite"]).succeeds();
+    assert!(piped.out.starts_with("murmur1") && piped.out.lines().count() == 1, "{}", piped.out);
+    let (terminal, terminal_of_program) = pty_process::blocking::open().unwrap();
+    let mut program = pty_process::blocking::Command::new(env!("CARGO_BIN_EXE_murmur"))
+        .args(["mesh", "invite", "--api", server.api()])
+        .env("MURMUR_DATA_DIR", server.home.data_dir())
+        .spawn(terminal_of_program)
+        .unwrap();
+    let mut shown = Vec::new();
+    // A terminal that its program has left is an error to read.
+    let _ = std::io::Read::read_to_end(&mut &terminal, &mut shown);
+    assert_eq!(program.wait().unwrap().code(), Some(0));
+    let shown = String::from_utf8(shown).unwrap();
+    assert!(shown.lines().filter(|line| line.contains('▀')).count() > 20, "{shown}");
+    assert!(shown.contains("murmur1"), "{shown}");
+}
+
+#[test]
+fn tickets_that_do_not_count_are_refused_with_the_reason() {
+    let server = founder();
+    let join = |ticket: &str| -> Outcome {
+        client_command(&Home::new(), &["--join", ticket]).output().map(Outcome::from).unwrap()
+    };
+    let text = |invitation: &Value| invitation["ticket"].as_str().unwrap().to_owned();
+    join("murmur1nonsense").fails(2, "damaged");
+    join("home").fails(2, "not a ticket");
+
+    let short = server.invite(&["--valid", "1s"]);
+    let expires = UNIX_EPOCH + Duration::from_millis(short["expires_unix_ms"].as_u64().unwrap());
+    std::thread::sleep(expires.duration_since(SystemTime::now()).unwrap_or_default());
+    join(&text(&short)).fails(5, "expired");
+
+    let revoked = server.invite(&[]);
+    let id = revoked["id"].as_str().unwrap();
+    assert_eq!(server.mesh(["revoke", id, "--json"]).succeeds().json(), json!({"revoked": true}));
+    join(&text(&revoked)).fails(5, "revoked");
+
+    let once = text(&server.invite(&["--uses", "1"]));
+    let _guest = Node::client(&["--join", &once]);
+    join(&once).fails(5, "used up");
+    server.mesh(["join", "murmur1nonsense"]).fails(2, "damaged");
+}
+
+#[test]
+fn a_revoked_member_is_not_listed_any_more() {
+    let server = founder();
+    let guest = Node::client(&["--join", &server.ticket()]);
+    guest.waits_for_servers_of_demo(1);
+    let node = guest.server.ready["mesh"]["node"].as_str().unwrap();
+    let known = || http::get(server.api(), "/api/mesh").1["peers"][0]["node"] == node;
+    until("the server knows the guest", || known().then_some(()));
+    server.mesh(["revoke", &node[..10]]).succeeds();
+    until("the guest is forgotten", || (!known()).then_some(()));
+}
+
+#[test]
+fn strangers_of_a_public_mesh_find_each_other_through_a_seed_of_ones_own() {
+    let home = Home::new();
+    let ports = ["seed", "--json", "--nostr-port", "0", "--relay-port", "0"];
+    let seed = Server::ready(home.murmur(ports));
+    let url = |key: &str| seed.ready[key].as_str().unwrap().to_owned();
+    let discovery = ["--mesh", "park", "--nostr-relay", &url("nostr"), "--no-nostr=false", "--relay", &url("relay")];
+    let with_seed = |command: &[&str]| {
+        let all = [command, &["--json", "--api", "127.0.0.1:0", "--no-mdns"], &discovery].concat();
+        let home = Home::new();
+        let server = Server::ready(home.murmur(all));
+        Node { home, server }
+    };
+    let server = with_seed(&["serve", DEMO, "--alias", "demo", "--exact", "--threads", "1"]);
+    let client = with_seed(&["client"]);
+    client.waits_for_servers_of_demo(1);
+    assert_eq!(server.server.ready["mesh"]["private"], false);
+    server.mesh(["invite", "--uses", "2"]).fails(2, "uses");
+    seed.signal("TERM");
+}
+
+#[test]
+fn a_node_stays_alone_unless_a_mesh_is_named_and_then_has_its_data_directory_for_itself() {
+    let home = Home::new();
+    let server = Server::start(&home, [DEMO]);
+    assert_eq!(server.ready["mesh"], Value::Null);
+    home.run(["mesh", "peers", "--api", &server.address]).fails(3, "no mesh");
+    home.run(["mesh", "invite", "--api", &server.address]).fails(3, "--join TICKET");
+    assert!(!home.data_dir().join("node.key").exists(), "a node that is in no mesh needs no key");
+
+    home.run(["client", "--api", "127.0.0.1:0"]).fails(2, "needs a mesh");
+    home.run(["mesh", "create", "home"]).succeeds();
+    let first = Server::ready(client_command(&home, &["--json"]));
+    assert_eq!(first.ready["mesh"]["name"], "home");
+    client_command(&home, &["--mesh", "home"]).output().map(Outcome::from).unwrap().fails(5, "--data-dir");
+    home.run(["mesh", "leave", "home", "--give-up-key"]).fails(5, "end it");
+}
+
+#[test]
+fn memberships_are_made_shown_and_given_up_without_a_running_node() {
+    let home = Home::new();
+    assert_eq!(
+        home.run(["mesh", "show", "--json"]).succeeds().json(),
+        json!({
+            "node": null, "memberships": [], "running": null,
+        })
+    );
+    let made = home.run(["mesh", "create", "home", "--json"]).succeeds().json();
+    home.run(["mesh", "create", "home"]).fails(2, "already");
+    let shown = home.run(["mesh", "show", "--json"]).succeeds().json();
+    let member = &shown["memberships"][0];
+    assert_eq!((&shown["node"], &member["id"], &member["owner"]), (&made["node"], &made["id"], &json!(true)));
+    assert!(home.run(["mesh", "show"]).succeeds().out.contains("home"));
+    home.run(["mesh", "join", "murmur1x"]).fails(2, "ticket");
+    home.run(["mesh", "peers"]).fails(5, "murmur serve");
+    home.run(["mesh", "leave", "office"]).fails(3, "no member");
+    home.run(["mesh", "leave", "home"]).fails(2, "--give-up-key");
+    home.run(["mesh", "leave", made["id"].as_str().unwrap(), "--give-up-key"]).succeeds();
+    assert!(home.run(["mesh", "show"]).succeeds().out.contains("no member"));
+}

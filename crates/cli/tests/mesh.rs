@@ -217,15 +217,20 @@ fn tickets_that_do_not_count_are_refused_with_the_reason() {
 }
 
 #[test]
-fn a_revoked_member_is_not_listed_any_more() {
+fn a_revoked_member_is_shut_out() {
     let server = founder();
     let guest = Node::client(&["--join", &server.ticket()]);
     guest.waits_for_servers_of_demo(1);
     let node = guest.server.ready["mesh"]["node"].as_str().unwrap();
     let known = || http::get(server.api(), "/api/mesh").1["peers"][0]["node"] == node;
     until("the server knows the guest", || known().then_some(()));
+    // A connection that stands does not outlive the membership.
+    let ask =
+        || http::post(guest.api(), "/v1/completions", &json!({"model": "demo", "prompt": "x", "max_tokens": 1})).0;
+    assert_eq!(ask(), 200);
     server.mesh(["revoke", &node[..10]]).succeeds();
     until("the guest is forgotten", || (!known()).then_some(()));
+    assert_ne!(ask(), 200);
 }
 
 #[test]

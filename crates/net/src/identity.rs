@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use murmur_protocol::mesh::member::CLOCK_SKEW_MS_MAX;
 use murmur_protocol::mesh::{
     Capabilities, Hello, MemberCertificate, MemberError, MeshId, NodeId, NodeKey, NodeRecord, PROTOCOL_VERSIONS,
     Refusal, RefusalCode, Role, SignedCertificate, negotiate,
@@ -125,6 +126,13 @@ impl Identity {
             return Err(Refusal::new(RefusalCode::Revoked, "the membership of this node has been revoked"));
         }
         Ok(Some(certificate))
+    }
+
+    /// Whether who was greeted is still a member.
+    pub(crate) fn is_member(&self, greeted: &Greeted) -> bool {
+        let (Some(private), Some(certificate)) = (&self.private, &greeted.certificate) else { return true };
+        let tolerated_ms = certificate.expires_ms.saturating_add(CLOCK_SKEW_MS_MAX);
+        clock::unix_ms() <= tolerated_ms && !private.revocations.revokes(certificate)
     }
 
     /// Whether a record, whose signature was checked, is one of a member that may be what it says.

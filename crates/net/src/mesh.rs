@@ -199,6 +199,7 @@ impl Mesh {
             admission,
             links: Links::default(),
             workers: Mutex::default(),
+            guests: Mutex::default(),
             work: work_sender,
             commands,
         });

@@ -23,7 +23,7 @@ use crate::endpoint::{GOSSIP_ALPN, MESH_ALPN, WORK_ALPN, causes};
 use crate::hello::{self, Answered, HELLO_DEADLINE_MS};
 use crate::links::Link;
 use crate::mesh::Work;
-use crate::shared::Shared;
+use crate::shared::{Guest, Shared};
 use crate::state::Command;
 use crate::stream::{self, Reader};
 
@@ -177,7 +177,9 @@ async fn connection(
                 control(shared, link).await;
             }
         }
-        Ok(Answered::Greeted(_)) if connection.alpn() == WORK_ALPN => intake(&shared, &connection, peer).await,
+        Ok(Answered::Greeted(greeted)) if connection.alpn() == WORK_ALPN => {
+            intake(&shared, Guest { node: peer, connection, greeted }).await;
+        }
         Ok(Answered::Greeted(_)) => connection.close(close::REFUSED, b"no such protocol"),
         Ok(Answered::Redeemed) => {
             tracing::info!(node = %peer.short(), "a ticket was redeemed");
@@ -294,8 +296,15 @@ pub(crate) async fn ask(link: &Link, message: &Control) -> Result<Option<Control
     timeout(deadline, asking).await.unwrap_or(Err(NetError::Late("answer")))
 }
 
-/// Takes work streams from a peer until its connection ends.
-async fn intake(shared: &Shared, connection: &Connection, peer: NodeId) {
+/// Takes work streams from a peer until its connection ends: by itself, or because the peer is no member any more.
+async fn intake(shared: &Shared, guest: Guest) {
+    let (peer, connection) = (guest.node, guest.connection.clone());
+    let id = connection.stable_id();
+    shared.guests().push(guest.clone());
+    // It may have been revoked between its greeting and now, when nobody knew of this connection.
+    if !shared.identity.is_member(&guest.greeted) {
+        shared.disconnect(&peer);
+    }
     connection.set_max_concurrent_bi_streams(VarInt::from_u32(WORK_STREAMS_MAX));
     while let Ok((send, recv)) = connection.accept_bi().await {
         if let Err(unsent) = shared.work.try_send(Work { node: peer, send, recv }) {
@@ -305,6 +314,7 @@ async fn intake(shared: &Shared, connection: &Connection, peer: NodeId) {
             let _ = work.recv.stop(WORK_REFUSED);
         }
     }
+    shared.guests().retain(|other| other.connection.stable_id() != id);
 }
 
 #[cfg(test)]

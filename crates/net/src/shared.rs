@@ -1,7 +1,7 @@
 //! What the tasks of one mesh share: nothing in here decides who is in the mesh; that is [`crate::state`]'s.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iroh::Endpoint;
 use iroh::address_lookup::memory::MemoryLookup;
@@ -12,10 +12,18 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::NetError;
 use crate::admission::{Admission, close};
-use crate::identity::Identity;
+use crate::identity::{Greeted, Identity};
 use crate::links::Links;
 use crate::mesh::Work;
 use crate::state::Command;
+
+/// A greeted connection over which a peer sends work.
+#[derive(Debug, Clone)]
+pub(crate) struct Guest {
+    pub node: NodeId,
+    pub connection: Connection,
+    pub greeted: Greeted,
+}
 
 /// One node in one mesh.
 #[derive(Debug)]
@@ -30,6 +38,8 @@ pub(crate) struct Shared {
     pub links: Links,
     /// Connections that this node has dialled to send work over.
     pub workers: Mutex<HashMap<NodeId, Connection>>,
+    /// Connections over which others send work, each for as long as it lasts.
+    pub guests: Mutex<Vec<Guest>>,
     /// Work that others have sent.
     pub work: mpsc::Sender<Work>,
     pub commands: mpsc::Sender<Command>,
@@ -59,9 +69,17 @@ impl Shared {
         if let Some(link) = self.links.get(node) {
             link.connection.close(close::SHUT_OUT, b"shut out");
         }
-        let worker = self.workers.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
+        let worker = self.workers.lock().unwrap_or_else(PoisonError::into_inner).remove(node);
         if let Some(connection) = worker {
             connection.close(close::SHUT_OUT, b"shut out");
         }
+        for guest in self.guests().iter().filter(|guest| guest.node == *node) {
+            guest.connection.close(close::SHUT_OUT, b"shut out");
+        }
+    }
+
+    /// The connections over which others send work.
+    pub(crate) fn guests(&self) -> MutexGuard<'_, Vec<Guest>> {
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

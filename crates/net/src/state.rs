@@ -461,15 +461,14 @@ impl State {
         }
     }
 
-    /// Closes connections to those that are no members any more.
+    /// Closes connections with those that are no members any more.
     fn drop_expired_members(&self) {
-        let Some(private) = &self.shared.identity.private else { return };
-        let now_ms = clock::unix_ms();
-        for link in self.shared.links.all() {
-            let Some(certificate) = &link.greeted.certificate else { continue };
-            let tolerated_ms = certificate.expires_ms.saturating_add(murmur_protocol::mesh::member::CLOCK_SKEW_MS_MAX);
-            if tolerated_ms < now_ms || private.revocations.revokes(certificate) {
-                self.shared.disconnect(&link.node);
+        let links = self.shared.links.all();
+        let guests = self.shared.guests().clone();
+        let greeted = links.iter().map(|link| (link.node, &link.greeted));
+        for (node, greeted) in greeted.chain(guests.iter().map(|guest| (guest.node, &guest.greeted))) {
+            if !self.shared.identity.is_member(greeted) {
+                self.shared.disconnect(&node);
             }
         }
     }

@@ -97,9 +97,16 @@ async fn a_revoked_member_is_out_everywhere_and_stays_out() {
     let nodes = vec![owner, join(&ticket).await, join(&ticket).await];
     all_know_all(&nodes).await;
     let out = nodes[2].mesh.node_id();
+    let mut standing = Vec::new();
+    for node in &nodes[..2] {
+        standing.push(nodes[2].mesh.open_work(node.mesh.node_id()).await.unwrap());
+    }
     assert!(nodes[0].mesh.revoke(Revocation::Node(out)).await.unwrap());
     for node in &nodes[..2] {
         until(&node.mesh, "the revoked member is gone", |table| !lists(table, out)).await;
+    }
+    for (_send, recv) in &mut standing {
+        assert!(common::soon("the end of a connection that stood", recv.read(&mut [0])).await.is_err());
     }
     assert_eq!(
         refusal(common::soon("an answer", nodes[2].mesh.open_work(nodes[1].mesh.node_id())).await),

@@ -1,6 +1,11 @@
 //! The node as the HTTP layer sees it.
 
-use std::{collections::HashSet, fmt::Write, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    fmt::Write,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use murmur_api::{
     backend::{
@@ -126,9 +131,20 @@ impl Node {
         let seed = request.sampling.seed;
         let visible: HashSet<Token> =
             request.visible_tokens.iter().filter_map(|text| control_token(&vocabulary, text)).collect();
+        let accepted = Instant::now();
         let session = target.start(prompt, max_tokens, request.sampling).await?;
         let (out, events) = mpsc::channel(EVENTS_MAX);
-        let pump = Pump { session, out, vocabulary, visible, stop: request.stop, matcher, prompt_tokens: length, seed };
+        let pump = Pump {
+            session,
+            accepted,
+            out,
+            vocabulary,
+            visible,
+            stop: request.stop,
+            matcher,
+            prompt_tokens: length,
+            seed,
+        };
         tokio::spawn(pump.run());
         Ok(Generation { prompt_tokens: length, events })
     }

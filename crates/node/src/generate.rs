@@ -37,6 +37,8 @@ impl Source {
 /// Turns one session into API events. Ends (and so cancels the session) when the reader is gone.
 pub(crate) struct Pump {
     pub(crate) session: Source,
+    /// When the request was taken up, before a peer was looked for.
+    pub(crate) accepted: Instant,
     pub(crate) out: mpsc::Sender<Event>,
     pub(crate) vocabulary: Arc<Vocabulary>,
     /// Control tokens that the reader wants to see as text.
@@ -57,7 +59,7 @@ struct Account {
 impl Pump {
     pub(crate) async fn run(mut self) {
         let mut account =
-            Account { accepted: Instant::now(), first_token: None, cached_tokens: 0, completion_tokens: 0 };
+            Account { accepted: self.accepted, first_token: None, cached_tokens: 0, completion_tokens: 0 };
         // Tokens whose text is held back, because a character or a stop string may be incomplete.
         let mut held: VecDeque<TokenInfo> = VecDeque::new();
         loop {

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use iroh::endpoint::{Connection, Incoming, IncomingAddr, RecvStream, SendStream, VarInt};
+use iroh::endpoint::{Incoming, IncomingAddr, RecvStream, SendStream, VarInt};
 use murmur_core::membership::Verified;
 use murmur_protocol::mesh::{Control, NodeId, RefusalCode, SignedRecord, SignedRevocations};
 use tokio::task::JoinSet;

@@ -6,8 +6,8 @@
 //!
 //! - **time** is a queue of events ([`Sim::run_for`]); every node has a monotonic clock of its own, which starts anywhere
 //!   and drifts, and a wall clock that may be minutes off;
-//! - **links** have delays, lose packets, double and reorder them, and can be cut ([`network`]);
-//! - **signatures** are an entry in a book ([`notary`]).
+//! - **links** have delays, lose packets, double and reorder them, and can be cut (`network`);
+//! - **signatures** are an entry in a book (`notary`).
 //!
 //! Nodes crash, restart, say goodbye, and lie (forged tombstones, records of other meshes, old records as if they were
 //! new). A [`Scenario`] with its seed is the whole run: the same seed gives the same messages at the same moments.

@@ -28,7 +28,7 @@ CACHED_TOKENS = 512
 STREAMS = (1, 4, 8)
 CONTEXT = 4608
 STATUS_RUNS = 25
-PARTS = ("decode", "prefill", "streams", "cache", "memory", "stages", "status", "llama-bench", "engine")
+PARTS = ("decode", "prefill", "streams", "cache", "memory", "stages", "exact", "status", "llama-bench", "engine")
 
 
 class Table:
@@ -169,6 +169,20 @@ def three_stages_against_one(options, model, table):
         table.pairs(f"{model.stem}: prefill, 3 stages / 1, 1 thread", "tok/s", *pair, bar=0.97)
 
 
+def exact_against_default(options, model, table):
+    shape = {"threads": options.threads, "context": CONTEXT, "parallel": 1}
+    with (
+        servers.murmur(options.murmur, model, **shape, exact=True) as exact,
+        servers.murmur(options.murmur, model, **shape) as default,
+    ):
+        for server in (exact, default):
+            server.generate(servers.unique_prompt(64), 8)
+        pair = in_turns(options.rounds, lambda: decode_rate(exact), lambda: decode_rate(default))
+        table.pairs(f"{model.stem}: decode, exact / default", "tok/s", *pair)
+        pair = in_turns(options.rounds, lambda: prefill_rate(exact), lambda: prefill_rate(default))
+        table.pairs(f"{model.stem}: prefill, exact / default", "tok/s", *pair)
+
+
 def against_llama_bench(options, model, table):
     """llama.cpp alone, without HTTP, tokenizer and sampling: what there is to be had."""
     command = [
@@ -257,6 +271,8 @@ def main():
             against_llama_bench(options, model, table)
         if "stages" in options.only:
             three_stages_against_one(options, model, table)
+        if "exact" in options.only:
+            exact_against_default(options, model, table)
     print(f"\n{len(table.missed)} bars missed" + "".join(f"\n  {what}" for what in table.missed))
     return 1 if options.strict and table.missed else 0
 

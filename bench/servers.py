@@ -132,11 +132,11 @@ def unique_prompt(length):
     return [random.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(length)]
 
 
-def murmur(binary, model, *, threads, context, parallel, stages=1, name="murmur"):
+def murmur(binary, model, *, threads, context, parallel, stages=1, exact=False, name="murmur"):
     def command(port, folder):
         return [
             binary, "serve", model, "--api", f"127.0.0.1:{port}", "--data-dir", folder, "--threads", threads,
-            "--ctx", context, "--parallel", parallel, "--stages", stages,
+            "--ctx", context, "--parallel", parallel, "--stages", stages, f"--exact={str(exact).lower()}",
         ]
 
     return Server(name, command)

@@ -32,6 +32,13 @@ class Server:
         self.command = [str(word) for word in command(self.port, self.folder.name)]
 
     def __enter__(self):
+        self.start()
+        models = self.ask("GET", "/v1/models")["data"]
+        self.model = models[0]["id"] if models else ""
+        return self
+
+    def start(self):
+        """Starts it, for the first time or again, and waits until it is ready."""
         self.log = open(pathlib.Path(self.folder.name) / "log", "w+")
         self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
         deadline = time.monotonic() + READY_LIMIT_S
@@ -42,9 +49,19 @@ class Server:
                 self.__exit__()
                 raise SystemExit(f"{self.name} did not start: {' '.join(self.command)}\n{text}")
             time.sleep(0.1)
-        status, body = self._exchange("GET", "/v1/models", None)
-        self.model = json.loads(body)["data"][0]["id"] if status == 200 else ""
-        return self
+
+    def kill(self):
+        """Ends it as a power failure would."""
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+    def ask(self, method, path, value=None):
+        """JSON of an answer."""
+        status, body = self._exchange(method, path, value)
+        if status != 200:
+            raise SystemExit(f"{self.name} answered {status} to {path}: {body.decode()}")
+        return json.loads(body)
 
     def __exit__(self, *_):
         self.process.terminate()
@@ -106,6 +123,27 @@ class Server:
             raise SystemExit(f"{self.name} counted {usage}, asked were {len(prompt)} and {count} tokens")
         return first or total, total
 
+    def stream(self, body):
+        """The events of a streamed completion as they come, as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_LIMIT_S)
+        try:
+            body = json.dumps({**body, "stream": True})
+            connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status != 200:
+                raise SystemExit(f"{self.name} answered {response.status}: {response.read().decode()}")
+            event = {}
+            for line in response:
+                if line.startswith(b"data: [DONE]"):
+                    return
+                if line.startswith(b"data: "):
+                    event = json.loads(line[6:])
+                    yield event
+            if "error" not in event:
+                raise SystemExit(f"{self.name} ended its stream without [DONE]")
+        finally:
+            connection.close()
+
     def memory_mib(self):
         """Proportional set size of the process and all its descendants: shared pages count once."""
         return sum(pss_mib(pid) for pid in family(self.process.pid))
@@ -132,14 +170,27 @@ def unique_prompt(length):
     return [random.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(length)]
 
 
-def murmur(binary, model, *, threads, context, parallel, stages=1, exact=False, name="murmur"):
+def murmur(binary, model, *, threads, context, parallel, stages=1, exact=False, name="murmur", mesh=()):
     def command(port, folder):
         return [
             binary, "serve", model, "--api", f"127.0.0.1:{port}", "--data-dir", folder, "--threads", threads,
-            "--ctx", context, "--parallel", parallel, "--stages", stages, f"--exact={str(exact).lower()}",
+            "--ctx", context, "--parallel", parallel, "--stages", stages, f"--exact={str(exact).lower()}", *mesh,
         ]
 
     return Server(name, command)
+
+
+# Nobody outside this machine is asked or told anything.
+OFFLINE = ("--relay", "none", "--no-nostr", "--no-mdns", "--bind", "127.0.0.1:0")
+
+
+def client(binary):
+    """A node of the public mesh `bench` without models of its own."""
+
+    def command(port, folder):
+        return [binary, "client", "--api", f"127.0.0.1:{port}", "--data-dir", folder, "--mesh", "bench", *OFFLINE]
+
+    return Server("client", command)
 
 
 def llama_server(folder, model, *, threads, context, parallel):

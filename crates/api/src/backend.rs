@@ -29,6 +29,11 @@ pub enum ModelState {
     },
     /// Requests are taken.
     Ready,
+    /// Requests are taken, and wait until it is loaded for them.
+    Available {
+        /// How far that is, from 0 to 1, where somebody waits for it already.
+        loading: Option<f32>,
+    },
     /// Not at present: its processes could not be brought back. The node goes on trying.
     Failed {
         /// Why.
@@ -42,6 +47,8 @@ impl ModelState {
         match self {
             ModelState::Loading { .. } => "loading",
             ModelState::Ready => "ready",
+            ModelState::Available { loading: None } => "available",
+            ModelState::Available { loading: Some(_) } => "loading",
             ModelState::Failed { .. } => "failed",
         }
     }
@@ -49,7 +56,7 @@ impl ModelState {
     /// Why a request for the model called `id` is not taken now, if it is not.
     pub fn refusal(&self, id: &str) -> Option<Refusal> {
         let message = match self {
-            ModelState::Ready => return None,
+            ModelState::Ready | ModelState::Available { .. } => return None,
             ModelState::Loading { fraction } => {
                 format!("{id} is being loaded ({:.0} %): try again shortly", 100.0 * fraction)
             }
@@ -61,7 +68,7 @@ impl ModelState {
     /// When to ask again.
     pub fn retry_after(&self) -> Duration {
         match self {
-            ModelState::Loading { .. } | ModelState::Ready => LOADING_RETRY_AFTER,
+            ModelState::Loading { .. } | ModelState::Ready | ModelState::Available { .. } => LOADING_RETRY_AFTER,
             ModelState::Failed { .. } => FAILED_RETRY_AFTER,
         }
     }
@@ -84,7 +91,8 @@ pub struct ModelCard {
     pub bos_text: String,
     /// Text of the end-of-sequence token, for the template.
     pub eos_text: String,
-    /// Whether it can be asked now. Until it is loaded, the context and the texts of tokens are not final.
+    /// Whether it can be asked now. Until it is prepared ([`Backend::prepare`]), the context, the template and the texts of
+    /// tokens are not final.
     pub state: ModelState,
     /// Facts for `/v1/models/{id}` and `/api/status` (architecture, parameters, quantisation, stages ...).
     pub details: serde_json::Value,
@@ -130,6 +138,11 @@ pub struct Generation {
 /// What happens during a generation.
 #[derive(Debug, Clone)]
 pub enum Event {
+    /// The model is being loaded for this request.
+    Loading {
+        /// 0 to 1.
+        fraction: f32,
+    },
     /// Prompt tokens done so far (for keep-alives); also says how many came from the prefix cache.
     Prefill {
         /// Prompt tokens processed, cached ones included.
@@ -214,6 +227,12 @@ pub enum Refusal {
         /// OpenAI's error code, e.g. `context_length_exceeded`.
         code: Option<String>,
     },
+    /// Whoever asks may not: 403.
+    #[error("{message}")]
+    Forbidden {
+        /// For the user.
+        message: String,
+    },
     /// 404.
     #[error("{message}")]
     NoSuchModel {
@@ -291,6 +310,12 @@ pub enum MeshAction {
 pub trait Backend: Send + Sync + 'static {
     /// Every model of this node, also those that cannot be asked yet.
     fn models(&self) -> Vec<Arc<ModelCard>>;
+    /// Gets a model ready to read and write texts with: its card, complete. Quick where that was done before; else a
+    /// vocabulary may have to come from another machine. Refuses what cannot be asked now.
+    fn prepare(&self, model: Arc<ModelCard>) -> BoxFuture<'_, Result<Arc<ModelCard>, Refusal>> {
+        let refusal = model.state.refusal(&model.id);
+        Box::pin(std::future::ready(refusal.map_or(Ok(model), Err)))
+    }
     /// Starts a generation: tokenises, checks the length, queues or refuses. It never waits for other generations to
     /// end: a queued request is an accepted one, and its events start later.
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Generation, Refusal>>;

@@ -39,6 +39,8 @@ struct Slot {
     started: Instant,
     prompt_tokens: u32,
     prefilled_tokens: u32,
+    /// How far loading is, while the model is being loaded for it.
+    loading: Option<f32>,
     cached_tokens: u32,
     completion_tokens: u32,
     has_text: bool,
@@ -93,6 +95,11 @@ impl Choices {
             .reduce(|sum, slot| (sum.0 + slot.0, sum.1 + slot.1))
     }
 
+    /// How far the model is that is being loaded for these, while it is.
+    pub(crate) fn loading(&self) -> Option<f32> {
+        self.slots.iter().filter(|slot| slot.events.is_some()).find_map(|slot| slot.loading)
+    }
+
     /// OpenAI's `usage`: a prompt counts once, however many answers there are to it.
     pub(crate) fn usage(&self) -> Value {
         let prompts = || self.slots.iter().step_by(self.per_prompt.max(1));
@@ -136,7 +143,12 @@ impl Choices {
     fn account(&mut self, index: usize, event: Option<Event>) -> Option<ChoiceEvent> {
         let slot = self.slots.get_mut(index)?;
         match event {
+            Some(Event::Loading { fraction }) => {
+                slot.loading = Some(fraction);
+                None
+            }
             Some(Event::Prefill { done_tokens, cached_tokens }) => {
+                slot.loading = None;
                 slot.prefilled_tokens = done_tokens;
                 slot.cached_tokens = cached_tokens;
                 None
@@ -178,6 +190,7 @@ impl Slot {
             started: Instant::now(),
             prompt_tokens: generation.prompt_tokens,
             prefilled_tokens: 0,
+            loading: None,
             cached_tokens: 0,
             completion_tokens: 0,
             has_text: false,

@@ -84,6 +84,7 @@ impl From<Refusal> for ApiError {
             Refusal::BadRequest { param, code, .. } => {
                 ApiError { param, code, ..Self::new(StatusCode::BAD_REQUEST, message) }
             }
+            Refusal::Forbidden { .. } => Self::new(StatusCode::FORBIDDEN, message).code("forbidden"),
             Refusal::NoSuchModel { .. } => Self::no_such_model(message),
             Refusal::NotFound { code, .. } => Self::new(StatusCode::NOT_FOUND, message).code(code),
             Refusal::NotReady { retry_after, .. } => {

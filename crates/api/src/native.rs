@@ -29,7 +29,7 @@ use crate::{
 pub(crate) async fn health(State(state): State<Arc<AppState>>) -> Response {
     let models = state.backend.models();
     let is_loading = |model: &&Arc<ModelCard>| matches!(model.state, ModelState::Loading { .. });
-    let is_ready = |model: &Arc<ModelCard>| model.state == ModelState::Ready;
+    let is_ready = |model: &Arc<ModelCard>| model.state.refusal(&model.id).is_none();
     let (status, hindrance) = match models.iter().find(is_loading) {
         Some(loading) => ("loading", Some(loading)),
         None if models.is_empty() || models.iter().any(is_ready) => ("ok", None),
@@ -43,7 +43,7 @@ pub(crate) async fn health(State(state): State<Arc<AppState>>) -> Response {
     let Some(hindrance) = hindrance else { return (StatusCode::OK, Json(body)).into_response() };
     let fractions = models.iter().map(|model| match model.state {
         ModelState::Loading { fraction } => fraction,
-        ModelState::Ready | ModelState::Failed { .. } => 1.0,
+        ModelState::Ready | ModelState::Available { .. } | ModelState::Failed { .. } => 1.0,
     });
     body["progress"] = json!(fractions.sum::<f32>() / models.len() as f32);
     let retry_after = [(header::RETRY_AFTER, hindrance.state.retry_after().as_secs())];
@@ -65,7 +65,8 @@ pub(crate) async fn metrics(State(state): State<Arc<AppState>>) -> impl IntoResp
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 
-/// `GET /api/status`.
+/// `GET /api/status`: `version`; `models` as in `/v1/models`; `mesh` as in `/api/mesh`, with the number of `peers` instead of
+/// the peers, null without a mesh; `node`, what the node itself says.
 pub(crate) async fn status(State(state): State<Arc<AppState>>) -> Json<Value> {
     let models: Vec<Value> = state.backend.models().iter().map(|model| describe(model)).collect();
     let (mesh, node) = (mesh::summary(&state), state.backend.status());
@@ -79,7 +80,7 @@ pub(crate) async fn tokenize(
     JsonObject(map): JsonObject,
 ) -> Result<Json<Value>, ApiError> {
     let mut fields = Fields::new(map);
-    let model = model(&mut fields, &*state.backend, None)?;
+    let model = model(&mut fields, &*state.backend, None).await?;
     let content = fields.required_string("content")?;
     let is_rendered = fields.boolean("parse_special")?.unwrap_or(false);
     fields.finish()?;
@@ -94,7 +95,7 @@ pub(crate) async fn detokenize(
     JsonObject(map): JsonObject,
 ) -> Result<Json<Value>, ApiError> {
     let mut fields = Fields::new(map);
-    let model = model(&mut fields, &*state.backend, None)?;
+    let model = model(&mut fields, &*state.backend, None).await?;
     let ids = match fields.array("tokens")? {
         Some(items) => tokens("tokens", &items)?,
         None => return Err(fields.missing("tokens")),
@@ -109,7 +110,7 @@ pub(crate) async fn apply_template(
     State(state): State<Arc<AppState>>,
     JsonObject(map): JsonObject,
 ) -> Result<Json<Value>, ApiError> {
-    let input = ChatInput::read(Fields::new(map), &*state.backend)?;
+    let input = ChatInput::read(Fields::new(map), &*state.backend).await?;
     let (_, prompt) = templates::prepare(&state, input).await?;
     Ok(Json(json!({"prompt": prompt.text})))
 }

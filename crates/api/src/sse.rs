@@ -4,8 +4,8 @@
 //! in one of two ways: with exactly one `[DONE]`; or, when the generation failed after the stream had begun, with one
 //! `{"error": ...}` event and no `[DONE]`. OpenAI's clients raise an exception at such an event.
 //!
-//! Silence is filled with comment lines, which clients skip: `: prefill 512/4096` (prompt tokens done and to do) while
-//! the prompt is being read, `: keep-alive` later.
+//! Silence is filled with comment lines, which clients skip: `: loading 40 %` while the model is being loaded for this
+//! request, `: prefill 512/4096` (prompt tokens done and to do) while the prompt is being read, `: keep-alive` later.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -124,9 +124,10 @@ impl<R: Render> Stream<R> {
     }
 
     fn comment(&mut self) {
-        match self.choices.prefill_progress() {
-            Some((done, total)) => self.chunks.push_comment(&format!("prefill {done}/{total}")),
-            None => self.chunks.push_comment("keep-alive"),
+        match (self.choices.loading(), self.choices.prefill_progress()) {
+            (Some(fraction), _) => self.chunks.push_comment(&format!("loading {:.0} %", 100.0 * fraction)),
+            (None, Some((done, total))) => self.chunks.push_comment(&format!("prefill {done}/{total}")),
+            (None, None) => self.chunks.push_comment("keep-alive"),
         }
     }
 }

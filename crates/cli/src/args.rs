@@ -14,7 +14,7 @@ use murmur_store::{ModelName, ModelRef};
 
 use crate::{
     exit::EXIT_CODES_HELP,
-    units::{Size, Threads},
+    units::{Period, Size, Threads},
 };
 
 /// Where the API listens unless told otherwise.
@@ -53,10 +53,10 @@ pub(crate) struct Global {
     /// The configuration file [default: config.toml in the data directory]
     #[arg(long, global = true, env = "MURMUR_CONFIG", value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) config: Option<PathBuf>,
-    /// Where the API listens (serve, client), or is looked for (status, run, bench, mesh)
+    /// Where the API listens (serve, client), or is looked for (status, top, run, bench, mesh)
     #[arg(long, global = true, env = "MURMUR_API", value_name = "ADDR:PORT", default_value = DEFAULT_API)]
     pub(crate) api: SocketAddr,
-    /// A key that the API demands (serve, client) or is given (status, run, bench, mesh); needed when it listens beyond this machine
+    /// A key that the API demands (serve, client) or is given (status, top, run, bench, mesh); needed when it listens beyond this machine
     #[arg(long, global = true, env = "MURMUR_API_KEY", value_name = "KEY", hide_env_values = true)]
     pub(crate) api_key: Option<String>,
     /// Machine-readable output
@@ -92,8 +92,10 @@ pub(crate) enum Command {
     Seed(mesh::Seed),
     /// What the running server does
     Status,
-    /// Check this machine and the settings
-    Doctor,
+    /// Watch the running server and its mesh: requests, models, other nodes, tokens per second
+    Top(Top),
+    /// Check this machine, its way to other nodes and the settings
+    Doctor(mesh::Doctor),
     /// Measure tokens per second
     Bench(Bench),
     /// Print a completion script for a shell
@@ -122,7 +124,7 @@ pub(crate) struct EngineArgs {
     /// Tokens per request at most, prompt and answer together [default: the model's own, as far as memory allows]
     #[arg(long, env = "MURMUR_CTX", value_name = "N", value_parser = value_parser!(u32).range(1..=16_777_216))]
     pub(crate) ctx: Option<u32>,
-    /// Requests that run at the same time; further ones wait. At most 64, with --exact 256
+    /// Requests that run at the same time; further ones wait
     #[arg(long, env = "MURMUR_PARALLEL", value_name = "N", default_value = "4", value_parser = value_parser!(u32).range(1..=256))]
     pub(crate) parallel: u32,
     /// Memory for models and contexts at most, such as 8GiB [default: what the machine has free]
@@ -147,8 +149,16 @@ pub(crate) struct Serve {
     /// The name under which clients find a MODEL; once per MODEL, in the same order
     #[arg(long, env = "MURMUR_ALIAS", value_name = "NAME", value_delimiter = ',', help_heading = "Server options")]
     pub(crate) alias: Vec<ModelName>,
+    /// Offer all other models of the store as well, each loaded when somebody asks for it and there is room
+    #[arg(long, env = "MURMUR_ON_DEMAND", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, help_heading = "Server options")]
+    pub(crate) on_demand: bool,
+    /// How long a model that was loaded on demand stays when nobody asks for it
+    #[arg(long, env = "MURMUR_IDLE", value_name = "TIME", default_value = "15m", help_heading = "Server options")]
+    pub(crate) idle: Period,
     #[command(flatten)]
     pub(crate) mesh: mesh::MeshArgs,
+    #[command(flatten)]
+    pub(crate) limits: mesh::LimitArgs,
     #[command(flatten)]
     pub(crate) server: ServerArgs,
 }
@@ -237,6 +247,14 @@ pub(crate) enum Models {
         #[arg(long)]
         name: Option<ModelName>,
     },
+}
+
+/// `murmur top`.
+#[derive(Debug, Args)]
+pub(crate) struct Top {
+    /// Look once, and print what is seen; so does --json, and so does a standard output that is no terminal
+    #[arg(long)]
+    pub(crate) once: bool,
 }
 
 /// `murmur bench`.

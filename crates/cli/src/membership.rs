@@ -106,16 +106,20 @@ fn by_name(data_dir: &Path, name: &MeshName) -> anyhow::Result<MeshChoice> {
     Ok(MeshChoice::Public(name.0.clone()))
 }
 
-fn options(data_dir: &Path, args: &MeshArgs, mesh: MeshChoice) -> MeshOptions {
-    let nostr = match (args.no_nostr, args.nostr_relay.is_empty()) {
+/// The Nostr relays that the flags mean.
+pub(crate) fn nostr_relays(args: &MeshArgs) -> Vec<String> {
+    match (args.no_nostr, args.nostr_relay.is_empty()) {
         (true, _) => Vec::new(),
         (false, false) => args.nostr_relay.clone(),
         (false, true) => PUBLIC_NOSTR_RELAYS.map(str::to_owned).into(),
-    };
+    }
+}
+
+fn options(data_dir: &Path, args: &MeshArgs, mesh: MeshChoice) -> MeshOptions {
     MeshOptions {
         endpoint: EndpointOptions { relays: args.relay.0.clone(), bind: args.bind },
         mdns: !args.no_mdns,
-        nostr,
+        nostr: nostr_relays(args),
         ..MeshOptions::new(data_dir, mesh)
     }
 }

@@ -110,6 +110,12 @@ impl FromStr for Period {
     }
 }
 
+impl From<Period> for Duration {
+    fn from(period: Period) -> Self {
+        Self::from_secs(period.seconds)
+    }
+}
+
 impl fmt::Display for Period {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let units = [(24 * 3600, "d"), (3600, "h"), (60, "m")];

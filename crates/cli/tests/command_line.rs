@@ -14,12 +14,14 @@ use common::{Home, unused_address};
 #[test]
 fn wrong_use_ends_with_code_2_and_says_what_is_wrong() {
     let home = Home::new();
-    let cases: [(&[&str], &str); 11] = [
+    let cases: [(&[&str], &str); 13] = [
         (&["frobnicate"], "frobnicate"),
         (&["serve", "--stages", "0"], "--stages"),
         (&["serve", "--threads", "many"], "auto"),
         (&["serve", "--max-memory", "lots"], "8GiB"),
         (&["serve", "--ctx", "x"], "--ctx"),
+        (&["serve", "--hours", "late"], "22-7"),
+        (&["serve", "--max-requests", "0"], "--max-requests"),
         (&["status", "--api", "nowhere"], "--api"),
         (&["status", "--log", "=,="], "log filter"),
         (&["models", "pull", "not-a-reference"], "hf:owner/repo"),

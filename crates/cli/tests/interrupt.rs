@@ -6,15 +6,13 @@
 mod common;
 
 use std::{
-    io::{BufRead, BufReader, Read, Write},
+    io::{BufRead, BufReader, Write},
     net::{TcpListener, TcpStream},
-    os::fd::AsFd,
     process::{Command, Stdio},
     sync::mpsc,
-    time::Duration,
 };
 
-use common::Home;
+use common::{Home, PATIENCE, screen::Screen};
 
 /// What the server saw.
 #[derive(Debug, PartialEq, Eq)]
@@ -99,43 +97,4 @@ fn ctrl_c_in_a_conversation_stops_the_answer_and_not_the_program() {
     screen.wait_for(">>> ");
     (&terminal).write_all(b"/exit\r").unwrap();
     assert_eq!(program.wait().unwrap().code(), Some(0));
-}
-
-/// Longer than anything here takes on a busy machine: which step it was that never came is worth knowing.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// What a terminal shows.
-struct Screen {
-    output: mpsc::Receiver<String>,
-    shown: String,
-}
-
-impl Screen {
-    fn of(terminal: &pty_process::blocking::Pty) -> Self {
-        let mut terminal = std::fs::File::from(terminal.as_fd().try_clone_to_owned().unwrap());
-        let (sender, output) = mpsc::channel();
-        std::thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            // A terminal that its program has left is an error to read.
-            while let Ok(n @ 1..) = terminal.read(&mut buffer) {
-                if sender.send(String::from_utf8_lossy(&buffer[..n]).into_owned()).is_err() {
-                    return;
-                }
-            }
-        });
-        Self { output, shown: String::new() }
-    }
-
-    /// Waits until `text` has been shown, and forgets everything up to it.
-    #[track_caller]
-    fn wait_for(&mut self, text: &str) {
-        while !self.shown.contains(text) {
-            match self.output.recv_timeout(PATIENCE) {
-                Ok(more) => self.shown.push_str(&more),
-                Err(error) => panic!("{text:?} was never shown ({error}), but {:?}", self.shown),
-            }
-        }
-        let end = self.shown.find(text).unwrap() + text.len();
-        self.shown.drain(..end);
-    }
 }

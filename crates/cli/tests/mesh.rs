@@ -123,7 +123,7 @@ fn a_client_that_joined_by_ticket_has_the_servers_models_and_gets_the_same_text(
     let shown = client.mesh(["show", "--json"]).succeeds().json();
     assert_eq!((&shown["running"]["node"], &shown["memberships"][0]["name"]), (&shown["node"], &json!("home")));
     client.mesh(["join", &server.ticket()]).succeeds();
-    client.mesh(["invite"]).fails(2, "owner");
+    client.mesh(["invite"]).fails(5, "owner");
 
     // It says goodbye, and nobody has to wait until its record expires.
     server.server.signal("TERM");
@@ -159,7 +159,7 @@ fn a_stream_goes_on_with_the_same_text_when_its_server_is_killed() {
 #[test]
 fn a_stream_ends_with_an_error_when_nobody_is_left_to_go_on_with_it() {
     let mut server = founder();
-    let client = Node::client(&["--join", &server.ticket()]);
+    let client = Node::client(&["--join", &server.ticket(), "--wait", "2s"]);
     client.waits_for_servers_of_demo(1);
     let mut stream = Completion::begin(client.api(), &long_story());
     stream.read(STORY_BYTES_BEFORE_KILL);
@@ -167,6 +167,165 @@ fn a_stream_ends_with_an_error_when_nobody_is_left_to_go_on_with_it() {
     match stream.finish() {
         End::Failed(message) => assert!(message.contains("gone"), "{message}"),
         other => panic!("{other:?}"),
+    }
+}
+
+/// A part of the day in which it is not now, nor within the next hours.
+fn other_hours() -> String {
+    let output = std::process::Command::new("date").arg("+%H").output().unwrap();
+    let now: u32 = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
+    format!("{}-{}", (now + 8) % 24, (now + 12) % 24)
+}
+
+fn paused(node: &Node) -> Option<String> {
+    let (_, status) = http::get(node.api(), "/api/status");
+    status["node"]["sharing"]["paused"].as_str().map(str::to_owned)
+}
+
+#[test]
+fn outside_its_hours_a_node_serves_its_own_user_and_nobody_else() {
+    let home = Home::new();
+    home.run(["mesh", "create", "home"]).succeeds();
+    let server = Node::serving(home, &["--mesh", "home", "--hours", &other_hours()]);
+    let client = Node::client(&["--join", &server.ticket()]);
+    until("the client hears that the node pauses", || {
+        let (_, mesh) = http::get(client.api(), "/api/mesh");
+        (mesh["peers"][0]["models"][0]["state"] == "draining").then_some(())
+    });
+    let request = json!({"model": "demo", "prompt": "Lily", "max_tokens": 4, "seed": 3});
+    assert_ne!(http::post(client.api(), "/v1/completions", &request).0, 200);
+    http::complete(server.api(), &request);
+    assert!(paused(&server).unwrap().contains("outside its hours"));
+    for command in [&["status"][..], &["top", "--once"]] {
+        let page = server.home.run([command, &["--api", server.api()]].concat()).succeeds().out;
+        assert!(page.contains("paused for other nodes: outside its hours"), "{page}");
+    }
+    let doctor = server.home.run([&["doctor", "--api", server.api()], &OFFLINE[..]].concat());
+    assert!(doctor.out.contains("outside its hours"), "{}", doctor.out);
+}
+
+#[test]
+fn a_node_pauses_while_its_machine_is_used_and_finishes_what_runs() {
+    /// Ends with the test.
+    struct Busy(std::process::Child);
+    impl Drop for Busy {
+        fn drop(&mut self) {
+            self.0.kill().unwrap();
+            self.0.wait().unwrap();
+        }
+    }
+    let home = Home::new();
+    home.run(["mesh", "create", "home"]).succeeds();
+    let server = Node::serving(home, &["--mesh", "home", "--pause-when-active"]);
+    let processors = std::thread::available_parallelism().unwrap().get();
+    let busy = || Busy(std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap());
+    let _others: Vec<Busy> = (0..processors).map(|_| busy()).collect();
+    let reason = until("the node pauses", || paused(&server));
+    assert!(reason.contains("this machine is in use"), "{reason}");
+    http::complete(server.api(), &json!({"model": "demo", "prompt": "Lily", "max_tokens": 4, "seed": 3}));
+}
+
+#[test]
+fn a_node_takes_no_more_requests_of_others_than_it_was_told() {
+    let home = Home::new();
+    home.run(["mesh", "create", "home"]).succeeds();
+    let server = Node::serving(home, &["--mesh", "home", "--max-requests", "1"]);
+    let client = Node::client(&["--join", &server.ticket(), "--wait", "1s"]);
+    client.waits_for_servers_of_demo(1);
+    let _stream = Completion::begin(client.api(), &long_story());
+    let request = json!({"model": "demo", "prompt": "Lily", "max_tokens": 4, "seed": 3});
+    assert_eq!(http::post(client.api(), "/v1/completions", &request).0, 429);
+    http::complete(server.api(), &request);
+    let (_, status) = http::get(server.api(), "/api/status");
+    assert_eq!(status["node"]["sharing"]["requests"], 1);
+    let listed = &status["node"]["requests"][0];
+    assert_eq!((&listed["from"], &listed["at"]), (&client.server.ready["mesh"]["node"], &Value::Null));
+}
+
+#[test]
+fn doctor_finds_the_way_to_a_mesh_by_a_seed_and_says_what_is_missing_without_it() {
+    let home = Home::new();
+    let seed = Server::ready(home.murmur(["seed", "--json", "--nostr-port", "0", "--relay-port", "0"]));
+    let (nostr, relay) = (seed.ready["nostr"].as_str().unwrap(), seed.ready["relay"].as_str().unwrap());
+    // Nothing listens on the discard port.
+    let (dead_nostr, dead_relay) = ("ws://127.0.0.1:9", "http://127.0.0.1:9");
+    let doctor = |nostr: &str, relay: &str| {
+        let flags = ["--nostr-relay", nostr, "--relay", relay, "--bind", "127.0.0.1:0", "--no-mdns", "--json"];
+        let report = home.run([&["doctor"], &flags[..]].concat()).succeeds().json();
+        let checks = report["checks"].as_array().unwrap().clone();
+        move |name: &str| -> Vec<Value> { checks.iter().filter(|check| check["name"] == name).cloned().collect() }
+    };
+    let checks = doctor(&format!("{nostr},{dead_nostr}"), &format!("{relay},{dead_relay}"));
+    assert!(checks("UDP")[0]["found"].as_str().unwrap().contains("127.0.0.1 in"), "{:?}", checks("UDP"));
+    assert_eq!((&checks("clock")[0]["verdict"], checks("way out").len()), (&json!("ok"), 1));
+    for (name, alive, dead) in [("relay", relay, dead_relay), ("Nostr relay", nostr, dead_nostr)] {
+        let found = checks(name);
+        assert!(found[0]["found"].as_str().unwrap().contains(&format!("{alive} answers in")), "{found:?}");
+        assert!(found[1]["found"].as_str().unwrap().contains(&format!("{dead} does not answer")), "{found:?}");
+        assert_eq!(found[1]["advice"], "Another one does, which is enough.");
+    }
+    let alone = doctor(dead_nostr, dead_relay);
+    for name in ["relay", "Nostr relay", "way out"] {
+        assert_eq!(alone(name)[0]["verdict"], "warn", "{:?}", alone(name));
+    }
+    assert!(alone("clock")[0]["found"].as_str().unwrap().contains("nobody is there"), "{:?}", alone("clock"));
+    let holder = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let bind = holder.local_addr().unwrap().to_string();
+    let refused = home.run(["doctor", "--relay", "none", "--no-nostr", "--mesh", "x", "--bind", &bind]);
+    assert!(refused.code == Some(1) && refused.out.contains("FAIL  UDP"), "{}", refused.out);
+    assert!(home.run(["doctor"]).out.contains("talks to no other"), "a machine in no mesh asks nobody");
+}
+
+/// A node that has the demo model in its store, and loads it when somebody asks.
+fn on_demand(arguments: &[&str]) -> Node {
+    let home = Home::new();
+    home.run(["models", "import", DEMO, "--name", "demo"]).succeeds();
+    home.run(["mesh", "create", "home"]).succeeds();
+    let given = [&["--mesh", "home", "--on-demand", "--exact"], &OFFLINE[..], arguments].concat();
+    let server = Server::start(&home, given);
+    Node { home, server }
+}
+
+fn state_of_demo(node: &Node) -> Value {
+    http::get(node.api(), "/v1/models/demo").1["state"].clone()
+}
+
+/// The processes that this one has started.
+fn children(node: &Node) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", node.server.child.id())).unwrap().flatten();
+    let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    lists.map(|list| list.split_whitespace().count()).sum()
+}
+
+#[test]
+fn a_model_that_nobody_serves_is_loaded_for_whoever_asks_and_let_go_when_nobody_does() {
+    let owner = on_demand(&["--idle", "2s"]);
+    let client = Node::client(&["--join", &owner.ticket()]);
+    until("the model is listed at the client", || (state_of_demo(&client) == "available").then_some(()));
+    assert_eq!(http::get(owner.api(), "/health").0, 200);
+    assert_eq!((children(&owner), children(&client)), (0, 0), "processes for what nobody has asked for");
+    let request = json!({"model": "demo", "prompt": "Lily and the kitten", "max_tokens": 20, "seed": 3});
+    let text = http::complete(client.api(), &request);
+    let mut stream = Completion::begin(client.api(), &long_story());
+    assert_eq!(state_of_demo(&owner), "ready");
+    assert!(children(&owner) > 0);
+    assert_eq!(stream.finish(), End::Finished("length".into()));
+    until("the model is let go, with its processes", || {
+        (state_of_demo(&client) == "available" && children(&owner) == 0).then_some(())
+    });
+    // It comes back, for its owner as well.
+    assert_eq!(http::complete(owner.api(), &request), text);
+}
+
+#[test]
+fn a_model_on_demand_that_does_not_fit_is_refused_with_what_would() {
+    let owner = on_demand(&["--max-memory", "1M", "--wait", "1s"]);
+    let client = Node::client(&["--join", &owner.ticket(), "--wait", "1s"]);
+    until("the model is listed at the client", || (state_of_demo(&client) == "available").then_some(()));
+    for node in [&owner, &client] {
+        let (status, answer) = http::post(node.api(), "/v1/completions", &json!({"model": "demo", "prompt": "x"}));
+        let message = answer["error"]["message"].as_str().unwrap();
+        assert!(status == 503 && message.contains("does not fit") && message.contains("MiB"), "{answer}");
     }
 }
 
@@ -219,7 +378,7 @@ fn tickets_that_do_not_count_are_refused_with_the_reason() {
 #[test]
 fn a_revoked_member_is_shut_out() {
     let server = founder();
-    let guest = Node::client(&["--join", &server.ticket()]);
+    let guest = Node::client(&["--join", &server.ticket(), "--wait", "2s"]);
     guest.waits_for_servers_of_demo(1);
     let node = guest.server.ready["mesh"]["node"].as_str().unwrap();
     let known = || http::get(server.api(), "/api/mesh").1["peers"][0]["node"] == node;

@@ -5,12 +5,14 @@
 //! reproduces any failure.
 //!
 //! - [`membership`]: who is in the mesh, and how that stays true with copies that are late, lost, doubled or lied about.
+//! - [`overlay`]: the graph on which records are broadcast, and how it is kept whole without being disturbed.
 //! - [`health`]: what is known of each peer from dealing with it.
 //! - [`prefix`] and [`router`]: which peer gets a request, in predicted milliseconds.
 //! - [`request`]: a request's way from its first peer to its last token, whoever dies meanwhile.
 
 pub mod health;
 pub mod membership;
+pub mod overlay;
 pub mod prefix;
 pub mod request;
 pub mod router;

@@ -1,7 +1,7 @@
 //! Who is in the mesh.
 //!
-//! Each node says one thing: its own signed record, renewed every [`MembershipOptions::renew_every_ms`]. Everybody keeps
-//! the latest record of everybody, and hands it on. Three rules make that safe with copies that arrive late, twice, in any
+//! Each node says one thing: its own signed record, renewed every [`MembershipOptions::renew_every_ms`] (less often in a
+//! large mesh: see [`RECORDS_PER_SECOND`]). Everybody keeps the latest record of everybody, and hands it on. Three rules make that safe with copies that arrive late, twice, in any
 //! order, or from liars:
 //!
 //! - **The latest sequence number wins**, whoever brings it; a tombstone is the last word of a node.
@@ -27,8 +27,22 @@ use murmur_protocol::mesh::{MeshId, NodeId, NodeRecord, RecordError, SignedRecor
 
 pub use table::Membership;
 
-/// How often a node renews its record, unless something changes.
+/// How often a node of a mesh that is not too large renews its record, unless something changes.
 pub const RENEW_EVERY_MS: u64 = 20_000;
+
+/// How long a record of such a node counts.
+pub const RECORD_TTL_MS: u32 = 60_000;
+
+/// Records that all nodes of a mesh together broadcast in a second. Everybody hears all of them: at some 700 bytes each
+/// they are what a large mesh costs. Where [`RENEW_EVERY_MS`] would give more, each node renews less often and states that
+/// its records count longer, up to the longest that the protocol allows.
+pub const RECORDS_PER_SECOND: u64 = 50;
+
+/// Records that a node may send at once because something changed, before its share of [`RECORDS_PER_SECOND`] limits it.
+pub const CHANGE_BURST: u64 = 4;
+
+/// How many times a record is renewed while it counts: two renewals may be lost.
+pub const RENEWALS_PER_TTL: u64 = 3;
 
 /// Pause between two records of one node, at least. Who sends more often is not heard (see [`UPDATE_BURST`]).
 pub const RENEW_PAUSE_MS: u64 = 1_000;
@@ -138,8 +152,10 @@ pub enum Unwelcome {
 /// Sizes and times of a membership table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MembershipOptions {
-    /// How often the own record is renewed. At most a third of its `ttl_ms`, so that two renewals may be lost.
+    /// How often the own record is renewed: at most `ttl_ms` divided by [`RENEWALS_PER_TTL`].
     pub renew_every_ms: u64,
+    /// How long the own record counts.
+    pub ttl_ms: u32,
     /// Other nodes in the table, at most.
     pub nodes_max: usize,
     /// Graves of nodes that were in the table, at most.
@@ -148,6 +164,11 @@ pub struct MembershipOptions {
 
 impl Default for MembershipOptions {
     fn default() -> Self {
-        MembershipOptions { renew_every_ms: RENEW_EVERY_MS, nodes_max: 16_384, graves_max: 65_536 }
+        MembershipOptions {
+            renew_every_ms: RENEW_EVERY_MS,
+            ttl_ms: RECORD_TTL_MS,
+            nodes_max: 16_384,
+            graves_max: 65_536,
+        }
     }
 }

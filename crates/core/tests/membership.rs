@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use common::{TTL_MS, mesh, node, record, record_of_another_mesh, tombstone};
 use murmur_core::{
     membership::{
-        DIGEST_NODES_MAX, Membership, MembershipOptions, Outcome, RENEW_EVERY_MS, RENEW_PAUSE_MS, UPDATE_BURST,
-        Unwelcome,
+        CHANGE_BURST, DIGEST_NODES_MAX, Membership, MembershipOptions, Outcome, RENEW_EVERY_MS, RENEW_PAUSE_MS,
+        UPDATE_BURST, Unwelcome,
     },
     time::Now,
 };
@@ -160,6 +160,68 @@ fn the_own_record_is_renewed_regularly_and_soon_after_a_change_and_never_after_l
     assert_eq!(table.leave(T0.plus_ms(5_000)), FIRST_SEQUENCE + 2);
     table.note_change();
     assert_eq!(table.next_renewal(), None);
+}
+
+/// A table of `count` nodes beside the own.
+fn crowd(count: u32) -> Membership {
+    let mut table = table(0);
+    for number in 1..=count {
+        table.accept(&record(node(number), 1), 0, node(number), T0);
+    }
+    table
+}
+
+#[test]
+fn in_a_large_mesh_records_count_longer_and_are_renewed_less_often() {
+    for (others, every_ms, ttl_ms) in [
+        (0, RENEW_EVERY_MS, 60_000),
+        (999, RENEW_EVERY_MS, 60_000),
+        (1_999, 40_000, 120_000),
+        (9_999, 100_000, 300_000),
+    ] {
+        let mut table = crowd(others);
+        renewed(&mut table, T0);
+        assert_eq!((table.next_renewal(), table.ttl_ms()), (Some(T0.plus_ms(every_ms)), ttl_ms), "{others}");
+    }
+}
+
+#[test]
+fn a_newcomer_that_finds_a_large_mesh_renews_within_what_its_record_said_before() {
+    let mut table = table(0);
+    renewed(&mut table, T0);
+    for number in 1..=5_000 {
+        table.accept(&record(node(number), 1), 0, node(number), T0);
+    }
+    assert_eq!((table.next_renewal(), table.ttl_ms()), (Some(T0.plus_ms(RENEW_EVERY_MS)), 60_000));
+}
+
+#[test]
+fn changes_are_told_at_once_and_in_a_large_mesh_no_faster_than_the_share_of_each_allows() {
+    for (others, changes_at_most) in [(0, 60), (499, CHANGE_BURST + 6)] {
+        let mut table = crowd(others);
+        renewed(&mut table, T0);
+        let mut renewals = 0;
+        for now in (1..=60).map(|second| T0.plus_ms(second * 1_000)) {
+            table.note_change();
+            if table.next_renewal().is_some_and(|due| due <= now) {
+                renewed(&mut table, now);
+                renewals += 1;
+            }
+            assert!(now != T0.plus_ms(1_000) || renewals == 1, "the first change waits for nothing");
+        }
+        assert!(renewals <= changes_at_most && renewals + 2 >= changes_at_most, "{others} others: {renewals}");
+    }
+}
+
+#[test]
+fn a_node_that_is_expelled_is_gone_at_once_and_its_copies_do_not_bring_it_back() {
+    let mut table = table(0);
+    table.accept(&record(node(1), 5), 0, node(1), T0);
+    table.expel(&node(1), T0);
+    table.expel(&node(2), T0);
+    assert!(table.is_empty());
+    assert_eq!(table.accept(&record(node(1), 5), 0, node(2), T0), Outcome::Old);
+    assert!(matches!(table.accept(&record(node(1), 6), 0, node(1), T0), Outcome::New { .. }));
 }
 
 #[test]

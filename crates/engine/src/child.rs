@@ -19,7 +19,7 @@ use rustix::net::RecvFlags;
 use crate::{
     embedding::EmbeddingModel,
     ffi::{Model, ModelOptions},
-    schedule::Schedule,
+    schedule::{EXACT_DECODE_ROWS_MAX, Schedule},
     stage::{Stage, StageError, Work},
     vocabulary::tokenize,
 };
@@ -157,7 +157,8 @@ impl Server {
             Role::Stage { .. } => {
                 let stage = Stage::load(load, &mut progress)?;
                 let facts = stage.facts().clone();
-                let schedule = Schedule::new(stage.batch_rows(), load.exact);
+                let decode_rows_max = if load.exact { EXACT_DECODE_ROWS_MAX } else { stage.batch_rows() };
+                let schedule = Schedule::new(decode_rows_max);
                 (Server::Stage(Box::new(stage), schedule), facts)
             }
             Role::Vocabulary => {

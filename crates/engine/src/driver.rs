@@ -90,6 +90,9 @@ pub struct Counters {
     pub token_compute_us: u64,
 }
 
+/// Events and the room for them in their session's channel.
+type News = Vec<(mpsc::OwnedPermit<SessionEvent>, SessionEvent)>;
+
 /// The state machine. See the module's page.
 pub struct Driver {
     options: DriverOptions,
@@ -100,6 +103,8 @@ pub struct Driver {
     releases: u64,
     next_id: u64,
     output: Vec<(usize, Frame)>,
+    /// What sessions are told once the output is on its way: waking a reader takes time that the next step need not wait.
+    news: News,
     /// The engine ends: what sessions are told.
     stopped: Option<String>,
     counters: Counters,
@@ -118,6 +123,7 @@ impl Driver {
             releases: 0,
             next_id: 1,
             output: Vec::new(),
+            news: Vec::new(),
             stopped: None,
             counters: Counters::default(),
             last_step: vec![None; stages],
@@ -127,6 +133,19 @@ impl Driver {
     /// Frames to send, by stage, in order.
     pub fn take_output(&mut self) -> Vec<(usize, Frame)> {
         std::mem::take(&mut self.output)
+    }
+
+    /// Tells the sessions what has happened to them: after [`Driver::take_output`] was sent.
+    pub fn deliver(&mut self) {
+        for (place, event) in self.news.drain(..) {
+            place.send(event);
+        }
+    }
+
+    /// False when the session's reader is gone.
+    fn tell(news: &mut News, session: &Session, event: SessionEvent) -> bool {
+        let place = session.events.clone().try_reserve_owned();
+        place.map(|place| news.push((place, event))).is_ok()
     }
 
     /// Counters so far.
@@ -392,7 +411,7 @@ impl Driver {
                 cached_tokens: session.cached_tokens,
             };
             if session.events.capacity() > EVENTS_MARGIN {
-                let _ = session.events.try_send(progress);
+                Self::tell(&mut self.news, session, progress);
             }
         }
         let sampled = step.sampled.clone();
@@ -411,10 +430,10 @@ impl Driver {
         self.counters.generated_tokens += 1;
         let full = session.generated().len() as u32 >= session.max_tokens;
         let ended = ends || grammar_ended;
-        let heard = session.events.try_send(SessionEvent::Token(sampled)).is_ok();
+        let heard = Self::tell(&mut self.news, session, SessionEvent::Token(sampled));
         if ended || full {
             let ending = if ended { Ending::EndOfText } else { Ending::Length };
-            let _ = session.events.try_send(SessionEvent::Ended(ending));
+            Self::tell(&mut self.news, session, SessionEvent::Ended(ending));
             self.remove(id, false);
         } else if !heard {
             // The reader is gone (a full channel cannot be: a step is sent only when there is room for its token).
@@ -463,7 +482,7 @@ impl Driver {
 
     fn fail(&mut self, id: u64, reason: String) {
         if let Some(session) = self.sessions.get(&id) {
-            let _ = session.events.try_send(SessionEvent::Failed(reason));
+            Self::tell(&mut self.news, session, SessionEvent::Failed(reason));
         }
         self.remove(id, true);
     }

@@ -32,7 +32,6 @@ impl EmbeddingModel {
                 kv_cells: load.context_tokens,
                 sequences: 1,
                 batch_rows: load.context_tokens,
-                unified_kv: true,
                 exact: false,
                 embeddings: true,
                 threads_max: load.threads_max,

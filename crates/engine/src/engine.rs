@@ -34,10 +34,8 @@ use crate::{
 
 /// Most KV cells of a stage: llama.cpp counts them in 32 bits and rounds up.
 const KV_CELLS_MAX: u32 = 1 << 30;
-/// llama.cpp's own limit (`LLAMA_MAX_SEQ`).
-const SEQUENCES_MAX: u32 = 256;
-/// Sequences for each request of full length: short requests and kept prefixes share the cells.
-const SEQUENCES_PER_REQUEST: u32 = 4;
+/// Requests that can run at once, each in a sequence of llama.cpp: its own limit (`LLAMA_MAX_SEQ`).
+pub const PARALLEL_MAX: u32 = 256;
 
 /// How long things are waited for. Tests have less patience.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,7 +67,7 @@ pub struct EngineOptions {
     pub ranges: Vec<LayerRange>,
     /// Tokens per request at most.
     pub context_tokens: u32,
-    /// Requests of full length that fit the KV cache at once.
+    /// Requests that run at once, up to [`PARALLEL_MAX`].
     pub parallel: u32,
     /// Requests that may wait.
     pub queue_max: usize,
@@ -86,17 +84,13 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
-    /// Requests of full length that can run at once. In exact mode each has one sequence to itself; otherwise prefixes
-    /// are kept in more.
-    pub fn parallel_max(exact: bool) -> u32 {
-        if exact { SEQUENCES_MAX } else { SEQUENCES_MAX / SEQUENCES_PER_REQUEST }
-    }
-
     fn check(&self) -> Result<(), EngineError> {
         let bad = |what: String| Err(EngineError::Options(what));
-        let (parallel, most) = (self.parallel, Self::parallel_max(self.exact));
-        if !(1..=most).contains(&parallel) {
-            return bad(format!("{parallel} requests at once are not possible: the engine can run 1 to {most}"));
+        let parallel = self.parallel;
+        if !(1..=PARALLEL_MAX).contains(&parallel) {
+            return bad(format!(
+                "{parallel} requests at once are not possible: the engine can run 1 to {PARALLEL_MAX}"
+            ));
         }
         if self.context_tokens.checked_mul(parallel).is_none_or(|cells| cells > KV_CELLS_MAX) {
             return bad(format!(
@@ -109,12 +103,6 @@ impl EngineOptions {
             return bad(format!("a chunk of {} prompt rows: 1 to {MAX_ROWS} are possible", self.chunk_rows));
         }
         Ok(())
-    }
-
-    /// Sequences for so many requests of full length. With one KV stream each (exact mode) a sequence has its share of the
-    /// cells for itself.
-    pub fn sequences(parallel: u32, exact: bool) -> u32 {
-        if exact { parallel } else { parallel.saturating_mul(SEQUENCES_PER_REQUEST) }
     }
 }
 
@@ -399,7 +387,7 @@ fn stage_cells(options: &EngineOptions, gguf: &Gguf) -> Result<Vec<StageCell>, E
             if stages == 1 { options.model.clone() } else { slices::slice_file(&options.slices_dir, gguf, range)? };
         let load = Load {
             kv_cells: options.context_tokens * options.parallel,
-            sequences: EngineOptions::sequences(options.parallel, options.exact),
+            sequences: options.parallel,
             tap: tap.filter(|_| stage + 1 < stages).map(str::to_owned),
             inject: inject.clone().filter(|_| stage > 0),
             ..load_of(options, path, Role::Stage { first: stage == 0, last: stage + 1 == stages })

@@ -255,14 +255,12 @@ impl Model {
 
 /// How to run a model.
 pub(crate) struct ContextOptions {
-    /// KV cells over all sequences.
+    /// KV cells over all sequences. Each has an equal share as a KV stream of its own, where a cell's number is its position.
     pub(crate) kv_cells: u32,
     /// Sequences.
     pub(crate) sequences: u32,
     /// Rows of one computation at most.
     pub(crate) batch_rows: u32,
-    /// One KV stream for all sequences (cells are shared), or one for each (cell = position, which exactness needs).
-    pub(crate) unified_kv: bool,
     /// No flash attention: its kernel splits the KV cache of a lone row over the threads, and the sum depends on their number.
     pub(crate) exact: bool,
     /// Pooled embeddings instead of logits.
@@ -383,7 +381,7 @@ impl Context {
             params.n_seq_max = options.sequences;
             params.n_threads = threads;
             params.n_threads_batch = threads;
-            params.kv_unified = options.unified_kv;
+            params.kv_unified = false;
             params.swa_full = true;
             params.no_perf = true;
             if options.exact {

@@ -1,8 +1,8 @@
 //! Which queued rows are computed together: continuous batching.
 //!
-//! Decode rows go first; prompt chunks fill the rest of the batch, so a long prompt delays running streams by one chunk
-//! at most. In exact mode a token must always pass through the same matrix kernels, so a prompt chunk has a batch to
-//! itself and decode batches stay below the row count at which llama.cpp changes kernels.
+//! Generated rows of many sequences share a batch; a prompt chunk has one to itself. The two take turns, so a long prompt
+//! delays running streams by one chunk at most. Mixing them would gain little: a chunk keeps the processor busy by itself,
+//! and llama.cpp, with a KV stream for each sequence, computes only equal numbers of rows per sequence together.
 
 use std::collections::VecDeque;
 
@@ -12,26 +12,25 @@ pub(crate) trait Rows {
     fn rows(&self) -> usize;
     /// Prompt rows?
     fn is_prefill(&self) -> bool;
-    /// The KV sequence, by which exact batches are ordered.
+    /// The KV sequence, by which batches are ordered.
     fn sequence(&self) -> i32;
 }
 
-/// llama.cpp's tiled K-quant kernel starts at 8 rows.
+/// In exact mode batches stay below the 8 rows at which llama.cpp's tiled K-quant kernel starts.
 pub(crate) const EXACT_DECODE_ROWS_MAX: usize = 7;
 
 /// The queue of one stage.
 pub(crate) struct Schedule<W> {
     decode: VecDeque<W>,
     prefill: VecDeque<W>,
-    batch_rows: usize,
-    exact: bool,
+    decode_rows_max: usize,
     decoded_last: bool,
 }
 
 impl<W: Rows> Schedule<W> {
-    /// A queue whose batches have at most `batch_rows` rows.
-    pub(crate) fn new(batch_rows: usize, exact: bool) -> Schedule<W> {
-        Schedule { decode: VecDeque::new(), prefill: VecDeque::new(), batch_rows, exact, decoded_last: false }
+    /// A queue whose batches have at most `decode_rows_max` rows of different sequences.
+    pub(crate) fn new(decode_rows_max: usize) -> Schedule<W> {
+        Schedule { decode: VecDeque::new(), prefill: VecDeque::new(), decode_rows_max, decoded_last: false }
     }
 
     /// Queues rows.
@@ -52,23 +51,6 @@ impl<W: Rows> Schedule<W> {
 
     /// The next batch; empty only when nothing is queued.
     pub(crate) fn next_batch(&mut self) -> Vec<W> {
-        if self.exact { self.next_exact() } else { self.next_mixed() }
-    }
-
-    fn next_mixed(&mut self) -> Vec<W> {
-        let mut batch = Vec::new();
-        let mut room = self.batch_rows;
-        for queue in [&mut self.decode, &mut self.prefill] {
-            while queue.front().is_some_and(|work| work.rows() <= room || batch.is_empty()) {
-                let Some(work) = queue.pop_front() else { break };
-                room = room.saturating_sub(work.rows());
-                batch.push(work);
-            }
-        }
-        batch
-    }
-
-    fn next_exact(&mut self) -> Vec<W> {
         let decode = !self.decode.is_empty() && (self.prefill.is_empty() || !self.decoded_last);
         self.decoded_last = decode;
         if !decode {
@@ -80,7 +62,7 @@ impl<W: Rows> Schedule<W> {
             let alone = batch.is_empty();
             let distinct = batch.iter().all(|w| w.sequence() != work.sequence());
             let single = work.rows() == 1 && batch.iter().all(|w| w.rows() == 1);
-            if !(alone || distinct && single && batch.len() < EXACT_DECODE_ROWS_MAX) {
+            if !(alone || distinct && single && batch.len() < self.decode_rows_max) {
                 break;
             }
             batch.extend(self.decode.pop_front());
@@ -109,41 +91,34 @@ mod tests {
         }
     }
 
-    fn queue(exact: bool, works: &[W]) -> Schedule<W> {
-        let mut schedule = Schedule::new(16, exact);
+    fn queue(decode_rows_max: usize, works: &[W]) -> Schedule<W> {
+        let mut schedule = Schedule::new(decode_rows_max);
         works.iter().for_each(|&w| schedule.push(w));
         schedule
     }
 
     #[test]
-    fn decode_rows_go_first_and_chunks_fill_the_batch() {
-        let mut schedule = queue(false, &[W(0, 12, true), W(1, 12, true), W(2, 1, false), W(3, 1, false)]);
-        assert_eq!(schedule.next_batch(), [W(2, 1, false), W(3, 1, false), W(0, 12, true)]);
-        assert_eq!(schedule.next_batch(), [W(1, 12, true)]);
-        assert!(schedule.is_empty());
-    }
-
-    #[test]
-    fn exact_batches_never_mix_and_neither_side_starves() {
-        let mut schedule = queue(true, &[W(0, 12, true), W(0, 12, true), W(2, 1, false), W(1, 1, false)]);
+    fn rows_of_prompts_and_answers_never_mix_and_neither_side_starves() {
+        let mut schedule = queue(7, &[W(0, 12, true), W(0, 12, true), W(2, 1, false), W(1, 1, false)]);
         assert_eq!(schedule.next_batch(), [W(1, 1, false), W(2, 1, false)]);
         schedule.push(W(1, 1, false));
         assert_eq!(schedule.next_batch(), [W(0, 12, true)]);
         assert_eq!(schedule.next_batch(), [W(1, 1, false)]);
         assert_eq!(schedule.next_batch(), [W(0, 12, true)]);
+        assert!(schedule.is_empty());
     }
 
     #[test]
-    fn exact_decode_batches_stay_below_the_kernel_change() {
+    fn batches_of_generated_rows_have_the_size_that_was_asked_for_at_most() {
         let works: Vec<W> = (0..20).map(|i| W(i, 1, false)).collect();
-        let mut schedule = queue(true, &works);
+        let mut schedule = queue(7, &works);
         let sizes: Vec<usize> = std::iter::from_fn(|| Some(schedule.next_batch().len()).filter(|&n| n > 0)).collect();
         assert_eq!(sizes, [7, 7, 6]);
     }
 
     #[test]
-    fn two_exact_pieces_of_one_sequence_are_never_in_one_batch() {
-        let mut schedule = queue(true, &[W(0, 1, false), W(0, 1, false)]);
+    fn two_pieces_of_one_sequence_are_never_in_one_batch() {
+        let mut schedule = queue(7, &[W(0, 1, false), W(0, 1, false)]);
         assert_eq!(schedule.next_batch().len(), 1);
         assert_eq!(schedule.next_batch().len(), 1);
     }

@@ -106,15 +106,12 @@ impl Stage {
             let prepare = move || vocabulary.prepare_grammars();
             let _ = std::thread::Builder::new().name("grammars".into()).spawn(prepare);
         }
-        // In exact mode a chunk has a batch to itself. Without flash attention the buffers grow with rows x cells.
-        let batch_rows = if load.exact { load.chunk_rows } else { load.chunk_rows * 2 }.max(load.sequences);
         let context = Context::new(
             model.clone(),
             &ContextOptions {
                 kv_cells: load.kv_cells,
                 sequences: load.sequences,
-                batch_rows,
-                unified_kv: !load.exact,
+                batch_rows: load.chunk_rows.max(load.sequences),
                 exact: load.exact,
                 embeddings: false,
                 threads_max: load.threads_max,
@@ -130,7 +127,7 @@ impl Stage {
             weight_bytes: model.weight_bytes(),
             vocabulary: None,
         };
-        let slots = Slots::new(context.kv_cells(), load.sequences, load.chunk_rows, load.exact);
+        let slots = Slots::new(context.kv_cells() / load.sequences.max(1), load.sequences, load.chunk_rows, load.exact);
         let governor = ThreadGovernor::new(load.threads_max, load.threads);
         Ok(Stage {
             context,
@@ -175,8 +172,9 @@ impl Stage {
         let admitted = self.slots.admit(header.session, &tokens, open.reserve_cells).map_err(|refused| match refused {
             NotAdmitted::Busy => NotOpened::Busy { retry_ms: RETRY_MS },
             NotAdmitted::TooLarge => NotOpened::Bad(format!(
-                "the request needs {} KV cells and this stage has {}: shorten it, or give the server a larger --ctx",
-                open.reserve_cells, self.facts.kv_cells
+                "the request needs {} KV cells and each has {} at this stage: shorten it, or give the server a larger --ctx",
+                open.reserve_cells,
+                self.slots.cells()
             )),
         })?;
         let mut cached_tokens = admitted.cached_tokens;

@@ -7,7 +7,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::*;
-use murmur_engine::{Engine, EngineError, EngineOptions, Patience, SessionEvent, StartError, Stop};
+use murmur_engine::{Engine, EngineError, EngineOptions, PARALLEL_MAX, Patience, SessionEvent, StartError, Stop};
 use murmur_gguf::synth::Weights;
 use murmur_protocol::{
     frame::{Frame, Header, Kind, MAX_PAYLOAD_BYTES},
@@ -172,14 +172,12 @@ fn a_stage_that_cannot_be_loaded_at_first_is_an_error_that_says_why() {
 #[test]
 fn more_parallel_requests_than_the_engine_can_run_are_refused_and_as_many_as_it_can_are_not() {
     let lab = Lab::new();
-    for (exact, most) in [(false, 64), (true, 256)] {
-        let options = EngineOptions { exact, parallel: most, context_tokens: 64, ..options(&lab, &[0, 8], IMPATIENT) };
-        let engine = load(options.clone());
-        assert_eq!(engine.status().stages[0].loaded.as_ref().map(|l| l.kv_cells >= 64 * most), Some(true));
-        let refused =
-            Engine::load(EngineOptions { parallel: most + 1, ..options }, Stop::new(), |_, _| {}).err().unwrap();
-        assert!(refused.to_string().contains(&format!("1 to {most}")), "{refused}");
-    }
+    let options = EngineOptions { parallel: PARALLEL_MAX, context_tokens: 64, ..options(&lab, &[0, 8], IMPATIENT) };
+    let engine = load(options.clone());
+    assert_eq!(engine.status().stages[0].loaded.as_ref().map(|l| l.kv_cells >= 64 * PARALLEL_MAX), Some(true));
+    let too_many = EngineOptions { parallel: PARALLEL_MAX + 1, ..options };
+    let refused = Engine::load(too_many, Stop::new(), |_, _| {}).err().unwrap();
+    assert!(refused.to_string().contains("1 to 256"), "{refused}");
 }
 
 #[test]

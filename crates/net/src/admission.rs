@@ -5,7 +5,8 @@
 //! after each handshake on gossip's ALPN. Dialling somebody who was not greeted yet greets him first.
 //!
 //! Peers that hand over what no honest peer would get strikes; with enough of them they are shut out for a while.
-//! Broadcasts give none: overlay neighbours pass on what they cannot check, so the last hop is not to blame.
+//! So do bad broadcasts of which they say themselves that they begin with them. Overlay neighbours pass on what they have
+//! not checked, so others are not to blame.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

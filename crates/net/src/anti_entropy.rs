@@ -8,7 +8,8 @@
 //!          <──────────────────  end
 //! ```
 //!
-//! After one exchange both know what either knew, up to the bounds of `murmur_core::membership`. Each exchange is one
+//! The last records are those that the other wants, and whatever is newer here than what it has just handed over: it may
+//! not have heard that a node is gone. After one exchange both know what either knew, up to the bounds of `murmur_core::membership`. Each exchange is one
 //! stream with a deadline. Signatures are checked before a record is taken, on the stream's own task, so that a flood
 //! of forgeries costs the one who checks and not the table; each one that fails is an offence of the peer that handed
 //! it over.
@@ -19,7 +20,7 @@ use std::time::Duration;
 use iroh::endpoint::SendStream;
 use murmur_core::membership::{Aged, Answer, Digest, Verified};
 use murmur_protocol::mesh::control::RECORDS_MAX;
-use murmur_protocol::mesh::{AgedRecord, Control};
+use murmur_protocol::mesh::{AgedRecord, Control, NodeId};
 use tokio::time::timeout;
 
 use crate::NetError;
@@ -42,10 +43,11 @@ pub(crate) async fn exchange(shared: &Arc<Shared>, link: &Link) -> Result<(), Ne
             link.connection.open_bi().await.map_err(|error| NetError::unreachable(link.node, error))?;
         stream::write(&mut send, &Control::Digest(digest)).await?;
         let mut reader = Reader::new(recv);
-        let Some(wanted) = take_records(shared, link, &mut reader).await? else {
+        let (mut outdated, Some(wanted)) = take_records(shared, link, &mut reader).await? else {
             return Err(NetError::protocol("a digest was not answered"));
         };
-        let records = shared.ask(|reply| Command::Wanted { nodes: wanted, reply }).await?;
+        outdated.extend(wanted);
+        let records = shared.ask(|reply| Command::Wanted { nodes: outdated, reply }).await?;
         hand_over(&mut send, &records).await?;
         stream::finish(&mut send);
         match reader.next().await? {
@@ -69,8 +71,8 @@ pub(crate) async fn respond(
         hand_over(send, &answer.records).await?;
         stream::write(send, &Control::Want(answer.want)).await?;
         match take_records(shared, link, reader).await? {
-            None => Ok(()),
-            Some(_) => Err(NetError::protocol("records were asked for twice")),
+            (_, None) => Ok(()),
+            (_, Some(_)) => Err(NetError::protocol("records were asked for twice")),
         }
     };
     deadline(responding).await
@@ -84,38 +86,41 @@ async fn hand_over(send: &mut SendStream, records: &[Aged]) -> Result<(), NetErr
     Ok(())
 }
 
-/// Takes records until something is wanted, which is returned, or the stream ends.
+/// Takes records until something is wanted, or the stream ends. Returns the nodes of which something newer is known here
+/// than what was handed over, and those that are wanted.
 async fn take_records(
     shared: &Arc<Shared>,
     link: &Link,
     reader: &mut Reader<Control>,
-) -> Result<Option<Vec<murmur_protocol::mesh::NodeId>>, NetError> {
+) -> Result<(Vec<NodeId>, Option<Vec<NodeId>>), NetError> {
+    let mut outdated = Vec::new();
     for _ in 0..=RECORD_MESSAGES_MAX {
         match reader.next().await? {
             Some(Control::Records(records)) => {
                 for aged in records {
-                    take(shared, link, &aged).await?;
+                    outdated.extend(take(shared, link, &aged).await?);
                 }
             }
-            Some(Control::Want(nodes)) => return Ok(Some(nodes)),
+            Some(Control::Want(nodes)) => return Ok((outdated, Some(nodes))),
             Some(Control::Unknown { .. }) => {}
             Some(_) => return Err(NetError::protocol("another message came in the middle of an exchange")),
-            None => return Ok(None),
+            None => return Ok((outdated, None)),
         }
     }
     Err(NetError::protocol("an exchange does not end"))
 }
 
-/// Checks a record that a neighbour handed over, and gives it to the table.
-async fn take(shared: &Arc<Shared>, link: &Link, aged: &AgedRecord) -> Result<(), NetError> {
+/// Checks a record that a neighbour handed over, and gives it to the table. Returns its node if something newer is known.
+async fn take(shared: &Arc<Shared>, link: &Link, aged: &AgedRecord) -> Result<Option<NodeId>, NetError> {
     match Verified::check(aged.record.clone(), shared.identity.mesh) {
         Ok(verified) => {
-            let age_ms = u64::from(aged.age_ms);
-            shared.ask(|reply| Command::Handed { verified, age_ms, from: link.node, reply }).await.map(drop)
+            let (node, age_ms) = (verified.record().node, u64::from(aged.age_ms));
+            let outdated = shared.ask(|reply| Command::Handed { verified, age_ms, from: link.node, reply }).await?;
+            Ok(outdated.then_some(node))
         }
         Err(error) => {
             tracing::debug!(from = %link.node.short(), %error, "a neighbour handed over a bad record");
-            if shared.offence(link.node) { Err(NetError::protocol("too many bad records")) } else { Ok(()) }
+            if shared.offence(link.node) { Err(NetError::protocol("too many bad records")) } else { Ok(None) }
         }
     }
 }

@@ -96,7 +96,7 @@ pub(crate) async fn bind(
     Ok(Bound { endpoint, addresses })
 }
 
-fn relays(relays: &Relays) -> Result<Builder, NetError> {
+pub(crate) fn relays(relays: &Relays) -> Result<Builder, NetError> {
     match relays {
         Relays::Public => Ok(Endpoint::builder(presets::N0)),
         Relays::Own(urls) => {

@@ -50,10 +50,10 @@ pub enum NetError {
         reason: String,
     },
     /// The other side answered and wants nothing to do with us. Its reason is for people to read.
-    #[error("refused by the other side: {0}")]
+    #[error("refused by the other side: {}", .0.reason)]
     Refused(Refusal),
     /// We want nothing to do with the other side: the refusal that it was sent.
-    #[error("the other side was refused: {0}")]
+    #[error("the other side was refused: {}", .0.reason)]
     Unwelcome(Refusal),
     /// The other side did not keep a deadline.
     #[error("no {0} in time")]

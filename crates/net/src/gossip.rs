@@ -5,17 +5,22 @@
 //! here:
 //!
 //! - A message above its limit is taken, reaches nobody and silences the node for a minute. So sizes are checked first.
-//! - When the node dies through which the others met, the swarm can fall apart and not heal. So it is told again and
-//!   again to join peers that are known (`Topic::join`), which costs nothing where it is joined already.
+//! - When the node dies through which the others met, the swarm can fall apart and not heal. So it is told to join peers
+//!   that are known (`Topic::join`), when there is a reason: `murmur_core::overlay` decides, and says what joining costs.
+//!
+//! It hands on what it has not checked, and checks nothing: so of what is bad only the one is to blame who sends it as its
+//! own (`Command::Broadcast`'s `direct`).
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use iroh::EndpointId;
 use iroh_gossip::api::{Event, GossipReceiver, GossipSender};
 use iroh_gossip::net::Gossip;
-use iroh_gossip::proto::TopicId;
+use iroh_gossip::proto::{PlumtreeConfig, TopicId};
+use murmur_core::overlay;
 use murmur_protocol::mesh::{NodeId, RECORD_BYTES_MAX, SignedRecord};
 use tokio::sync::mpsc;
 
@@ -76,7 +81,17 @@ impl Topic {
 
 /// The overlay on this endpoint.
 pub(crate) fn overlay(endpoint: &iroh::Endpoint) -> Gossip {
-    Gossip::builder().max_message_size(MESSAGE_BYTES_MAX).alpn(GOSSIP_ALPN).spawn(endpoint.clone())
+    let tree = PlumtreeConfig {
+        graft_timeout_1: Duration::from_millis(overlay::GRAFT_AFTER_MS),
+        graft_timeout_2: Duration::from_millis(overlay::GRAFT_AGAIN_MS),
+        dispatch_timeout: Duration::from_millis(overlay::ANNOUNCE_EVERY_MS),
+        optimization_threshold: overlay::HOPS_SAVED_MIN.into(),
+        message_cache_retention: Duration::from_millis(overlay::MESSAGES_KEPT_MS),
+        message_id_retention: Duration::from_millis(overlay::MESSAGES_KNOWN_MS),
+        ..PlumtreeConfig::default()
+    };
+    let builder = Gossip::builder().max_message_size(MESSAGE_BYTES_MAX).broadcast_config(tree);
+    builder.alpn(GOSSIP_ALPN).spawn(endpoint.clone())
 }
 
 /// The topic, and the task that serves it: to be spawned by whoever owns the mesh. What is heard goes to `heard`.
@@ -111,36 +126,34 @@ async fn serve(
     let mut met: VecDeque<EndpointId> = VecDeque::new();
     loop {
         let (sender, receiver) = &mut subscribed;
-        let alive = tokio::select! {
+        let told = tokio::select! {
             order = orders.recv() => match order {
-                Some(Order::Broadcast(bytes)) => sender.broadcast(bytes).await.is_ok(),
-                Some(Order::Join(ids)) => sender.join_peers(ids).await.is_ok(),
+                Some(Order::Broadcast(bytes)) => sender.broadcast(bytes).await.map(|()| None).map_err(drop),
+                Some(Order::Join(ids)) => sender.join_peers(ids).await.map(|()| None).map_err(drop),
                 None => return,
             },
             event = receiver.next() => match event {
                 Some(Ok(Event::Received(message))) => {
-                    let from = node_id(message.delivered_from);
-                    if let Ok(record) = SignedRecord::from_bytes(&message.content)
-                        && heard.send(Command::Broadcast { record, from }).await.is_err()
-                    {
-                        return;
-                    }
-                    true
+                    let (from, direct) = (node_id(message.delivered_from), message.scope.is_direct());
+                    Ok(Some(Command::Broadcast { content: message.content, from, direct }))
                 }
                 Some(Ok(Event::NeighborUp(id))) => {
                     met.retain(|known| *known != id);
                     met.push_front(id);
                     met.truncate(BOOTSTRAP_MAX);
-                    if heard.send(Command::NeighbourUp(node_id(id))).await.is_err() {
-                        return;
-                    }
-                    true
+                    Ok(Some(Command::NeighbourUp(node_id(id))))
                 }
-                Some(Ok(Event::NeighborDown(_))) => true,
+                Some(Ok(Event::NeighborDown(id))) => Ok(Some(Command::NeighbourDown(node_id(id)))),
                 // The overlay closes a subscription that lags; what was missed comes by anti-entropy.
-                Some(Ok(Event::Lagged) | Err(_)) | None => false,
+                Some(Ok(Event::Lagged) | Err(_)) | None => Err(()),
             },
         };
+        let (alive, told) = told.map_or((false, Some(Command::NeighboursLost)), |told| (true, told));
+        if let Some(told) = told
+            && heard.send(told).await.is_err()
+        {
+            return;
+        }
         if !alive {
             match subscription(&gossip, topic, met.iter().copied().collect()).await {
                 Ok(anew) => subscribed = anew,

@@ -37,6 +37,7 @@ mod links;
 pub mod mdns;
 pub mod mesh;
 pub mod nostr;
+pub mod probe;
 mod revocations;
 pub mod seed;
 pub mod serve;

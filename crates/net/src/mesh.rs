@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use iroh::endpoint::{RecvStream, SendStream};
-use murmur_core::membership::{Membership, MembershipOptions, RENEW_EVERY_MS, Verified};
+use murmur_core::membership::{
+    Membership, MembershipOptions, RECORD_TTL_MS, RENEW_EVERY_MS, RENEWALS_PER_TTL, Verified,
+};
 use murmur_protocol::mesh::record::TTL_MS_MAX;
 use murmur_protocol::mesh::{
     Admission as TicketAdmission, BearerSecret, Control, MeshId, NodeId, NodeRecord, Revocation, SignedTicket, Ticket,
@@ -56,19 +58,25 @@ pub enum MeshChoice {
 /// The times of a mesh. The defaults are what all nodes of a mesh should use; tests are in more of a hurry.
 #[derive(Debug, Clone, Copy)]
 pub struct Timing {
-    /// How long a record counts, in milliseconds: a node that falls silent is gone after that.
+    /// How long a record counts, in milliseconds: a node that falls silent is gone after that. Longer in a mesh so large
+    /// that records are renewed less often (`murmur_core::membership::RECORDS_PER_SECOND`).
     pub ttl_ms: u32,
     /// How often the own record is renewed, in milliseconds: at most a third of `ttl_ms`.
     pub renew_every_ms: u64,
     /// How often records are compared with some neighbour, in milliseconds.
     pub exchange_every_ms: u64,
-    /// How often the overlay is told to join known peers, in milliseconds.
+    /// How often it is looked at whether the overlay has to join somebody, in milliseconds.
     pub heal_every_ms: u64,
 }
 
 impl Default for Timing {
     fn default() -> Self {
-        Timing { ttl_ms: TTL_MS_MAX, renew_every_ms: RENEW_EVERY_MS, exchange_every_ms: 10_000, heal_every_ms: 15_000 }
+        Timing {
+            ttl_ms: RECORD_TTL_MS,
+            renew_every_ms: RENEW_EVERY_MS,
+            exchange_every_ms: 10_000,
+            heal_every_ms: 15_000,
+        }
     }
 }
 
@@ -217,7 +225,11 @@ impl Mesh {
             shared.identity.node,
             shared.identity.mesh,
             first_sequence,
-            MembershipOptions { renew_every_ms: options.timing.renew_every_ms, ..MembershipOptions::default() },
+            MembershipOptions {
+                renew_every_ms: options.timing.renew_every_ms,
+                ttl_ms: options.timing.ttl_ms,
+                ..MembershipOptions::default()
+            },
         );
         let own = options.own.clone();
         let state = State::new(Arc::clone(&shared), membership, options.timing, own, topic, own_addresses, table);
@@ -463,7 +475,8 @@ impl Mesh {
 }
 
 fn check(timing: &Timing) -> Result<(), NetError> {
-    if !(1..=TTL_MS_MAX).contains(&timing.ttl_ms) || timing.renew_every_ms > u64::from(timing.ttl_ms) / 3 {
+    if !(1..=TTL_MS_MAX).contains(&timing.ttl_ms) || timing.renew_every_ms > u64::from(timing.ttl_ms) / RENEWALS_PER_TTL
+    {
         let reason =
             format!("records count for at most {TTL_MS_MAX} ms and are renewed at least three times within that");
         return Err(NetError::Option { what: "times of records", reason });

@@ -261,7 +261,7 @@ async fn goodbye(shared: &Arc<Shared>, link: &Link, tombstone: SignedRecord) -> 
     if verified.record().node != link.node || !verified.record().tombstone {
         return Err(NetError::protocol("a goodbye that is not the sender's own"));
     }
-    shared.ask(|reply| Command::Handed { verified, age_ms: 0, from: link.node, reply }).await
+    shared.ask(|reply| Command::Handed { verified, age_ms: 0, from: link.node, reply }).await.map(drop)
 }
 
 async fn revocations(shared: &Arc<Shared>, list: SignedRevocations) -> Result<(), NetError> {

@@ -6,15 +6,19 @@
 //! shows the outcome in a watch channel. It never waits for the network itself: whatever does is a task of its own,
 //! owned here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures::StreamExt;
 use iroh::Watcher;
 use iroh::endpoint::Connection;
 use murmur_core::membership::{Aged, Answer, Digest, Membership, Outcome, Verified};
-use murmur_protocol::mesh::{Addresses, Capabilities, NodeId, NodeRecord, Role, ServedModel, SignedRecord};
+use murmur_core::overlay::{Join, Overlay};
+use murmur_protocol::mesh::{
+    Addresses, Capabilities, NodeId, NodeRecord, RecordError, Role, ServedModel, SignedRecord,
+};
 use rand::seq::{IteratorRandom, SliceRandom};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -41,21 +45,26 @@ const TICK_MS: u64 = 100;
 /// per node.
 pub const LINKS_WANTED: usize = 32;
 
-/// Exchanges of records that this node has begun and that are not over, at most.
-const EXCHANGES_MAX: usize = 8;
+/// Exchanges of records that this node has begun and that are not over, at most: what a newcomer gets from the first, the
+/// next need not send.
+const EXCHANGES_MAX: usize = 4;
 
-/// Peers that the overlay is told to join at once, at most.
-const HEAL_PEERS_MAX: usize = 16;
+/// Exchanges that wait for those, at most.
+const EXCHANGES_WAITING_MAX: usize = LINKS_WANTED;
 
 /// What reaches the state.
 #[derive(Debug)]
 pub(crate) enum Command {
-    /// A record was broadcast. `from`: the last hop.
-    Broadcast { record: SignedRecord, from: NodeId },
-    /// A record was handed over, and its signature is good.
-    Handed { verified: Arc<Verified>, age_ms: u64, from: NodeId, reply: oneshot::Sender<()> },
+    /// Something was broadcast: a record, if all is well. `from`: the last hop; `direct`: it claims to be the first as well.
+    Broadcast { content: Bytes, from: NodeId, direct: bool },
+    /// A record was handed over, and its signature is good. The answer: whether something newer is known here.
+    Handed { verified: Arc<Verified>, age_ms: u64, from: NodeId, reply: oneshot::Sender<bool> },
     /// The overlay has a new neighbour.
     NeighbourUp(NodeId),
+    /// The overlay has lost a neighbour.
+    NeighbourDown(NodeId),
+    /// The overlay begins anew.
+    NeighboursLost,
     /// Discovery has found somebody.
     Found(Contact),
     /// The user or a ticket names somebody to begin with.
@@ -125,7 +134,9 @@ pub(crate) struct State {
     table: watch::Sender<Table>,
     dialler: Dialler,
     topic: Topic,
+    overlay: Overlay<NodeId>,
     exchanges: JoinSet<()>,
+    exchanges_waiting: VecDeque<Arc<Link>>,
     serving: JoinSet<()>,
     exchange_due: Instant,
     heal_due: Instant,
@@ -155,7 +166,9 @@ impl State {
             table,
             dialler: Dialler::default(),
             topic,
+            overlay: Overlay::default(),
             exchanges: JoinSet::new(),
+            exchanges_waiting: VecDeque::new(),
             serving: JoinSet::new(),
             changed: false,
         }
@@ -179,7 +192,7 @@ impl State {
                 }
                 (node, purpose, dialled) = self.dialler.ended() => self.dialled(node, purpose, dialled),
                 Some(addr) = addresses.next() => self.moved(endpoint::own_addresses(&self.shared.endpoint, &addr)),
-                Some(_) = self.exchanges.join_next(), if !self.exchanges.is_empty() => {}
+                Some(_) = self.exchanges.join_next(), if !self.exchanges.is_empty() => self.exchange_next(),
                 Some(_) = self.serving.join_next(), if !self.serving.is_empty() => {}
                 _ = ticks.tick() => self.tick(),
             }
@@ -193,12 +206,19 @@ impl State {
         let now = clock::now();
         // Replies go to whoever still waits for one.
         match command {
-            Command::Broadcast { record, from } => self.heard(record, from),
+            Command::Broadcast { content, from, direct } => self.heard(&content, from, direct),
             Command::Handed { verified, age_ms, from, reply } => {
-                self.accept(&verified, age_ms, from);
-                let _ = reply.send(());
+                let _ = reply.send(self.handed(&verified, age_ms, from));
             }
-            Command::NeighbourUp(node) => tracing::debug!(node = %node.short(), "overlay neighbour"),
+            Command::NeighbourUp(node) => {
+                tracing::debug!(node = %node.short(), "overlay neighbour");
+                if self.overlay.up(node) {
+                    // What was broadcast before has reached nobody.
+                    self.membership.note_change();
+                }
+            }
+            Command::NeighbourDown(node) => self.overlay.down(node),
+            Command::NeighboursLost => self.overlay.lost(),
             Command::Found(contact) => self.found(&contact, false),
             Command::Bootstrap(contact) => self.found(&contact, true),
             Command::Greet { node, reply } => self.greet(node, reply),
@@ -244,36 +264,68 @@ impl State {
         }
         if self.heal_due <= Instant::now() {
             self.heal_due = Instant::now() + Duration::from_millis(self.timing.heal_every_ms);
-            let some = self.known.keys().copied().choose_multiple(&mut rand::rng(), HEAL_PEERS_MAX);
-            self.topic.join(some);
+            self.heal();
             self.drop_expired_members();
         }
         self.dial_more();
     }
 
-    fn heard(&mut self, record: SignedRecord, from: NodeId) {
-        // Most of what is heard is known already; that is seen without checking a signature.
-        let Ok(claim) = record.claim() else { return };
-        let known = self.known.get(&claim.node).map(|known| known.verified.record().sequence);
-        if known.is_some_and(|known| known >= claim.sequence) {
-            return;
-        }
-        match Verified::check(record, self.shared.identity.mesh) {
-            Ok(verified) => self.accept(&verified, 0, from),
-            Err(error) => tracing::debug!(from = %from.short(), %error, "a bad record was broadcast"),
+    /// Has the overlay join somebody, if there is a reason to.
+    fn heal(&mut self) {
+        match self.overlay.join(self.known.len(), clock::now()) {
+            Join::Nobody => {}
+            Join::Peer(peer) => self.topic.join([peer]),
+            Join::Any(count) => {
+                self.topic.join(self.known.keys().copied().choose_multiple(&mut rand::rng(), count));
+            }
         }
     }
 
-    fn accept(&mut self, verified: &Arc<Verified>, age_ms: u64, from: NodeId) {
+    fn heard(&mut self, content: &[u8], from: NodeId, direct: bool) {
+        let checked = SignedRecord::from_bytes(content).map_err(RecordError::from).and_then(|record| {
+            // Most of what is heard is known already; that is seen without checking a signature.
+            let claim = record.claim()?;
+            let known = self.known.get(&claim.node).map(|known| known.verified.record().sequence);
+            if known.is_some_and(|known| known >= claim.sequence) {
+                return Ok(None);
+            }
+            Verified::check(record, self.shared.identity.mesh).map(Some)
+        });
+        match checked {
+            Ok(None) => {}
+            Ok(Some(verified)) => drop(self.accept(&verified, 0, from)),
+            Err(error) => {
+                tracing::debug!(from = %from.short(), %error, direct, "a bad record was broadcast");
+                if direct {
+                    self.shared.offence(from);
+                }
+            }
+        }
+    }
+
+    /// Takes a record that a peer has handed over. True if something newer is known here.
+    fn handed(&mut self, verified: &Arc<Verified>, age_ms: u64, from: NodeId) -> bool {
+        match self.accept(verified, age_ms, from) {
+            Some(Outcome::Newer) => self.overlay.handed_newer(from, age_ms),
+            // The departed cannot see to it any more that its last word reaches everybody.
+            Some(Outcome::Departed) => self.topic.broadcast(verified.signed()),
+            Some(Outcome::Old) => return true,
+            _ => {}
+        }
+        false
+    }
+
+    fn accept(&mut self, verified: &Arc<Verified>, age_ms: u64, from: NodeId) -> Option<Outcome> {
         let record = verified.record();
         if !self.shared.identity.accepts(record) {
             tracing::debug!(node = %record.node.short(), "a record of a node that is no member");
-            return;
+            return None;
         }
-        match self.membership.accept(verified, age_ms, from, clock::now()) {
+        let outcome = self.membership.accept(verified, age_ms, from, clock::now());
+        match &outcome {
             Outcome::New { displaced } => {
                 for displaced in displaced {
-                    self.remove(&displaced);
+                    self.remove(displaced);
                 }
                 tracing::info!(node = %record.node.short(), "a node has joined");
                 self.list(verified, Instant::now());
@@ -285,13 +337,11 @@ impl State {
             Outcome::Departed => {
                 tracing::info!(node = %record.node.short(), "a node has left");
                 self.remove(&record.node);
-                // The departed cannot see to it any more that its last word reaches everybody. The overlay knows equal
-                // messages, so that it does not matter how many do this.
-                self.topic.broadcast(verified.signed());
             }
             Outcome::Refused(why) => tracing::debug!(node = %record.node.short(), %why, "a record was not taken"),
             Outcome::Known | Outcome::Old | Outcome::Overtaken => {}
         }
+        Some(outcome)
     }
 
     fn list(&mut self, verified: &Arc<Verified>, since: Instant) {
@@ -326,7 +376,7 @@ impl State {
             node: identity.node,
             mesh: identity.mesh,
             sequence,
-            ttl_ms: self.timing.ttl_ms,
+            ttl_ms: self.membership.ttl_ms(),
             tombstone,
             role: self.own.role,
             addresses: self.own_addresses.borrow().clone(),
@@ -386,18 +436,23 @@ impl State {
 
     /// Dials until there are enough control connections.
     fn dial_more(&mut self) {
-        let wanted = LINKS_WANTED.saturating_sub(self.shared.links.len());
-        if wanted == 0 || !self.dialler.has_room() {
+        if !self.dialler.has_room() {
             return;
         }
+        let wanted = LINKS_WANTED.saturating_sub(self.shared.links.len());
         let now = clock::now();
         let unlinked =
             |node: &NodeId| self.shared.links.get(node).is_none() && !self.shared.admission.is_shut_out(node);
         let mut candidates: Vec<NodeId> = self.dialler.due(now).filter(unlinked).collect();
-        candidates
-            .extend(self.known.keys().filter(|node| self.dialler.may_dial(node, now)).filter(|node| unlinked(node)));
+        if wanted == 0 {
+            // Who is found and not known may be of a part of the mesh that lost touch: one of them is tried all the same.
+            candidates.retain(|node| !self.known.contains_key(node));
+        } else {
+            let known = self.known.keys().filter(|node| self.dialler.may_dial(node, now));
+            candidates.extend(known.filter(|node| unlinked(node)));
+        }
         candidates.shuffle(&mut rand::rng());
-        candidates.truncate(wanted);
+        candidates.truncate(wanted.max(1));
         for node in candidates {
             if self.dialler.has_room() {
                 self.dial(node, Purpose::Control, None);
@@ -420,10 +475,17 @@ impl State {
     }
 
     fn link_up(&mut self, link: &Arc<Link>) {
-        self.topic.join([link.node]);
+        // The peer of this link may not be listed yet.
+        if self.overlay.is_thin(self.known.len().max(1)) {
+            self.topic.join([link.node]);
+        }
+        self.tell_revocations(link);
+    }
+
+    fn tell_revocations(&mut self, link: &Arc<Link>) {
         if let Some(list) = self.shared.identity.private.as_ref().and_then(|private| private.revocations.signed()) {
             let link = Arc::clone(link);
-            self.exchanges.spawn(async move {
+            self.serving.spawn(async move {
                 if let Err(error) = serve::tell_revocations(&link, list).await {
                     tracing::debug!(node = %link.node.short(), %error, "revocations were not handed on");
                 }
@@ -432,15 +494,23 @@ impl State {
     }
 
     fn exchange(&mut self, link: Arc<Link>) {
-        if self.exchanges.len() >= EXCHANGES_MAX {
-            return;
+        if self.exchanges_waiting.len() < EXCHANGES_WAITING_MAX {
+            self.exchanges_waiting.push_back(link);
         }
-        let shared = Arc::clone(&self.shared);
-        self.exchanges.spawn(async move {
-            if let Err(error) = anti_entropy::exchange(&shared, &link).await {
-                tracing::debug!(node = %link.node.short(), %error, "an exchange of records failed");
-            }
-        });
+        self.exchange_next();
+    }
+
+    fn exchange_next(&mut self) {
+        while self.exchanges.len() < EXCHANGES_MAX
+            && let Some(link) = self.exchanges_waiting.pop_front()
+        {
+            let shared = Arc::clone(&self.shared);
+            self.exchanges.spawn(async move {
+                if let Err(error) = anti_entropy::exchange(&shared, &link).await {
+                    tracing::debug!(node = %link.node.short(), %error, "an exchange of records failed");
+                }
+            });
+        }
     }
 
     fn drop_revoked(&mut self) {
@@ -453,11 +523,12 @@ impl State {
             .collect();
         for node in gone {
             tracing::info!(node = %node.short(), "a node is no member any more");
+            self.membership.expel(&node, clock::now());
             self.remove(&node);
         }
         self.drop_expired_members();
         for link in self.shared.links.all() {
-            self.link_up(&link);
+            self.tell_revocations(&link);
         }
     }
 

@@ -9,10 +9,10 @@ use std::{
 
 use murmur_api::{
     backend::{
-        Backend, BoxFuture, Embeddings, GenerateRequest, Generation, MeshAction, ModelCard, ModelKind, ModelState,
-        Prompt, Refusal,
+        Backend, BoxFuture, Embeddings, GenerateRequest, Generation, MeshAction, ModelCard, ModelKind, Prompt,
+        Refusal,
     },
-    limits::FAILED_RETRY_AFTER,
+    limits::{FAILED_RETRY_AFTER, LOADING_RETRY_AFTER},
 };
 use murmur_core::request::RequestError;
 use murmur_engine::{EngineError, SessionRequest, StartError, Tokenizer};
@@ -21,10 +21,13 @@ use murmur_sampling::{Sampler, SamplingError, StopMatcher, Vocabulary};
 use tokio::sync::mpsc;
 
 use crate::{
-    Node,
+    Node, NodeError,
     generate::{EVENTS_MAX, Pump, Source},
     mesh::{MeshNode, RemoteModel, RemoteRequest},
-    model::{LoadedModel, Model},
+    model::{LoadedModel, Model, token_text, with_causes},
+    models::LocalStream,
+    readers::{Reader, ReaderError},
+    requests::{Asker, Progress},
 };
 
 /// What a request that found the queue full should wait.
@@ -39,68 +42,125 @@ fn engine_failed(error: EngineError) -> Refusal {
 }
 
 /// What generates: a model of this machine, or one of the mesh.
-enum Target<'a> {
-    Local(&'a LoadedModel),
-    Remote(Arc<MeshNode>, Arc<RemoteModel>),
+enum Target {
+    Local(Arc<LoadedModel>),
+    /// The model at this place in the list, which is to be loaded for it.
+    OnDemand(usize, Arc<Reader>, Arc<ModelCard>),
+    Remote(Arc<MeshNode>, Arc<RemoteModel>, Arc<Reader>, Arc<ModelCard>),
 }
 
-impl Target<'_> {
+impl Target {
     fn card(&self) -> &Arc<ModelCard> {
         match self {
             Target::Local(model) => &model.card,
-            Target::Remote(_, model) => &model.card,
+            Target::OnDemand(.., card) | Target::Remote(.., card) => card,
         }
     }
 
     fn tokenizer(&self) -> &Arc<Tokenizer> {
         match self {
             Target::Local(model) => model.engine.tokenizer(),
-            Target::Remote(_, model) => &model.reader.tokenizer,
-        }
-    }
-
-    /// Starts an answer to a prompt that fits the context.
-    async fn start(self, prompt: Vec<Token>, max_tokens: u32, sampling: SamplingParams) -> Result<Source, Refusal> {
-        match self {
-            Target::Local(model) => {
-                let request = SessionRequest { prompt, generated: Vec::new(), max_tokens, sampling };
-                let started = model.engine.start(request);
-                started.map(Source::Local).map_err(|error| not_started(error, &model.card.id))
-            }
-            Target::Remote(mesh, model) => {
-                let id = model.card.id.clone();
-                let started = mesh.start(RemoteRequest { model, prompt, max_tokens, sampling }).await;
-                started.map(Source::Remote).map_err(|error| not_taken(error, &id))
-            }
+            Target::OnDemand(_, reader, _) | Target::Remote(_, _, reader, _) => &reader.tokenizer,
         }
     }
 }
 
 impl Node {
-    /// A model by its name. One of this machine goes before one of the mesh.
-    fn target(&self, id: &str) -> Result<Target<'_>, Refusal> {
-        match self.models.iter().find(|model| model.id() == id) {
-            Some(model) => model.ready().map(Target::Local),
-            None => self.remote(id).ok_or_else(|| no_such_model(id)),
+    /// A model by its name, ready to read and write texts with. One of this machine goes before one of the mesh.
+    async fn target(&self, id: &str) -> Result<Target, Refusal> {
+        let Some(at) = self.models.find(id) else { return self.remote(id).await };
+        match self.models[at].used() {
+            Some(loaded) => Ok(Target::Local(loaded)),
+            None if self.models[at].is_on_demand() => {
+                let model = &self.models[at];
+                let unread = |error: ReaderError| engine_message(id, &error);
+                let reader = self.readers.get(model.path(), async { Ok(()) }).await.map_err(unread)?;
+                let vocabulary = reader.tokenizer.vocabulary();
+                let card = ModelCard {
+                    bos_text: token_text(vocabulary, vocabulary.bos()),
+                    eos_text: token_text(vocabulary, vocabulary.eos()),
+                    ..(*model.card()).clone()
+                };
+                Ok(Target::OnDemand(at, reader, Arc::new(card)))
+            }
+            None => Err(being_loaded(id)),
         }
     }
 
-    fn remote(&self, id: &str) -> Option<Target<'_>> {
-        let mesh = self.mesh.get()?;
-        Some(Target::Remote(Arc::clone(mesh), mesh.remote(id)?))
+    async fn remote(&self, id: &str) -> Result<Target, Refusal> {
+        let mesh = self.mesh.get().ok_or_else(|| no_such_model(id))?;
+        let model = mesh.remotes().iter().find(|model| model.card.id == id).cloned().ok_or_else(|| no_such_model(id))?;
+        let reader = mesh.reader(&model, &self.readers).await.map_err(|error| Refusal::NotReady {
+            retry_after: FAILED_RETRY_AFTER,
+            message: format!("{id} cannot be used at present, its vocabulary cannot be had: {}", with_causes(&error)),
+        })?;
+        let card = model.complete(&reader);
+        Ok(Target::Remote(Arc::clone(mesh), model, reader, card))
     }
 
-    /// A model of this machine that is of a kind.
-    fn local(&self, id: &str, kind: ModelKind) -> Result<&LoadedModel, Refusal> {
-        let model = self.models.iter().find(|model| model.id() == id).ok_or_else(|| no_such_model(id))?;
-        if model.kind() == kind {
-            return model.ready();
+    /// The vocabulary of a model that was prepared just before.
+    fn vocabulary(&self, id: &str) -> Option<Arc<Vocabulary>> {
+        let reader = match self.models.find(id).map(|at| &self.models[at]) {
+            Some(model) => match model.loaded() {
+                Some(loaded) => return Some(loaded.engine.vocabulary().clone()),
+                None => self.readers.known(model.path())?,
+            },
+            None => {
+                let mesh = self.mesh.get()?;
+                let model = mesh.remotes().iter().find(|model| model.card.id == id).cloned()?;
+                self.readers.known(&mesh.card_path(&model))?
+            }
+        };
+        Some(reader.tokenizer.vocabulary().clone())
+    }
+
+    /// A model of this machine that is of a kind, loaded.
+    async fn local(&self, id: &str, kind: ModelKind) -> Result<Arc<LoadedModel>, Refusal> {
+        let at = self.models.find(id).ok_or_else(|| no_such_model(id))?;
+        let model = &self.models[at];
+        if model.kind() != kind {
+            return Err(wrong_kind(id, kind));
         }
-        Err(wrong_kind(id, kind))
+        match model.used() {
+            Some(loaded) => Ok(loaded),
+            None if model.is_on_demand() => {
+                let waking = self.models.wake(at).await.map_err(|error| not_loaded(id, &error))?;
+                waking.loaded().await.map_err(|message| Refusal::Failed { message })
+            }
+            None => Err(being_loaded(id)),
+        }
+    }
+
+    /// Starts an answer to a prompt that fits the context.
+    async fn start_at(
+        &self,
+        target: Target,
+        prompt: Vec<Token>,
+        (max_tokens, sampling): (u32, SamplingParams),
+        progress: &Arc<Progress>,
+    ) -> Result<Source, Refusal> {
+        let local = |prompt, sampling| SessionRequest { prompt, generated: Vec::new(), max_tokens, sampling };
+        match target {
+            Target::Local(model) => {
+                let id = model.card.id.clone();
+                let started = LocalStream::start(model, local(prompt, sampling));
+                started.map(Source::Local).map_err(|error| not_started(error, &id))
+            }
+            Target::OnDemand(at, _, card) => {
+                let waking = self.models.wake(at).await.map_err(|error| not_loaded(&card.id, &error))?;
+                Ok(Source::Waking(waking, Some(local(prompt, sampling))))
+            }
+            Target::Remote(mesh, model, ..) => {
+                let (progress, wait) = (Arc::clone(progress), self.options().peer_wait);
+                let id = model.card.id.clone();
+                let started = mesh.start(RemoteRequest { model, prompt, max_tokens, sampling, wait, progress }).await;
+                started.map(Source::Remote).map_err(|error| not_taken(error, &id))
+            }
+        }
     }
 
     async fn start_generation(&self, request: GenerateRequest) -> Result<Generation, Refusal> {
-        let target = self.target(&request.model)?;
+        let target = self.target(&request.model).await?;
         if target.card().kind != ModelKind::Generate {
             return Err(wrong_kind(&request.model, ModelKind::Generate));
         }
@@ -132,10 +192,13 @@ impl Node {
         let visible: HashSet<Token> =
             request.visible_tokens.iter().filter_map(|text| control_token(&vocabulary, text)).collect();
         let accepted = Instant::now();
-        let session = target.start(prompt, max_tokens, request.sampling).await?;
+        let listed = self.requests.begin(&request.model, Asker::Api, length);
+        let wanted = (max_tokens, request.sampling);
+        let session = self.start_at(target, prompt, wanted, listed.progress()).await?;
         let (out, events) = mpsc::channel(EVENTS_MAX);
         let pump = Pump {
             session,
+            listed,
             accepted,
             out,
             vocabulary,
@@ -150,14 +213,14 @@ impl Node {
     }
 
     async fn embed_inputs(&self, id: String, inputs: Vec<Prompt>) -> Result<Embeddings, Refusal> {
-        let model = self.local(&id, ModelKind::Embed)?;
+        let model = self.local(&id, ModelKind::Embed).await?;
         let mut embeddings = Embeddings { vectors: Vec::with_capacity(inputs.len()), prompt_tokens: 0 };
         for (index, input) in inputs.into_iter().enumerate() {
             // A tokenizer would still add its marks around nothing.
             if matches!(&input, Prompt::Text(text) if text.is_empty()) {
                 return Err(bad_request(format!("input {index} is empty: there is nothing to embed"), "input"));
             }
-            let tokens = tokens(&Target::Local(model), input).await?;
+            let tokens = tokens(&Target::Local(model.clone()), input).await?;
             let (length, context) = (tokens.len() as u32, model.card.context_tokens);
             if tokens.is_empty() || length > context {
                 let message = format!("input {index} has {length} tokens; this model takes 1 to {context}");
@@ -177,6 +240,24 @@ fn sampling_refused(error: SamplingError) -> Refusal {
         _ => "grammar".to_owned(),
     };
     Refusal::BadRequest { message: error.to_string(), param: Some(param), code: None }
+}
+
+fn being_loaded(id: &str) -> Refusal {
+    let message = format!("{id} is being loaded: try again shortly");
+    Refusal::NotReady { retry_after: LOADING_RETRY_AFTER, message }
+}
+
+/// It cannot be loaded on demand; perhaps when others are gone.
+fn not_loaded(id: &str, error: &NodeError) -> Refusal {
+    let message = match error {
+        NodeError::Fit { .. } => format!("at present {}", with_causes(error)),
+        error => format!("{id} cannot be loaded at present: {}", with_causes(error)),
+    };
+    Refusal::NotReady { retry_after: FAILED_RETRY_AFTER, message }
+}
+
+fn engine_message(id: &str, error: &ReaderError) -> Refusal {
+    Refusal::Failed { message: format!("the vocabulary of {id} cannot be read: {}", with_causes(error)) }
 }
 
 fn no_such_model(id: &str) -> Refusal {
@@ -219,7 +300,7 @@ fn not_taken(error: RequestError, id: &str) -> Refusal {
     }
 }
 
-async fn tokens(target: &Target<'_>, prompt: Prompt) -> Result<Vec<Token>, Refusal> {
+async fn tokens(target: &Target, prompt: Prompt) -> Result<Vec<Token>, Refusal> {
     let tokenizer = target.tokenizer();
     match prompt {
         Prompt::Text(text) => tokenizer.tokenize(&text, true, false).await.map_err(engine_failed),
@@ -249,13 +330,23 @@ fn control_token(vocabulary: &Vocabulary, text: &str) -> Option<Token> {
 impl Backend for Node {
     fn models(&self) -> Vec<Arc<ModelCard>> {
         let mut cards: Vec<_> = self.models.iter().map(Model::card).collect();
-        let own = cards.len();
-        for remote in self.mesh.get().map(|mesh| mesh.remotes()).unwrap_or_default() {
-            if !cards[..own].iter().any(|card| card.id == remote.card.id) {
-                cards.push(Arc::clone(&remote.card));
-            }
-        }
+        let remotes = self.mesh.get().map(|mesh| mesh.remotes()).unwrap_or_default();
+        let unhidden = remotes.iter().filter(|remote| self.models.find(&remote.card.id).is_none());
+        cards.extend(unhidden.map(|remote| Arc::clone(&remote.card)));
         cards
+    }
+
+    fn prepare(&self, model: Arc<ModelCard>) -> BoxFuture<'_, Result<Arc<ModelCard>, Refusal>> {
+        Box::pin(async move {
+            if let Some(refusal) = model.state.refusal(&model.id) {
+                return Err(refusal);
+            }
+            // An embedding model reads no templates, and has its vocabulary when it is loaded.
+            match model.kind {
+                ModelKind::Embed => Ok(model),
+                ModelKind::Generate => Ok(Arc::clone(self.target(&model.id).await?.card())),
+            }
+        })
     }
 
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Generation, Refusal>> {
@@ -268,14 +359,14 @@ impl Backend for Node {
 
     fn tokenize(&self, model: String, prompt: Prompt) -> BoxFuture<'_, Result<Vec<Token>, Refusal>> {
         Box::pin(async move {
-            let target = self.target(&model)?;
+            let target = self.target(&model).await?;
             tokens(&target, prompt).await
         })
     }
 
     fn detokenize(&self, model: String, tokens_given: Vec<Token>) -> BoxFuture<'_, Result<String, Refusal>> {
         Box::pin(async move {
-            let target = self.target(&model)?;
+            let target = self.target(&model).await?;
             let ids = tokens(&target, Prompt::Tokens(tokens_given)).await?;
             let vocabulary = target.tokenizer().vocabulary();
             let bytes: Vec<u8> = ids.iter().flat_map(|&token| vocabulary.bytes(token).iter().copied()).collect();
@@ -284,7 +375,8 @@ impl Backend for Node {
     }
 
     fn control_token(&self, model: &str, text: &str) -> Option<Token> {
-        control_token(self.target(model).ok()?.tokenizer().vocabulary(), text)
+        let vocabulary = self.vocabulary(model)?;
+        control_token(&vocabulary, text)
     }
 
     fn cut_off(&self) {
@@ -303,13 +395,7 @@ impl Backend for Node {
     }
 
     fn status(&self) -> serde_json::Value {
-        let models = self.models.iter().map(model_status);
-        serde_json::json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "process_id": std::process::id(),
-            "uptime_s": self.started.elapsed().as_secs(),
-            "models": models.collect::<Vec<_>>(),
-        })
+        crate::status::node(self)
     }
 
     fn metrics(&self) -> String {
@@ -326,7 +412,7 @@ impl Backend for Node {
             ("murmur_sessions_queued", "gauge", "Generations waiting.", |s| s.queued as u64),
         ];
         let loaded = self.models.iter().filter_map(Model::loaded);
-        let statuses: Vec<_> = loaded.map(|model| (&model.card.id, model.engine.status())).collect();
+        let statuses: Vec<_> = loaded.map(|model| (model.card.id.clone(), model.engine.status())).collect();
         let mut text = String::new();
         for (name, kind, help, read) in families {
             let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
@@ -337,41 +423,4 @@ impl Backend for Node {
         }
         text
     }
-}
-
-fn model_status(model: &Model) -> serde_json::Value {
-    let state = model.state();
-    let Some(loaded) = model.loaded() else {
-        return serde_json::json!({"id": model.id(), "state": state.name(), "details": model.card().details});
-    };
-    let status = loaded.engine.status();
-    let stages = status.stages.iter().map(|stage| {
-        serde_json::json!({
-            "layers": [stage.range.first, stage.range.end],
-            "process_id": stage.process_id,
-            "restarts": stage.restarts,
-            "load_ms": stage.loaded.as_ref().map(|l| l.load_ms),
-            "weight_bytes": stage.loaded.as_ref().map(|l| l.weight_bytes),
-            "kv_cells": stage.loaded.as_ref().map(|l| l.kv_cells),
-        })
-    });
-    let restarting = state == ModelState::Ready && !loaded.engine.is_ready();
-    serde_json::json!({
-        "id": model.id(),
-        "state": if restarting { "restarting" } else { state.name() },
-        "reason": status.unavailable,
-        "details": loaded.card.details,
-        "memory_bytes_planned": loaded.memory_bytes,
-        "requests_running": status.running,
-        "requests_queued": status.queued,
-        "generated_tokens": status.counters.generated_tokens,
-        "token_steps": status.counters.token_steps,
-        "token_compute_us": status.counters.token_compute_us,
-        "prompt_tokens": status.counters.prompt_tokens,
-        "cached_tokens": status.counters.cached_tokens,
-        "last_step": status.last_step.map(|step| serde_json::json!({
-            "compute_us": step.compute_us, "batch_rows": step.batch_rows, "threads": step.threads,
-        })),
-        "stages": stages.collect::<Vec<_>>(),
-    })
 }

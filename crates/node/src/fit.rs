@@ -28,18 +28,11 @@ pub struct Demand {
 }
 
 impl Demand {
-    /// From a model's facts. `batch_rows`: rows of the largest batch.
-    /// `sequences`: how many the engine keeps, each with room for its logits.
-    pub fn of(
-        facts: &Facts,
-        weights_bytes: u64,
-        (parallel, sequences): (u32, u32),
-        batch_rows: u32,
-        stages: u32,
-    ) -> Demand {
+    /// From a model's facts. `batch_rows`: rows of the largest batch; `parallel`: requests, each with room for its logits.
+    pub fn of(facts: &Facts, weights_bytes: u64, parallel: u32, batch_rows: u32, stages: u32) -> Demand {
         let per_layer = facts.kv_bytes_per_token_per_layer();
         let width = 8 * u64::from(facts.embedding_length) + 4 * u64::from(facts.feed_forward_length);
-        let logits = u64::from(facts.vocabulary) * u64::from(sequences) * 4;
+        let logits = u64::from(facts.vocabulary) * u64::from(parallel) * 4;
         Demand {
             weights_bytes,
             // With the attention mask: two bytes for each row of a batch, twice where some layers have a window.

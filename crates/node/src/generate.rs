@@ -7,12 +7,16 @@ use std::{
 };
 
 use murmur_api::backend::{Completion, Event, Finish, Refusal, TokenInfo};
-use murmur_engine::{Ending, SessionEvent, SessionStream};
+use murmur_engine::{Ending, SessionEvent, SessionRequest};
 use murmur_protocol::sampling::{Sampled, Token};
 use murmur_sampling::{StopMatcher, Vocabulary};
 use tokio::sync::mpsc;
 
-use crate::mesh::RemoteStream;
+use crate::{
+    mesh::RemoteStream,
+    models::{Awaited, LocalStream, Waking},
+    requests::Request,
+};
 
 /// Events the HTTP layer may lag behind before the generation waits for it.
 pub(crate) const EVENTS_MAX: usize = 16;
@@ -20,16 +24,37 @@ pub(crate) const EVENTS_MAX: usize = 16;
 /// Where an answer's tokens come from. Dropping it cancels the work.
 pub(crate) enum Source {
     /// This node's engine.
-    Local(SessionStream),
+    Local(LocalStream),
+    /// This node's engine, once the model is loaded for it.
+    Waking(Waking, Option<SessionRequest>),
     /// The mesh.
     Remote(RemoteStream),
 }
 
+/// What comes from there.
+enum Heard {
+    Session(SessionEvent),
+    Loading(f32),
+}
+
 impl Source {
-    async fn next(&mut self) -> Option<SessionEvent> {
-        match self {
-            Source::Local(session) => session.next().await,
-            Source::Remote(stream) => stream.next().await,
+    async fn next(&mut self) -> Option<Heard> {
+        loop {
+            match self {
+                Source::Local(session) => return session.next().await.map(Heard::Session),
+                Source::Remote(stream) => return stream.next().await.map(Heard::Session),
+                Source::Waking(waking, request) => {
+                    let failed = |reason| Some(Heard::Session(SessionEvent::Failed(reason)));
+                    match waking.next().await {
+                        Awaited::Loading(fraction) => return Some(Heard::Loading(fraction)),
+                        Awaited::Failed(reason) => return failed(reason),
+                        Awaited::Loaded(model) => match LocalStream::start(model, request.take()?) {
+                            Ok(session) => *self = Source::Local(session),
+                            Err(error) => return failed(error.to_string()),
+                        },
+                    }
+                }
+            }
         }
     }
 }
@@ -37,6 +62,7 @@ impl Source {
 /// Turns one session into API events. Ends (and so cancels the session) when the reader is gone.
 pub(crate) struct Pump {
     pub(crate) session: Source,
+    pub(crate) listed: Request,
     /// When the request was taken up, before a peer was looked for.
     pub(crate) accepted: Instant,
     pub(crate) out: mpsc::Sender<Event>,
@@ -67,9 +93,18 @@ impl Pump {
                 event = self.session.next() => event,
                 () = self.out.closed() => return,
             };
-            let last = match event {
+            let session = match event {
+                Some(Heard::Session(event)) => Some(event),
+                Some(Heard::Loading(fraction)) => match self.send(Event::Loading { fraction }).await {
+                    Some(()) => continue,
+                    None => return,
+                },
+                None => None,
+            };
+            let last = match session {
                 Some(SessionEvent::Prefill { done_tokens, cached_tokens }) => {
                     account.cached_tokens = cached_tokens;
+                    self.listed.prefilled(done_tokens);
                     self.send(Event::Prefill { done_tokens, cached_tokens }).await
                 }
                 Some(SessionEvent::Token(sampled)) => self.token(sampled, &mut held, &mut account).await,
@@ -118,6 +153,7 @@ impl Pump {
 
     async fn token(&mut self, sampled: Sampled, held: &mut VecDeque<TokenInfo>, account: &mut Account) -> Option<()> {
         account.completion_tokens += 1;
+        self.listed.token();
         account.first_token.get_or_insert_with(Instant::now);
         let token = sampled.token;
         if self.vocabulary.is_end_of_generation(token) {

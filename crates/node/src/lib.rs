@@ -1,31 +1,51 @@
 //! The runtime of a node: it loads models through the engine and serves them behind `murmur_api`'s [`Backend`].
 //!
-//! Start with [`Node::open`] and [`Node::load`] (a node can be asked while it loads), then `model` (what happens when a model
-//! is loaded), then `generate` (how tokens become text).
+//! Start with [`Node::open`] and [`Node::load`] (a node can be asked while it loads), then `models` and `model` (what is loaded
+//! when, and what happens then), then `generate` (how tokens become text).
 //!
 //! [`Backend`]: murmur_api::backend::Backend
 
+mod activity;
 mod backend;
 pub mod fit;
 mod generate;
 mod mesh;
 mod model;
+mod models;
+mod readers;
+mod requests;
+pub mod sharing;
+mod status;
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
-use murmur_engine::EngineOptions;
 pub use murmur_engine::{CHILD_SUBCOMMAND, child};
 pub use murmur_net as net;
+use tokio::task::JoinSet;
 
-use crate::model::Model;
+use crate::{
+    model::Model,
+    models::Models,
+    readers::Readers,
+    requests::Requests,
+    sharing::{Gate, Sharing},
+};
 
 /// What a node loads and how.
 #[derive(Debug, Clone)]
 pub struct NodeOptions {
     /// Where the node keeps its state; slices of models go below it.
     pub data_dir: PathBuf,
-    /// The models to serve.
+    /// The models to serve, loaded from the start to the end.
     pub models: Vec<ModelSpec>,
+    /// Further models, each loaded when somebody asks for it. What cannot be read, or has the name of another, is left out.
+    pub on_demand: Vec<ModelSpec>,
+    /// How long a model on demand stays loaded that nobody asks for.
+    pub idle: Duration,
     /// Stages each model is split into.
     pub stages: u32,
     /// Threads per stage.
@@ -39,6 +59,10 @@ pub struct NodeOptions {
     pub max_memory_bytes: Option<u64>,
     /// Bit-equal results whatever shares a batch.
     pub exact: bool,
+    /// How long a request waits, at a stretch, for another node that would take it.
+    pub peer_wait: Duration,
+    /// What other nodes may have of this one.
+    pub sharing: Sharing,
     /// Layers on a GPU, in builds with a back end for one.
     pub gpu_layers: i32,
     /// The binary that has the engine's child process as a hidden subcommand.
@@ -99,19 +123,6 @@ pub enum NodeError {
         /// What it needs and what there is.
         shortage: fit::DoesNotFit,
     },
-    /// More requests at once than the engine can run.
-    #[error(
-        "{asked} requests at once (--parallel) are not possible: {}, the engine can run 1 to {most}",
-        if *.exact { "in exact mode" } else { "with kept prefixes beside them" }
-    )]
-    Parallel {
-        /// What was asked for.
-        asked: u32,
-        /// What is possible.
-        most: u32,
-        /// In exact mode, or not.
-        exact: bool,
-    },
     /// The engine could not load it.
     #[error("{model} could not be loaded")]
     Engine {
@@ -123,6 +134,9 @@ pub enum NodeError {
     /// Two models with one name.
     #[error("two models are called {0}; give one of them another name")]
     SameName(String),
+    /// To pause while the machine is used, one has to see that it is.
+    #[error("--pause-when-active is not possible: this system has no /proc/stat, from which it is seen whether the machine is used")]
+    ActivityUnseen,
     /// The loading task was ended.
     #[error("loading was interrupted")]
     Interrupted,
@@ -141,9 +155,14 @@ impl Drop for Loading {
 
 /// A node: its models, loaded or on their way.
 pub struct Node {
-    options: NodeOptions,
-    models: Vec<Model>,
+    models: Arc<Models>,
+    /// Vocabularies of models that are not loaded here.
+    readers: Readers,
     mesh: mesh::MeshCell,
+    requests: Arc<Requests>,
+    gate: Gate,
+    /// Lets models go that nobody uses.
+    tending: Mutex<JoinSet<()>>,
     started: Instant,
 }
 
@@ -151,38 +170,37 @@ impl Node {
     /// A node that has read what its models are, and has loaded none of them: it can be served, and tells clients how far
     /// loading is. Blocks while it reads the files' headers.
     pub fn open(options: NodeOptions) -> Result<Node, NodeError> {
-        let most = EngineOptions::parallel_max(options.exact);
-        if !(1..=most).contains(&options.parallel) {
-            return Err(NodeError::Parallel { asked: options.parallel, most, exact: options.exact });
+        if options.sharing.pause_when_active && !activity::can_be_seen() {
+            return Err(NodeError::ActivityUnseen);
         }
-        let mut models: Vec<Model> = Vec::new();
-        for spec in &options.models {
-            if models.iter().any(|model| model.id() == spec.id) {
-                return Err(NodeError::SameName(spec.id.clone()));
-            }
-            models.push(Model::open(spec, &options)?);
-        }
-        Ok(Node { options, models, mesh: mesh::MeshCell::new(), started: Instant::now() })
+        let (gate, readers) = (Gate::new(options.sharing.clone()), Readers::new(options.engine_program.clone()));
+        Ok(Node {
+            models: Arc::new(Models::open(options)?),
+            readers,
+            mesh: mesh::MeshCell::new(),
+            requests: Arc::default(),
+            gate,
+            tending: Mutex::default(),
+            started: Instant::now(),
+        })
     }
 
-    /// Loads every model; `progress` hears how far it is. The first that cannot be loaded ends it.
+    /// Loads every model that is not on demand; `progress` hears how far it is. The first that cannot be loaded ends it.
     pub async fn load(
         self: &Arc<Self>,
         progress: impl Fn(LoadProgress) + Send + Sync + 'static,
     ) -> Result<(), NodeError> {
-        let node = self.clone();
-        let load = move || {
-            let progress: Arc<dyn Fn(LoadProgress) + Send + Sync> = Arc::new(progress);
-            for (at, model) in node.models.iter().enumerate() {
-                model.load(&node.options, &node.models[..at], &progress)?;
-            }
-            node.tidy_slices();
-            Ok(())
-        };
-        tokio::task::spawn_blocking(load).await.map_err(|_| NodeError::Interrupted)?
+        let models = Arc::clone(&self.models);
+        let loading = tokio::task::spawn_blocking(move || models.load(&progress));
+        loading.await.map_err(|_| NodeError::Interrupted)??;
+        if self.models.iter().any(Model::is_on_demand) {
+            let mut tending = self.tending.lock().unwrap_or_else(PoisonError::into_inner);
+            tending.spawn(models::tend(Arc::downgrade(&self.models)));
+        }
+        Ok(())
     }
 
-    /// Opens a node, loads every model and is then ready to serve.
+    /// Opens a node, loads its models and is then ready to serve.
     pub async fn start(
         options: NodeOptions,
         progress: impl Fn(LoadProgress) + Send + Sync + 'static,
@@ -211,16 +229,13 @@ impl Node {
     pub async fn shutdown(self: Arc<Self>) {
         self.stop();
         self.leave_mesh().await;
+        let mut tending = std::mem::take(&mut *self.tending.lock().unwrap_or_else(PoisonError::into_inner));
+        tending.shutdown().await;
         // Dropping an engine waits for its processes.
         let _ = tokio::task::spawn_blocking(move || drop(self)).await;
     }
 
-    fn tidy_slices(&self) {
-        let used = self.models.iter().filter_map(Model::loaded).flat_map(|model| model.engine.files()).collect();
-        let folder = model::slices_dir(&self.options);
-        let freed_bytes = murmur_engine::prune_slices(&folder, &used, murmur_engine::UNUSED_SLICES_BYTES_MAX);
-        if freed_bytes > 0 {
-            tracing::info!(freed_bytes, "removed slices of models that are not used any more");
-        }
+    fn options(&self) -> &NodeOptions {
+        self.models.options()
     }
 }

@@ -1,21 +1,20 @@
 //! One model: what its file says, how far loading is, its engine once loaded, and what clients see of it.
 
 use std::{
+    error::Error,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use murmur_api::{
-    backend::{ModelCard, ModelKind, ModelState, Refusal},
-    limits::LOADING_RETRY_AFTER,
-};
+use murmur_api::backend::{ModelCard, ModelKind, ModelState};
 use murmur_engine::{Engine, EngineError, EngineOptions, Patience, Stop};
 use murmur_gguf::{Facts, Gguf, LayerRange};
 use murmur_sampling::Vocabulary;
+use tokio::sync::watch;
 
 use crate::{LoadProgress, ModelSpec, NodeError, NodeOptions, Threads, fit, mesh::ModelIdentity};
 
@@ -28,6 +27,10 @@ const QUEUE_MAX: usize = 64;
 /// Loading progress is counted in so many parts.
 const PROGRESS_PARTS: f32 = 1000.0;
 
+const fn chunk_rows(exact: bool) -> u32 {
+    if exact { CHUNK_ROWS_EXACT } else { CHUNK_ROWS }
+}
+
 /// Where a node keeps slices.
 pub(crate) fn slices_dir(options: &NodeOptions) -> PathBuf {
     options.data_dir.join("slices")
@@ -36,16 +39,36 @@ pub(crate) fn slices_dir(options: &NodeOptions) -> PathBuf {
 /// A model of this node.
 pub(crate) struct Model {
     spec: ModelSpec,
+    /// Loaded when somebody asks for it, and let go when nobody has for a while.
+    on_demand: bool,
     /// What clients see until it is loaded.
     card: Arc<ModelCard>,
-    /// What loading needs of the file; taken by it.
+    /// What loading needs of the file, where it was read already; taken by it.
     file: Mutex<Option<ModelFile>>,
     /// How far loading is, in parts of [`PROGRESS_PARTS`].
     progress: AtomicU32,
-    stop: Stop,
-    loaded: OnceLock<LoadedModel>,
+    /// How long the last load took, in milliseconds; 0: none yet.
+    load_ms: AtomicU32,
+    life: Mutex<Life>,
+    /// Changes when a load has ended.
+    loads: watch::Sender<()>,
     /// What it is to other nodes; `None` inside: it cannot be offered.
     identity: OnceLock<Option<ModelIdentity>>,
+}
+
+/// Where a model is between its file and its engine.
+struct Life {
+    loaded: Option<Arc<LoadedModel>>,
+    is_loading: bool,
+    /// What loading it takes, from its beginning to the end of the engine; else 0.
+    planned_bytes: u64,
+    /// Of the load that is going on, or of the engine.
+    stop: Stop,
+    /// The node ends: nothing is loaded any more.
+    is_ended: bool,
+    /// Why the last load failed.
+    failure: Option<String>,
+    last_used: Instant,
 }
 
 /// A file that was checked.
@@ -55,41 +78,77 @@ struct ModelFile {
     embedding: bool,
 }
 
-/// A model that is loaded.
+/// A load for which memory has been set aside.
+pub(crate) struct Plan {
+    file: ModelFile,
+    ranges: Vec<LayerRange>,
+    parallel: u32,
+    context_tokens: u32,
+    stop: Stop,
+}
+
+/// A model that is loaded. It is not let go while anybody holds it.
 pub(crate) struct LoadedModel {
     pub(crate) card: Arc<ModelCard>,
     pub(crate) engine: Engine,
     pub(crate) memory_bytes: u64,
 }
 
+impl ModelFile {
+    fn read(path: &Path) -> Result<ModelFile, NodeError> {
+        let gguf = Gguf::open(path)?;
+        gguf.validate_for_engine()?;
+        let facts = Facts::of(&gguf).map_err(|reason| NodeError::Unusable { path: path.to_owned(), reason })?;
+        let embedding = is_pooling(&gguf);
+        Ok(ModelFile { gguf, facts, embedding })
+    }
+}
+
 impl Model {
     /// Reads a file's header and checks that it can be run.
-    pub(crate) fn open(spec: &ModelSpec, options: &NodeOptions) -> Result<Model, NodeError> {
-        let gguf = Gguf::open(&spec.path)?;
-        gguf.validate_for_engine()?;
-        let facts = Facts::of(&gguf).map_err(|reason| NodeError::Unusable { path: spec.path.clone(), reason })?;
-        let embedding = is_pooling(&gguf);
+    pub(crate) fn open(spec: &ModelSpec, options: &NodeOptions, on_demand: bool) -> Result<Model, NodeError> {
+        let file = ModelFile::read(&spec.path)?;
+        let ModelFile { gguf, facts, embedding } = &file;
         let context_tokens = options.ctx_tokens.unwrap_or(fit::DEFAULT_CONTEXT_TOKENS).min(facts.context_length);
+        let state = match on_demand {
+            true => ModelState::Available { loading: None },
+            false => ModelState::Loading { fraction: 0.0 },
+        };
         let card = ModelCard {
             id: spec.id.clone(),
-            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
-            kind: if embedding { ModelKind::Embed } else { ModelKind::Generate },
+            created: unix_seconds(),
+            kind: if *embedding { ModelKind::Embed } else { ModelKind::Generate },
             context_tokens,
             chat_template: gguf.str("tokenizer.chat_template").map(str::to_owned),
             bos_text: String::new(),
             eos_text: String::new(),
-            state: ModelState::Loading { fraction: 0.0 },
-            details: details(&gguf, &facts),
+            state,
+            details: details(gguf, facts),
         };
         Ok(Model {
             spec: spec.clone(),
+            on_demand,
             card: Arc::new(card),
-            file: Mutex::new(Some(ModelFile { gguf, facts, embedding })),
+            // A vocabulary is large, and it may be long until this one is wanted.
+            file: Mutex::new((!on_demand).then_some(file)),
             progress: AtomicU32::new(0),
-            stop: Stop::new(),
-            loaded: OnceLock::new(),
+            load_ms: AtomicU32::new(0),
+            life: Mutex::new(Life {
+                loaded: None,
+                is_loading: false,
+                planned_bytes: 0,
+                stop: Stop::new(),
+                is_ended: false,
+                failure: None,
+                last_used: Instant::now(),
+            }),
+            loads: watch::Sender::new(()),
             identity: OnceLock::new(),
         })
+    }
+
+    fn life(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The name clients use.
@@ -100,6 +159,11 @@ impl Model {
     /// Its file.
     pub(crate) fn path(&self) -> &Path {
         &self.spec.path
+    }
+
+    /// Whether it is loaded when somebody asks for it.
+    pub(crate) fn is_on_demand(&self) -> bool {
+        self.on_demand
     }
 
     /// What it is to other nodes, once that is known.
@@ -122,26 +186,48 @@ impl Model {
         self.card.kind
     }
 
-    /// The model, once it is loaded.
-    pub(crate) fn loaded(&self) -> Option<&LoadedModel> {
-        self.loaded.get()
+    /// The model, while it is loaded.
+    pub(crate) fn loaded(&self) -> Option<Arc<LoadedModel>> {
+        self.life().loaded.clone()
     }
 
-    /// The model, or what a client is told that asks too early.
-    pub(crate) fn ready(&self) -> Result<&LoadedModel, Refusal> {
-        self.loaded().ok_or_else(|| Refusal::NotReady {
-            retry_after: LOADING_RETRY_AFTER,
-            message: format!("{} is being loaded: try again shortly", self.id()),
-        })
+    /// The model for a request, if it is loaded.
+    pub(crate) fn used(&self) -> Option<Arc<LoadedModel>> {
+        let mut life = self.life();
+        life.last_used = Instant::now();
+        life.loaded.clone()
+    }
+
+    /// How long loading it took last, in milliseconds; 0: it was not loaded yet.
+    pub(crate) fn load_ms(&self) -> u32 {
+        self.load_ms.load(Ordering::Relaxed)
+    }
+
+    /// Changes when a load has ended.
+    pub(crate) fn loads(&self) -> watch::Receiver<()> {
+        self.loads.subscribe()
+    }
+
+    /// How far loading is: 0 to 1.
+    pub(crate) fn fraction(&self) -> f32 {
+        (self.progress.load(Ordering::Relaxed) as f32 / PROGRESS_PARTS).min(1.0)
+    }
+
+    /// Why the load that somebody waited for has ended without the model.
+    pub(crate) fn failure(&self) -> Option<String> {
+        let life = self.life();
+        (!life.is_loading).then(|| life.failure.clone().unwrap_or_else(|| "it was let go again".to_owned()))
     }
 
     /// Whether it can be asked now.
     pub(crate) fn state(&self) -> ModelState {
-        match self.loaded() {
-            None => {
-                let parts = self.progress.load(Ordering::Relaxed) as f32;
-                ModelState::Loading { fraction: (parts / PROGRESS_PARTS).min(1.0) }
-            }
+        let (loaded, is_loading) = {
+            let life = self.life();
+            (life.loaded.clone(), life.is_loading)
+        };
+        match loaded {
+            None if self.on_demand => ModelState::Available { loading: is_loading.then(|| self.fraction()) },
+            None => ModelState::Loading { fraction: self.fraction() },
             Some(loaded) => match loaded.engine.status().unavailable {
                 None => ModelState::Ready,
                 Some(reason) => ModelState::Failed { reason },
@@ -151,38 +237,123 @@ impl Model {
 
     /// What clients see of it now.
     pub(crate) fn card(&self) -> Arc<ModelCard> {
-        let card = self.loaded().map_or(&self.card, |loaded| &loaded.card);
+        let card = self.loaded().map_or_else(|| self.card.clone(), |loaded| loaded.card.clone());
         match self.state() {
-            state if state == card.state => card.clone(),
-            state => Arc::new(ModelCard { state, ..(**card).clone() }),
+            state if state == card.state => card,
+            state => Arc::new(ModelCard { state, ..(*card).clone() }),
         }
     }
 
-    /// Ends what runs or loads, without waiting.
+    /// Ends what runs or loads, for good and without waiting.
     pub(crate) fn stop(&self) {
-        self.stop.stop();
-        if let Some(loaded) = self.loaded() {
+        let (stop, loaded) = {
+            let mut life = self.life();
+            life.is_ended = true;
+            (life.stop.clone(), life.loaded.clone())
+        };
+        stop.stop();
+        if let Some(loaded) = loaded {
             loaded.engine.stop();
         }
     }
 
-    /// Splits and loads it, beside the models that were loaded before.
-    pub(crate) fn load(
-        &self,
-        options: &NodeOptions,
-        before: &[Model],
-        progress: &Arc<dyn Fn(LoadProgress) + Send + Sync>,
-    ) -> Result<(), NodeError> {
+    /// Takes the model out if nobody holds it, and nobody has asked for it for so long.
+    pub(crate) fn let_go(&self, unused_for: Duration) -> Option<Arc<LoadedModel>> {
+        let mut life = self.life();
+        let in_use = life.loaded.as_ref().is_some_and(|loaded| Arc::strong_count(loaded) > 1);
+        if in_use {
+            life.last_used = Instant::now();
+        }
+        if !self.on_demand || in_use || life.last_used.elapsed() < unused_for {
+            return None;
+        }
+        let loaded = life.loaded.take()?;
+        life.planned_bytes = 0;
+        Some(loaded)
+    }
+
+    /// When somebody has asked for it last.
+    pub(crate) fn last_used(&self) -> Instant {
+        self.life().last_used
+    }
+
+    /// Sets memory aside for a load, beside the other models of the node. `None`: it is loaded, or somebody loads it.
+    /// Callers see to it that one plan is made at a time.
+    pub(crate) fn plan(&self, options: &NodeOptions, models: &[Model]) -> Result<Option<Plan>, NodeError> {
+        {
+            let life = self.life();
+            if life.is_ended {
+                return Err(NodeError::Interrupted);
+            }
+            if life.is_loading || life.loaded.is_some() {
+                return Ok(None);
+            }
+        }
         let file = self.file.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // Somebody else loads it.
-        let Some(file) = file else { return Ok(()) };
+        let file = file.map_or_else(|| ModelFile::read(&self.spec.path), Ok)?;
         let ranges = if file.embedding || options.stages <= 1 {
             vec![LayerRange::new(0, file.facts.layers)]
         } else {
             murmur_gguf::even_cuts(&file.gguf, options.stages)?
         };
         let parallel = if file.embedding { 1 } else { options.parallel };
-        let (demand, context_tokens) = self.fit(&file, options, (parallel, ranges.len() as u32), before)?;
+        let (demand, context_tokens) = self.fit(&file, options, (parallel, ranges.len() as u32), models)?;
+        let stop = Stop::new();
+        let mut life = self.life();
+        if life.is_ended {
+            return Err(NodeError::Interrupted);
+        }
+        life.is_loading = true;
+        life.failure = None;
+        life.planned_bytes = demand.bytes(context_tokens);
+        life.stop = stop.clone();
+        self.progress.store(0, Ordering::Relaxed);
+        Ok(Some(Plan { file, ranges, parallel, context_tokens, stop }))
+    }
+
+    /// Splits and loads it as planned. Blocks.
+    pub(crate) fn load(
+        &self,
+        plan: Plan,
+        options: &NodeOptions,
+        progress: &dyn Fn(LoadProgress),
+    ) -> Result<(), NodeError> {
+        let started = Instant::now();
+        let outcome = self.load_engine(plan, options, progress);
+        let mut life = self.life();
+        life.is_loading = false;
+        life.last_used = Instant::now();
+        let outcome = match outcome {
+            Ok(engine) => {
+                let card = Arc::new(self.loaded_card(&engine));
+                let loaded = LoadedModel { card, engine, memory_bytes: life.planned_bytes };
+                self.load_ms.store(u32::try_from(started.elapsed().as_millis()).unwrap_or(u32::MAX), Ordering::Relaxed);
+                life.loaded = Some(Arc::new(loaded));
+                // Stopped in the last moment, before there was an engine to tell.
+                if life.is_ended { Err(NodeError::Interrupted) } else { Ok(()) }
+            }
+            Err(error) => {
+                life.planned_bytes = 0;
+                life.failure = Some(with_causes(&error));
+                Err(error)
+            }
+        };
+        let is_ended = life.is_ended;
+        drop(life);
+        if is_ended {
+            self.stop();
+        }
+        self.loads.send_replace(());
+        outcome
+    }
+
+    fn load_engine(
+        &self,
+        plan: Plan,
+        options: &NodeOptions,
+        progress: &dyn Fn(LoadProgress),
+    ) -> Result<Engine, NodeError> {
+        let Plan { file, ranges, parallel, context_tokens, stop } = plan;
         let engine_options = EngineOptions {
             program: options.engine_program.clone(),
             model: self.spec.path.clone(),
@@ -192,7 +363,7 @@ impl Model {
             context_tokens,
             parallel,
             queue_max: QUEUE_MAX,
-            chunk_rows: if options.exact { CHUNK_ROWS_EXACT } else { CHUNK_ROWS },
+            chunk_rows: chunk_rows(options.exact),
             threads: match options.threads {
                 Threads::Auto => None,
                 Threads::Fixed(n) => Some(n),
@@ -208,19 +379,21 @@ impl Model {
             self.progress.store((share * PROGRESS_PARTS) as u32, Ordering::Relaxed);
             progress(LoadProgress { model: self.spec.id.clone(), stage, fraction });
         };
-        let engine = Engine::load(engine_options, self.stop.clone(), heard);
-        let engine = engine.map_err(|source| match source {
+        let engine = Engine::load(engine_options, stop, heard);
+        engine.map_err(|source| match source {
             EngineError::Stopped => NodeError::Interrupted,
             source => NodeError::Engine { model: self.spec.id.clone(), source },
-        })?;
-        let card = Arc::new(self.loaded_card(&engine));
-        let _ = self.loaded.set(LoadedModel { card, engine, memory_bytes: demand.bytes(context_tokens) });
-        // Stopped in the last moment, before there was an engine to tell.
-        if self.stop.is_stopped() {
-            self.stop();
-            return Err(NodeError::Interrupted);
-        }
-        Ok(())
+        })
+    }
+
+    /// Memory that is set aside for it, and of that, what does not yet show as taken.
+    fn claim_bytes(&self) -> (u64, u64) {
+        let (loaded, planned) = {
+            let life = self.life();
+            (life.loaded.clone(), life.planned_bytes)
+        };
+        let processes = loaded.map(|loaded| loaded.engine.process_ids()).unwrap_or_default();
+        (planned, fit::outstanding_bytes(planned, &processes))
     }
 
     /// What loading takes, and the context that memory allows.
@@ -229,22 +402,19 @@ impl Model {
         file: &ModelFile,
         options: &NodeOptions,
         (parallel, stages): (u32, u32),
-        before: &[Model],
+        models: &[Model],
     ) -> Result<(fit::Demand, u32), NodeError> {
-        let sequences = EngineOptions::sequences(parallel, options.exact);
         let weights_bytes = file.gguf.file_bytes();
-        let batch_rows = if options.exact { CHUNK_ROWS_EXACT.max(sequences) } else { CHUNK_ROWS * 2 };
-        let mut demand = fit::Demand::of(&file.facts, weights_bytes, (parallel, sequences), batch_rows, stages);
+        let batch_rows = chunk_rows(options.exact).max(parallel);
+        let mut demand = fit::Demand::of(&file.facts, weights_bytes, parallel, batch_rows, stages);
         if options.exact {
             demand.exact(&file.facts, batch_rows, stages);
         }
         if file.embedding {
             demand.whole_sequences(&file.facts);
         }
-        let loaded = || before.iter().filter_map(Model::loaded);
-        let planned: u64 = loaded().map(|model| model.memory_bytes).sum();
-        let outstanding: u64 =
-            loaded().map(|model| fit::outstanding_bytes(model.memory_bytes, &model.engine.process_ids())).sum();
+        let claims = models.iter().map(Model::claim_bytes);
+        let (planned, outstanding) = claims.fold((0, 0), |sum, claim| (sum.0 + claim.0, sum.1 + claim.1));
         let free = fit::available_bytes().map(|free| free.saturating_sub(outstanding));
         let limit = options.max_memory_bytes.map(|max| max.saturating_sub(planned));
         let available = match (free, limit) {
@@ -259,7 +429,6 @@ impl Model {
 
     fn loaded_card(&self, engine: &Engine) -> ModelCard {
         let vocabulary = engine.vocabulary();
-        let text = |token: Option<i32>| token.map(|t| piece(vocabulary, t)).unwrap_or_default();
         let options = engine.options();
         let mut details = self.card.details.clone();
         details["context_tokens"] = options.context_tokens.into();
@@ -268,8 +437,8 @@ impl Model {
         details["stages"] = options.ranges.iter().map(|r| format!("{}-{}", r.first, r.end)).collect();
         ModelCard {
             context_tokens: options.context_tokens,
-            bos_text: text(vocabulary.bos()),
-            eos_text: text(vocabulary.eos()),
+            bos_text: token_text(vocabulary, vocabulary.bos()),
+            eos_text: token_text(vocabulary, vocabulary.eos()),
             state: ModelState::Ready,
             details,
             ..(*self.card).clone()
@@ -295,6 +464,23 @@ fn details(gguf: &Gguf, facts: &Facts) -> serde_json::Value {
     })
 }
 
-fn piece(vocabulary: &Vocabulary, token: i32) -> String {
-    String::from_utf8_lossy(vocabulary.bytes(token)).into_owned()
+/// An error and what led to it, in one line.
+pub(crate) fn with_causes(error: &dyn Error) -> String {
+    let (mut text, mut next) = (error.to_string(), error.source());
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}
+
+/// Text of a token that a model may have.
+pub(crate) fn token_text(vocabulary: &Vocabulary, token: Option<i32>) -> String {
+    token.map(|token| String::from_utf8_lossy(vocabulary.bytes(token)).into_owned()).unwrap_or_default()
+}
+
+/// The wall clock, which is only shown.
+pub(crate) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

@@ -28,9 +28,6 @@ struct Options {
     /// Simulated minutes, after one in which the nodes start.
     #[arg(long, default_value_t = 10)]
     minutes: u64,
-    /// PlumTree's first timeout in milliseconds: how long to wait for an announced broadcast
-    #[arg(long, default_value_t = 80)]
-    graft_timeout: u64,
     /// Decides everything that is drawn.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -45,7 +42,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         seed: options.seed,
         network: NetworkOptions { loss: options.loss / 100.0, ..NetworkOptions::default() },
         starting_ms: MINUTE_MS / 2,
-        graft_timeout_ms: options.graft_timeout,
         ..Scenario::default()
     })?;
     println!(

@@ -84,6 +84,14 @@ pub struct Report {
     pub exchange_bytes: u64,
     /// Messages delivered.
     pub messages: u64,
+    /// Of these, broadcasts in full.
+    pub copies: u64,
+    /// Of which were the first of their broadcast for the node.
+    pub first_copies: u64,
+    /// How often a node had the overlay join somebody.
+    pub joins: u64,
+    /// How often a node got a new neighbour in the overlay.
+    pub new_neighbours: u64,
     /// Milliseconds that nodes were alive, summed over all.
     pub node_ms: u64,
 }
@@ -112,6 +120,13 @@ impl fmt::Display for Report {
         writeln!(f, "resurrections     {}", self.resurrections)?;
         writeln!(f, "false departures  {}", self.false_departures)?;
         writeln!(f, "refused           {} forged, {} of another mesh", self.forgeries_refused, self.strangers_refused)?;
+        writeln!(
+            f,
+            "overlay           {:.2} copies of each broadcast, {} joins, {} new neighbours",
+            self.copies as f64 / self.first_copies.max(1) as f64,
+            self.joins,
+            self.new_neighbours
+        )?;
         write!(
             f,
             "sent per node     {:.1} kB/s: broadcast {:.1}, comparing {:.1} ({} messages)",

@@ -5,7 +5,11 @@
 //! after it comes after it. A datagram is gone; others come twice, or overtake each other. The real mesh uses streams;
 //! datagrams are there because the tables must not need streams to stay true.
 
-use std::{collections::HashMap, ops::RangeInclusive};
+use std::{
+    collections::HashMap,
+    hash::{BuildHasherDefault, Hasher},
+    ops::RangeInclusive,
+};
 
 use rand::{RngExt, rngs::StdRng};
 
@@ -68,15 +72,15 @@ pub(crate) type Arrivals = [Option<u64>; 2];
 pub(crate) struct Network {
     options: NetworkOptions,
     seed: u64,
-    /// When the last message of a stream arrives.
-    last_arrival_ms: HashMap<(u32, u32), u64>,
+    /// When the last message of a stream arrives, by sender and receiver.
+    last_arrival_ms: HashMap<u64, u64, BuildHasherDefault<Mixed>>,
     /// Nodes in different groups do not reach each other.
     groups: Option<Vec<u32>>,
 }
 
 impl Network {
     pub(crate) fn new(options: NetworkOptions, seed: u64) -> Self {
-        Network { options, seed, last_arrival_ms: HashMap::new(), groups: None }
+        Network { options, seed, last_arrival_ms: HashMap::default(), groups: None }
     }
 
     pub(crate) fn dead_connection_ms(&self) -> u64 {
@@ -108,7 +112,7 @@ impl Network {
                     arrival_ms += resend_ms << losses.min(4);
                     losses += 1;
                 }
-                let last_ms = self.last_arrival_ms.entry((from, to)).or_default();
+                let last_ms = self.last_arrival_ms.entry(u64::from(from) << 32 | u64::from(to)).or_default();
                 *last_ms = (*last_ms).max(now_ms + arrival_ms);
                 [Some(*last_ms - now_ms), None]
             }
@@ -140,5 +144,23 @@ impl SplitMix {
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         mixed ^ (mixed >> 31)
+    }
+}
+
+/// Hashes a pair of nodes. Nobody chooses them to collide, and it is done for every message.
+#[derive(Default)]
+struct Mixed(u64);
+
+impl Hasher for Mixed {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        self.0 = SplitMix(self.0 ^ number).next();
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
     }
 }

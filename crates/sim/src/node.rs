@@ -1,7 +1,13 @@
 //! One simulated node: the membership table and the broadcast overlay, with a clock of its own.
 
+use std::collections::HashSet;
+
 use iroh_gossip::proto::{Config, PlumtreeConfig, State};
-use murmur_core::{membership::Membership, time::Now};
+use murmur_core::{
+    membership::Membership,
+    overlay::{self, Overlay},
+    time::Now,
+};
 use murmur_protocol::mesh::NodeId;
 use n0_future::time::Duration;
 use rand::rngs::StdRng;
@@ -33,7 +39,7 @@ pub(crate) struct Node {
     pub(crate) wall_skew_ms: i64,
     pub(crate) liar: bool,
     /// Counts its starts: what was meant for an earlier life does not reach it.
-    pub(crate) lives: u32,
+    pub(crate) lives: u16,
     pub(crate) life: Option<Life>,
     /// The highest sequence number that it has on disk.
     pub(crate) stored_sequence: u64,
@@ -48,32 +54,38 @@ pub(crate) struct Node {
 pub(crate) struct Life {
     pub(crate) membership: Membership,
     pub(crate) gossip: State<Index, StdRng>,
-    pub(crate) neighbours: Vec<Index>,
+    pub(crate) overlay: Overlay<Index>,
+    /// Neighbours so far: those that are back have been compared with before.
+    pub(crate) met: HashSet<Index>,
     /// For each node, by number, the last of its lives that this node has listed: what was found out before is not
     /// found out again.
-    pub(crate) found: Vec<u32>,
+    pub(crate) found: Vec<u16>,
     /// Peers that have not answered, and will be given up.
     pub(crate) giving_up: Vec<Index>,
 }
 
 impl std::fmt::Debug for Life {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Life").field("neighbours", &self.neighbours).finish_non_exhaustive()
+        f.debug_struct("Life").field("overlay", &self.overlay).finish_non_exhaustive()
     }
 }
 
 impl Life {
-    pub(crate) fn new(index: Index, membership: Membership, nodes: usize, graft_timeout_ms: u64, rng: StdRng) -> Self {
+    pub(crate) fn new(index: Index, membership: Membership, nodes: usize, rng: StdRng) -> Self {
         let broadcast = PlumtreeConfig {
-            graft_timeout_1: Duration::from_millis(graft_timeout_ms),
-            // The same proportion as in iroh-gossip's defaults.
-            graft_timeout_2: Duration::from_millis(graft_timeout_ms / 2),
+            graft_timeout_1: Duration::from_millis(overlay::GRAFT_AFTER_MS),
+            graft_timeout_2: Duration::from_millis(overlay::GRAFT_AGAIN_MS),
+            dispatch_timeout: Duration::from_millis(overlay::ANNOUNCE_EVERY_MS),
+            optimization_threshold: overlay::HOPS_SAVED_MIN.into(),
+            message_cache_retention: Duration::from_millis(overlay::MESSAGES_KEPT_MS),
+            message_id_retention: Duration::from_millis(overlay::MESSAGES_KNOWN_MS),
             ..PlumtreeConfig::default()
         };
         Life {
             membership,
             gossip: State::new(index, Default::default(), Config { broadcast, ..Config::default() }, rng),
-            neighbours: Vec::new(),
+            overlay: Overlay::default(),
+            met: HashSet::new(),
             found: vec![0; nodes],
             giving_up: Vec::new(),
         }

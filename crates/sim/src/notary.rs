@@ -41,10 +41,21 @@ impl Notary {
     /// Puts a record down; returns the bytes that stand for it.
     pub(crate) fn put_down(&mut self, record: NodeRecord, genuine: bool) -> (Arc<Verified>, Bytes) {
         let verified = Verified::trusted(record, self.signed.clone());
-        let mut bytes = vec![0; RECORD_BYTES];
-        bytes[..NUMBER_BYTES].copy_from_slice(&(self.entries.len() as u64).to_le_bytes());
+        let bytes = Notary::padded(self.entries.len());
         self.entries.push(Entry { verified: Arc::clone(&verified), genuine });
-        (verified, bytes.into())
+        (verified, bytes)
+    }
+
+    /// The bytes that stand for a genuine record of the book: broadcast again, it is the same message.
+    pub(crate) fn bytes(&self, verified: &Arc<Verified>) -> Bytes {
+        let number = self.entries.iter().rposition(|entry| entry.genuine && Arc::ptr_eq(&entry.verified, verified));
+        Notary::padded(number.unwrap_or(self.entries.len()))
+    }
+
+    fn padded(number: usize) -> Bytes {
+        let mut bytes = vec![0; RECORD_BYTES];
+        bytes[..NUMBER_BYTES].copy_from_slice(&(number as u64).to_le_bytes());
+        bytes.into()
     }
 
     /// The record that these bytes stand for.

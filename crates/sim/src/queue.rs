@@ -14,6 +14,8 @@ const RING_MS: u64 = 1 << 15;
 pub(crate) struct Queue<E> {
     now_ms: u64,
     ring: Vec<VecDeque<E>>,
+    /// The memory of buckets that were emptied, for those that are filled next: what is worked on fits into few pages.
+    spare: Vec<VecDeque<E>>,
     in_ring: usize,
     far: BTreeMap<u64, VecDeque<E>>,
 }
@@ -22,7 +24,7 @@ impl<E> Queue<E> {
     /// An empty queue at time 0.
     pub(crate) fn new() -> Self {
         let ring = std::iter::repeat_with(VecDeque::new).take(RING_MS as usize).collect();
-        Queue { now_ms: 0, ring, in_ring: 0, far: BTreeMap::new() }
+        Queue { now_ms: 0, ring, spare: Vec::new(), in_ring: 0, far: BTreeMap::new() }
     }
 
     /// Milliseconds since the beginning.
@@ -34,7 +36,11 @@ impl<E> Queue<E> {
     pub(crate) fn after(&mut self, delay_ms: u64, event: E) {
         let at_ms = self.now_ms.saturating_add(delay_ms);
         if delay_ms < RING_MS {
-            self.ring[(at_ms % RING_MS) as usize].push_back(event);
+            let bucket = &mut self.ring[(at_ms % RING_MS) as usize];
+            if bucket.capacity() == 0 {
+                *bucket = self.spare.pop().unwrap_or_default();
+            }
+            bucket.push_back(event);
             self.in_ring += 1;
         } else {
             self.far.entry(at_ms).or_default().push_back(event);
@@ -58,6 +64,10 @@ impl<E> Queue<E> {
             }
             if self.now_ms >= until_ms {
                 return None;
+            }
+            let emptied = std::mem::take(&mut self.ring[(self.now_ms % RING_MS) as usize]);
+            if emptied.capacity() > 0 {
+                self.spare.push(emptied);
             }
             self.now_ms = if self.in_ring > 0 {
                 self.now_ms + 1

@@ -6,7 +6,10 @@ mod liar;
 use std::{collections::HashMap, sync::Arc};
 
 use iroh_gossip::proto::{Command, Event as GossipEvent, InEvent, Message, OutEvent, Scope, Timer, TopicId};
-use murmur_core::membership::{Membership, MembershipOptions, Outcome, Unwelcome, Verified};
+use murmur_core::{
+    membership::{Aged, Membership, MembershipOptions, Outcome, Unwelcome, Verified},
+    overlay::Join,
+};
 use murmur_protocol::mesh::{MeshId, MessageError, NodeId};
 use n0_future::time::{Duration, Instant};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -25,11 +28,17 @@ const MORNING_UNIX_MS: u64 = 1_790_000_000_000;
 /// How often a node looks whether something is due.
 const TICK_MS: u64 = 500;
 
-/// How often a node without neighbours asks discovery for some.
-const LONELY_MS: u64 = 2_000;
+/// How often a node looks whether it has neighbours enough.
+const HEAL_MS: u64 = 2_000;
 
-/// How often a node with neighbours joins one that discovery names: it heals an overlay that has split.
-const HEAL_MS: u64 = 60_000;
+/// How often discovery names a node; one that is not listed is compared with.
+const DISCOVER_MS: u64 = 60_000;
+
+/// Pause between a newcomer's comparisons with its first neighbours: what the first knows, the next need not send.
+const NEXT_COMPARISON_MS: u64 = 500;
+
+/// How often a node tries to find somebody to compare with, before it waits for the next round.
+const CHOICES_MAX: u32 = 8;
 
 /// How often a liar lies.
 const LIE_MS: u64 = 5_000;
@@ -56,11 +65,6 @@ pub struct Scenario {
     pub network: NetworkOptions,
     /// The tables.
     pub membership: MembershipOptions,
-    /// How long records are valid, in milliseconds.
-    pub ttl_ms: u32,
-    /// How long a node that was told of a broadcast waits for it before it asks, in milliseconds: PlumTree's first
-    /// timeout. Shorter than a broadcast takes to get around, and nodes ask for what is on its way already.
-    pub graft_timeout_ms: u64,
     /// The nodes start within this time, in milliseconds.
     pub starting_ms: u64,
     /// Wall clocks are off by so much at most, in milliseconds.
@@ -77,8 +81,6 @@ impl Default for Scenario {
             seed: 1,
             network: NetworkOptions::default(),
             membership: MembershipOptions::default(),
-            ttl_ms: 60_000,
-            graft_timeout_ms: 80,
             starting_ms: 5_000,
             wall_skew_ms_max: 600_000,
             drift_ppm_max: 500,
@@ -104,7 +106,9 @@ enum Event {
     ConnectionLost(Index),
     Tick,
     Exchange,
+    Compare(Index),
     Heal,
+    Discover,
     Lie,
 }
 
@@ -112,7 +116,7 @@ enum Event {
 #[derive(Debug)]
 struct Happening {
     at: Index,
-    life: u32,
+    life: u16,
     event: Event,
 }
 
@@ -245,12 +249,13 @@ impl Sim {
         let wall_ms = (MORNING_UNIX_MS + now_ms).saturating_add_signed(node.wall_skew_ms);
         let first_sequence = wall_ms.max(node.stored_sequence + 1);
         let membership = Membership::new(node.id, self.mesh, first_sequence, self.scenario.membership.clone());
-        node.life = Some(Life::new(index, membership, count, self.scenario.graft_timeout_ms, overlay_rng));
+        node.life = Some(Life::new(index, membership, count, overlay_rng));
         self.command(index, Command::Join(contacts));
         self.renew(index);
         let first_exchange_ms = self.rng.random_range(0..ROUND_MS);
         self.after(first_exchange_ms, index, Event::Exchange);
-        self.after(LONELY_MS, index, Event::Heal);
+        self.after(HEAL_MS, index, Event::Heal);
+        self.after(DISCOVER_MS, index, Event::Discover);
         self.after(TICK_MS, index, Event::Tick);
         if self.nodes[index as usize].liar {
             self.after(LIE_MS, index, Event::Lie);
@@ -274,9 +279,9 @@ impl Sim {
         let Some(life) = &mut node.life else { return };
         let sequence = life.membership.leave(node.clock.at(now_ms));
         node.stored_sequence = sequence;
-        let tombstone = notary::record(node.id, self.mesh, sequence, self.scenario.ttl_ms, true);
+        let tombstone = notary::record(node.id, self.mesh, sequence, life.membership.ttl_ms(), true);
         let (verified, bytes) = self.notary.put_down(tombstone, true);
-        let neighbours = life.neighbours.clone();
+        let neighbours: Vec<Index> = life.overlay.neighbours().collect();
         self.command(index, Command::Broadcast(bytes, Scope::Swarm));
         for neighbour in neighbours {
             self.send_direct(index, neighbour, Direct::Records(vec![(Arc::clone(&verified), 0, true)]));
@@ -296,6 +301,7 @@ impl Sim {
             Event::Start(_) => {}
             Event::Gossip { from, message } => {
                 self.report.messages += 1;
+                self.report.copies += u64::from(is_data(&message));
                 self.overlay(at, InEvent::RecvMessage(from, message));
             }
             Event::Direct { from, message } => {
@@ -313,20 +319,23 @@ impl Sim {
                 self.after(TICK_MS, at, Event::Tick);
             }
             Event::Exchange => {
-                let count = self.neighbours(at).len();
-                if count > 0 {
-                    let chosen = self.rng.random_range(0..count);
-                    let neighbour = self.neighbours(at)[chosen];
-                    self.compare(at, neighbour);
+                if let Some(other) = self.somebody_listed(at) {
+                    self.compare(at, other);
                 }
                 let wait_ms = self.rng.random_range(ROUND_MS * 9 / 10..ROUND_MS * 11 / 10);
                 self.after(wait_ms, at, Event::Exchange);
             }
+            Event::Compare(other) => self.compare(at, other),
             Event::Heal => {
-                let lonely = self.neighbours(at).is_empty();
-                let contacts = self.contacts(at, if lonely { CONTACTS } else { 1 });
-                self.command(at, Command::Join(contacts));
-                self.after(if lonely { LONELY_MS } else { HEAL_MS }, at, Event::Heal);
+                self.heal(at);
+                self.after(HEAL_MS, at, Event::Heal);
+            }
+            Event::Discover => {
+                let found = self.contacts(at, 1).first().copied().filter(|found| !self.lists(at, *found));
+                if let Some(found) = found {
+                    self.compare(at, found);
+                }
+                self.after(DISCOVER_MS, at, Event::Discover);
             }
             Event::Lie => {
                 self.lie(at);
@@ -357,8 +366,9 @@ impl Sim {
         let Some(life) = &mut node.life else { return };
         let sequence = life.membership.renew(node.clock.at(now_ms));
         node.stored_sequence = sequence;
-        node.valid_until_ms = now_ms + u64::from(self.scenario.ttl_ms);
-        let record = notary::record(node.id, self.mesh, sequence, self.scenario.ttl_ms, false);
+        let ttl_ms = life.membership.ttl_ms();
+        node.valid_until_ms = now_ms + u64::from(ttl_ms);
+        let record = notary::record(node.id, self.mesh, sequence, ttl_ms, false);
         let (verified, bytes) = self.notary.put_down(record, true);
         life.membership.set_own(Arc::clone(&verified));
         if self.scenario.liars > 0 && self.rng.random_ratio(1, 8) {
@@ -368,6 +378,7 @@ impl Sim {
     }
 
     fn command(&mut self, at: Index, command: Command<Index>) {
+        self.report.joins += u64::from(matches!(command, Command::Join(_)));
         self.overlay(at, InEvent::Command(self.topic, command));
     }
 
@@ -384,12 +395,13 @@ impl Sim {
                     self.send(at, to, Event::Gossip { from: at, message });
                 }
                 OutEvent::EmitEvent(_, GossipEvent::Received(received)) => {
+                    self.report.first_copies += 1;
                     self.hear_broadcast(at, received.delivered_from, &received.content);
                 }
                 OutEvent::EmitEvent(_, GossipEvent::NeighborUp(peer)) => self.neighbour_up(at, peer),
                 OutEvent::EmitEvent(_, GossipEvent::NeighborDown(peer)) => {
                     if let Some(life) = &mut self.nodes[at as usize].life {
-                        life.neighbours.retain(|known| *known != peer);
+                        life.overlay.down(peer);
                     }
                 }
                 OutEvent::ScheduleTimer(delay, timer) => {
@@ -401,14 +413,42 @@ impl Sim {
         }
     }
 
+    /// Has the overlay join somebody, if there is a reason to.
+    fn heal(&mut self, at: Index) {
+        let now_ms = self.queue.now_ms();
+        let node = &mut self.nodes[at as usize];
+        let now = node.clock.at(now_ms);
+        let Some(life) = &mut node.life else { return };
+        // Discovery names nodes that are not listed yet, so one is known if any is there.
+        let known = life.membership.len().max(1);
+        match life.overlay.join(known, now) {
+            Join::Nobody => {}
+            Join::Peer(peer) => self.command(at, Command::Join(vec![peer])),
+            Join::Any(count) => {
+                let contacts = self.contacts(at, count);
+                self.command(at, Command::Join(contacts));
+            }
+        }
+    }
+
     fn neighbour_up(&mut self, at: Index, peer: Index) {
         let Some(life) = &mut self.nodes[at as usize].life else { return };
-        if life.neighbours.is_empty() {
-            // What was broadcast before has reached nobody.
+        self.report.new_neighbours += 1;
+        if life.overlay.up(peer) {
             life.membership.note_change();
         }
-        life.neighbours.push(peer);
-        self.compare(at, peer);
+        let before = life.met.len() as u64;
+        if life.met.insert(peer) {
+            self.after(before.min(CONTACTS as u64) * NEXT_COMPARISON_MS, at, Event::Compare(peer));
+        }
+    }
+
+    /// Somebody to compare with: any node on the list. Real nodes keep connections to some of those.
+    fn somebody_listed(&mut self, at: Index) -> Option<Index> {
+        (0..CHOICES_MAX).find_map(|_| {
+            let other = self.rng.random_range(0..self.scenario.nodes);
+            self.lists(at, other).then_some(other)
+        })
     }
 
     /// Tells a neighbour what is known here; it answers with what is lacking.
@@ -427,19 +467,43 @@ impl Sim {
         self.hear_record(at, from, &verified, 0, genuine);
     }
 
+    /// Takes records that a peer has handed over, as the `net` crate does.
+    fn take_handed(&mut self, at: Index, from: Index, records: Vec<(Arc<Verified>, u32, bool)>) {
+        let mut outdated = Vec::new();
+        for (verified, age_ms, genuine) in records {
+            let record = verified.record();
+            let outcome = self.hear_record(at, from, &verified, age_ms, genuine);
+            let Some(life) = &mut self.nodes[at as usize].life else { return };
+            match outcome {
+                Some(Outcome::Newer) => life.overlay.handed_newer(from, age_ms.into()),
+                Some(Outcome::Old) => outdated.push(record.node),
+                // The overlay has lost it, or it would have been heard.
+                Some(Outcome::Departed) => {
+                    let bytes = self.notary.bytes(&verified);
+                    self.command(at, Command::Broadcast(bytes, Scope::Swarm));
+                }
+                _ => {}
+            }
+        }
+        let now_ms = self.queue.now_ms();
+        let node = &self.nodes[at as usize];
+        let Some(life) = &node.life else { return };
+        let corrected = life.membership.wanted(&outdated, node.clock.at(now_ms));
+        if !corrected.is_empty() {
+            self.send_direct(at, from, handed(corrected));
+        }
+    }
+
     fn hear_direct(&mut self, at: Index, from: Index, message: Direct) {
         let now_ms = self.queue.now_ms();
         let node = &mut self.nodes[at as usize];
         let now = node.clock.at(now_ms);
         let Some(life) = &mut node.life else { return };
-        let aged = |records: Vec<murmur_core::membership::Aged>| {
-            Direct::Records(records.into_iter().map(|aged| (aged.verified, aged.age_ms, true)).collect())
-        };
         match message {
             Direct::Digest(digest) => {
                 let answer = life.membership.answer(&digest, now);
                 if !answer.records.is_empty() {
-                    self.send_direct(at, from, aged(answer.records));
+                    self.send_direct(at, from, handed(answer.records));
                 }
                 if !answer.want.is_empty() {
                     self.send_direct(at, from, Direct::Want(answer.want));
@@ -447,37 +511,42 @@ impl Sim {
             }
             Direct::Want(nodes) => {
                 let records = life.membership.wanted(&nodes, now);
-                self.send_direct(at, from, aged(records));
+                self.send_direct(at, from, handed(records));
             }
-            Direct::Records(records) => {
-                for (verified, age_ms, genuine) in records {
-                    self.hear_record(at, from, &verified, age_ms, genuine);
-                }
-            }
+            Direct::Records(records) => self.take_handed(at, from, records),
         }
     }
 
-    fn hear_record(&mut self, at: Index, from: Index, verified: &Arc<Verified>, age_ms: u32, genuine: bool) {
+    /// Gives a record to the table of a node; `None` if its signature is bad.
+    fn hear_record(
+        &mut self,
+        at: Index,
+        from: Index,
+        verified: &Arc<Verified>,
+        age_ms: u32,
+        genuine: bool,
+    ) -> Option<Outcome> {
         if !genuine {
             self.report.forgeries_refused += 1;
-            return;
+            return None;
         }
         let now_ms = self.queue.now_ms();
         let from_id = self.nodes[from as usize].id;
         let node = &mut self.nodes[at as usize];
         let now = node.clock.at(now_ms);
-        let Some(life) = &mut node.life else { return };
-        match life.membership.accept(verified, u64::from(age_ms), from_id, now) {
+        let outcome = node.life.as_mut()?.membership.accept(verified, u64::from(age_ms), from_id, now);
+        match &outcome {
             Outcome::New { displaced } => {
                 self.listed(at, verified.record().node);
                 for gone in displaced {
-                    self.dropped(at, gone);
+                    self.dropped(at, *gone);
                 }
             }
             Outcome::Departed => self.dropped(at, verified.record().node),
             Outcome::Refused(Unwelcome::WrongMesh) => self.report.strangers_refused += 1,
             Outcome::Newer | Outcome::Known | Outcome::Old | Outcome::Overtaken | Outcome::Refused(_) => {}
         }
+        Some(outcome)
     }
 
     fn send_direct(&mut self, from: Index, to: Index, message: Direct) {
@@ -524,12 +593,17 @@ impl Sim {
         contacts
     }
 
-    fn neighbours(&self, of: Index) -> &[Index] {
-        self.nodes[of as usize].life.as_ref().map_or(&[], |life| &life.neighbours)
-    }
-
     fn after(&mut self, delay_ms: u64, at: Index, event: Event) {
         let life = self.nodes[at as usize].lives;
         self.queue.after(delay_ms, Happening { at, life, event });
     }
+}
+
+fn handed(records: Vec<Aged>) -> Direct {
+    Direct::Records(records.into_iter().map(|aged| (aged.verified, aged.age_ms, true)).collect())
+}
+
+/// Whether it is a broadcast in full. `iroh-gossip` has a type for this and does not export it: its first variant is data.
+fn is_data(message: &Message<Index>) -> bool {
+    message.kind() as u8 == 0
 }

@@ -91,6 +91,43 @@ fn a_node_that_says_goodbye_is_gone_everywhere_within_two_rounds() {
 }
 
 #[test]
+fn goodbyes_get_around_within_two_rounds_while_others_crash_and_come() {
+    for seed in seeds() {
+        let mut sim = started(Scenario { nodes: 60, ..mesh(seed) });
+        sim.reset_report();
+        Churn::new(60, 0.2, seed).run(&mut sim, 3 * TTL_MS);
+        let report = sim.report();
+        assert!(report.farewell.count() > 100 && report.farewell.max_ms() <= 2 * ROUND_MS, "seed {seed}: {report}");
+    }
+}
+
+#[test]
+fn a_goodbye_that_a_few_nodes_alone_have_heard_reaches_all() {
+    let mut heard_by_few = 0;
+    for seed in seeds() {
+        let mut sim = started(mesh(seed));
+        // Most are cut off from the leaver when it says its last word.
+        sim.partition(Some((0..16).map(|index| u32::from(index < 4)).collect()));
+        sim.leave(0);
+        sim.run_for(SECOND_MS);
+        sim.partition(None);
+        heard_by_few += u64::from((12..15).contains(&sim.ghost_pairs()));
+        sim.run_for(2 * ROUND_MS);
+        assert!(sim.ghost_pairs() == 0 || sim.ghost_pairs() == 15, "seed {seed}: {}", sim.report());
+    }
+    assert!(heard_by_few > 0, "the leaver never had a neighbour among the four");
+}
+
+#[test]
+fn a_settled_mesh_sends_each_record_less_than_twice_to_each_node() {
+    let mut sim = started(Scenario { nodes: 100, ..mesh(1) });
+    sim.run_for(TTL_MS);
+    sim.reset_report();
+    sim.run_for(TTL_MS);
+    assert!(sim.report().copies < 2 * sim.report().first_copies, "{}", sim.report());
+}
+
+#[test]
 fn a_node_that_crashes_is_gone_everywhere_within_two_rounds_of_the_end_of_its_last_record() {
     for seed in seeds() {
         let mut sim = started(mesh(seed));

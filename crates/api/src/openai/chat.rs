@@ -31,7 +31,7 @@ pub(crate) async fn create(
     State(state): State<Arc<AppState>>,
     JsonObject(map): JsonObject,
 ) -> Result<Response, ApiError> {
-    let input = ChatInput::read(Fields::new(map), &*state.backend)?;
+    let input = ChatInput::read(Fields::new(map), &*state.backend).await?;
     let (input, prompt) = templates::prepare(&state, input).await?;
     let choices = Choices::start(&*state.backend, state.metrics.clone(), input.generations(&prompt), input.common.n)
         .await

@@ -35,9 +35,9 @@ pub(crate) struct ChatInput {
 }
 
 impl ChatInput {
-    pub(crate) fn read(mut fields: Fields, backend: &dyn Backend) -> Result<Self, ApiError> {
+    pub(crate) async fn read(mut fields: Fields, backend: &dyn Backend) -> Result<Self, ApiError> {
         harmless::accept(&mut fields)?;
-        let mut common = Common::read(&mut fields, backend)?;
+        let mut common = Common::read(&mut fields, backend).await?;
         common.sampling.top_logprobs = top_logprobs(&mut fields)?;
         let tools = messages::tools(&mut fields)?;
         let input = ChatInput {

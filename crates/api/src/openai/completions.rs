@@ -40,9 +40,9 @@ struct Input {
 }
 
 impl Input {
-    fn read(mut fields: Fields, backend: &dyn Backend) -> Result<Self, ApiError> {
+    async fn read(mut fields: Fields, backend: &dyn Backend) -> Result<Self, ApiError> {
         harmless::accept(&mut fields)?;
-        let mut common = Common::read(&mut fields, backend)?;
+        let mut common = Common::read(&mut fields, backend).await?;
         common.sampling.top_logprobs =
             fields.integer("logprobs", 0..=i64::from(MAX_TOP_LOGPROBS))?.map(|top| top as u8);
         let prompts = match fields.take("prompt") {
@@ -110,7 +110,7 @@ pub(crate) async fn create(
     State(state): State<Arc<AppState>>,
     JsonObject(map): JsonObject,
 ) -> Result<Response, ApiError> {
-    let input = Input::read(Fields::new(map), &*state.backend)?;
+    let input = Input::read(Fields::new(map), &*state.backend).await?;
     let echoes = input.echoes(&*state.backend).await?;
     let grammar_param = input.constraint.as_ref().map_or("grammar", |constraint| constraint.param);
     let choices = Choices::start(&*state.backend, state.metrics.clone(), input.generations(), input.common.n)

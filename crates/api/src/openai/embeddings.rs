@@ -36,7 +36,7 @@ pub(crate) async fn create(
     JsonObject(map): JsonObject,
 ) -> Result<Response, ApiError> {
     let mut fields = Fields::new(map);
-    let model = model(&mut fields, &*state.backend, Some(ModelKind::Embed))?;
+    let model = model(&mut fields, &*state.backend, Some(ModelKind::Embed)).await?;
     let inputs = match fields.take("input") {
         Some(input) => prompts("input", input, MAX_EMBEDDING_INPUTS)?,
         None => return Err(fields.missing("input")),

@@ -51,9 +51,11 @@ pub(crate) fn describe(model: &ModelCard) -> Value {
         "details": model.details,
     });
     match &model.state {
-        ModelState::Loading { fraction } => described["progress"] = json!(fraction),
+        ModelState::Loading { fraction } | ModelState::Available { loading: Some(fraction) } => {
+            described["progress"] = json!(fraction);
+        }
         ModelState::Failed { reason } => described["reason"] = json!(reason),
-        ModelState::Ready => {}
+        ModelState::Ready | ModelState::Available { loading: None } => {}
     }
     described
 }

@@ -29,10 +29,10 @@ pub(crate) struct Common {
 }
 
 impl Common {
-    pub(crate) fn read(fields: &mut Fields, backend: &dyn Backend) -> Result<Self, ApiError> {
+    pub(crate) async fn read(fields: &mut Fields, backend: &dyn Backend) -> Result<Self, ApiError> {
         let stream = fields.boolean("stream")?.unwrap_or(false);
         Ok(Common {
-            model: model(fields, backend, Some(ModelKind::Generate))?,
+            model: model(fields, backend, Some(ModelKind::Generate)).await?,
             sampling: sampling(fields)?,
             stop: stop(fields)?,
             n: fields.integer("n", 1..=i64::from(MAX_N))?.unwrap_or(1) as usize,
@@ -47,9 +47,19 @@ impl Common {
     }
 }
 
-/// The model that `model` names. `auto` is the first that can be asked now, in the order in which they are listed; no
-/// name at all is the only one there is.
-pub(crate) fn model(
+/// The model that `model` names, ready to be used.
+pub(crate) async fn model(
+    fields: &mut Fields,
+    backend: &dyn Backend,
+    wanted: Option<ModelKind>,
+) -> Result<Arc<ModelCard>, ApiError> {
+    let named = named(fields, backend, wanted)?;
+    Ok(backend.prepare(named).await?)
+}
+
+/// The model that `model` names. `auto` is the first that can be asked now, in the order in which they are listed, loaded
+/// ones before others; no name at all is the only one there is.
+fn named(
     fields: &mut Fields,
     backend: &dyn Backend,
     wanted: Option<ModelKind>,
@@ -63,7 +73,7 @@ pub(crate) fn model(
         && let Some(model) = models.iter().find(|model| model.id == *name)
     {
         if suits(model) {
-            return available(model);
+            return Ok(model.clone());
         }
         let message = match model.kind {
             ModelKind::Embed => {
@@ -83,23 +93,18 @@ pub(crate) fn model(
         }
         _ => match (suitable().next(), suitable().nth(1)) {
             (None, _) => Err(ApiError::no_such_model("No suitable model is loaded.")),
-            (Some(only), None) => available(only),
+            (Some(only), None) => Ok(only.clone()),
             // Where none is ready, the first one says when to come back.
             (Some(first), _) if name.is_some() => {
-                available(suitable().find(|model| model.state == ModelState::Ready).unwrap_or(first))
+                let ready = suitable().find(|model| model.state == ModelState::Ready);
+                let best = ready.or_else(|| suitable().find(|model| model.state.refusal(&model.id).is_none()));
+                Ok(best.unwrap_or(first).clone())
             }
             (Some(_), Some(_)) => {
                 let message = format!("There are several models; name one in `model`: {}.", names());
                 Err(ApiError::param("model", message).code("missing_required_parameter"))
             }
         },
-    }
-}
-
-fn available(model: &Arc<ModelCard>) -> Result<Arc<ModelCard>, ApiError> {
-    match model.state.refusal(&model.id) {
-        None => Ok(model.clone()),
-        Some(refusal) => Err(refusal.into()),
     }
 }
 

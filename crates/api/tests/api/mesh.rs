@@ -82,11 +82,11 @@ async fn what_makes_no_sense_does_not_reach_the_node() {
 #[tokio::test]
 async fn a_refusal_of_the_node_is_told_with_its_reason() {
     let mut fake = in_a_mesh();
-    fake.mesh_refusal =
-        Some(Refusal::BadRequest { message: "only the owner can do that".into(), param: None, code: None });
+    fake.mesh_refusal = Some(Refusal::Forbidden { message: "only the owner can do that".into() });
     let server = Server::start(fake).await;
     let (status, error) = server.fail("/api/mesh/invite", &json!({})).await;
-    assert_eq!((status, error["message"].as_str()), (400, Some("only the owner can do that")));
+    assert_eq!((status, error["message"].as_str()), (403, Some("only the owner can do that")));
+    assert_eq!((error["type"].as_str(), error["code"].as_str()), (Some("permission_error"), Some("forbidden")));
 }
 
 #[tokio::test]

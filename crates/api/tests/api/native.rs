@@ -71,6 +71,19 @@ async fn auto_prefers_a_model_that_can_be_asked_now() {
     }
 }
 
+#[tokio::test]
+async fn a_model_that_is_loaded_on_demand_is_asked_where_no_loaded_one_is_and_hinders_nobody() {
+    let on_demand = |loading| ModelState::Available { loading };
+    let server = Server::start(in_states([ModelState::Ready, on_demand(Some(0.5))])).await;
+    assert_eq!(health(&server).await.0, 200);
+    let models: Value = server.get("/v1/models").send().await.unwrap().json().await.unwrap();
+    assert_eq!((&models["data"][1]["state"], &models["data"][1]["progress"]), (&json!("loading"), &json!(0.5)));
+    let mut fake = in_states([failed(), ModelState::Ready]);
+    fake.models.push(Arc::new(ModelCard { state: on_demand(None), ..(*card("second", ModelKind::Generate)).clone() }));
+    let server = Server::start(fake).await;
+    assert_eq!(server.ask("/v1/completions", &completion(json!({"model": "auto"}))).await["model"], "second");
+}
+
 async fn health(server: &Server) -> (u16, Option<String>, Value) {
     let response = server.get("/health").send().await.unwrap();
     let retry_after = response.headers().get("retry-after").map(|value| value.to_str().unwrap().to_owned());

@@ -116,6 +116,9 @@ async fn silence_is_filled_with_progress_while_the_prompt_is_read() {
     let server = Server::with(fake, |o| o.keep_alive = Duration::from_millis(20)).await;
     let mut response = server.post(COMPLETIONS, &completion(json!({"stream": true}))).send().await.unwrap();
     let node = generations.recv().await.unwrap();
+    node.send(Event::Loading { fraction: 0.25 }).await.unwrap();
+    read_until(&mut response, ": loading 25 %\n\n").await;
+    node.send(Event::Prefill { done_tokens: 0, cached_tokens: 0 }).await.unwrap();
     read_until(&mut response, ": prefill 0/7\n\n").await;
     node.send(Event::Prefill { done_tokens: 5, cached_tokens: CACHED_TOKENS }).await.unwrap();
     read_until(&mut response, ": prefill 5/7\n\n").await;

@@ -8,7 +8,8 @@ use std::{
 use clap::{Args, Subcommand, ValueEnum, value_parser};
 use murmur_api::limits::MAX_INVITE_USES;
 use murmur_net::Relays;
-use murmur_protocol::mesh::{SignedTicket, ticket::MESH_NAME_BYTES_MAX};
+use murmur_node::sharing::{Sharing, Window};
+use murmur_protocol::mesh::{Role, SignedTicket, ticket::MESH_NAME_BYTES_MAX};
 
 use super::ServerArgs;
 use crate::units::Period;
@@ -35,9 +36,38 @@ pub(crate) struct MeshArgs {
     /// The relay that carries what cannot go directly: its URL (several with commas), none, or default for public ones
     #[arg(long, env = "MURMUR_RELAY", value_name = "URL|none|default", default_value = "default")]
     pub(crate) relay: RelayChoice,
+    /// How long a request waits for a node that takes it, or takes it over, before it fails
+    #[arg(long, env = "MURMUR_WAIT", value_name = "TIME", default_value = "30s")]
+    pub(crate) wait: Period,
     /// Where other nodes reach this one, over UDP [default: any port on all interfaces]
     #[arg(long, env = "MURMUR_BIND", value_name = "ADDR:PORT")]
     pub(crate) bind: Option<SocketAddr>,
+}
+
+/// What other nodes may have of a node that serves. Its own user is not limited.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Limits for other nodes")]
+pub(crate) struct LimitArgs {
+    /// When requests of other nodes are taken, in local time, such as 22-7 or 12:30-13:30; may be repeated [default: always]
+    #[arg(long, env = "MURMUR_HOURS", value_name = "FROM-TO", value_delimiter = ',')]
+    pub(crate) hours: Vec<Window>,
+    /// Requests of other nodes at the same time, at most [default: as many as run here]
+    #[arg(long, env = "MURMUR_MAX_REQUESTS", value_name = "N", value_parser = value_parser!(u32).range(1..=4096))]
+    pub(crate) max_requests: Option<u32>,
+    /// Take nothing new of other nodes while this machine is used. It is when, within the last minute, other programs had more
+    /// than a tenth of its processors (and at least half of one) on average over 10 s, or something was typed in a terminal
+    #[arg(long, env = "MURMUR_PAUSE_WHEN_ACTIVE", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
+    pub(crate) pause_when_active: bool,
+}
+
+impl LimitArgs {
+    pub(crate) fn sharing(&self) -> Sharing {
+        Sharing {
+            hours: self.hours.clone(),
+            requests_max: self.max_requests,
+            pause_when_active: self.pause_when_active,
+        }
+    }
 }
 
 /// `murmur client`.
@@ -47,6 +77,13 @@ pub(crate) struct Client {
     pub(crate) mesh: MeshArgs,
     #[command(flatten)]
     pub(crate) server: ServerArgs,
+}
+
+/// `murmur doctor`.
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    #[command(flatten)]
+    pub(crate) mesh: MeshArgs,
 }
 
 /// `murmur mesh`.
@@ -106,8 +143,8 @@ impl InvitedRole {
     /// As the API calls it.
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Worker => "worker",
-            Self::Client => "client",
+            Self::Worker => Role::Worker.name(),
+            Self::Client => Role::Client.name(),
         }
     }
 }

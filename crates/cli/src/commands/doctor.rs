@@ -1,12 +1,15 @@
-//! `murmur doctor`: is everything as it should be, and if not, what to do.
+//! `murmur doctor`: is everything as it should be, and if not, what to do. The way to other nodes is in [`network`].
+
+mod network;
 
 use std::{fmt::Write, fs, io, net::TcpListener};
 
 use murmur_store::{available_bytes, hub::HubConfig};
 use serde::Serialize;
 
-use super::{Session, machine, self_test, small_runtime};
+use super::{Session, machine, node_runtime, self_test, small_runtime};
 use crate::{
+    args::mesh::Doctor,
     exit::{Code, Failure},
     ui,
     units::{Size, human_duration},
@@ -49,8 +52,8 @@ impl Check {
     }
 }
 
-pub(super) fn run(session: &Session) -> anyhow::Result<()> {
-    let checks = vec![
+pub(super) fn run(session: &Session, args: &Doctor) -> anyhow::Result<()> {
+    let mut checks = vec![
         data_directory(session),
         disk(session),
         memory(),
@@ -60,6 +63,7 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
         hub(),
         engine(session),
     ];
+    checks.extend(node_runtime()?.block_on(network::checks(session, &args.mesh)));
     if session.global.json {
         ui::print_json(&serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),

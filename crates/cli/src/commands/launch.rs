@@ -6,12 +6,13 @@ use std::{
     net::{Ipv4Addr, TcpListener},
     path::PathBuf,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use murmur_api::ApiOptions;
-use murmur_node::{LoadProgress, ModelSpec, Node, NodeOptions};
+use murmur_node::{LoadProgress, ModelSpec, Node, NodeOptions, sharing::Sharing};
 use rand::Rng;
 use tokio::{sync::oneshot, task::JoinHandle};
 
@@ -25,7 +26,7 @@ use crate::{
     exit::{Code, Failure},
     target::{LocalModel, Target},
     ui,
-    units::Threads,
+    units::{Period, Threads},
 };
 
 /// Steps of a progress bar.
@@ -64,7 +65,7 @@ pub(super) fn listen(session: &Session) -> anyhow::Result<TcpListener> {
     Ok(listener)
 }
 
-/// What a node is to do.
+/// What a node is to do that is alone.
 pub(super) fn node_options(
     session: &Session,
     models: Vec<LocalModel>,
@@ -73,6 +74,8 @@ pub(super) fn node_options(
     Ok(NodeOptions {
         data_dir: session.data_dir.clone(),
         models: models.into_iter().map(|model| ModelSpec { path: model.path, id: model.id }).collect(),
+        on_demand: Vec::new(),
+        idle: Duration::ZERO,
         stages: engine.stages,
         threads: match engine.threads {
             Threads::Auto => murmur_node::Threads::Auto,
@@ -82,22 +85,28 @@ pub(super) fn node_options(
         parallel: engine.parallel,
         max_memory_bytes: engine.max_memory.map(|size| size.0),
         exact: engine.exact,
+        peer_wait: Duration::ZERO,
+        sharing: Sharing::default(),
         gpu_layers: engine.gpu_layers,
         engine_program: engine_program()?,
     })
 }
 
 /// A node without models: it asks others.
-pub(super) fn client_options(session: &Session) -> anyhow::Result<NodeOptions> {
+pub(super) fn client_options(session: &Session, peer_wait: Period) -> anyhow::Result<NodeOptions> {
     Ok(NodeOptions {
         data_dir: session.data_dir.clone(),
         models: Vec::new(),
+        on_demand: Vec::new(),
+        idle: Duration::ZERO,
         stages: 1,
         threads: murmur_node::Threads::Auto,
         ctx_tokens: None,
         parallel: 1,
         max_memory_bytes: None,
         exact: false,
+        peer_wait: peer_wait.into(),
+        sharing: Sharing::default(),
         gpu_layers: 0,
         engine_program: engine_program()?,
     })
@@ -185,7 +194,7 @@ impl OwnServer {
         let key = format!("{:032x}", rand::rng().random::<u128>());
         let options = ApiOptions {
             api_keys: vec![key.clone()],
-            shutdown_grace: std::time::Duration::ZERO,
+            shutdown_grace: Duration::ZERO,
             ..ApiOptions::default()
         };
         let (stop, stopped) = oneshot::channel::<()>();

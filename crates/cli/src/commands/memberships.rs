@@ -145,13 +145,7 @@ impl Member {
     }
 
     fn role_name(&self) -> &'static str {
-        match self.role {
-            Some(Role::Worker) => "worker",
-            Some(Role::Client) => "client",
-            Some(Role::Seed) => "seed",
-            Some(Role::Unknown) => "unknown",
-            None => "none",
-        }
+        self.role.map_or("none", Role::name)
     }
 
     fn json(&self) -> Value {

@@ -17,6 +17,7 @@ mod serve;
 mod server;
 mod show;
 mod status;
+mod top;
 
 use std::path::PathBuf;
 
@@ -62,7 +63,8 @@ pub(crate) fn run(invocation: Invocation) -> anyhow::Result<()> {
         Command::Mesh(command) => mesh::run(&session, command),
         Command::Seed(args) => seed::run(&session, &args),
         Command::Status => status::run(&session),
-        Command::Doctor => doctor::run(&session),
+        Command::Top(args) => top::run(&session, &args),
+        Command::Doctor(args) => doctor::run(&session, &args),
         Command::Bench(args) => bench::run(&session, args),
         Command::Completions { shell } => pages::completions(shell),
         Command::Man { dir } => pages::man(dir.as_deref()),

@@ -1,5 +1,6 @@
 //! `murmur serve`: models behind the API, offered to a mesh where one is named.
 
+use murmur_node::{ModelSpec, NodeOptions};
 use murmur_store::ModelRef;
 
 use super::{
@@ -27,14 +28,26 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
     let mesh = membership::wanted(&session.data_dir, &args.mesh)?;
     let plan = async {
         let models = models(session, &args).await?;
-        Ok(Plan { node: launch::node_options(session, models, &args.engine)?, mesh })
+        let on_demand = if args.on_demand { others(session, &models)? } else { Vec::new() };
+        let node = NodeOptions {
+            on_demand,
+            idle: args.idle.into(),
+            sharing: args.limits.sharing(),
+            peer_wait: args.mesh.wait.into(),
+            ..launch::node_options(session, models, &args.engine)?
+        };
+        Ok(Plan { node, mesh })
     };
     server::run(session, &args.server, plan)
 }
 
 /// The models to serve, under the names that clients use.
 async fn models(session: &Session, args: &Serve) -> anyhow::Result<Vec<LocalModel>> {
-    let wanted = if args.models.is_empty() { vec![only_model(session)?] } else { args.models.clone() };
+    let wanted = match args.models.is_empty() {
+        false => args.models.clone(),
+        true if args.on_demand => Vec::new(),
+        true => vec![only_model(session)?],
+    };
     let mut models: Vec<LocalModel> = Vec::new();
     for (at, reference) in wanted.iter().enumerate() {
         let mut model = target::local(session, reference).await?;
@@ -55,6 +68,13 @@ async fn models(session: &Session, args: &Serve) -> anyhow::Result<Vec<LocalMode
         models.push(model);
     }
     Ok(models)
+}
+
+/// All other models of the store.
+fn others(session: &Session, models: &[LocalModel]) -> anyhow::Result<Vec<ModelSpec>> {
+    let entries = session.store().list()?.into_iter();
+    let others = entries.filter(|entry| models.iter().all(|model| model.path != entry.path));
+    Ok(others.map(|entry| ModelSpec { path: entry.path, id: entry.name.to_string() }).collect())
 }
 
 fn only_model(session: &Session) -> anyhow::Result<ModelRef> {

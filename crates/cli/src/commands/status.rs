@@ -24,6 +24,9 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
         // Writing to a string cannot fail.
         let _ = writeln!(page, "mesh {}: {nodes}", plain(name));
     }
+    if let Some(reason) = status.pointer("/node/sharing/paused").and_then(Value::as_str) {
+        let _ = writeln!(page, "paused for other nodes: {reason}");
+    }
     let models = list(&status, "/models");
     if models.is_empty() {
         page.push_str("no models\n");

@@ -1,6 +1,7 @@
 //! The real binary, each time with a data directory of its own and an environment that has nothing of the user's.
 
 #![allow(
+    clippy::panic,
     clippy::unwrap_used,
     dead_code,
     unreachable_pub,
@@ -8,6 +9,8 @@
 )]
 
 pub mod http;
+#[cfg(unix)]
+pub mod screen;
 
 use std::{
     ffi::OsStr,
@@ -36,11 +39,18 @@ pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
 /// A home of its own for one test.
 pub struct Home {
     directory: tempfile::TempDir,
+    environment: Vec<(&'static str, String)>,
 }
 
 impl Home {
     pub fn new() -> Self {
-        Self { directory: tempfile::tempdir().unwrap() }
+        Self { directory: tempfile::tempdir().unwrap(), environment: Vec::new() }
+    }
+
+    /// What runs here finds this variable in its environment.
+    pub fn with(mut self, variable: &'static str, value: impl Into<String>) -> Self {
+        self.environment.push((variable, value.into()));
+        self
     }
 
     pub fn path(&self) -> &Path {
@@ -61,6 +71,7 @@ impl Home {
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("MURMUR_DATA_DIR", self.data_dir())
             .env("MURMUR_API", unused_address())
+            .envs(self.environment.iter().cloned())
             .current_dir(self.path())
             .stdin(Stdio::null());
         command
@@ -172,13 +183,16 @@ impl Drop for Server {
 /// Makes the first child of a process hang, as soon as there is one.
 pub fn stop_first_child(parent: u32) {
     let children = format!("/proc/{parent}/task");
+    let program = |pid: &str| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    // Between its fork and its exec a child is its parent still, and the parent waits for it.
+    let own = program(&parent.to_string());
     let started = std::time::Instant::now();
     loop {
         let tasks = std::fs::read_dir(&children).unwrap().flatten();
-        let found = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
-        let found: Vec<String> =
-            found.flat_map(|line| line.split(' ').map(str::to_owned).collect::<Vec<_>>()).collect();
-        if let Some(child) = found.iter().find(|pid| !pid.is_empty()) {
+        let lines: String =
+            tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok()).collect();
+        let runs = |pid: &&str| ![&own, &Vec::new()].contains(&&program(pid));
+        if let Some(child) = lines.split_whitespace().find(runs) {
             assert!(Command::new("kill").args(["-STOP", child]).status().unwrap().success());
             return;
         }

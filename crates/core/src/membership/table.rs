@@ -2,11 +2,12 @@
 
 use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 
+use murmur_protocol::mesh::record::TTL_MS_MAX;
 use murmur_protocol::mesh::{MeshId, NodeId, NodeRecord};
 
 use super::{
-    ANSWER_RECORDS_MAX, Aged, Answer, DIGEST_NODES_MAX, Digest, MembershipOptions, Outcome, RENEW_PAUSE_MS,
-    UPDATE_BURST, Unwelcome, Verified, graves::Graves,
+    ANSWER_RECORDS_MAX, Aged, Answer, CHANGE_BURST, DIGEST_NODES_MAX, Digest, MembershipOptions, Outcome,
+    RECORDS_PER_SECOND, RENEW_PAUSE_MS, RENEWALS_PER_TTL, UPDATE_BURST, Unwelcome, Verified, graves::Graves,
 };
 use crate::time::Now;
 
@@ -38,10 +39,18 @@ impl Entry {
     }
 }
 
+/// When the own record was signed, and what was right for the size of the mesh then.
+#[derive(Debug, Clone, Copy)]
+struct Renewed {
+    at: Now,
+    every_ms: u64,
+    ttl_ms: u32,
+}
+
 /// One node's view of the mesh.
 ///
 /// The own record is renewed by the shell, which has the key: it asks when ([`Membership::next_renewal`]), takes a sequence
-/// number ([`Membership::renew`]), signs, gives the record back ([`Membership::set_own`]) and broadcasts it.
+/// number ([`Membership::renew`]), signs with the validity that fits ([`Membership::ttl_ms`]), gives the record back ([`Membership::set_own`]) and broadcasts it.
 #[derive(Debug)]
 pub struct Membership {
     own: NodeId,
@@ -49,7 +58,9 @@ pub struct Membership {
     options: MembershipOptions,
     own_record: Option<Arc<Verified>>,
     next_sequence: u64,
-    renewed: Option<Now>,
+    renewed: Option<Renewed>,
+    /// Each own record moves this on by the node's share of the time; see [`Membership::next_renewal`].
+    spent_until: Now,
     changed: bool,
     left: bool,
     nodes: BTreeMap<NodeId, Entry>,
@@ -77,6 +88,7 @@ impl Membership {
             own_record: None,
             next_sequence: first_sequence,
             renewed: None,
+            spent_until: Now::ZERO,
             changed: false,
             left: false,
             nodes: BTreeMap::new(),
@@ -122,8 +134,23 @@ impl Membership {
             return None;
         }
         let Some(renewed) = self.renewed else { return Some(Now::ZERO) };
-        let pause_ms = if self.changed { RENEW_PAUSE_MS } else { self.options.renew_every_ms };
-        Some(renewed.plus_ms(pause_ms.min(self.options.renew_every_ms)))
+        let regular = renewed.at.plus_ms(renewed.every_ms);
+        if !self.changed {
+            return Some(regular);
+        }
+        let ahead_ms = (CHANGE_BURST - 1) * self.share_ms();
+        let paced = Now::from_ms(self.spent_until.as_ms().saturating_sub(ahead_ms));
+        Some(regular.min(paced.max(renewed.at.plus_ms(RENEW_PAUSE_MS))))
+    }
+
+    /// How long the record counts for which [`Membership::renew`] has given a number last, in milliseconds.
+    pub fn ttl_ms(&self) -> u32 {
+        self.renewed.map_or(self.options.ttl_ms, |renewed| renewed.ttl_ms)
+    }
+
+    /// The pause between two records of each node at which all together send [`RECORDS_PER_SECOND`].
+    fn share_ms(&self) -> u64 {
+        (self.nodes.len() as u64 + 1) * 1_000 / RECORDS_PER_SECOND
     }
 
     /// Something changed that others need for their decisions: the record is renewed early.
@@ -133,7 +160,15 @@ impl Membership {
 
     /// The sequence number of the record that is to be signed now. Each is given out once.
     pub fn renew(&mut self, now: Now) -> u64 {
-        self.renewed = Some(now);
+        let share_ms = self.share_ms();
+        let stretched_ms = share_ms.min(u64::from(TTL_MS_MAX) / RENEWALS_PER_TTL);
+        let ttl_ms = u32::try_from(stretched_ms * RENEWALS_PER_TTL).unwrap_or(TTL_MS_MAX);
+        self.renewed = Some(Renewed {
+            at: now,
+            every_ms: self.options.renew_every_ms.max(stretched_ms),
+            ttl_ms: self.options.ttl_ms.max(ttl_ms),
+        });
+        self.spent_until = self.spent_until.max(now).plus_ms(share_ms);
         self.changed = false;
         let sequence = self.next_sequence;
         self.next_sequence = sequence.saturating_add(1);
@@ -255,6 +290,14 @@ impl Membership {
         expired.iter().map(|last_word| last_word.record.node).collect()
     }
 
+    /// Takes a node off the list that does not belong to the mesh any more. No copy of what it has said brings it back.
+    pub fn expel(&mut self, node: &NodeId, now: Now) {
+        if let Some(entry) = self.nodes.remove(node) {
+            self.graves.dig(entry.verified, now);
+            self.noted(None);
+        }
+    }
+
     /// What to tell a neighbour about what is known here, by id. A table larger than [`DIGEST_NODES_MAX`] is told part by
     /// part, the next with the next call.
     pub fn digest(&mut self, now: Now) -> Digest {
@@ -330,7 +373,7 @@ impl Membership {
 
     fn own_aged(&self, now: Now) -> Option<Aged> {
         let verified = Arc::clone(self.own_record.as_ref()?);
-        let age_ms = self.renewed.map_or(0, |renewed| now.since_ms(renewed));
+        let age_ms = self.renewed.map_or(0, |renewed| now.since_ms(renewed.at));
         Some(Aged { verified, age_ms: u32::try_from(age_ms).unwrap_or(u32::MAX) })
     }
 

@@ -33,6 +33,7 @@ enum Obstacle {
 #[derive(Debug)]
 pub struct Session {
     limits_tokens_max: u32,
+    wait_ms_max: u64,
     generated: Vec<Token>,
     began_with: usize,
     /// The grammar accepts nothing after the last token.
@@ -62,6 +63,7 @@ impl Session {
     pub fn new(limits: RequestLimits, now: Now) -> (Self, Vec<Action>) {
         let mut session = Session {
             limits_tokens_max: limits.tokens_max,
+            wait_ms_max: WAIT_MS_MAX,
             began_with: limits.generated.len(),
             generated: limits.generated,
             grammar_ended: false,
@@ -85,6 +87,11 @@ impl Session {
         session.go_on(now);
         let actions = std::mem::take(&mut session.actions);
         (session, actions)
+    }
+
+    /// Waits at most so long, at a stretch, for a peer that would take it; [`WAIT_MS_MAX`] unless it is told so.
+    pub fn wait_at_most(&mut self, wait_ms: u64) {
+        self.wait_ms_max = wait_ms;
     }
 
     /// All tokens so far, those included that it began with.
@@ -243,7 +250,7 @@ impl Session {
             self.obstacle = Obstacle::Busy;
         }
         let hopeless = self.obstacle == Obstacle::Nobody || !self.bad_requests.is_empty();
-        if hopeless || now.since_ms(since) >= WAIT_MS_MAX {
+        if hopeless || now.since_ms(since) >= self.wait_ms_max {
             return self.give_up(now);
         }
         let excluded_until = self.excluded.values().flatten().copied();

@@ -21,6 +21,12 @@ fn sent(driver: &mut Driver) -> Vec<(usize, Kind, u64, u32, u32)> {
     frames.map(|(to, f)| (to, f.header.kind, f.header.session, f.header.epoch, f.header.position)).collect()
 }
 
+/// What a session is told next.
+fn heard(driver: &mut Driver, events: &mut mpsc::Receiver<SessionEvent>) -> Option<SessionEvent> {
+    driver.deliver();
+    events.try_recv().ok()
+}
+
 fn answer<T: serde::Serialize>(driver: &mut Driver, stage: usize, kind: Kind, at: (u64, u32), message: &T) {
     let mut header = Header::new(kind, at.0);
     header.epoch = at.1;
@@ -63,8 +69,8 @@ fn an_answer_begun_elsewhere_is_opened_with_what_it_has_and_reports_its_cached_p
     assert_eq!(driver.counters().cached_tokens, 8);
     gets_a_token(&mut driver, id);
     // Two of three were there.
-    assert!(matches!(events.try_recv(), Ok(SessionEvent::Token(_))));
-    assert_eq!(events.try_recv(), Ok(SessionEvent::Ended(Ending::Length)));
+    assert!(matches!(heard(&mut driver, &mut events), Some(SessionEvent::Token(_))));
+    assert_eq!(heard(&mut driver, &mut events), Some(SessionEvent::Ended(Ending::Length)));
     assert_eq!((driver.counters().generated_tokens, driver.running()), (1, 0));
 }
 
@@ -73,8 +79,8 @@ fn an_answer_that_had_ended_elsewhere_ends_without_another_token() {
     let mut driver = driver(1);
     let ended = SessionRequest { generated: vec![11, 0], ..request() };
     let (id, mut events) = driver.start(ended.clone()).unwrap();
-    assert_eq!(events.try_recv(), Ok(SessionEvent::Ended(Ending::EndOfText)));
-    assert!(events.try_recv().is_err() && sent(&mut driver).is_empty());
+    assert_eq!(heard(&mut driver, &mut events), Some(SessionEvent::Ended(Ending::EndOfText)));
+    assert!(heard(&mut driver, &mut events).is_none() && sent(&mut driver).is_empty());
     driver.cancel(id);
     let on = SamplingParams { ignore_eos: true, ..SamplingParams::default() };
     let (id, _events) = driver.start(SessionRequest { sampling: on, ..ended }).unwrap();
@@ -92,7 +98,7 @@ fn a_lost_stage_opens_every_session_anew_and_old_answers_are_ignored() {
     sent(&mut driver);
     let stale = Step { sampled: None, compute_us: 1, batch_rows: 1, threads: 1 };
     answer(&mut driver, 1, Kind::Done, (id, 0), &stale);
-    assert!(sent(&mut driver).is_empty() && events.try_recv().is_err());
+    assert!(sent(&mut driver).is_empty() && heard(&mut driver, &mut events).is_none());
     driver.on_ready(1);
     let opened: Vec<_> = sent(&mut driver);
     assert_eq!(opened, [(0, Kind::Open, id, 1, 0), (1, Kind::Open, id, 1, 0)]);
@@ -165,7 +171,7 @@ fn a_request_that_kills_its_stage_is_given_up_and_takes_no_other_with_it() {
         open_all(&mut driver);
     }
     for (id, events) in &mut sessions {
-        let heard: Vec<_> = std::iter::from_fn(|| events.try_recv().ok()).collect();
+        let heard: Vec<_> = std::iter::from_fn(|| heard(&mut driver, events)).collect();
         let tokens = heard.iter().filter(|event| matches!(event, SessionEvent::Token(_))).count();
         match heard.last().unwrap() {
             SessionEvent::Failed(_) => assert_eq!((*id, tokens), (poisonous, 0)),
@@ -190,8 +196,8 @@ fn a_session_that_is_not_being_computed_is_charged_with_nothing() {
         assert!(!session.is_suspect());
         session.phase = Phase::Running { next: 11, in_flight: 0, prefill: false };
     }
-    assert!(matches!(events.try_recv(), Ok(SessionEvent::Token(_))));
-    assert!(events.try_recv().is_err());
+    assert!(matches!(heard(&mut driver, &mut events), Some(SessionEvent::Token(_))));
+    assert!(heard(&mut driver, &mut events).is_none());
 }
 
 #[test]
@@ -201,10 +207,10 @@ fn a_session_under_which_stages_die_without_end_is_given_up_although_it_gets_tok
     for _ in 0..=DEATHS_MAX {
         open_all(&mut driver);
         gets_a_token(&mut driver, id);
-        assert!(matches!(events.try_recv(), Ok(SessionEvent::Token(_))));
+        assert!(matches!(heard(&mut driver, &mut events), Some(SessionEvent::Token(_))));
         dies(&mut driver);
     }
-    assert!(matches!(events.try_recv(), Ok(SessionEvent::Failed(_))));
+    assert!(matches!(heard(&mut driver, &mut events), Some(SessionEvent::Failed(_))));
 }
 
 #[test]
@@ -234,7 +240,7 @@ fn while_a_stage_cannot_be_had_sessions_fail_with_the_reason_and_afterwards_begi
     let (_, mut events) = driver.start(request()).unwrap();
     driver.on_lost(1);
     driver.on_unavailable(1, "no such file");
-    assert_eq!(events.try_recv(), Ok(SessionEvent::Failed("no such file".into())));
+    assert_eq!(heard(&mut driver, &mut events), Some(SessionEvent::Failed("no such file".into())));
     assert_eq!(driver.start(request()).err(), Some(NotStarted::Unavailable("no such file".into())));
     driver.on_ready(1);
     assert!(driver.start(request()).is_ok());
@@ -248,6 +254,8 @@ fn a_frame_that_cannot_be_sent_ends_its_session_with_a_reason() {
     let mut driver = driver(1);
     let (id, mut events) = driver.start(request()).unwrap();
     driver.on_unsendable(id, "too large");
-    assert!(matches!(events.try_recv(), Ok(SessionEvent::Failed(reason)) if reason.contains("too large")));
+    assert!(
+        matches!(heard(&mut driver, &mut events), Some(SessionEvent::Failed(reason)) if reason.contains("too large"))
+    );
     assert_eq!(driver.queued() + driver.running(), 0);
 }

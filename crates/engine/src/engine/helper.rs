@@ -89,7 +89,7 @@ impl Helper {
             // A child that was started again reports the same, and nobody asks for it twice.
             state.loaded.get_or_insert(loaded);
         }
-        let shared = Arc::downgrade(&self.state);
+        let (shared, stop) = (Arc::downgrade(&self.state), self.stop.clone());
         let receive = move || {
             while let Some((frame, _)) = receiver.receive() {
                 let Some(state) = shared.upgrade() else { return };
@@ -105,7 +105,8 @@ impl Helper {
                 state.waiting.clear();
                 state.link.take()
             };
-            if let Some(link) = link {
+            // One that was told to end has not died.
+            if let Some(link) = link.filter(|_| !stop.is_stopped()) {
                 tracing::warn!("{}; the next text starts it again", link.died());
             }
         };

@@ -69,7 +69,7 @@ impl Shared {
         loop {
             let output = driver.take_output();
             if output.is_empty() {
-                return;
+                return driver.deliver();
             }
             let mut by_stage: Vec<Vec<Frame>> = vec![Vec::new(); self.stages.len()];
             for (stage, frame) in output {

@@ -6,6 +6,7 @@ use std::{
 };
 
 use murmur_api::backend::{ModelKind, ModelState as State};
+use murmur_engine::EngineStatus;
 use murmur_protocol::mesh::{
     ModelState, ServedModel,
     model::{BUILD_BYTES_MAX, MODEL_NAME_BYTES_MAX},
@@ -30,8 +31,9 @@ pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
         ticks.tick().await;
         let Some((node, mesh)) = both(&node, &mesh) else { return };
         identify(&node).await;
+        look(&node);
         let mut models: Vec<ServedModel> =
-            node.models.iter().filter_map(|model| served(model, model.identity()?, &mesh)).collect();
+            node.models.iter().filter_map(|model| served(&node, model, model.identity()?, &mesh)).collect();
         for model in &mut models {
             if let Some(before) = told.iter().find(|before| before.digest == model.digest) {
                 steady(&mut model.decode_us_per_token, before.decode_us_per_token);
@@ -60,53 +62,66 @@ fn steady(now: &mut u32, told: u32) {
     }
 }
 
-/// Reads the files of models that are loaded and have no identity yet.
+/// Reads the file of one model that has no identity yet: those that are loaded before those that could be.
 async fn identify(node: &Arc<Node>) {
-    for at in 0..node.models.len() {
+    let nameless = |at: &usize| {
+        let model = &node.models[*at];
+        !model.is_identified() && model.kind() == ModelKind::Generate
+    };
+    let loaded = (0..node.models.len()).filter(nameless).find(|&at| node.models[at].loaded().is_some());
+    let could_be = || (0..node.models.len()).filter(nameless).find(|&at| node.models[at].is_on_demand());
+    let Some(at) = loaded.or_else(could_be) else { return };
+    let node = Arc::clone(node);
+    let identified = tokio::task::spawn_blocking(move || {
         let Some(model) = node.models.get(at) else { return };
-        if model.loaded().is_none() || model.is_identified() || model.kind() != ModelKind::Generate {
-            continue;
-        }
-        let node = Arc::clone(node);
-        let identified = tokio::task::spawn_blocking(move || {
-            let Some(model) = node.models.get(at) else { return };
-            let memory = node.options.data_dir.join("digests.json");
-            match ModelIdentity::of(model.path(), &memory) {
-                Ok(identity) => model.identify(Some(identity)),
-                Err(error) => {
-                    tracing::error!("{} cannot be offered to the mesh: {error}", model.id());
-                    model.identify(None);
-                }
+        let memory = node.options().data_dir.join("digests.json");
+        match ModelIdentity::of(model.path(), &memory) {
+            Ok(identity) => model.identify(Some(identity)),
+            Err(error) => {
+                tracing::error!("{} cannot be offered to the mesh: {error}", model.id());
+                model.identify(None);
             }
-        });
-        if identified.await.is_err() {
-            return;
         }
-    }
+    });
+    // Without it the model is not offered, and nothing else is amiss.
+    let _ = identified.await;
 }
 
-fn served(model: &Model, identity: &ModelIdentity, mesh: &MeshNode) -> Option<ServedModel> {
-    let loaded = model.loaded()?;
-    let status = loaded.engine.status();
-    let counters = &status.counters;
-    let decode_us = counters.token_compute_us.checked_div(counters.token_steps).unwrap_or(0);
+/// Whether others' work is welcome now.
+fn look(node: &Node) {
+    let engines = node.models.iter().filter_map(Model::loaded).flat_map(|model| model.engine.process_ids());
+    let own: Vec<u32> = engines.chain([std::process::id()]).collect();
+    node.gate.look(&own);
+}
+
+fn served(node: &Node, model: &Model, identity: &ModelIdentity, mesh: &MeshNode) -> Option<ServedModel> {
+    let (loaded, options) = (model.loaded(), node.options());
+    if loaded.is_none() && !model.is_on_demand() {
+        return None;
+    }
+    let status = loaded.as_ref().map(|loaded| loaded.engine.status());
+    let count = |read: fn(&EngineStatus) -> usize| u32::try_from(status.as_ref().map_or(0, read)).unwrap_or(u32::MAX);
+    let counters = status.as_ref().map(|status| &status.counters);
+    let decode_us = counters.and_then(|counters| counters.token_compute_us.checked_div(counters.token_steps));
     Some(ServedModel {
         digest: identity.digest,
         name: cut(model.id(), MODEL_NAME_BYTES_MAX),
         state: match model.state() {
+            _ if node.gate.paused().is_some() => ModelState::Draining,
             State::Ready => ModelState::Ready,
-            State::Loading { .. } => ModelState::Loading,
+            State::Available { loading: None } => ModelState::Available,
+            State::Loading { .. } | State::Available { loading: Some(_) } => ModelState::Loading,
             State::Failed { .. } => ModelState::Draining,
         },
-        context_tokens: loaded.card.context_tokens,
-        parallel: loaded.engine.options().parallel,
-        running: u32::try_from(status.running).unwrap_or(u32::MAX),
-        queued: u32::try_from(status.queued).unwrap_or(u32::MAX),
-        decode_us_per_token: u32::try_from(decode_us).unwrap_or(u32::MAX),
+        context_tokens: model.card().context_tokens,
+        parallel: options.parallel.min(u32::try_from(node.gate.requests_max()).unwrap_or(u32::MAX)),
+        running: count(|status| status.running),
+        queued: count(|status| status.queued),
+        decode_us_per_token: u32::try_from(decode_us.unwrap_or(0)).unwrap_or(u32::MAX),
         prefill_us_per_token: mesh.speeds.prefill_us_per_token(&identity.digest),
-        load_ms: 0,
+        load_ms: if loaded.is_some() { 0 } else { model.load_ms() },
         tokenizer: identity.tokenizer,
-        exact: loaded.engine.options().exact,
+        exact: options.exact,
         build: cut(&murmur_engine::build_id(), BUILD_BYTES_MAX),
     })
 }

@@ -1,23 +1,22 @@
 //! The models of others: which there are, and what a driver needs of each.
 //!
 //! A driver reads and writes tokens itself, so it needs a model's vocabulary and chat template without having the model. Both
-//! are in the *card*: the metadata of the model's file. It is fetched once from any peer that serves the model, checked
-//! against the digest in the record, kept on disk, and read by a child process, as any file of strangers is.
+//! are in the *card*: the metadata of the model's file. It is fetched when the model is asked for first, from any peer that
+//! offers it, checked against the digest in the record, kept on disk, and read by a child process, as any file of strangers
+//! is.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use murmur_api::backend::{ModelCard, ModelKind, ModelState as State};
-use murmur_engine::{Patience, Tokenizer};
-use murmur_gguf::Gguf;
 use murmur_net::{
-    Mesh, NetError, PeerView,
-    stream::{self, Reader},
+    Mesh, NetError, Table,
+    stream::{self, Reader as StreamReader},
 };
 use murmur_protocol::mesh::{
     ModelDigest, ModelState, NodeId, ServedModel, TokenizerDigest, Work,
@@ -26,37 +25,27 @@ use murmur_protocol::mesh::{
 use serde_json::json;
 use tokio::time::timeout;
 
-use super::{MeshNode, view};
+use super::{replace_file, view};
+use crate::{
+    model::{token_text, unix_seconds},
+    readers::{Reader, ReaderError, Readers},
+};
 
-/// Vocabularies of others that are held at once, each by a process of its own.
-const VOCABULARIES_MAX: usize = 16;
-/// A card that could not be had is not asked for again before.
-const RETRY_AFTER: Duration = Duration::from_secs(10);
 /// The next part of a card comes within this.
 const PART_DEADLINE: Duration = Duration::from_secs(15);
 
-/// Who serves a model, and what they say of it.
-type Offers = Vec<(PeerView, ServedModel)>;
-
-/// A model that others serve.
+/// A model that others offer.
 pub(crate) struct RemoteModel {
+    /// Complete in what is known from records; the rest comes with [`RemoteModel::complete`].
     pub(crate) card: Arc<ModelCard>,
     pub(crate) digest: ModelDigest,
-    pub(crate) reader: Arc<CardReader>,
-}
-
-/// What reads and writes a model's tokens.
-pub(crate) struct CardReader {
-    pub(crate) digest: TokenizerDigest,
-    pub(crate) tokenizer: Arc<Tokenizer>,
-    chat_template: Option<String>,
-    architecture: String,
-    created: u64,
+    pub(crate) tokenizer: TokenizerDigest,
+    holders: Vec<NodeId>,
 }
 
 /// Why a card is of no use.
 #[derive(Debug, thiserror::Error)]
-enum CatalogueError {
+pub(crate) enum CatalogueError {
     #[error(transparent)]
     Net(#[from] NetError),
     #[error(transparent)]
@@ -68,180 +57,150 @@ enum CatalogueError {
     #[error("{path}: {source}", path = .path.display())]
     File { path: PathBuf, source: io::Error },
     #[error(transparent)]
-    Gguf(#[from] murmur_gguf::GgufError),
-    #[error(transparent)]
-    Engine(#[from] murmur_engine::EngineError),
-    #[error("reading it was interrupted")]
-    Interrupted,
+    Reader(#[from] ReaderError),
 }
 
-/// What is known of others' models beyond their records.
+/// What others offer, by the table that it was read off.
 pub(super) struct Catalogue {
     cards_dir: PathBuf,
-    program: PathBuf,
-    readers: Mutex<HashMap<TokenizerDigest, Arc<CardReader>>>,
+    listed: Mutex<Listed>,
+}
+
+#[derive(Default)]
+struct Listed {
+    table: Option<Table>,
+    models: Arc<Vec<Arc<RemoteModel>>>,
 }
 
 impl Catalogue {
-    pub(super) fn new(data_dir: PathBuf, program: PathBuf) -> Catalogue {
-        Catalogue { cards_dir: data_dir.join("cards"), program, readers: Mutex::default() }
+    pub(super) fn new(data_dir: &Path) -> Catalogue {
+        Catalogue { cards_dir: data_dir.join("cards"), listed: Mutex::default() }
     }
 
-    fn readers(&self) -> MutexGuard<'_, HashMap<TokenizerDigest, Arc<CardReader>>> {
-        self.readers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn find(&self, mesh: &Mesh, id: &str) -> Option<Arc<RemoteModel>> {
-        self.models(mesh).into_iter().find(|model| model.card.id == id)
-    }
-
-    /// The models that a peer serves now and whose card is here, by name.
-    pub(super) fn models(&self, mesh: &Mesh) -> Vec<Arc<RemoteModel>> {
-        let readers = self.readers();
-        let mut offers: BTreeMap<ModelDigest, Offers> = BTreeMap::new();
-        for peer in mesh.peers() {
-            for served in ready(&peer) {
-                offers.entry(served.digest).or_default().push((peer.clone(), served.clone()));
-            }
+    /// The models that a peer offers now, by name.
+    pub(super) fn models(&self, mesh: &Mesh) -> Arc<Vec<Arc<RemoteModel>>> {
+        let table = Arc::clone(&mesh.watch().borrow());
+        let mut listed = self.listed.lock().unwrap_or_else(PoisonError::into_inner);
+        if !listed.table.as_ref().is_some_and(|known| Arc::ptr_eq(known, &table)) {
+            let offers = table.iter().flat_map(|(&node, known)| {
+                let served = known.verified.record().models.iter();
+                served.filter(|served| is_offered(served)).map(move |served| (node, served))
+            });
+            let models = models(offers, &listed.models);
+            listed.models = Arc::new(models);
+            listed.table = Some(table);
         }
-        let mut by_name: BTreeMap<String, Vec<(ModelDigest, Offers)>> = BTreeMap::new();
-        for (digest, offers) in offers {
-            let Some((_, first)) = offers.first() else { continue };
-            by_name.entry(first.name.clone()).or_default().push((digest, offers));
-        }
-        let mut models = Vec::new();
-        for (name, mut candidates) in by_name {
-            // Different models under one name: the one that most peers serve has it, the others are told apart.
-            candidates.sort_by_key(|(digest, offers)| (std::cmp::Reverse(offers.len()), *digest));
-            for (rank, (digest, offers)) in candidates.into_iter().enumerate() {
-                let id = if rank == 0 { name.clone() } else { format!("{name}@{}", digest.short()) };
-                let reader = offers.iter().find_map(|(_, served)| readers.get(&served.tokenizer));
-                if let Some(reader) = reader {
-                    let card = Arc::new(card(id, reader, &offers));
-                    models.push(Arc::new(RemoteModel { card, digest, reader: Arc::clone(reader) }));
-                }
-            }
-        }
-        models
+        Arc::clone(&listed.models)
     }
 
-    /// Cards that are wanted and not here, with who has them.
-    fn missing(&self, mesh: &Mesh) -> HashMap<TokenizerDigest, Vec<(NodeId, ModelDigest)>> {
-        let readers = self.readers();
-        let mut missing: HashMap<TokenizerDigest, Vec<(NodeId, ModelDigest)>> = HashMap::new();
-        for peer in mesh.peers() {
-            for served in ready(&peer).filter(|served| !readers.contains_key(&served.tokenizer)) {
-                missing.entry(served.tokenizer).or_default().push((peer.record().node, served.digest));
-            }
-        }
-        missing
+    /// Where the card of a model is kept.
+    pub(super) fn card_path(&self, model: &RemoteModel) -> PathBuf {
+        self.cards_dir.join(format!("{}.gguf", model.tokenizer))
     }
 
-    async fn get(
+    /// What reads and writes a model's tokens.
+    pub(super) async fn reader(
         &self,
         mesh: &Mesh,
-        tokenizer: TokenizerDigest,
-        holders: &[(NodeId, ModelDigest)],
-    ) -> Result<(), CatalogueError> {
-        let path = self.cards_dir.join(format!("{tokenizer}.gguf"));
-        if !is_intact(&path, tokenizer) {
-            let mut outcome = Err(CatalogueError::Late);
-            for &(node, model) in holders {
-                outcome = fetch(mesh, node, model, tokenizer).await;
-                if let Err(error) = &outcome {
-                    tracing::debug!("card {} from {}: {error}", tokenizer.short(), node.short());
-                } else {
-                    break;
-                }
-            }
-            store(&path, &outcome?).map_err(|source| CatalogueError::File { path: path.clone(), source })?;
+        model: &RemoteModel,
+        readers: &Readers,
+    ) -> Result<Arc<Reader>, CatalogueError> {
+        let path = self.card_path(model);
+        readers.get(&path, self.get(mesh, model, &path)).await
+    }
+
+    /// Sees to it that a model's card is on disk.
+    async fn get(&self, mesh: &Mesh, model: &RemoteModel, path: &Path) -> Result<(), CatalogueError> {
+        if is_intact(path, model.tokenizer) {
+            return Ok(());
         }
-        let program = self.program.clone();
-        let read = tokio::task::spawn_blocking(move || CardReader::read(program, &path, tokenizer));
-        let reader = read.await.map_err(|_| CatalogueError::Interrupted)??;
-        self.readers().insert(tokenizer, Arc::new(reader));
-        Ok(())
+        let mut outcome = Err(CatalogueError::Late);
+        for node in &model.holders {
+            outcome = fetch(mesh, *node, model.digest, model.tokenizer).await;
+            match &outcome {
+                Ok(_) => break,
+                Err(error) => tracing::debug!("card {} from {}: {error}", model.tokenizer.short(), node.short()),
+            }
+        }
+        replace_file(path, &outcome?).map_err(|source| CatalogueError::File { path: path.to_owned(), source })
     }
 }
 
-impl CardReader {
-    fn read(program: PathBuf, path: &Path, digest: TokenizerDigest) -> Result<CardReader, CatalogueError> {
-        let gguf = Gguf::open(path)?;
-        let tokenizer = Tokenizer::start(program, path, Patience::default().silence_floor)?;
-        Ok(CardReader {
-            digest,
-            tokenizer: Arc::new(tokenizer),
-            chat_template: gguf.str("tokenizer.chat_template").map(str::to_owned),
-            architecture: gguf.architecture().to_owned(),
-            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+impl RemoteModel {
+    /// The card with what the vocabulary says.
+    pub(crate) fn complete(&self, reader: &Reader) -> Arc<ModelCard> {
+        let vocabulary = reader.tokenizer.vocabulary();
+        let mut details = self.card.details.clone();
+        details["architecture"] = reader.architecture.clone().into();
+        details["vocabulary"] = vocabulary.len().into();
+        Arc::new(ModelCard {
+            chat_template: reader.chat_template.clone(),
+            bos_text: token_text(vocabulary, vocabulary.bos()),
+            eos_text: token_text(vocabulary, vocabulary.eos()),
+            details,
+            ..(*self.card).clone()
         })
     }
 }
 
-/// The models that a peer can be asked for.
-fn ready(peer: &PeerView) -> impl Iterator<Item = &ServedModel> {
-    peer.record().models.iter().filter(|served| served.state == ModelState::Ready)
+/// What can be asked for.
+fn is_offered(served: &ServedModel) -> bool {
+    matches!(served.state, ModelState::Ready | ModelState::Loading | ModelState::Available)
 }
 
-fn card(id: String, reader: &CardReader, offers: &[(PeerView, ServedModel)]) -> ModelCard {
-    let vocabulary = reader.tokenizer.vocabulary();
-    let text = |token: Option<i32>| {
-        token.map(|token| String::from_utf8_lossy(vocabulary.bytes(token)).into_owned()).unwrap_or_default()
-    };
-    let served_by = offers.iter().map(|(peer, served)| {
+/// The models behind the offers. Those that were `known` before keep the time at which they were learnt of.
+fn models<'a>(
+    offers: impl Iterator<Item = (NodeId, &'a ServedModel)>,
+    known: &[Arc<RemoteModel>],
+) -> Vec<Arc<RemoteModel>> {
+    let mut by_digest: BTreeMap<ModelDigest, Vec<(NodeId, &ServedModel)>> = BTreeMap::new();
+    for (node, served) in offers {
+        by_digest.entry(served.digest).or_default().push((node, served));
+    }
+    let mut by_name: BTreeMap<&str, Vec<(ModelDigest, Vec<(NodeId, &ServedModel)>)>> = BTreeMap::new();
+    for (digest, offers) in by_digest {
+        let Some(&(_, first)) = offers.first() else { continue };
+        by_name.entry(&first.name).or_default().push((digest, offers));
+    }
+    let mut models = Vec::new();
+    for (name, mut candidates) in by_name {
+        // Different models under one name: the one that most peers offer has it, the others are told apart.
+        candidates.sort_by_key(|(digest, offers)| (std::cmp::Reverse(offers.len()), *digest));
+        for (rank, (digest, offers)) in candidates.into_iter().enumerate() {
+            let id = if rank == 0 { name.to_owned() } else { format!("{name}@{}", digest.short()) };
+            let created = known.iter().find(|model| model.digest == digest).map(|model| model.card.created);
+            models.extend(model(id, digest, &offers, created.unwrap_or_else(unix_seconds)));
+        }
+    }
+    models
+}
+
+fn model(id: String, digest: ModelDigest, offers: &[(NodeId, &ServedModel)], created: u64) -> Option<Arc<RemoteModel>> {
+    let tokenizer = offers.first()?.1.tokenizer;
+    let holders = offers.iter().filter(|(_, served)| served.tokenizer == tokenizer).map(|(node, _)| *node).collect();
+    let in_state = |state| offers.iter().any(|(_, served)| served.state == state);
+    let served_by = offers.iter().map(|(node, served)| {
         let mut offer = view::model(served);
-        offer["node"] = peer.record().node.to_string().into();
-        offer["rtt_ms"] = peer.rtt_ms.into();
+        offer["node"] = node.to_string().into();
         offer
     });
-    ModelCard {
+    let card = ModelCard {
         id,
-        created: reader.created,
+        created,
         kind: ModelKind::Generate,
         context_tokens: offers.iter().map(|(_, served)| served.context_tokens).max().unwrap_or(0),
-        chat_template: reader.chat_template.clone(),
-        bos_text: text(vocabulary.bos()),
-        eos_text: text(vocabulary.eos()),
-        state: State::Ready,
-        details: json!({
-            "architecture": reader.architecture,
-            "vocabulary": vocabulary.len(),
-            "served_by": served_by.collect::<Vec<_>>(),
-        }),
-    }
-}
-
-/// Gets the cards of what others serve, as records come and go.
-pub(super) async fn run(mesh: Weak<MeshNode>) {
-    let Some(mut table) = mesh.upgrade().map(|mesh| mesh.mesh().watch()) else { return };
-    let mut failed: HashMap<TokenizerDigest, Instant> = HashMap::new();
-    loop {
-        let Some(node) = mesh.upgrade() else { return };
-        failed.retain(|_, at| at.elapsed() < RETRY_AFTER);
-        for (tokenizer, holders) in node.catalogue.missing(node.mesh()) {
-            if failed.contains_key(&tokenizer) || node.catalogue.readers().len() >= VOCABULARIES_MAX {
-                continue;
-            }
-            if let Err(error) = node.catalogue.get(node.mesh(), tokenizer, &holders).await {
-                tracing::warn!("a model of the mesh cannot be used: its card {}: {error}", tokenizer.short());
-                failed.insert(tokenizer, Instant::now());
-            }
-        }
-        drop(node);
-        let news = async {
-            match failed.is_empty() {
-                true => table.changed().await.is_ok(),
-                // What failed is tried again without news as well.
-                false => {
-                    timeout(RETRY_AFTER, table.changed()).await.is_ok_and(|changed| changed.is_ok())
-                        || !failed.is_empty()
-                }
-            }
-        };
-        if !news.await {
-            return;
-        }
-    }
+        chat_template: None,
+        bos_text: String::new(),
+        eos_text: String::new(),
+        state: match (in_state(ModelState::Ready), in_state(ModelState::Loading)) {
+            (true, _) => State::Ready,
+            // How far it is its node does not say.
+            (false, true) => State::Available { loading: Some(0.0) },
+            (false, false) => State::Available { loading: None },
+        },
+        details: json!({"served_by": served_by.collect::<Vec<_>>()}),
+    };
+    Some(Arc::new(RemoteModel { card: Arc::new(card), digest, tokenizer, holders }))
 }
 
 async fn fetch(
@@ -252,7 +211,7 @@ async fn fetch(
 ) -> Result<Vec<u8>, CatalogueError> {
     let (mut send, recv) = mesh.open_work(node).await?;
     stream::write(&mut send, &Work::GetCard(model)).await?;
-    let mut reader = Reader::<Work>::new(recv);
+    let mut reader = StreamReader::<Work>::new(recv);
     let mut assembly: Option<CardAssembly> = None;
     loop {
         let message = timeout(PART_DEADLINE, reader.expect()).await.map_err(|_| CatalogueError::Late)??;
@@ -275,11 +234,57 @@ fn is_intact(path: &Path, tokenizer: TokenizerDigest) -> bool {
     fs::read(path).is_ok_and(|bytes| murmur_protocol::mesh::card::card_digest(&bytes) == tokenizer)
 }
 
-fn store(path: &Path, card: &[u8]) -> io::Result<()> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder)?;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn served(name: &str, digest: u8, state: ModelState) -> ServedModel {
+        ServedModel {
+            digest: ModelDigest::from_bytes([digest; 32]),
+            name: name.into(),
+            state,
+            context_tokens: 512,
+            parallel: 1,
+            running: 0,
+            queued: 0,
+            decode_us_per_token: 0,
+            prefill_us_per_token: 0,
+            load_ms: 0,
+            tokenizer: TokenizerDigest::from_bytes([digest; 32]),
+            exact: false,
+            build: String::new(),
+        }
     }
-    let partial = path.with_extension(format!("partial-{}", std::process::id()));
-    fs::write(&partial, card)?;
-    fs::rename(&partial, path)
+
+    #[test]
+    fn models_are_listed_by_name_with_the_best_state_that_a_peer_offers() {
+        let node = |number: u8| NodeId::from_bytes([number; 32]);
+        let offers = [
+            (node(1), served("a", 1, ModelState::Available)),
+            (node(2), served("a", 1, ModelState::Ready)),
+            (node(3), served("a", 2, ModelState::Loading)),
+            (node(4), served("b", 3, ModelState::Available)),
+            (node(5), served("c", 4, ModelState::Draining)),
+        ];
+        let offered = || offers.iter().filter(|(_, served)| is_offered(served)).map(|(node, served)| (*node, served));
+        let listed = models(offered(), &[]);
+        let names: Vec<(&str, &str)> = listed.iter().map(|m| (m.card.id.as_str(), m.card.state.name())).collect();
+        let other = format!("a@{}", ModelDigest::from_bytes([2; 32]).short());
+        assert_eq!(names, [("a", "ready"), (other.as_str(), "loading"), ("b", "available")]);
+        assert_eq!(listed[0].holders, [node(1), node(2)]);
+        assert_eq!(listed[0].card.details["served_by"][0]["node"], node(1).to_string());
+    }
+
+    #[test]
+    fn a_model_keeps_the_time_at_which_it_was_learnt_of() {
+        let (node, served) = (NodeId::from_bytes([1; 32]), served("a", 1, ModelState::Ready));
+        let before = models([(node, &served)].into_iter(), &[]);
+        let aged = RemoteModel {
+            card: Arc::new(ModelCard { created: 7, ..(*before[0].card).clone() }),
+            digest: before[0].digest,
+            tokenizer: before[0].tokenizer,
+            holders: Vec::new(),
+        };
+        assert_eq!(models([(node, &served)].into_iter(), &[Arc::new(aged)])[0].card.created, 7);
+    }
 }

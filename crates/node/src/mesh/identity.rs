@@ -13,6 +13,8 @@ use murmur_protocol::mesh::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::replace_file;
+
 /// Digests that are remembered; a file's digest takes a second per gigabyte or more.
 const REMEMBERED_MAX: usize = 256;
 
@@ -95,10 +97,7 @@ fn remember(memory: &Path, stamp: Stamp, digest: ModelDigest) -> io::Result<()> 
     known.push(Remembered { stamp, digest });
     let excess = known.len().saturating_sub(REMEMBERED_MAX);
     known.drain(..excess);
-    let text = serde_json::to_vec(&known)?;
-    let partial = memory.with_extension(format!("partial-{}", std::process::id()));
-    fs::write(&partial, text)?;
-    fs::rename(&partial, memory)
+    replace_file(memory, &serde_json::to_vec(&known)?)
 }
 
 /// What cannot be read is computed anew.

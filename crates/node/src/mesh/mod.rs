@@ -1,9 +1,10 @@
 //! The node in a mesh: it offers its models to others, and others' models to its user.
 //!
-//! Three tasks, all owned here:
+//! Three parts, the first two of them tasks that are owned here:
 //! - [`announce`] keeps the own record true: which models, in which state, how busy, how fast;
 //! - [`worker`] answers the requests of other nodes with this node's engines;
-//! - [`catalogue`] watches the records of others, and gets what a driver needs of their models: vocabulary and template.
+//! - [`catalogue`] reads off the records of others which models there are, and gets what a driver needs of one: vocabulary and
+//!   template.
 //!
 //! A request of this node's user for a model of others runs in [`request`], where `murmur_core`'s session decides and this
 //! crate does: it opens streams, keeps timers, hands tokens on.
@@ -15,8 +16,12 @@ mod request;
 mod view;
 mod worker;
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::Instant;
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    time::Instant,
+};
 
 use murmur_api::backend::{MeshAction, Refusal};
 use murmur_core::{health::Health, router::Router, time::Now};
@@ -24,11 +29,14 @@ use murmur_net::{Mesh, MeshOptions, NetError};
 use murmur_protocol::mesh::{Capabilities, Role};
 use tokio::task::JoinSet;
 
-pub(crate) use catalogue::RemoteModel;
+pub(crate) use catalogue::{CatalogueError, RemoteModel};
 pub(crate) use identity::ModelIdentity;
 pub(crate) use request::{RemoteRequest, RemoteStream};
 
-use crate::Node;
+use crate::{
+    Node,
+    readers::{Reader, Readers},
+};
 use catalogue::Catalogue;
 use worker::Speeds;
 
@@ -68,14 +76,19 @@ impl MeshNode {
         &self.mesh
     }
 
-    /// A model of others, by the name that clients use.
-    pub(crate) fn remote(&self, id: &str) -> Option<Arc<RemoteModel>> {
-        self.catalogue.find(&self.mesh, id)
+    /// The models of others that can be asked for.
+    pub(crate) fn remotes(&self) -> Arc<Vec<Arc<RemoteModel>>> {
+        self.catalogue.models(&self.mesh)
     }
 
-    /// The models of others that can be asked.
-    pub(crate) fn remotes(&self) -> Vec<Arc<RemoteModel>> {
-        self.catalogue.models(&self.mesh)
+    /// What reads and writes the tokens of a model of others.
+    pub(crate) async fn reader(&self, model: &RemoteModel, readers: &Readers) -> Result<Arc<Reader>, CatalogueError> {
+        self.catalogue.reader(&self.mesh, model, readers).await
+    }
+
+    /// Where the same is kept.
+    pub(crate) fn card_path(&self, model: &RemoteModel) -> PathBuf {
+        self.catalogue.card_path(model)
     }
 
     /// What `/api/mesh` shows.
@@ -116,7 +129,7 @@ impl Node {
             mesh: Arc::new(Mesh::start(options).await?),
             started: Instant::now(),
             dispatch: Mutex::default(),
-            catalogue: Catalogue::new(data_dir, self.options.engine_program.clone()),
+            catalogue: Catalogue::new(&data_dir),
             speeds: Speeds::default(),
             tasks: Mutex::default(),
         });
@@ -125,7 +138,6 @@ impl Node {
             return Err(twice());
         }
         let mut tasks = node.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-        tasks.spawn(catalogue::run(Arc::downgrade(&node)));
         if !self.models.is_empty() {
             tasks.spawn(announce::run(Arc::downgrade(self), Arc::downgrade(&node)));
             tasks.spawn(worker::run(Arc::downgrade(self), Arc::downgrade(&node)));
@@ -150,4 +162,14 @@ impl Node {
 /// Both, while the node is there.
 fn both(node: &Weak<Node>, mesh: &Weak<MeshNode>) -> Option<(Arc<Node>, Arc<MeshNode>)> {
     Some((node.upgrade()?, mesh.upgrade()?))
+}
+
+/// Writes a file so that others see all of it or what was there before.
+fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    let partial = path.with_extension(format!("partial-{}", std::process::id()));
+    fs::write(&partial, bytes)?;
+    fs::rename(&partial, path)
 }

@@ -31,6 +31,7 @@ use tokio::{
 };
 
 use super::{MeshNode, RemoteModel};
+use crate::requests::Progress;
 
 /// Events that the reader may lag behind before it is waited for.
 const EVENTS_MAX: usize = 16;
@@ -48,6 +49,10 @@ pub(crate) struct RemoteRequest {
     /// No more than the context leaves beside the prompt.
     pub(crate) max_tokens: u32,
     pub(crate) sampling: SamplingParams,
+    /// How long a peer is waited for, at a stretch.
+    pub(crate) wait: Duration,
+    /// Hears which node computes it.
+    pub(crate) progress: Arc<Progress>,
 }
 
 /// The answer. Dropping it cancels the request.
@@ -70,6 +75,7 @@ struct Driver {
     node: Arc<MeshNode>,
     open: Open,
     facts: RequestFacts,
+    progress: Arc<Progress>,
     session: Session,
     tasks: JoinSet<()>,
     attempts: HashMap<AttemptId, (NodeId, AbortHandle)>,
@@ -101,7 +107,7 @@ impl MeshNode {
             model: request.model.digest,
             build: None,
             exact: false,
-            tokenizer: request.model.reader.digest,
+            tokenizer: request.model.tokenizer,
             prompt: request.prompt,
             generated: Vec::new(),
             max_tokens: request.max_tokens,
@@ -110,7 +116,8 @@ impl MeshNode {
             sampling: request.sampling,
         };
         let limits = RequestLimits { tokens_max: request.max_tokens, generated: Vec::new() };
-        let (session, first) = Session::new(limits, self.now());
+        let (mut session, first) = Session::new(limits, self.now());
+        session.wait_at_most(u64::try_from(request.wait.as_millis()).unwrap_or(u64::MAX));
         let (out, events) = mpsc::channel(EVENTS_MAX);
         let (seen, seen_here) = mpsc::channel(SEEN_MAX);
         let (begun, begins) = oneshot::channel();
@@ -118,6 +125,7 @@ impl MeshNode {
             node: Arc::clone(self),
             open,
             facts,
+            progress: request.progress,
             session,
             tasks: JoinSet::new(),
             attempts: HashMap::new(),
@@ -182,17 +190,23 @@ impl Driver {
         match seen {
             Seen::Prefill { attempt, prefill } => {
                 if self.attempts.contains_key(&attempt) && self.session.generated().is_empty() {
+                    // It waits there for its turn, or for the model: that is an accepted request.
+                    self.has_begun();
                     let Prefill { done_tokens, cached_tokens } = prefill;
                     self.pending.push_back(SessionEvent::Prefill { done_tokens, cached_tokens });
                 }
                 Some(Event::Progress { attempt })
             }
             Seen::Event(event) => {
+                if let Event::Admitted { attempt, .. } | Event::Tokens { attempt, .. } = &event
+                    && let Some((peer, _)) = self.attempts.get(attempt)
+                {
+                    self.progress.moved_to(*peer);
+                }
                 match &event {
                     Event::Admitted { attempt, cached_tokens } if self.attempts.contains_key(attempt) => {
-                        if let Some(begun) = self.begun.take() {
-                            // Who no longer waits for it is noticed by the closed channel of events.
-                            let _ = begun.send(Ok(()));
+                        self.has_begun();
+                        if self.session.generated().is_empty() {
                             let cached_tokens = *cached_tokens;
                             self.pending.push_back(SessionEvent::Prefill { done_tokens: cached_tokens, cached_tokens });
                         }
@@ -268,10 +282,16 @@ impl Driver {
         }
     }
 
-    fn end(&mut self, last: SessionEvent) {
+    /// Tells who waits that a peer has taken it.
+    fn has_begun(&mut self) {
         if let Some(begun) = self.begun.take() {
+            // Who no longer waits for it is noticed by the closed channel of events.
             let _ = begun.send(Ok(()));
         }
+    }
+
+    fn end(&mut self, last: SessionEvent) {
+        self.has_begun();
         self.pending.push_back(last);
         self.is_ended = true;
     }

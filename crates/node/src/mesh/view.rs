@@ -1,10 +1,23 @@
-//! What `/api/mesh` shows and does.
+//! What `/api/mesh` shows and does:
+//!
+//! | field | |
+//! |---|---|
+//! | `name`, `id`, `private` | of the mesh |
+//! | `node`, `addresses[]`, `relay` | this node: its id, where it can be dialled, its home relay |
+//! | `peers[].node`, `.short` | another node's id, and its first digits for people |
+//! | `.software`, `.role` | as it says itself |
+//! | `.rtt_ms`, `.path` | round trip as QUIC measures it, and `direct ADDRESS`, `relayed URL` or `unknown`; where there is a connection |
+//! | `.since_s` | for how long it is listed |
+//! | `.clock_ahead_ms` | how far its wall clock is ahead of this node's |
+//! | `.models[].state` | `available` (loaded on demand), `loading`, `ready`, `draining` (takes nothing new) |
+//! | `.models[].running`, `.queued`, `.parallel` | its requests, and how many run at once |
+//! | `.models[].decode_tokens_per_s`, `.prefill_tokens_per_s` | as it has measured; null: not yet |
 
 use std::{num::NonZeroU32, time::Duration};
 
 use murmur_api::backend::{MeshAction, Refusal};
 use murmur_net::{Invitation, Mesh, NetError, Path, PeerView};
-use murmur_protocol::mesh::{ModelState, NodeId, Revocation, Role, ServedModel, SignedTicket, TicketId};
+use murmur_protocol::mesh::{NodeId, Revocation, Role, ServedModel, SignedTicket, TicketId};
 use serde_json::{Value, json};
 
 pub(super) fn mesh(mesh: &Mesh) -> Value {
@@ -31,7 +44,7 @@ fn peer(peer: &PeerView) -> Value {
         "node": record.node.to_string(),
         "short": record.node.short(),
         "software": record.software,
-        "role": role(record.role),
+        "role": record.role.name(),
         "rtt_ms": peer.rtt_ms,
         "path": path,
         "since_s": peer.since.elapsed().as_secs(),
@@ -40,32 +53,13 @@ fn peer(peer: &PeerView) -> Value {
     })
 }
 
-fn role(role: Role) -> &'static str {
-    match role {
-        Role::Worker => "worker",
-        Role::Client => "client",
-        Role::Seed => "seed",
-        Role::Unknown => "unknown",
-    }
-}
-
-pub(super) fn state(state: ModelState) -> &'static str {
-    match state {
-        ModelState::Available => "available",
-        ModelState::Loading => "loading",
-        ModelState::Ready => "ready",
-        ModelState::Draining => "draining",
-        ModelState::Unknown => "unknown",
-    }
-}
-
 /// What a peer says of a model.
 pub(super) fn model(served: &ServedModel) -> Value {
     let per_second = |us: u32| (us > 0).then(|| Duration::from_secs(1).as_micros() as f64 / f64::from(us));
     json!({
         "name": served.name,
         "digest": served.digest.to_string(),
-        "state": state(served.state),
+        "state": served.state.name(),
         "context_tokens": served.context_tokens,
         "parallel": served.parallel,
         "running": served.running,
@@ -80,7 +74,7 @@ pub(super) fn model(served: &ServedModel) -> Value {
 pub(super) async fn act(mesh: &Mesh, action: MeshAction) -> Result<Value, Refusal> {
     match action {
         MeshAction::Invite { valid_s, role, uses } => {
-            let role = if role == "client" { Role::Client } else { Role::Worker };
+            let role = if role == Role::Client.name() { Role::Client } else { Role::Worker };
             let none = || bad("a ticket that nobody may use is of no use: 1 is the least".to_owned(), "uses");
             let uses = uses.map(|uses| NonZeroU32::new(uses).ok_or_else(none)).transpose()?;
             let invitation = Invitation { role, valid_ms: valid_s.saturating_mul(1_000), uses };
@@ -112,9 +106,8 @@ fn bad(message: String, param: &str) -> Refusal {
 
 fn refused(error: NetError) -> Refusal {
     match error {
-        NetError::Ticket(_) | NetError::NotOwner(_) => {
-            Refusal::BadRequest { message: error.to_string(), param: None, code: None }
-        }
+        NetError::Ticket(_) => Refusal::BadRequest { message: error.to_string(), param: None, code: None },
+        NetError::NotOwner(_) => Refusal::Forbidden { message: error.to_string() },
         error => Refusal::Failed { message: error.to_string() },
     }
 }

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use murmur_engine::{Ending, SessionEvent, SessionRequest, SessionStream, StartError};
+use murmur_engine::{Ending, SessionEvent, SessionRequest, StartError};
 use murmur_net::{
     NetError, SendStream, Work as Request,
     stream::{self, Reader},
@@ -27,7 +27,12 @@ use tokio::{
 };
 
 use super::{CAPABILITIES, MeshNode, ModelIdentity, both};
-use crate::{Node, model::Model};
+use crate::{
+    Node, NodeError,
+    model::{LoadedModel, Model, with_causes},
+    models::{Awaited, LocalStream},
+    requests::{Asker, Request as Listed},
+};
 
 /// A stream says what it wants within this.
 const OPEN_DEADLINE: Duration = Duration::from_secs(10);
@@ -159,13 +164,14 @@ async fn refuse(send: &mut SendStream, reason: &str) -> Result<(), NetError> {
     say(send, &Work::Failed(Failed::new(FailureCode::BadMessage, reason))).await
 }
 
-fn find<'a>(node: &'a Node, digest: &ModelDigest) -> Option<(&'a Model, &'a ModelIdentity)> {
-    let identified = node.models.iter().filter_map(|model| Some((model, model.identity()?)));
-    identified.into_iter().find(|(_, identity)| identity.digest == *digest)
+/// A model of this node, with its place in the list.
+fn find<'a>(node: &'a Node, digest: &ModelDigest) -> Option<(usize, &'a Model, &'a ModelIdentity)> {
+    let identified = node.models.iter().enumerate().filter_map(|(at, model)| Some((at, model, model.identity()?)));
+    identified.into_iter().find(|(.., identity)| identity.digest == *digest)
 }
 
 async fn hand_out_card(node: &Node, model: ModelDigest, send: &mut SendStream) -> Result<(), NetError> {
-    let Some((_, identity)) = find(node, &model) else {
+    let Some((.., identity)) = find(node, &model) else {
         return refuse(send, "this model is not served here").await;
     };
     let total_bytes = u32::try_from(identity.card.len()).unwrap_or(u32::MAX);
@@ -186,11 +192,12 @@ async fn generate(
     let (model, begun) = (open.model, Instant::now());
     let had = u32::try_from(open.generated.len()).unwrap_or(u32::MAX);
     let prompt_tokens = u32::try_from(open.prompt.len()).unwrap_or(u32::MAX).saturating_add(had);
-    let session = match admit(node, place, open).await {
-        Ok(session) => session,
+    let (session, listed) = match admit(node, place, open, prompt_tokens, send).await {
+        Ok(admitted) => admitted,
         Err(because) => return say(send, &Work::Refused(because)).await,
     };
-    let mut answer = Answer { next: had, first: had, prompt_tokens, cached_tokens: None, begun, first_token: None };
+    let mut answer =
+        Answer { listed, next: had, first: had, prompt_tokens, cached_tokens: None, begun, first_token: None };
     let outcome = answer.send(session, send).await;
     if let Some(first_token) = answer.first_token {
         let computed = prompt_tokens.saturating_sub(answer.cached_tokens.unwrap_or(0));
@@ -200,12 +207,19 @@ async fn generate(
 }
 
 /// Checks a request and starts it.
-async fn admit(node: &Node, place: &Place, open: Open) -> Result<SessionStream, Refused> {
+async fn admit(
+    node: &Node,
+    place: &Place,
+    open: Open,
+    prompt_tokens: u32,
+    send: &mut SendStream,
+) -> Result<(LocalStream, Listed), Refused> {
     let not_served = |reason: &str| Refused::NotServed { reason: reason.to_owned() };
-    let (model, identity) = find(node, &open.model).ok_or_else(|| not_served("this model is not served here"))?;
-    let loaded = model.loaded().ok_or_else(|| not_served("this model is not loaded"))?;
-    let engine = &loaded.engine;
-    if open.exact && !engine.options().exact {
+    if let Some(reason) = node.gate.paused() {
+        return Err(not_served(&format!("this node pauses: {reason}")));
+    }
+    let (at, model, identity) = find(node, &open.model).ok_or_else(|| not_served("this model is not served here"))?;
+    if open.exact && !node.options().exact {
         return Err(not_served("this model is not served in exact mode here"));
     }
     if open.build.is_some_and(|build| build != murmur_engine::build_id()) {
@@ -217,6 +231,15 @@ async fn admit(node: &Node, place: &Place, open: Open) -> Result<SessionStream, 
     if !CAPABILITIES.contains(open.requires) {
         return Err(not_served("the request needs what this node cannot do"));
     }
+    let asker = Asker::Node(place.node);
+    let listed = node.requests.begin_within(node.gate.requests_max(), model.id(), asker, prompt_tokens);
+    let listed = listed.ok_or(Refused::Busy { retry_ms: RETRY_MS })?;
+    let loaded = match model.used() {
+        Some(loaded) => loaded,
+        None if model.is_on_demand() => load(node, at, send).await?,
+        None => return Err(not_served("this model is not loaded")),
+    };
+    let engine = &loaded.engine;
     let status = engine.status();
     let parallel = engine.options().parallel as usize;
     let is_full = status.running + status.queued >= parallel;
@@ -233,17 +256,38 @@ async fn admit(node: &Node, place: &Place, open: Open) -> Result<SessionStream, 
     let checked = checked.await.map_err(|_| not_served("this node is stopping"))?;
     checked.map_err(|error| bad(error.to_string()))?;
     let Open { prompt, generated, max_tokens, sampling, .. } = open;
-    let started = engine.start(SessionRequest { prompt, generated, max_tokens, sampling });
-    started.map_err(|error| match error {
+    let started = LocalStream::start(loaded, SessionRequest { prompt, generated, max_tokens, sampling });
+    let session = started.map_err(|error| match error {
         StartError::QueueFull(_) => Refused::Busy { retry_ms: RETRY_MS },
         StartError::Unavailable(reason) => Refused::NotServed { reason },
         StartError::WrongLength { .. } => Refused::NoMemory { reason: error.to_string() },
         StartError::NoStages => bad(error.to_string()),
-    })
+    })?;
+    Ok((session, listed))
+}
+
+/// Loads a model for a request. The driver hears meanwhile that it is worked on.
+async fn load(node: &Node, at: usize, send: &mut SendStream) -> Result<Arc<LoadedModel>, Refused> {
+    let refused = |error: NodeError| match error {
+        NodeError::Fit { .. } => Refused::NoMemory { reason: error.to_string() },
+        error => Refused::NotServed { reason: with_causes(&error) },
+    };
+    let mut waking = node.models.wake(at).await.map_err(refused)?;
+    loop {
+        match waking.next().await {
+            Awaited::Loaded(loaded) => return Ok(loaded),
+            Awaited::Failed(reason) => return Err(Refused::NotServed { reason }),
+            Awaited::Loading(_) => {
+                let working = Work::Prefill(Prefill { done_tokens: 0, cached_tokens: 0 });
+                say(send, &working).await.map_err(|error| Refused::NotServed { reason: error.to_string() })?;
+            }
+        }
+    }
 }
 
 /// An answer on its way.
 struct Answer {
+    listed: Listed,
     /// Place of the next token.
     next: u32,
     /// Place of this worker's first token.
@@ -256,7 +300,7 @@ struct Answer {
 }
 
 impl Answer {
-    async fn send(&mut self, mut session: SessionStream, send: &mut SendStream) -> Result<(), NetError> {
+    async fn send(&mut self, mut session: LocalStream, send: &mut SendStream) -> Result<(), NetError> {
         let left = send.stopped();
         tokio::pin!(left);
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
@@ -276,12 +320,14 @@ impl Answer {
             match event {
                 Some(SessionEvent::Prefill { done_tokens: done, cached_tokens }) => {
                     done_tokens = done;
+                    self.listed.prefilled(done);
                     self.admitted(send, cached_tokens).await?;
                     say(send, &Work::Prefill(Prefill { done_tokens, cached_tokens })).await?;
                 }
                 Some(SessionEvent::Token(sampled)) => {
                     self.admitted(send, 0).await?;
                     self.first_token.get_or_insert_with(Instant::now);
+                    self.listed.token();
                     let tokens = Tokens { first: self.next, sampled: vec![sampled] };
                     self.next = self.next.saturating_add(1);
                     say(send, &Work::Tokens(tokens)).await?;

@@ -29,6 +29,19 @@ pub enum ModelState {
 
 open_enum!(ModelState { Available, Loading, Ready, Draining });
 
+impl ModelState {
+    /// In one word, for people and programs.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ModelState::Available => "available",
+            ModelState::Loading => "loading",
+            ModelState::Ready => "ready",
+            ModelState::Draining => "draining",
+            ModelState::Unknown => "unknown",
+        }
+    }
+}
+
 /// A model that a node serves or could serve. Figures are the node's own measurements; a router prefers what it has
 /// observed itself.
 #[derive(Debug, Clone, PartialEq, Eq)]

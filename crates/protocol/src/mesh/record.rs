@@ -26,8 +26,8 @@ use super::proto;
 
 /// Longest signed record: with gossip's own overhead it fits the 4,096 bytes that gossip carries.
 pub const RECORD_BYTES_MAX: usize = 3_800;
-/// Longest validity of a record.
-pub const TTL_MS_MAX: u32 = 60_000;
+/// Longest validity of a record: in a mesh so large that everybody's renewals would be too much for everybody.
+pub const TTL_MS_MAX: u32 = 300_000;
 /// Socket addresses of one node.
 pub const DIRECT_ADDRESSES_MAX: usize = 16;
 /// Length of a relay's URL.
@@ -49,6 +49,18 @@ pub enum Role {
 }
 
 open_enum!(Role { Worker, Client, Seed });
+
+impl Role {
+    /// In one word, for people and programs.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Role::Worker => "worker",
+            Role::Client => "client",
+            Role::Seed => "seed",
+            Role::Unknown => "unknown",
+        }
+    }
+}
 
 /// How a node can be reached.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -218,7 +230,7 @@ impl Body for NodeRecord {
 
 fn check_scalars(ttl_ms: u32, software: &str) -> Result<(), MessageError> {
     if !(1..=TTL_MS_MAX).contains(&ttl_ms) {
-        return Err(MessageError::Invalid { what: "ttl_ms", why: "it must be from 1 to 60000" });
+        return Err(MessageError::Invalid { what: "ttl_ms", why: "it must be from 1 to 300000" });
     }
     check::text("software", software, SOFTWARE_BYTES_MAX)
 }

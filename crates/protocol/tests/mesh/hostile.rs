@@ -141,7 +141,7 @@ fn a_record_that_breaks_a_rule_is_not_signed() {
     let escape = ServedModel { name: "\x1b[2J".into(), ..samples::model() };
     let broken = [
         NodeRecord { ttl_ms: 0, ..record() },
-        NodeRecord { ttl_ms: 60_001, ..record() },
+        NodeRecord { ttl_ms: record::TTL_MS_MAX + 1, ..record() },
         NodeRecord { software: "s".repeat(65), ..record() },
         NodeRecord { models: vec![too_long_a_name], ..record() },
         NodeRecord { models: vec![no_name], ..record() },

@@ -250,7 +250,7 @@ fn any_model() -> impl Strategy<Value = ServedModel> {
 pub(crate) fn any_record(mesh: MeshId) -> impl Strategy<Value = (NodeRecord, NodeKey)> {
     (
         any::<[u8; 32]>().prop_map(|secret| NodeKey::from_bytes(&secret)),
-        (any::<u64>(), 1..=60_000u32, any::<bool>(), any_role(), any_addresses()),
+        (any::<u64>(), 1..=record::TTL_MS_MAX, any::<bool>(), any_role(), any_addresses()),
         vec(any_model(), 0..7),
         (any_text(64), any::<u64>(), any::<u64>(), option::of(any_certificate())),
     )

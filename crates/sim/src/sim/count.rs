@@ -47,7 +47,7 @@ impl Sim {
         if node.life.is_some() {
             let reachable = self.network.connects(observer, index);
             // Its earlier life may have ended a moment ago, and its new one not be known yet.
-            let settled = now_ms.saturating_sub(node.began_ms) > u64::from(self.scenario.ttl_ms);
+            let settled = now_ms.saturating_sub(node.began_ms) > u64::from(self.scenario.membership.ttl_ms);
             self.report.false_departures += u64::from(reachable && settled);
         } else if listed && node.ended_ms == node.valid_until_ms {
             self.report.ghosts.add(now_ms.saturating_sub(node.ended_ms));

@@ -14,7 +14,7 @@ impl Sim {
     pub(super) fn lie(&mut self, at: Index) {
         let Some(victim) = self.contacts(at, 1).first().copied() else { return };
         let (id, sequence) = (self.nodes[victim as usize].id, self.nodes[victim as usize].stored_sequence);
-        let ttl_ms = self.scenario.ttl_ms;
+        let ttl_ms = self.scenario.membership.ttl_ms;
         // The victim's tombstone, which the victim has not signed.
         let tombstone = notary::record(id, self.mesh, sequence + 1_000_000, ttl_ms, true);
         let (_, forged) = self.notary.put_down(tombstone, false);

@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""What the mesh costs, with real nodes on this machine: a reader when a server dies, a request for being served elsewhere.
+
+*failover*: several servers of one model and a client. A story is read through the client, and at a random moment the
+server that writes it is killed with -9; then it is started again, and so on. Printed is the distribution of the time
+from the kill to the next token at the reader. What was still under way counts as read before: the pause ends with the
+token after the longest silence. A stream is lost if it does not end as the undisturbed one, token for token.
+
+*overhead*: requests through a client against the same requests to the server itself, in turns: same engine, same
+model, and between them one QUIC connection over loopback.
+
+*requests*: requests for one token each, many at a time, of a model as small as possible: through the API, through the
+API of another node, and straight into an engine.
+
+`./x bench --only mesh` runs it; alone: bench/mesh.py --murmur BINARY --models FOLDER.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import random
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+
+import servers
+from bench import Table, bench_models, decode_rate, first_token_s, in_turns, machine
+
+PARTS = ("failover", "overhead", "requests")
+# Small, so that a story is over soon and what is measured is the mesh.
+SMALL_SHAPE = "llama"
+STORY_PROMPT_TOKENS, STORY_TOKENS = 64, 1000
+# Servers are killed before this share of the time that an undisturbed story takes.
+LATEST_KILL = 0.9
+FIRST_TOKEN_PAIRS = 51
+CONTEXT = 2048
+CONCURRENCY, REQUESTS = 8, 2000
+
+
+def synthetic(options, shapes):
+    """Models with random weights."""
+    return bench_models(argparse.Namespace(murmur=options.murmur, models=options.models, shapes=shapes))
+
+
+def ticket_of(client):
+    return client.ask("POST", "/api/mesh/invite", {"valid_s": 24 * 3600, "role": "worker"})["ticket"]
+
+
+class Mesh:
+    """A client, and servers of one model; a context manager."""
+
+    def __init__(self, options, model, count, **shape):
+        self.options, self.model, self.count, self.shape = options, model, count, shape
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        with self.stack as stack:
+            self.client = stack.enter_context(servers.client(self.options.murmur))
+            mesh = ("--join", ticket_of(self.client), *servers.OFFLINE)
+            start = lambda number: servers.murmur(
+                self.options.murmur, self.model, **self.shape, name=f"server {number}", mesh=mesh
+            )
+            self.servers = [stack.enter_context(start(number)) for number in range(1, self.count + 1)]
+            self.wait()
+            self.by_id = {server.ask("GET", "/api/mesh")["node"]: server for server in self.servers}
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+    def wait(self):
+        """Until the client has all servers and all servers have the client."""
+        deadline = time.monotonic() + servers.READY_LIMIT_S
+        while not self._is_whole():
+            if time.monotonic() > deadline:
+                raise SystemExit(f"the client and its {self.count} servers do not find each other")
+            time.sleep(0.05)
+        self.client.model = self.servers[0].model
+
+    def _is_whole(self):
+        # A server that was killed is listed for a while; that it has a connection again is for the new one to say.
+        own = self.client.ask("GET", "/api/mesh")
+        linked = [peer["node"] == own["node"] and peer["rtt_ms"] is not None for server in self.servers
+                  for peer in server.ask("GET", "/api/mesh")["peers"]]
+        serving = [peer for peer in own["peers"] if any(model["state"] == "ready" for model in peer["models"])]
+        return sum(linked) == len(serving) == self.count and self.client.ask("GET", "/v1/models")["data"]
+
+
+class Story(threading.Thread):
+    """A streamed completion, read as it comes: the times of its tokens, its text, and how it ended."""
+
+    def __init__(self, server, prompt):
+        super().__init__()
+        self.server, self.times, self.text, self.end = server, [], "", "cut off"
+        self.body = {
+            "model": server.model, "prompt": prompt, "max_tokens": STORY_TOKENS, "temperature": 1, "seed": 7,
+            "ignore_eos": True,
+        }
+        self.begun = time.perf_counter()
+        self.start()
+
+    def run(self):
+        try:
+            for event in self.server.stream(self.body):
+                self._take(event, time.perf_counter())
+        except (OSError, SystemExit) as failure:
+            self.end = str(failure)
+
+    def _take(self, event, now):
+        if "error" in event:
+            self.end = event["error"]["message"]
+            return
+        for choice in event["choices"]:
+            if choice["text"]:
+                self.times.append(now)
+                self.text += choice["text"]
+            self.end = choice["finish_reason"] or self.end
+
+    def pause_s(self, killed):
+        """From the kill to the token after the longest silence; None where no token was missing any more."""
+        times = [killed] + [moment for moment in self.times if moment > killed]
+        silences = [(after - before, after) for before, after in zip(times, times[1:])]
+        return max(silences)[1] - killed if silences else None
+
+
+def failover(options, table):
+    shape = {"threads": 1, "context": CONTEXT, "parallel": 1, "exact": True}
+    model = next(synthetic(options, [SMALL_SHAPE]))
+    with Mesh(options, model, options.servers, **shape) as mesh:
+        prompt = servers.unique_prompt(STORY_PROMPT_TOKENS)
+        Story(mesh.client, prompt).join()
+        undisturbed = Story(mesh.client, prompt)
+        undisturbed.join()
+        whole_s = undisturbed.times[-1] - undisturbed.begun
+        before_first, in_stream, lost = [], [], []
+        while len(before_first) + len(in_stream) + len(lost) < options.kills:
+            mesh.wait()
+            story = Story(mesh.client, prompt)
+            time.sleep(random.uniform(0, LATEST_KILL * whole_s))
+            running = mesh.client.ask("GET", "/api/status")["node"]["requests"]
+            server = mesh.by_id.get(running[0]["at"]) if running else None
+            if server is None:
+                story.join()
+                continue
+            had_begun = bool(story.times)
+            killed = time.perf_counter()
+            server.kill()
+            story.join()
+            pause_s = story.pause_s(killed)
+            if (story.end, story.text) != ("length", undisturbed.text):
+                lost.append(story.end)
+            elif pause_s is not None:
+                (in_stream if had_begun else before_first).append(pause_s)
+            server.start()
+    what = f"{model.stem}: {options.servers} servers, stream of {STORY_TOKENS} tokens, {whole_s:.1f} s undisturbed"
+    print(f"{what}; kill -9 of the one that serves, to the next token at the reader:")
+    for name, pauses in (("before the first token", before_first), ("in mid-stream", in_stream)):
+        if pauses:
+            print(f"  {name:24} {len(pauses):>4} kills   {distribution(pauses)}")
+    table.limit(f"{model.stem}: kill to next token, median", "ms", 1000 * statistics.median(before_first + in_stream), 1000)
+    table.limit(f"{model.stem}: streams lost of {options.kills}", "", len(lost), 0)
+    for reason in sorted(set(lost)):
+        print(f"  lost: {reason}")
+
+
+def distribution(values_s):
+    cuts = statistics.quantiles(values_s, n=100, method="inclusive") if len(values_s) > 1 else values_s * 99
+    figures = {"min": min(values_s), "p25": cuts[24], "median": cuts[49], "p75": cuts[74], "p90": cuts[89], "max": max(values_s)}
+    return "   ".join(f"{name} {1000 * value:.0f} ms" for name, value in figures.items())
+
+
+def overhead(options, table):
+    for model in synthetic(options, options.shapes):
+        with Mesh(options, model, 1, threads=options.threads, context=CONTEXT, parallel=1) as mesh:
+            server, client = mesh.servers[0], mesh.client
+            for node in (server, client):
+                node.generate(servers.unique_prompt(64), 8)
+            pair = in_turns(options.rounds, lambda: decode_rate(client), lambda: decode_rate(server))
+            table.pairs(f"{model.stem}: decode, remote / local", "tok/s", *pair, bar=0.99)
+            remote, local = in_turns(
+                FIRST_TOKEN_PAIRS, lambda: first_token_s(client, STORY_PROMPT_TOKENS), lambda: first_token_s(server, STORY_PROMPT_TOKENS)
+            )
+            more_ms = [1000 * (there - here) for there, here in zip(remote, local, strict=True)]
+            table.limit(f"{model.stem}: first token, remote - local", "ms", statistics.median(more_ms), 5)
+
+
+def requests(options, table):
+    """Requests per second, as a program without an interpreter measures them in turns."""
+    model = next(synthetic(options, [SMALL_SHAPE]))
+    with Mesh(options, model, 1, threads=1, context=CONTEXT, parallel=CONCURRENCY) as mesh:
+        with tempfile.TemporaryDirectory(prefix="murmur-bench-") as scratch:
+            addresses = [f"127.0.0.1:{node.port}" for node in (mesh.servers[0], mesh.client)]
+            command = [options.requests_bench, options.murmur, model, scratch, CONCURRENCY, REQUESTS, options.rounds, *addresses]
+            done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    engine, local, remote = ([row[name] for row in rows] for name in ("engine", *addresses))
+    what = f"{model.stem}: {CONCURRENCY} at a time, 1 token each"
+    table.pairs(f"{what}, API / engine", "1/s", local, engine)
+    table.pairs(f"{what}, remote API / engine", "1/s", remote, engine)
+
+
+def measure(options, table):
+    """`options`: see `arguments`."""
+    for part, does in (("failover", failover), ("overhead", overhead), ("requests", requests)):
+        if part in options.mesh_parts:
+            does(options, table)
+
+
+def add_arguments(parser):
+    parser.add_argument("--requests-bench", type=pathlib.Path, help=argparse.SUPPRESS)
+    parser.add_argument("--mesh-parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of the mesh (default: all): {', '.join(PARTS)}")
+    parser.add_argument("--kills", type=int, default=200, help="servers to kill (default: %(default)s)")
+    parser.add_argument("--servers", type=int, default=2, help="servers of which one is killed (default: %(default)s)")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description="Measures the mesh on this machine.")
+    parser.add_argument("--murmur", type=pathlib.Path, required=True, help="the binary")
+    parser.add_argument("--models", type=pathlib.Path, required=True, help="folder for models with random weights")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of a lone server (default: %(default)s, all)")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs per figure (default: %(default)s)")
+    parser.add_argument("--shapes", nargs="+", default=["bench-0.5b"], metavar="SHAPE", help="models of the overhead (default: bench-0.5b)")
+    add_arguments(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    print(machine())
+    measure(arguments(), Table())

@@ -1,0 +1,15 @@
+//! Meshes of real processes in the lab: hosts of their own behind NATs and bad links. Needs root and TUN devices; without, every
+//! test says so and passes.
+
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used, unreachable_pub, reason = "a test ends when something is off, and is no library")]
+
+mod clocks;
+#[path = "../common/mod.rs"]
+mod common;
+mod death;
+mod faults;
+mod join;
+mod many;
+mod meshes;
+mod world;

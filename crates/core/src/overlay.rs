@@ -1,0 +1,153 @@
+//! The overlay on which records are broadcast: its times, and when a node has it join another.
+//!
+//! Each node has a few neighbours in a random graph (HyParView), and broadcasts go along a tree in it (PlumTree): in full
+//! on the tree, as announcements beside it, so that a neighbour can ask for what does not come. A node that joins forces
+//! its way in. A dozen other links give way to it, and every new link carries copies until the tree has found its form
+//! again. In a simulated mesh of which each node joined another once a minute, in case the graph had split, each record
+//! was sent five times. So a node joins for a reason: it has too few neighbours, or a neighbour in the comparison of
+//! records knew for a while what it should have heard, and the graph may really have split.
+
+use std::collections::BTreeSet;
+
+use crate::time::Now;
+
+/// Neighbours with which a node is content. The overlay itself looks for up to five.
+pub const NEIGHBOURS_WANTED: usize = 2;
+
+/// A broadcast has gone around after this time, or not at all, in milliseconds.
+pub const HEARD_WITHIN_MS: u64 = 5_000;
+
+/// Pause between two joins because of what was missed, in milliseconds.
+pub const MISSED_PAUSE_MS: u64 = 30_000;
+
+/// How long a node that was told of a broadcast waits for it before it asks for it, in milliseconds: longer than the tree
+/// mostly takes to bring it, a lost packet included.
+pub const GRAFT_AFTER_MS: u64 = 600;
+
+/// How long it waits for the answer before it asks another, in milliseconds: a round trip, a lost packet included.
+pub const GRAFT_AGAIN_MS: u64 = 400;
+
+/// PlumTree can exchange an edge of the tree for one that saves so many hops to the origin of a broadcast. That helps where
+/// one node broadcasts. Here all do, on one tree: what is a detour from one is none from another, and the edges would be
+/// exchanged for ever. No path is as long as this.
+pub const HOPS_SAVED_MIN: u16 = u16::MAX;
+
+/// Announcements are gathered for this time, in milliseconds.
+pub const ANNOUNCE_EVERY_MS: u64 = 200;
+
+/// How long a broadcast is kept for neighbours that ask for it, in milliseconds.
+pub const MESSAGES_KEPT_MS: u64 = 10_000;
+
+/// How long a broadcast is known when it comes again, in milliseconds.
+pub const MESSAGES_KNOWN_MS: u64 = 30_000;
+
+/// Whom the overlay is to join.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Join<P> {
+    /// Nobody.
+    Nobody,
+    /// This one: it knew what was missed here.
+    Peer(P),
+    /// Any nodes that are known, so many at most.
+    Any(usize),
+}
+
+/// One node's view of the overlay. `P` names a peer.
+#[derive(Debug)]
+pub struct Overlay<P> {
+    neighbours: BTreeSet<P>,
+    knew_more: Option<P>,
+    not_before: Now,
+}
+
+impl<P: Copy + Ord> Default for Overlay<P> {
+    fn default() -> Self {
+        Overlay { neighbours: BTreeSet::new(), knew_more: None, not_before: Now::ZERO }
+    }
+}
+
+impl<P: Copy + Ord> Overlay<P> {
+    /// A neighbour is connected. True if it is the first: what was broadcast before has reached nobody.
+    pub fn up(&mut self, peer: P) -> bool {
+        let first = self.neighbours.is_empty();
+        self.neighbours.insert(peer);
+        first
+    }
+
+    /// A neighbour is gone.
+    pub fn down(&mut self, peer: P) {
+        self.neighbours.remove(&peer);
+    }
+
+    /// All neighbours are gone.
+    pub fn lost(&mut self) {
+        self.neighbours.clear();
+    }
+
+    /// The neighbours.
+    pub fn neighbours(&self) -> impl ExactSizeIterator<Item = P> {
+        self.neighbours.iter().copied()
+    }
+
+    /// Whether one more neighbour would be welcome, where `known` other nodes are known.
+    pub fn is_thin(&self, known: usize) -> bool {
+        self.neighbours.len() < NEIGHBOURS_WANTED.min(known)
+    }
+
+    /// A peer has handed over the newer record of a node that was known before; `age_ms`: how long ago it was signed.
+    pub fn handed_newer(&mut self, from: P, age_ms: u64) {
+        if age_ms >= HEARD_WITHIN_MS {
+            self.knew_more = Some(from);
+        }
+    }
+
+    /// Whom to join now. To be asked every few seconds.
+    pub fn join(&mut self, known: usize, now: Now) -> Join<P> {
+        if self.is_thin(known) {
+            return Join::Any(NEIGHBOURS_WANTED - self.neighbours.len());
+        }
+        match self.knew_more.take_if(|_| self.not_before <= now) {
+            Some(peer) => {
+                self.not_before = now.plus_ms(MISSED_PAUSE_MS);
+                Join::Peer(peer)
+            }
+            None => Join::Nobody,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_with_too_few_neighbours_joins_any_and_one_with_enough_nobody() {
+        let mut overlay = Overlay::default();
+        assert_eq!(overlay.join(0, Now::ZERO), Join::<u32>::Nobody);
+        assert_eq!(overlay.join(10, Now::ZERO), Join::Any(2));
+        assert!(overlay.up(1));
+        assert_eq!(overlay.join(1, Now::ZERO), Join::Nobody);
+        assert_eq!(overlay.join(10, Now::ZERO), Join::Any(1));
+        assert!(!overlay.up(2));
+        assert_eq!(overlay.join(10, Now::ZERO), Join::Nobody);
+        overlay.down(2);
+        assert_eq!(overlay.join(10, Now::ZERO), Join::Any(1));
+        overlay.lost();
+        assert!(overlay.up(1));
+    }
+
+    #[test]
+    fn who_knew_what_was_missed_is_joined_once_and_then_not_for_a_while() {
+        let mut overlay = Overlay::default();
+        for peer in 1..=5 {
+            overlay.up(peer);
+        }
+        overlay.handed_newer(7, HEARD_WITHIN_MS - 1);
+        assert_eq!(overlay.join(100, Now::ZERO), Join::Nobody);
+        overlay.handed_newer(7, HEARD_WITHIN_MS);
+        assert_eq!(overlay.join(100, Now::ZERO), Join::Peer(7));
+        overlay.handed_newer(8, HEARD_WITHIN_MS);
+        assert_eq!(overlay.join(100, Now::from_ms(MISSED_PAUSE_MS - 1)), Join::Nobody);
+        assert_eq!(overlay.join(100, Now::from_ms(MISSED_PAUSE_MS)), Join::Peer(8));
+    }
+}

@@ -1,0 +1,218 @@
+//! The models of a node: those it loads when it starts, and those it loads when somebody asks.
+//!
+//! A model on demand is loaded by the first request for it; further ones wait with it. It is let go when nobody has asked for
+//! a while, or earlier when another one needs the room and this is the one that was used longest ago. Room is what
+//! [`crate::fit`] says: nothing is loaded that does not fit.
+
+use std::{
+    ops::Deref,
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::Duration,
+};
+
+use murmur_engine::{SessionEvent, SessionRequest, SessionStream, StartError};
+use tokio::{sync::watch, time::MissedTickBehavior};
+
+use crate::{
+    LoadProgress, NodeError, NodeOptions,
+    model::{self, LoadedModel, Model, with_causes},
+};
+
+/// How often it is looked whether a model was not used for a while.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often those who wait for a load hear how far it is.
+const TELL_EVERY: Duration = Duration::from_millis(500);
+
+/// All of them, in the order in which they are listed.
+pub(crate) struct Models {
+    list: Vec<Model>,
+    options: NodeOptions,
+    /// Held while it is found out whether one more fits, so that two do not count on the same room.
+    planning: Mutex<()>,
+}
+
+impl Deref for Models {
+    type Target = [Model];
+
+    fn deref(&self) -> &[Model] {
+        &self.list
+    }
+}
+
+impl Models {
+    /// Reads the headers of the models' files. Blocks.
+    pub(crate) fn open(options: NodeOptions) -> Result<Models, NodeError> {
+        let mut list: Vec<Model> = Vec::new();
+        for spec in &options.models {
+            if list.iter().any(|model| model.id() == spec.id) {
+                return Err(NodeError::SameName(spec.id.clone()));
+            }
+            list.push(Model::open(spec, &options, false)?);
+        }
+        for spec in &options.on_demand {
+            if list.iter().any(|model| model.id() == spec.id) {
+                continue;
+            }
+            match Model::open(spec, &options, true) {
+                Ok(model) => list.push(model),
+                Err(error) => tracing::warn!("{} is not offered: {}", spec.id, with_causes(&error)),
+            }
+        }
+        Ok(Models { list, options, planning: Mutex::default() })
+    }
+
+    pub(crate) fn options(&self) -> &NodeOptions {
+        &self.options
+    }
+
+    /// Where the model of this name is in the list.
+    pub(crate) fn find(&self, id: &str) -> Option<usize> {
+        self.list.iter().position(|model| model.id() == id)
+    }
+
+    /// Loads those that are not on demand, one after the other. Blocks. The first that cannot be loaded ends it.
+    pub(crate) fn load(&self, progress: &dyn Fn(LoadProgress)) -> Result<(), NodeError> {
+        for model in self.list.iter().filter(|model| !model.is_on_demand()) {
+            if let Some(plan) = self.plan(model)? {
+                model.load(plan, &self.options, progress)?;
+            }
+        }
+        self.tidy_slices();
+        Ok(())
+    }
+
+    /// Makes room for a model and sets it aside. Blocks.
+    fn plan(&self, model: &Model) -> Result<Option<model::Plan>, NodeError> {
+        let _planning = self.planning.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let shortage = match model.plan(&self.options, &self.list) {
+                Err(error @ NodeError::Fit { .. }) => error,
+                planned => return planned,
+            };
+            // Those that were used longest ago go first, as many as it takes.
+            let mut unused: Vec<&Model> = self.list.iter().collect();
+            unused.sort_by_key(|model| model.last_used());
+            let Some(loaded) = unused.into_iter().find_map(|model| model.let_go(Duration::ZERO)) else {
+                return Err(shortage);
+            };
+            tracing::info!("{} makes room for {}", loaded.card.id, model.id());
+            // Its processes are gone when this returns.
+            drop(loaded);
+        }
+    }
+
+    /// Begins to load a model unless it is loaded, or being loaded. Returns once it is clear whether it fits.
+    pub(crate) async fn wake(self: &Arc<Self>, at: usize) -> Result<Waking, NodeError> {
+        let waking = Waking::new(Arc::clone(self), at);
+        let models = Arc::clone(self);
+        let planned = tokio::task::spawn_blocking(move || models.list.get(at).map(|model| models.plan(model)));
+        let plan = planned.await.map_err(|_| NodeError::Interrupted)?.ok_or(NodeError::Interrupted)??;
+        if let Some(plan) = plan {
+            let models = Arc::clone(self);
+            // It goes on when the request that began it is gone: others may wait for it. Model::stop ends it.
+            tokio::task::spawn_blocking(move || {
+                let Some(model) = models.list.get(at) else { return };
+                if let Err(error) = model.load(plan, &models.options, &|_| ()) {
+                    tracing::error!("{} could not be loaded: {}", model.id(), with_causes(&error));
+                }
+            });
+        }
+        Ok(waking)
+    }
+
+    fn tidy_slices(&self) {
+        let used = self.list.iter().filter_map(Model::loaded).flat_map(|model| model.engine.files()).collect();
+        let folder = model::slices_dir(&self.options);
+        let freed_bytes = murmur_engine::prune_slices(&folder, &used, murmur_engine::UNUSED_SLICES_BYTES_MAX);
+        if freed_bytes > 0 {
+            tracing::info!(freed_bytes, "removed slices of models that are not used any more");
+        }
+    }
+}
+
+/// Lets go what was not used for a while, for as long as there is a node.
+pub(crate) async fn tend(models: Weak<Models>) {
+    let mut ticks = tokio::time::interval(LOOK_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let Some(models) = models.upgrade() else { return };
+        let unused: Vec<_> = models.iter().filter_map(|model| model.let_go(models.options.idle)).collect();
+        for loaded in unused {
+            tracing::info!("{} was not used for a while and is let go", loaded.card.id);
+            // Dropping an engine waits for its processes.
+            let _ = tokio::task::spawn_blocking(move || drop(loaded)).await;
+        }
+    }
+}
+
+/// A model that is being loaded for somebody.
+pub(crate) struct Waking {
+    models: Arc<Models>,
+    at: usize,
+    loads: watch::Receiver<()>,
+    ticks: tokio::time::Interval,
+}
+
+/// How a wait for a model goes on.
+pub(crate) enum Awaited {
+    /// It does: so far.
+    Loading(f32),
+    /// It is over.
+    Loaded(Arc<LoadedModel>),
+    /// It is over, and there is no model.
+    Failed(String),
+}
+
+impl Waking {
+    fn new(models: Arc<Models>, at: usize) -> Waking {
+        let loads = models.list.get(at).map_or_else(|| watch::Sender::new(()).subscribe(), Model::loads);
+        let mut ticks = tokio::time::interval(TELL_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Waking { models, at, loads, ticks }
+    }
+
+    /// The next that is known of it; at once the first time. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> Awaited {
+        tokio::select! {
+            _ = self.loads.changed() => {}
+            _ = self.ticks.tick() => {}
+        }
+        let Some(model) = self.models.list.get(self.at) else { return Awaited::Failed("it is gone".to_owned()) };
+        // In this order: a load that ends in between has left the model.
+        let failure = model.failure();
+        match (model.used(), failure) {
+            (Some(loaded), _) => Awaited::Loaded(loaded),
+            (None, None) => Awaited::Loading(model.fraction()),
+            (None, Some(reason)) => Awaited::Failed(reason),
+        }
+    }
+
+    /// Waits for its end.
+    pub(crate) async fn loaded(mut self) -> Result<Arc<LoadedModel>, String> {
+        loop {
+            match self.next().await {
+                Awaited::Loading(_) => {}
+                Awaited::Loaded(loaded) => return Ok(loaded),
+                Awaited::Failed(reason) => return Err(reason),
+            }
+        }
+    }
+}
+
+/// An answer of this machine's own engine. The model is not let go before it is over.
+pub(crate) struct LocalStream {
+    stream: SessionStream,
+    _model: Arc<LoadedModel>,
+}
+
+impl LocalStream {
+    pub(crate) fn start(model: Arc<LoadedModel>, request: SessionRequest) -> Result<LocalStream, StartError> {
+        let stream = model.engine.start(request)?;
+        Ok(LocalStream { stream, _model: model })
+    }
+
+    pub(crate) async fn next(&mut self) -> Option<SessionEvent> {
+        self.stream.next().await
+    }
+}

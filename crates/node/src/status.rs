@@ -1,0 +1,100 @@
+//! What `/api/status` says of a node, under `node`:
+//!
+//! | field | |
+//! |---|---|
+//! | `version`, `process_id`, `uptime_s` | of the running program |
+//! | `tokens_per_s.api`, `.nodes` | tokens that came for this node's own API, and for other nodes; average over the last 5 s |
+//! | `requests[]` | answers in progress, the oldest first, see below |
+//! | `models[]` | this machine's models, see below |
+//! | `sharing` | what other nodes may have, where the node offers models to a mesh; else null |
+//! | `sharing.paused` | why nothing of theirs is taken now; null: it is taken |
+//! | `sharing.requests`, `.requests_max` | of theirs in progress, and how many may be; null: what the models take |
+//! | `sharing.hours[]`, `.pause_when_active` | when it is taken, in local time; empty: always |
+//!
+//! One of `requests`:
+//!
+//! | field | |
+//! |---|---|
+//! | `model` | the name it was asked for by |
+//! | `from` | id of the node that asked; null: this node's own API |
+//! | `at` | id of the node that computes it; null: this one, or none yet |
+//! | `prompt_tokens`, `prompt_tokens_done` | length of the prompt, and how much of it has been read |
+//! | `generated_tokens` | tokens of the answer so far |
+//! | `tokens_per_s` | since the first token; null before the second |
+//! | `age_ms` | since it was asked |
+//!
+//! One of `models`, once it is loaded:
+//!
+//! | field | |
+//! |---|---|
+//! | `id`, `state`, `reason`, `details` | as in `/v1/models`; `restarting` while a process is replaced |
+//! | `on_demand` | loaded when somebody asks for it |
+//! | `memory_bytes_planned` | what was set aside for it |
+//! | `requests_running`, `requests_queued` | now |
+//! | `decode_tokens_per_s` | measured speed of a lone answer; null: not measured |
+//! | `generated_tokens`, `prompt_tokens`, `cached_tokens` | since it was loaded; prompt tokens computed, and those that need not be |
+//! | `token_steps`, `token_compute_us` | steps with a token for each sequence, and their time |
+//! | `last_step` | `compute_us`, `batch_rows`, `threads` of the last batch |
+//! | `stages[]` | `layers` from and to, `process_id`, `restarts`, `load_ms`, `weight_bytes`, `kv_cells` |
+
+use std::time::{Duration, Instant};
+
+use murmur_api::backend::ModelState;
+use serde_json::{Value, json};
+
+use crate::{Node, model::Model};
+
+pub(crate) fn node(node: &Node) -> Value {
+    let offers = node.mesh.get().is_some() && !node.models.is_empty();
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "process_id": std::process::id(),
+        "uptime_s": node.started.elapsed().as_secs(),
+        "tokens_per_s": node.requests.tokens_per_s(Instant::now()),
+        "requests": node.requests.list(),
+        "sharing": offers.then(|| node.gate.view(node.requests.of_others())),
+        "models": node.models.iter().map(model).collect::<Vec<_>>(),
+    })
+}
+
+fn model(model: &Model) -> Value {
+    let state = model.state();
+    let Some(loaded) = model.loaded() else {
+        let (card, on_demand) = (model.card(), model.is_on_demand());
+        return json!({"id": model.id(), "state": state.name(), "on_demand": on_demand, "details": card.details});
+    };
+    let status = loaded.engine.status();
+    let counters = &status.counters;
+    let stages = status.stages.iter().map(|stage| {
+        json!({
+            "layers": [stage.range.first, stage.range.end],
+            "process_id": stage.process_id,
+            "restarts": stage.restarts,
+            "load_ms": stage.loaded.as_ref().map(|l| l.load_ms),
+            "weight_bytes": stage.loaded.as_ref().map(|l| l.weight_bytes),
+            "kv_cells": stage.loaded.as_ref().map(|l| l.kv_cells),
+        })
+    });
+    let restarting = state == ModelState::Ready && !loaded.engine.is_ready();
+    let decode_us = counters.token_compute_us.checked_div(counters.token_steps).filter(|us| *us > 0);
+    json!({
+        "id": model.id(),
+        "state": if restarting { "restarting" } else { state.name() },
+        "reason": status.unavailable,
+        "on_demand": model.is_on_demand(),
+        "details": loaded.card.details,
+        "memory_bytes_planned": loaded.memory_bytes,
+        "requests_running": status.running,
+        "requests_queued": status.queued,
+        "decode_tokens_per_s": decode_us.map(|us| Duration::from_secs(1).as_micros() as f64 / us as f64),
+        "generated_tokens": counters.generated_tokens,
+        "token_steps": counters.token_steps,
+        "token_compute_us": counters.token_compute_us,
+        "prompt_tokens": counters.prompt_tokens,
+        "cached_tokens": counters.cached_tokens,
+        "last_step": status.last_step.map(|step| json!({
+            "compute_us": step.compute_us, "batch_rows": step.batch_rows, "threads": step.threads,
+        })),
+        "stages": stages.collect::<Vec<_>>(),
+    })
+}

@@ -60,9 +60,10 @@ class Mesh:
     def __enter__(self):
         with self.stack as stack:
             self.client = stack.enter_context(servers.client(self.options.murmur))
-            mesh = ("--join", ticket_of(self.client), *servers.OFFLINE)
+            ticket = ticket_of(self.client)
             start = lambda number: servers.murmur(
-                self.options.murmur, self.model, **self.shape, name=f"server {number}", mesh=mesh
+                self.options.murmur, self.model, **self.shape, name=f"server {number}",
+                mesh=("--join", ticket, *servers.offline()),
             )
             self.servers = [stack.enter_context(start(number)) for number in range(1, self.count + 1)]
             self.wait()

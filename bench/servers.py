@@ -180,15 +180,16 @@ def murmur(binary, model, *, threads, context, parallel, stages=1, exact=False, 
     return Server(name, command)
 
 
-# Nobody outside this machine is asked or told anything.
-OFFLINE = ("--relay", "none", "--no-nostr", "--no-mdns", "--bind", "127.0.0.1:0")
+def offline():
+    """Arguments of a node that asks and tells nobody outside this machine, and has the same port in each life."""
+    return ("--relay", "none", "--no-nostr", "--no-mdns", "--bind", f"127.0.0.1:{free_port()}")
 
 
 def client(binary):
     """A node of the public mesh `bench` without models of its own."""
 
     def command(port, folder):
-        return [binary, "client", "--api", f"127.0.0.1:{port}", "--data-dir", folder, "--mesh", "bench", *OFFLINE]
+        return [binary, "client", "--api", f"127.0.0.1:{port}", "--data-dir", folder, "--mesh", "bench", *offline()]
 
     return Server("client", command)
 

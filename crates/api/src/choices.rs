@@ -142,13 +142,13 @@ impl Choices {
 
     fn account(&mut self, index: usize, event: Option<Event>) -> Option<ChoiceEvent> {
         let slot = self.slots.get_mut(index)?;
+        slot.loading = match event {
+            Some(Event::Loading { fraction }) => Some(fraction),
+            _ => None,
+        };
         match event {
-            Some(Event::Loading { fraction }) => {
-                slot.loading = Some(fraction);
-                None
-            }
+            Some(Event::Loading { .. }) => None,
             Some(Event::Prefill { done_tokens, cached_tokens }) => {
-                slot.loading = None;
                 slot.prefilled_tokens = done_tokens;
                 slot.cached_tokens = cached_tokens;
                 None

@@ -15,18 +15,28 @@ const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// Serves one repository with one file, as long as the test runs; returns its address.
 fn hub(content: Vec<u8>, etag: &'static str) -> String {
+    hub_that_sends(content, etag, |stream, body| stream.write_all(body))
+}
+
+/// The same, with another way to send what follows the headers.
+fn hub_that_sends(
+    content: Vec<u8>,
+    etag: &'static str,
+    send: impl Fn(&mut TcpStream, &[u8]) -> std::io::Result<()> + Send + 'static,
+) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
     std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
+        for mut stream in listener.incoming().flatten() {
             // A client that goes away is not the test's concern.
-            let _ = answer(stream, &content, etag);
+            let _ = answer(&mut stream, &content, etag).and_then(|body| send(&mut stream, &body));
         }
     });
     address
 }
 
-fn answer(mut stream: TcpStream, content: &[u8], etag: &str) -> std::io::Result<()> {
+/// Reads a request and sends the headers of its answer; returns the body.
+fn answer(stream: &mut TcpStream, content: &[u8], etag: &str) -> std::io::Result<Vec<u8>> {
     let mut request = String::new();
     let mut reader = BufReader::new(stream.try_clone()?);
     while reader.read_line(&mut request)? > 2 {}
@@ -42,7 +52,7 @@ fn answer(mut stream: TcpStream, content: &[u8], etag: &str) -> std::io::Result<
         ("404 Not Found", "content-length: 0".to_owned(), Vec::new())
     };
     write!(stream, "HTTP/1.1 {status}\r\n{headers}\r\nconnection: close\r\n\r\n")?;
-    stream.write_all(&body)
+    Ok(body)
 }
 
 fn pull(home: &Home, endpoint: &str, arguments: &[&str]) -> Outcome {
@@ -70,4 +80,54 @@ fn a_pull_that_fails_says_why_and_has_its_own_exit_code() {
     pull(&home, &wrong, &["hf:a/absent"]).fails(3, "spelling");
     pull(&home, &wrong, &["hf:a/tiny:Q4_K_M"]).fails(3, "tiny-Q8_0.gguf");
     pull(&home, "huggingface", &["hf:a/tiny"]).fails(2, "HF_ENDPOINT");
+}
+
+/// A pull onto a file system of its own, which something else fills while the model arrives; then once more, with room.
+const PULL_ONTO_A_SMALL_DISK: &str = r#"
+mount -t tmpfs -o size="$ROOM" none "$HF_HOME" || exit 77
+"$@" &
+until [ -e half ]; do sleep 0.01; done
+head -c "$ROOM" /dev/zero > "$HF_HOME/filler" 2>/dev/null
+touch full
+wait $!
+first=$?
+rm "$HF_HOME/filler"
+"$@" >/dev/null && exit $first
+"#;
+
+#[test]
+fn a_disk_that_fills_up_during_a_pull_is_named_and_with_room_again_the_pull_succeeds() {
+    let home = Home::new();
+    let content = std::fs::read(home.model("source.gguf")).unwrap();
+    let (half, full) = (home.path().join("half"), home.path().join("full"));
+    let (size, room) = (content.len(), content.len() + (64 << 10));
+    let endpoint = hub_that_sends(content, "d41d8cd98f00b204e9800998ecf8427e", move |stream, body| {
+        if body.len() < size || full.exists() {
+            return stream.write_all(body);
+        }
+        stream.write_all(&body[..size / 2])?;
+        std::fs::write(&half, "")?;
+        common::until("the disk is full", || full.exists().then_some(()));
+        stream.write_all(&body[size / 2..])
+    });
+    std::fs::create_dir(home.path().join("hf")).unwrap();
+    let pull = home.murmur(["models", "pull", "hf:a/tiny"]);
+    let outcome: Outcome = std::process::Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c", PULL_ONTO_A_SMALL_DISK, "sh"])
+        .arg(pull.get_program())
+        .args(pull.get_args())
+        .current_dir(home.path())
+        .env_clear()
+        .envs(pull.get_envs().filter_map(|(name, value)| Some((name, value?))))
+        .env("HF_ENDPOINT", endpoint)
+        .env("HF_HOME", home.path().join("hf"))
+        .env("ROOM", room.to_string())
+        .output()
+        .unwrap()
+        .into();
+    if outcome.code == Some(77) || outcome.err.starts_with("unshare: ") {
+        eprintln!("skipped: this system allows no file systems of one's own: {}", outcome.err);
+        return;
+    }
+    outcome.fails(4, "no space in");
 }

@@ -11,8 +11,9 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use common::{Home, Server, screen::Screen, unused_address};
+use common::{Home, Server, http, screen::Screen, unused_address};
 use pty_process::blocking::Pty;
+use serde_json::json;
 
 /// How a program takes over a terminal, and gives it back.
 const TAKEN: &str = "\x1b[?1049h";
@@ -65,13 +66,15 @@ fn a_server_that_goes_away_is_shown_and_met_again() {
     let model = home.model("tiny.gguf");
     let api = unused_address();
     let (mut terminal, mut program, mut screen) = top(&home, &api);
-    screen.wait_for("nothing listens there");
+    // In one word: what was blank before is not drawn again.
+    screen.wait_for("listens");
     let serve = || Server::ready(home.murmur(["serve", "--json", "--api", &api, model.to_str().unwrap()]));
     let server = serve();
     screen.wait_for("tokens/s");
     screen.wait_for("tiny");
     drop(server);
-    screen.wait_for("nothing listens there");
+    // In one word: what was blank before is not drawn again.
+    screen.wait_for("listens");
     // Everything is drawn anew, as it is true again.
     let _server = serve();
     screen.wait_for("tokens/s");
@@ -87,8 +90,8 @@ fn scripts_get_one_look_as_text_or_as_json() {
     home.run(["top"]).fails(5, "murmur serve MODEL");
     let model = home.model("tiny.gguf");
     let server = Server::start(&home, [model.to_str().unwrap()]);
-    let ask = ["run", "tiny", "--raw", "--max-tokens", "40", "hello", "--api", &server.address];
-    home.run(ask).succeeds();
+    let request = json!({"model": "tiny", "prompt": "hello", "max_tokens": 40, "ignore_eos": true});
+    http::complete(&server.address, &request);
     let page = home.run(["top", "--once", "--api", &server.address]).succeeds().out;
     for words in ["tokens/s", "no requests", "tiny", "ready", "here", "no other nodes"] {
         assert!(page.contains(words), "no {words:?} in {page}");

@@ -201,6 +201,15 @@ impl Health {
         }
     }
 
+    /// A request that was begun at `peer` is over, whatever is noted of it, or nothing because it was cancelled: if it was the
+    /// one that tries the peer, another may.
+    pub fn end(&mut self, peer: NodeId, now: Now) {
+        let Some(health) = self.peers.get_mut(&peer) else { return };
+        if matches!(health.breaker, Breaker::HalfOpen { .. }) {
+            health.breaker = Breaker::Open { until: now };
+        }
+    }
+
     /// Takes note of how a request for `model` went at `peer`.
     pub fn note(&mut self, peer: NodeId, model: ModelDigest, verdict: Verdict, now: Now) {
         let health = self.peer(peer, now);

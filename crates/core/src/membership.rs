@@ -1,8 +1,8 @@
 //! Who is in the mesh.
 //!
 //! Each node says one thing: its own signed record, renewed every [`MembershipOptions::renew_every_ms`] (less often in a
-//! large mesh: see [`RECORDS_PER_SECOND`]). Everybody keeps the latest record of everybody, and hands it on. Three rules make that safe with copies that arrive late, twice, in any
-//! order, or from liars:
+//! large mesh: see [`RECORDS_PER_SECOND`]). Everybody keeps the latest record of everybody, and hands it on. Three rules
+//! make that safe with copies that arrive late, twice, in any order, or from liars:
 //!
 //! - **The latest sequence number wins**, whoever brings it; a tombstone is the last word of a node.
 //! - **Validity counts from reception**, by the receiver's own monotonic clock, minus the age that the sender states. No
@@ -34,9 +34,9 @@ pub const RENEW_EVERY_MS: u64 = 20_000;
 pub const RECORD_TTL_MS: u32 = 60_000;
 
 /// Records that all nodes of a mesh together broadcast in a second. Everybody hears all of them: at some 700 bytes each
-/// they are what a large mesh costs. Where [`RENEW_EVERY_MS`] would give more, each node renews less often and states that
-/// its records count longer, up to the longest that the protocol allows.
-pub const RECORDS_PER_SECOND: u64 = 50;
+/// they are what a large mesh costs, 20 kB/s for one copy of each. Where [`RENEW_EVERY_MS`] would give more, each node
+/// renews less often and states that its records count longer, up to the longest that the protocol allows.
+pub const RECORDS_PER_SECOND: u64 = 25;
 
 /// Records that a node may send at once because something changed, before its share of [`RECORDS_PER_SECOND`] limits it.
 pub const CHANGE_BURST: u64 = 4;

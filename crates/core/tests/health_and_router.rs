@@ -75,6 +75,19 @@ fn a_probe_that_never_ends_does_not_lock_a_peer_out_for_ever() {
 }
 
 #[test]
+fn a_probe_that_is_cancelled_leaves_the_peer_to_the_next_request() {
+    let mut health = Health::new();
+    health.note(node(1), model(), Verdict::Gone, T0);
+    let tried = T0.plus_ms(BREAKER_PAUSE_MS_MIN);
+    health.begin(node(1), tried);
+    health.end(node(1), tried);
+    assert_eq!(health.admission(&node(1), &model(), tried), Admission::Probe);
+    health.note(node(1), model(), Verdict::Gone, tried);
+    health.end(node(1), tried);
+    assert!(matches!(health.admission(&node(1), &model(), tried), Admission::Broken { .. }), "and not when it failed");
+}
+
+#[test]
 fn busy_delays_a_peer_no_memory_a_model_and_a_bad_request_nothing() {
     let mut health = Health::new();
     let other_model = ModelDigest::from_bytes([9; 32]);

@@ -173,12 +173,9 @@ fn crowd(count: u32) -> Membership {
 
 #[test]
 fn in_a_large_mesh_records_count_longer_and_are_renewed_less_often() {
-    for (others, every_ms, ttl_ms) in [
-        (0, RENEW_EVERY_MS, 60_000),
-        (999, RENEW_EVERY_MS, 60_000),
-        (1_999, 40_000, 120_000),
-        (9_999, 100_000, 300_000),
-    ] {
+    for (others, every_ms, ttl_ms) in
+        [(0, RENEW_EVERY_MS, 60_000), (499, RENEW_EVERY_MS, 60_000), (999, 40_000, 120_000), (9_999, 100_000, 300_000)]
+    {
         let mut table = crowd(others);
         renewed(&mut table, T0);
         assert_eq!((table.next_renewal(), table.ttl_ms()), (Some(T0.plus_ms(every_ms)), ttl_ms), "{others}");
@@ -197,7 +194,7 @@ fn a_newcomer_that_finds_a_large_mesh_renews_within_what_its_record_said_before(
 
 #[test]
 fn changes_are_told_at_once_and_in_a_large_mesh_no_faster_than_the_share_of_each_allows() {
-    for (others, changes_at_most) in [(0, 60), (499, CHANGE_BURST + 6)] {
+    for (others, changes_at_most) in [(0, 60), (499, CHANGE_BURST + 3)] {
         let mut table = crowd(others);
         renewed(&mut table, T0);
         let mut renewals = 0;

@@ -51,27 +51,33 @@ fn options(args: &[String], exact: bool, stages: u32) -> EngineOptions {
     }
 }
 
-async fn tokens_of(engine: &Engine, prompt: Vec<Token>, sampling: SamplingParams) -> Vec<Token> {
+/// The tokens of an answer, and when the first came.
+async fn tokens_of(engine: &Engine, prompt: Vec<Token>, sampling: SamplingParams) -> (Vec<Token>, Instant) {
     let request = SessionRequest { prompt, generated: Vec::new(), max_tokens: TOKENS, sampling };
     let mut stream = engine.start(request).expect("there is room");
     let mut tokens = Vec::new();
+    let mut first_token = Instant::now();
     while let Some(event) = stream.next().await {
         match event {
-            SessionEvent::Token(sampled) => tokens.push(sampled.token),
+            SessionEvent::Token(sampled) => {
+                if tokens.is_empty() {
+                    first_token = Instant::now();
+                }
+                tokens.push(sampled.token);
+            }
             SessionEvent::Failed(reason) => panic!("{reason}"),
             _ => {}
         }
     }
-    tokens
+    (tokens, first_token)
 }
 
-/// (us per step outside the computation, us per step) of a single stream.
+/// (us per step outside the computation, us per step) of a single stream, from its first token on: the prompt is no step.
 async fn overhead(engine: &Engine, prompt: &[Token]) -> (f64, f64) {
     let before = engine.status().counters;
-    let started = Instant::now();
     let sampling = SamplingParams { temperature: 0.0, ignore_eos: true, ..SamplingParams::default() };
-    tokens_of(engine, prompt.to_vec(), sampling).await;
-    let wall_us = started.elapsed().as_secs_f64() * 1e6;
+    let (_, first_token) = tokens_of(engine, prompt.to_vec(), sampling).await;
+    let wall_us = first_token.elapsed().as_secs_f64() * 1e6;
     let after = engine.status().counters;
     let steps = (after.token_steps - before.token_steps) as f64;
     let compute_us = (after.token_compute_us - before.token_compute_us) as f64;
@@ -91,8 +97,8 @@ async fn flips(engine: &Engine, prompts: &[Vec<Token>], temperature: f32) -> (us
         };
         let together = (0..STREAMS).map(|i| tokens_of(engine, prompts[i].clone(), sampling(i)));
         let together = futures::future::join_all(together).await;
-        for (i, crowd) in together.into_iter().enumerate() {
-            let alone = tokens_of(engine, prompts[i].clone(), sampling(i)).await;
+        for (i, (crowd, _)) in together.into_iter().enumerate() {
+            let (alone, _) = tokens_of(engine, prompts[i].clone(), sampling(i)).await;
             let same = crowd.iter().zip(&alone).take_while(|(a, b)| a == b).count();
             streams += 1;
             diverged += usize::from(same < alone.len());

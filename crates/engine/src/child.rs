@@ -19,7 +19,7 @@ use rustix::net::RecvFlags;
 use crate::{
     embedding::EmbeddingModel,
     ffi::{Model, ModelOptions},
-    schedule::{EXACT_DECODE_ROWS_MAX, Schedule},
+    schedule::{Limits, Schedule},
     stage::{Stage, StageError, Work},
     vocabulary::tokenize,
 };
@@ -157,8 +157,7 @@ impl Server {
             Role::Stage { .. } => {
                 let stage = Stage::load(load, &mut progress)?;
                 let facts = stage.facts().clone();
-                let decode_rows_max = if load.exact { EXACT_DECODE_ROWS_MAX } else { stage.batch_rows() };
-                let schedule = Schedule::new(decode_rows_max);
+                let schedule = Schedule::new(Limits::new(stage.batch_rows(), load.exact));
                 (Server::Stage(Box::new(stage), schedule), facts)
             }
             Role::Vocabulary => {
@@ -196,9 +195,12 @@ impl Server {
                 schedule.retain(|work| stage.is_current(work));
                 let batch = schedule.next_batch();
                 if !batch.is_empty() {
+                    // Whoever was admitted can send its rows meanwhile.
+                    out.flush()?;
                     for answer in stage.forward(&batch) {
                         out.push(&answer)?;
                     }
+                    stage.following().into_iter().for_each(|work| schedule.push(work));
                 }
             }
             out.flush()?;
@@ -238,7 +240,7 @@ fn receive_stage(stage: &mut Stage, schedule: &mut Schedule<Work>, frame: &Frame
             stage.close(header.session, header.has(FLAG_FORGET));
             Ok(None)
         }
-        Kind::Tokens | Kind::Hidden => {
+        Kind::Tokens | Kind::Hidden | Kind::Next => {
             if let Some(work) = stage.accept(frame)? {
                 schedule.push(work);
             }

@@ -55,6 +55,8 @@ enum Health {
 pub struct DriverOptions {
     /// Number of stages.
     pub stages: usize,
+    /// Sessions that run at once.
+    pub parallel: usize,
     /// Prompt rows per frame.
     pub chunk_rows: u32,
     /// Replay generated tokens through the kernels that computed them first.
@@ -294,21 +296,24 @@ impl Driver {
         }
     }
 
-    /// Opens queued sessions, oldest first, one at a time: whether there is room is the stages' to say.
+    /// Opens queued sessions, oldest first, as long as there should be room. Whether there is, the stages say.
     fn admit(&mut self) {
-        if self.queue.is_empty()
-            || !self.is_ready()
-            || self.sessions.values().any(|s| matches!(s.phase, Phase::Opening { .. }))
-        {
-            return;
+        while self.is_ready() && self.admitted().count() < self.options.parallel {
+            // A suspect shares the stages with nothing.
+            if self.admitted().any(Session::is_suspect) || self.is_next_suspect() && self.admitted().count() > 0 {
+                return;
+            }
+            let Some(id) = self.queue.pop_front() else { return };
+            self.open(id);
         }
-        // A suspect shares the stages with nothing.
-        let running_suspect =
-            self.sessions.values().any(|s| matches!(s.phase, Phase::Running { .. }) && s.is_suspect());
-        if running_suspect || self.is_next_suspect() && self.running() > 0 {
-            return;
-        }
-        let Some(id) = self.queue.pop_front() else { return };
+    }
+
+    /// Sessions that run or are being opened.
+    fn admitted(&self) -> impl Iterator<Item = &Session> {
+        self.sessions.values().filter(|session| !matches!(session.phase, Phase::Queued))
+    }
+
+    fn open(&mut self, id: u64) {
         let stages = self.options.stages;
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.phase =
@@ -380,7 +385,7 @@ impl Driver {
             NotOpened::Bad(reason) => self.fail(id, reason),
             NotOpened::Busy { .. } => {
                 let releases = self.releases;
-                let nothing_runs = self.running() == 0;
+                let is_alone = self.admitted().count() == 1;
                 self.close_everywhere(id, 0);
                 let Some(session) = self.sessions.get_mut(&id) else { return };
                 // Room made after the question was sent was not seen by the answer.
@@ -389,7 +394,7 @@ impl Driver {
                 self.queue.push_front(id);
                 if made_room {
                     self.admit();
-                } else if nothing_runs {
+                } else if is_alone {
                     // No session will end and make room: an answer is better than waiting for ever.
                     self.fail(id, "the engine is full although nothing runs; this is a bug, please report it".into());
                 }
@@ -446,8 +451,7 @@ impl Driver {
         }
     }
 
-    /// Sends what may be sent: enough prompt chunks to keep every stage busy, and a wanted row only when its token will
-    /// find room.
+    /// Sends what may be sent: enough rows to keep every stage busy, and a wanted row only when its token will find room.
     fn advance(&mut self, id: u64) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Phase::Running { mut next, mut in_flight, prefill: mut prefill_before } = session.phase else { return };
@@ -476,6 +480,15 @@ impl Driver {
             self.output.push((0, Frame::tokens(header, &session.tokens[next as usize..end as usize])));
             next = end;
             in_flight += 1;
+        }
+        // A stage that is the whole model need not wait for us to tell it the token that it has sampled itself.
+        let goes_on = next == length && next + 1 < session.prompt_tokens + session.max_tokens;
+        if self.options.stages == 1 && in_flight == 1 && goes_on && session.events.capacity() >= EVENTS_MARGIN {
+            let mut header = Header::new(Kind::Next, id);
+            (header.epoch, header.position, header.rows) = (session.epoch, next, 1);
+            header.flags = FLAG_WANT_OUTPUT;
+            self.output.push((0, Frame { header, payload: Vec::new() }));
+            (next, in_flight, prefill_before) = (next + 1, 2, false);
         }
         session.phase = Phase::Running { next, in_flight, prefill: prefill_before };
     }

@@ -219,6 +219,7 @@ impl Engine {
         let stages = if options.embedding { Vec::new() } else { stage_cells(&options, &gguf)? };
         let driver = Driver::new(DriverOptions {
             stages: stages.len(),
+            parallel: options.parallel as usize,
             chunk_rows: options.chunk_rows,
             exact: options.exact,
             queue_max: options.queue_max,

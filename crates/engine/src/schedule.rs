@@ -1,8 +1,8 @@
 //! Which queued rows are computed together: continuous batching.
 //!
-//! Generated rows of many sequences share a batch; a prompt chunk has one to itself. The two take turns, so a long prompt
-//! delays running streams by one chunk at most. Mixing them would gain little: a chunk keeps the processor busy by itself,
-//! and llama.cpp, with a KV stream for each sequence, computes only equal numbers of rows per sequence together.
+//! Generated rows of many sequences share a batch, and so do short prompts; the two take turns, so a long prompt delays
+//! running streams by one chunk at most. Mixing them would gain little: a chunk keeps the processor busy by itself, and
+//! llama.cpp, with a KV stream for each sequence, computes only equal numbers of rows per sequence together.
 
 use std::collections::VecDeque;
 
@@ -23,14 +23,33 @@ pub(crate) const EXACT_DECODE_ROWS_MAX: usize = 7;
 pub(crate) struct Schedule<W> {
     decode: VecDeque<W>,
     prefill: VecDeque<W>,
-    decode_rows_max: usize,
+    limits: Limits,
     decoded_last: bool,
 }
 
+/// Rows of one batch at most.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Generated rows of different sequences.
+    pub(crate) decode_rows: usize,
+    /// Prompt rows of different sequences; a chunk is never split.
+    pub(crate) prefill_rows: usize,
+}
+
+impl Limits {
+    /// In exact mode a chunk has a batch to itself.
+    pub(crate) fn new(batch_rows: usize, exact: bool) -> Limits {
+        match exact {
+            true => Limits { decode_rows: EXACT_DECODE_ROWS_MAX, prefill_rows: 0 },
+            false => Limits { decode_rows: batch_rows, prefill_rows: batch_rows },
+        }
+    }
+}
+
 impl<W: Rows> Schedule<W> {
-    /// A queue whose batches have at most `decode_rows_max` rows of different sequences.
-    pub(crate) fn new(decode_rows_max: usize) -> Schedule<W> {
-        Schedule { decode: VecDeque::new(), prefill: VecDeque::new(), decode_rows_max, decoded_last: false }
+    /// Nothing is queued yet.
+    pub(crate) fn new(limits: Limits) -> Schedule<W> {
+        Schedule { decode: VecDeque::new(), prefill: VecDeque::new(), limits, decoded_last: false }
     }
 
     /// Queues rows.
@@ -53,19 +72,18 @@ impl<W: Rows> Schedule<W> {
     pub(crate) fn next_batch(&mut self) -> Vec<W> {
         let decode = !self.decode.is_empty() && (self.prefill.is_empty() || !self.decoded_last);
         self.decoded_last = decode;
-        if !decode {
-            return self.prefill.pop_front().into_iter().collect();
-        }
-        let mut batch: Vec<W> = Vec::new();
-        // One row per sequence, in sequence order, or one sequence alone: then rows come out in the order they went in.
-        while let Some(work) = self.decode.front() {
-            let alone = batch.is_empty();
-            let distinct = batch.iter().all(|w| w.sequence() != work.sequence());
-            let single = work.rows() == 1 && batch.iter().all(|w| w.rows() == 1);
-            if !(alone || distinct && single && batch.len() < self.decode_rows_max) {
-                break;
-            }
-            batch.extend(self.decode.pop_front());
+        let (queue, rows_max) = match decode {
+            true => (&mut self.decode, self.limits.decode_rows),
+            false => (&mut self.prefill, self.limits.prefill_rows),
+        };
+        let mut batch: Vec<W> = queue.pop_front().into_iter().collect();
+        // Equal pieces of different sequences, in the order of sequences: then rows come out as they went in.
+        let fits = |batch: &[W], work: &W| {
+            let is_alike = batch.iter().all(|w| w.sequence() != work.sequence() && w.rows() == work.rows());
+            is_alike && (!decode || work.rows() == 1) && (batch.len() + 1) * work.rows() <= rows_max
+        };
+        while queue.front().is_some_and(|work| fits(&batch, work)) {
+            batch.extend(queue.pop_front());
         }
         batch.sort_by_key(Rows::sequence);
         batch
@@ -91,15 +109,15 @@ mod tests {
         }
     }
 
-    fn queue(decode_rows_max: usize, works: &[W]) -> Schedule<W> {
-        let mut schedule = Schedule::new(decode_rows_max);
+    fn queue(works: &[W]) -> Schedule<W> {
+        let mut schedule = Schedule::new(Limits { decode_rows: 7, prefill_rows: 16 });
         works.iter().for_each(|&w| schedule.push(w));
         schedule
     }
 
     #[test]
     fn rows_of_prompts_and_answers_never_mix_and_neither_side_starves() {
-        let mut schedule = queue(7, &[W(0, 12, true), W(0, 12, true), W(2, 1, false), W(1, 1, false)]);
+        let mut schedule = queue(&[W(0, 12, true), W(0, 12, true), W(2, 1, false), W(1, 1, false)]);
         assert_eq!(schedule.next_batch(), [W(1, 1, false), W(2, 1, false)]);
         schedule.push(W(1, 1, false));
         assert_eq!(schedule.next_batch(), [W(0, 12, true)]);
@@ -109,16 +127,29 @@ mod tests {
     }
 
     #[test]
+    fn prompts_of_one_length_are_computed_together_as_far_as_they_fit() {
+        let works = [W(3, 5, true), W(1, 5, true), W(0, 5, true), W(2, 5, true), W(4, 4, true), W(4, 4, true)];
+        let mut schedule = queue(&works);
+        assert_eq!(schedule.next_batch(), [W(0, 5, true), W(1, 5, true), W(3, 5, true)]);
+        for alone in [W(2, 5, true), W(4, 4, true), W(4, 4, true)] {
+            assert_eq!(schedule.next_batch(), [alone]);
+        }
+        let mut exact = Schedule::new(Limits::new(16, true));
+        works.into_iter().for_each(|work| exact.push(work));
+        assert_eq!(exact.next_batch(), [W(3, 5, true)]);
+    }
+
+    #[test]
     fn batches_of_generated_rows_have_the_size_that_was_asked_for_at_most() {
         let works: Vec<W> = (0..20).map(|i| W(i, 1, false)).collect();
-        let mut schedule = queue(7, &works);
+        let mut schedule = queue(&works);
         let sizes: Vec<usize> = std::iter::from_fn(|| Some(schedule.next_batch().len()).filter(|&n| n > 0)).collect();
         assert_eq!(sizes, [7, 7, 6]);
     }
 
     #[test]
     fn two_pieces_of_one_sequence_are_never_in_one_batch() {
-        let mut schedule = queue(7, &[W(0, 1, false), W(0, 1, false)]);
+        let mut schedule = queue(&[W(0, 1, false), W(0, 1, false)]);
         assert_eq!(schedule.next_batch().len(), 1);
         assert_eq!(schedule.next_batch().len(), 1);
     }

@@ -56,6 +56,19 @@ struct Session {
     epoch: u32,
     sequence: i32,
     sampler: Option<Sampler>,
+    /// The newest token and its position, unless the answer ends with it.
+    tail: Option<(u32, Token)>,
+    /// The row that is to follow, once its token is sampled.
+    next: Option<Header>,
+}
+
+impl Session {
+    /// The row that follows, when its token is there.
+    fn follow(&mut self) -> Option<Work> {
+        let (position, token) = self.tail?;
+        let header = self.next.take_if(|next| next.position == position)?;
+        Some(Work { header, sequence: self.sequence, tokens: vec![token], hidden: Vec::new() })
+    }
 }
 
 /// A layer range with its KV cache.
@@ -69,6 +82,8 @@ pub(crate) struct Stage {
     governor: ThreadGovernor,
     batch: Batch,
     facts: Loaded,
+    /// Rows that sampled tokens have made ready.
+    following: Vec<Work>,
 }
 
 /// Why rows were not computed.
@@ -139,6 +154,7 @@ impl Stage {
             governor,
             batch: Batch::default(),
             facts,
+            following: Vec::new(),
         })
     }
 
@@ -198,7 +214,7 @@ impl Stage {
             self.slots.truncated(admitted.sequence, 0);
             cached_tokens = 0;
         }
-        let session = Session { epoch: header.epoch, sequence: admitted.sequence, sampler };
+        let session = Session { epoch: header.epoch, sequence: admitted.sequence, sampler, tail: None, next: None };
         self.sessions.insert(header.session, session);
         Ok(Opened { cached_tokens })
     }
@@ -213,13 +229,21 @@ impl Stage {
     }
 
     /// Turns a frame of rows into work; `None` when its session or epoch is over.
-    pub(crate) fn accept(&self, frame: &Frame) -> Result<Option<Work>, StageError> {
+    pub(crate) fn accept(&mut self, frame: &Frame) -> Result<Option<Work>, StageError> {
         let header = frame.header;
-        let Some(session) = self.sessions.get(&header.session).filter(|s| s.epoch == header.epoch) else {
+        let batch_rows = self.batch_rows();
+        let Some(session) = self.sessions.get_mut(&header.session).filter(|s| s.epoch == header.epoch) else {
             return Ok(None);
         };
+        if header.kind == Kind::Next {
+            if !(self.first && self.last) || header.rows != 1 {
+                return Err(StageError::Protocol("only a whole model goes on by itself, and by one row"));
+            }
+            session.next = Some(header);
+            return Ok(session.follow());
+        }
         let expected = if self.first { Kind::Tokens } else { Kind::Hidden };
-        if header.rows as usize > self.batch_rows() {
+        if header.rows as usize > batch_rows {
             return Err(StageError::Protocol("more rows in one frame than this stage computes at once"));
         }
         if header.kind != expected || header.rows == 0 {
@@ -341,12 +365,21 @@ impl Stage {
     }
 
     fn sample(&mut self, work: &Work, row: usize) -> Result<murmur_protocol::sampling::Sampled, StageError> {
-        let session = self.sessions.get_mut(&work.header.session);
-        let sampler = session.and_then(|s| s.sampler.as_mut()).ok_or(StageError::Protocol("no sampler"))?;
+        let session = self.sessions.get_mut(&work.header.session).ok_or(StageError::Protocol("no such session"))?;
+        let sampler = session.sampler.as_mut().ok_or(StageError::Protocol("no sampler"))?;
         let position = work.header.position + work.header.rows;
         let sampled = sampler.sample(self.context.logits(row)?, position)?;
         sampler.accept(sampled.token)?;
+        let ends = !sampler.params().ignore_eos
+            && self.vocabulary.as_ref().is_some_and(|vocabulary| vocabulary.is_end_of_generation(sampled.token));
+        session.tail = (!ends && !sampled.grammar_ended).then_some((position, sampled.token));
+        self.following.extend(session.follow());
         Ok(sampled)
+    }
+
+    /// Rows whose tokens were sampled since the last call: to be queued.
+    pub(crate) fn following(&mut self) -> Vec<Work> {
+        std::mem::take(&mut self.following)
     }
 
     /// The KV state of a session, for another stage of the same layers.

@@ -92,6 +92,31 @@ fn a_lower_position_is_a_rollback_and_a_higher_one_an_error() {
 }
 
 #[test]
+fn a_whole_model_goes_on_with_the_token_it_has_sampled_itself() {
+    let lab = Lab::new();
+    let model = lab.tiny("llama", Weights::Q8_0);
+    let prompt = prompt(20, 1);
+    let mut told = Stage::new(&model);
+    told.open(1, &prompt, &[]);
+    let mut tokens = vec![told.step(1, 0, &prompt, FLAG_PREFILL).0];
+    for position in 20..23 {
+        tokens.push(told.step(1, position, &tokens[tokens.len() - 1..], 0).0);
+    }
+
+    let mut alone = Stage::new(&model);
+    alone.open(1, &prompt, &[]);
+    let header = Header { flags: FLAG_WANT_OUTPUT, ..Header::new(Kind::Next, 1) };
+    let next = |position| Frame { header: Header { position, rows: 1, ..header }, payload: Vec::new() };
+    let token = |frame: Frame| frame.decode::<Step>().unwrap().sampled.unwrap().token;
+    // Asked before the token is known, and afterwards.
+    let rows = Frame::tokens(Header { kind: Kind::Tokens, flags: FLAG_PREFILL | FLAG_WANT_OUTPUT, ..header }, &prompt);
+    assert!(alone.link.send(&[rows, next(20)]).is_empty());
+    let mut heard: Vec<_> = (0..2).map(|_| token(alone.receiver.receive().unwrap().0)).collect();
+    heard.extend([21, 22].map(|position| token(alone.ask(next(position)))));
+    assert_eq!(heard, tokens);
+}
+
+#[test]
 fn bad_frames_are_answered_and_the_stage_lives_on() {
     let lab = Lab::new();
     let mut stage = Stage::new(&lab.tiny("llama", Weights::F32));
@@ -101,6 +126,7 @@ fn bad_frames_are_answered_and_the_stage_lives_on() {
         Frame { header: Header { rows: 1, ..Header::new(Kind::Hidden, 1) }, payload: vec![0; 8] },
         Frame::tokens(Header::new(Kind::Tokens, 1), &[i32::MAX]),
         Frame::tokens(Header::new(Kind::Tokens, 1), &[-5]),
+        Frame { header: Header { rows: 9, ..Header::new(Kind::Next, 1) }, payload: vec![] },
         Frame { header: Header::new(Kind::Open, 2), payload: vec![255; 40] },
         Frame { header: Header { rows: 9, ..Header::new(Kind::State, 1) }, payload: vec![7; 500] },
         Frame { header: Header::new(Kind::State, 1), payload: vec![7; 500] },

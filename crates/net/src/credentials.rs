@@ -13,7 +13,8 @@ use crate::{NetError, clock, data_dir};
 /// How long the certificate counts that the founder of a mesh gives itself.
 pub const FOUNDER_VALID_MS: u64 = 10 * 365 * 24 * 3_600_000;
 
-/// How long a certificate counts that is given for a ticket.
+/// How long a certificate counts that is given for a ticket. In its last third the owner's node sends a new one whenever
+/// the member is connected to it.
 pub const MEMBER_VALID_MS: u64 = 365 * 24 * 3_600_000;
 
 const FILE: &str = "credentials.json";
@@ -156,6 +157,20 @@ pub(crate) fn certify(owner: &MeshKey, node: NodeId, role: Role, valid_ms: u64) 
         expires_ms: issued_ms.saturating_add(valid_ms),
     };
     certificate.sign(owner).map_err(NetError::protocol)
+}
+
+/// Whether a certificate is in the last third of its time, in which the mesh's owner gives its member a new one.
+pub(crate) fn is_due(certificate: &MemberCertificate) -> bool {
+    let third_ms = certificate.expires_ms.saturating_sub(certificate.issued_ms) / 3;
+    clock::unix_ms() >= certificate.expires_ms.saturating_sub(third_ms)
+}
+
+/// The same membership for another [`MEMBER_VALID_MS`]. The serial number stays: whoever revokes it means all of them.
+pub(crate) fn prolong(owner: &MeshKey, certificate: &MemberCertificate) -> Result<SignedCertificate, NetError> {
+    let issued_ms = clock::unix_ms();
+    let prolonged =
+        MemberCertificate { issued_ms, expires_ms: issued_ms.saturating_add(MEMBER_VALID_MS), ..certificate.clone() };
+    prolonged.sign(owner).map_err(NetError::protocol)
 }
 
 #[cfg(test)]

@@ -1,14 +1,15 @@
 //! Who this node is, and of which mesh: what the greeting and the records are made from.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use murmur_protocol::mesh::member::CLOCK_SKEW_MS_MAX;
 use murmur_protocol::mesh::{
     Capabilities, Hello, MemberCertificate, MemberError, MeshId, NodeId, NodeKey, NodeRecord, PROTOCOL_VERSIONS,
-    Refusal, RefusalCode, Role, SignedCertificate, negotiate,
+    Redeemed, Refusal, RefusalCode, Role, SignedCertificate, negotiate,
 };
 
-use crate::credentials::Credentials;
+use crate::credentials::{self, Credentials};
 use crate::revocations::Revocations;
 use crate::ticket::Tickets;
 use crate::{NetError, clock};
@@ -27,9 +28,19 @@ pub(crate) struct Identity {
 /// What goes with a private mesh.
 #[derive(Debug)]
 pub(crate) struct Private {
+    /// As they were at the start.
     pub credentials: Credentials,
     pub revocations: Revocations,
     pub tickets: Tickets,
+    /// The certificate in force.
+    certificate: Mutex<SignedCertificate>,
+    data_dir: PathBuf,
+}
+
+impl Private {
+    fn certificate(&self) -> MutexGuard<'_, SignedCertificate> {
+        self.certificate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What a greeting said, once it was accepted.
@@ -67,13 +78,58 @@ impl Identity {
             mesh: credentials.mesh,
             mesh_name: credentials.name.clone(),
             software: software.to_owned(),
-            private: Some(Private { credentials, revocations, tickets }),
+            private: Some(Private {
+                certificate: Mutex::new(credentials.certificate.clone()),
+                data_dir: data_dir.to_owned(),
+                credentials,
+                revocations,
+                tickets,
+            }),
         })
     }
 
     /// The own certificate; private meshes.
     pub(crate) fn certificate(&self) -> Option<SignedCertificate> {
-        self.private.as_ref().map(|private| private.credentials.certificate.clone())
+        self.private.as_ref().map(|private| private.certificate().clone())
+    }
+
+    /// The owner's part in prolonging a membership: what to send to a member that was greeted with a certificate in the
+    /// last third of its time.
+    pub(crate) fn prolonged(&self, greeted: &Greeted) -> Option<Redeemed> {
+        let private = self.private.as_ref()?;
+        let owner = private.credentials.owner.as_ref()?;
+        let due = greeted.certificate.as_ref().filter(|certificate| credentials::is_due(certificate))?;
+        if !self.is_member(greeted) {
+            return None;
+        }
+        match credentials::prolong(owner, due) {
+            Ok(certificate) => Some(Redeemed {
+                certificate,
+                mesh_secret: private.credentials.secret.clone(),
+                mesh_name: private.credentials.name.clone(),
+            }),
+            Err(error) => {
+                tracing::error!(%error, "a membership cannot be prolonged");
+                None
+            }
+        }
+    }
+
+    /// The member's part: takes a certificate, whoever brings it, if it is the mesh's word and lasts longer than the one in
+    /// force. On disk before it counts. True if it was taken.
+    pub(crate) fn prolong(&self, signed: SignedCertificate) -> Result<bool, NetError> {
+        let Some(private) = &self.private else { return Ok(false) };
+        let offered = signed.verify(self.mesh, self.node, clock::unix_ms()).map_err(NetError::protocol)?;
+        let mut held = private.certificate();
+        // At time 0 nothing has expired.
+        let until_ms = held.verify(self.mesh, self.node, 0).map_or(0, |certificate| certificate.expires_ms);
+        if offered.expires_ms <= until_ms {
+            return Ok(false);
+        }
+        let credentials = Credentials { certificate: signed.clone(), ..private.credentials.clone() };
+        credentials.store(&private.data_dir)?;
+        *held = signed;
+        Ok(true)
     }
 
     /// The own greeting.

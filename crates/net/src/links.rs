@@ -4,6 +4,7 @@
 //! which the node with the smaller id has dialled. Of two that the same node has dialled, the newer: it has restarted.
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iroh::TransportAddr;
@@ -20,6 +21,15 @@ pub(crate) struct Link {
     pub connection: Connection,
     pub greeted: Greeted,
     pub dialled_by_us: bool,
+    /// The peer was sent a new certificate over this connection.
+    pub prolonged: AtomicBool,
+}
+
+impl Link {
+    /// A connection that was greeted.
+    pub(crate) fn new(node: NodeId, connection: Connection, greeted: Greeted, dialled_by_us: bool) -> Self {
+        Link { node, connection, greeted, dialled_by_us, prolonged: AtomicBool::new(false) }
+    }
 }
 
 /// How the packets of a connection travel.

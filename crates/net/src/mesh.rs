@@ -522,10 +522,18 @@ async fn identify(
 
 async fn redeem(options: &MeshOptions, bound: &Bound, ticket: &Ticket, node: NodeId) -> Result<Credentials, NetError> {
     let target = issuer(ticket).to_endpoint_addr()?;
+    let unreachable = |why: String| {
+        let advice = format!(
+            "it has issued the ticket and alone can let this node into mesh {}. See that murmur runs there with that mesh, and \
+             try again; if its address has changed since, ask for a new ticket",
+            ticket.mesh_name
+        );
+        NetError::unreachable(ticket.issuer, format!("{why}; {advice}"))
+    };
     let connection = timeout(Duration::from_millis(DIAL_DEADLINE_MS), bound.endpoint.connect(target, MESH_ALPN))
         .await
-        .map_err(|_| NetError::unreachable(ticket.issuer, "it does not answer"))?
-        .map_err(|error| NetError::unreachable(ticket.issuer, causes(&error)))?;
+        .map_err(|_| unreachable("it does not answer".into()))?
+        .map_err(|error| unreachable(causes(&error)))?;
     debug_assert_eq!(node_id(connection.remote_id()), ticket.issuer);
     let redeemed = hello::redeem(&connection, ticket).await?;
     redeemed.certificate.verify(ticket.mesh, node, clock::unix_ms()).map_err(NetError::protocol)?;

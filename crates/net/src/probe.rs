@@ -123,10 +123,12 @@ fn ahead_ms(theirs: SystemTime, asked_at: SystemTime, took: Duration) -> i64 {
     };
     let (earliest, latest) = (ms(asked_at), ms(asked_at + took));
     let (shown, shown_until) = (ms(theirs), ms(theirs) + 999);
-    match () {
-        () if shown > latest => shown - latest,
-        () if shown_until < earliest => shown_until - earliest,
-        () => 0,
+    if shown > latest {
+        shown - latest
+    } else if shown_until < earliest {
+        shown_until - earliest
+    } else {
+        0
     }
 }
 

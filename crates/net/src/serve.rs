@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use iroh::endpoint::{Incoming, IncomingAddr, RecvStream, SendStream, VarInt};
 use murmur_core::membership::Verified;
-use murmur_protocol::mesh::{Control, NodeId, RefusalCode, SignedRecord, SignedRevocations};
+use murmur_protocol::mesh::{Control, NodeId, Redeemed, RefusalCode, SignedRecord, SignedRevocations};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -44,6 +44,9 @@ pub const WORK_STREAMS_MAX: u32 = 256;
 
 /// Within this time a control stream other than an exchange of records is over.
 pub const STREAM_DEADLINE_MS: u64 = 5_000;
+
+/// Within this time a peer that lives answers on a connection that stands.
+pub const SIGN_OF_LIFE_MS: u64 = 1_000;
 
 /// QUIC code of a work stream that is reset because nobody takes it.
 pub(crate) const WORK_REFUSED: VarInt = VarInt::from_u32(5);
@@ -169,8 +172,11 @@ async fn connection(
     drop(greeting);
     match answered {
         Ok(Answered::Greeted(greeted)) if connection.alpn() == MESH_ALPN => {
-            let link = Link { node: peer, connection, greeted, dialled_by_us: false };
+            bury_earlier_life(&shared, peer).await;
+            let link = Link::new(peer, connection, greeted, false);
             if let Some(link) = shared.links.add(shared.identity.node, link) {
+                // The end of an earlier connection may have taken it back.
+                shared.admission.admit(peer);
                 if shared.commands.send(Command::LinkUp(Arc::clone(&link))).await.is_err() {
                     return;
                 }
@@ -198,6 +204,18 @@ async fn connection(
         }
     }
     drop(counted);
+}
+
+/// A peer dials although a connection to it stands: both have dialled at the same moment, or it has died and come back. Then
+/// nobody answers on the old connections, and until QUIC gives them up iroh sends what is meant for the peer where it was.
+async fn bury_earlier_life(shared: &Shared, peer: NodeId) {
+    let Some(old) = shared.links.get(&peer) else { return };
+    let ping = Control::Ping(rand::random());
+    let answer = timeout(Duration::from_millis(SIGN_OF_LIFE_MS), ask(&old, &ping)).await;
+    if !matches!(answer, Ok(Ok(Some(_)))) {
+        tracing::info!(node = %peer.short(), "a node has come back");
+        shared.disconnect(&peer);
+    }
 }
 
 /// Serves a control connection until it ends.
@@ -241,6 +259,7 @@ async fn control_stream(
         Ok(Some(Control::Digest(digest))) => anti_entropy::respond(shared, link, digest, &mut send, &mut reader).await,
         Ok(Some(Control::Goodbye(tombstone))) => goodbye(shared, link, tombstone).await,
         Ok(Some(Control::Revocations(list))) => revocations(shared, list).await,
+        Ok(Some(Control::Redeemed(prolonged))) => prolong(shared, prolonged).await,
         Ok(Some(Control::Ping(nonce))) => stream::write(&mut send, &Control::Pong(nonce)).await,
         // A newer peer may know more; it learns from the end of the stream that we do not.
         Ok(Some(Control::Unknown { .. }) | None) => Ok(()),
@@ -269,6 +288,14 @@ async fn revocations(shared: &Arc<Shared>, list: SignedRevocations) -> Result<()
     if private.revocations.offer(list)? {
         tracing::info!("the mesh's owner has revoked memberships");
         shared.commands.send(Command::Revoked).await.map_err(|_| NetError::Closed)?;
+    }
+    Ok(())
+}
+
+async fn prolong(shared: &Arc<Shared>, prolonged: Redeemed) -> Result<(), NetError> {
+    if shared.identity.prolong(prolonged.certificate)? {
+        tracing::info!("the mesh's owner has prolonged the membership of this node");
+        shared.commands.send(Command::Prolonged).await.map_err(|_| NetError::Closed)?;
     }
     Ok(())
 }

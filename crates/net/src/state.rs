@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -17,7 +18,7 @@ use iroh::endpoint::Connection;
 use murmur_core::membership::{Aged, Answer, Digest, Membership, Outcome, Verified};
 use murmur_core::overlay::{Join, Overlay};
 use murmur_protocol::mesh::{
-    Addresses, Capabilities, NodeId, NodeRecord, RecordError, Role, ServedModel, SignedRecord,
+    Addresses, Capabilities, Control, NodeId, NodeRecord, RecordError, Role, ServedModel, SignedRecord,
 };
 use rand::seq::{IteratorRandom, SliceRandom};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -87,6 +88,8 @@ pub(crate) enum Command {
     Update(OwnRecord),
     /// There is a newer list of revocations.
     Revoked,
+    /// This node has a newer certificate.
+    Prolonged,
     /// The node leaves; the answer is its tombstone.
     Leave { reply: oneshot::Sender<Option<SignedRecord>> },
 }
@@ -242,6 +245,7 @@ impl State {
                 }
             }
             Command::Revoked => self.drop_revoked(),
+            Command::Prolonged => self.membership.note_change(),
             Command::Leave { reply } => drop(reply.send(self.leave())),
         }
     }
@@ -266,6 +270,9 @@ impl State {
             self.heal_due = Instant::now() + Duration::from_millis(self.timing.heal_every_ms);
             self.heal();
             self.drop_expired_members();
+            for link in self.shared.links.all() {
+                self.prolong(&link);
+            }
         }
         self.dial_more();
     }
@@ -466,7 +473,7 @@ impl State {
         }
         self.dialler.note(node, purpose, &dialled, clock::now());
         let (Purpose::Control, Ok((connection, greeted))) = (purpose, dialled) else { return };
-        let link = Link { node, connection, greeted, dialled_by_us: true };
+        let link = Link::new(node, connection, greeted, true);
         if let Some(link) = self.shared.links.add(self.shared.identity.node, link) {
             self.serving.spawn(serve::control(Arc::clone(&self.shared), Arc::clone(&link)));
             self.link_up(&link);
@@ -480,6 +487,22 @@ impl State {
             self.topic.join([link.node]);
         }
         self.tell_revocations(link);
+        self.prolong(link);
+    }
+
+    /// On the owner's node: sends a member a new certificate when its own ends in a while.
+    fn prolong(&mut self, link: &Arc<Link>) {
+        if link.prolonged.load(Ordering::Relaxed) {
+            return;
+        }
+        let Some(prolonged) = self.shared.identity.prolonged(&link.greeted) else { return };
+        link.prolonged.store(true, Ordering::Relaxed);
+        let link = Arc::clone(link);
+        self.serving.spawn(async move {
+            if let Err(error) = serve::tell(&link, &Control::Redeemed(prolonged)).await {
+                tracing::debug!(node = %link.node.short(), %error, "a membership was not prolonged; next time");
+            }
+        });
     }
 
     fn tell_revocations(&mut self, link: &Arc<Link>) {

@@ -7,16 +7,18 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Node, all_know_all, join, meet, open_invitation, public, soon, start};
+use iroh::address_lookup::memory::MemoryLookup;
 use iroh::endpoint::{Connection, ConnectionError, RecvStream, presets};
 use iroh::{Endpoint, EndpointAddr, EndpointId, RelayMode};
+use iroh_gossip::net::Gossip;
 use murmur_net::Mesh;
 use murmur_net::admission::STRIKES_MAX;
 use murmur_net::endpoint::{GOSSIP_ALPN, MESH_ALPN, WORK_ALPN};
 use murmur_net::hello::HELLO_DEADLINE_MS;
-use murmur_net::serve::CONNECTIONS_PER_PEER_MAX;
+use murmur_net::serve::{CONNECTIONS_PER_PEER_MAX, STREAM_DEADLINE_MS};
 use murmur_protocol::mesh::{
-    AgedRecord, Capabilities, Control, Decoder, Hello, MeshId, NodeKey, NodeRecord, PROTOCOL_VERSIONS, RefusalCode,
-    Role, SignedRecord, encode,
+    AgedRecord, BearerSecret, Capabilities, Control, Decoder, Hello, MeshId, Message, NodeId, NodeKey, NodeRecord,
+    PROTOCOL_VERSIONS, Redeem, RefusalCode, Role, SignedRecord, TicketId, Work, encode,
 };
 
 /// An endpoint without manners.
@@ -27,11 +29,13 @@ struct Rogue {
 
 impl Rogue {
     async fn against(node: &Node) -> Rogue {
+        let addresses = MemoryLookup::new();
         let endpoint = Endpoint::builder(presets::Minimal)
             .relay_mode(RelayMode::Disabled)
             .clear_ip_transports()
             .bind_addr("127.0.0.1:0")
             .unwrap()
+            .address_lookup(addresses.clone())
             .bind()
             .await
             .unwrap();
@@ -40,6 +44,7 @@ impl Rogue {
         for direct in contact.addresses.direct {
             target = target.with_ip_addr(direct);
         }
+        addresses.set_endpoint_info(target.clone());
         Rogue { endpoint, target }
     }
 
@@ -168,8 +173,8 @@ async fn one_peer_cannot_take_all_connections() {
     is_well(node).await;
 }
 
-fn record(key: &NodeKey) -> SignedRecord {
-    let record = NodeRecord {
+fn unsigned(key: &NodeKey) -> NodeRecord {
+    NodeRecord {
         node: key.node_id(),
         mesh: MeshId::public("test"),
         sequence: 1,
@@ -182,8 +187,237 @@ fn record(key: &NodeKey) -> SignedRecord {
         capabilities: Capabilities::NONE,
         memory_free_bytes: 0,
         certificate: None,
+    }
+}
+
+fn record(key: &NodeKey) -> SignedRecord {
+    unsigned(key).sign(key).unwrap()
+}
+
+fn key(number: u8) -> NodeKey {
+    NodeKey::from_bytes(&[number; 32])
+}
+
+/// Hands records over in an exchange that the rogue begins; gives what the node says.
+async fn hand_over(connection: &Connection, digest: &[(NodeId, u64)], records: Vec<AgedRecord>) -> Vec<Control> {
+    let mut bytes = encode(&Control::Digest(digest.to_vec())).unwrap();
+    for part in records.chunks(murmur_protocol::mesh::control::RECORDS_MAX) {
+        bytes.extend(encode(&Control::Records(part.to_vec())).unwrap());
+    }
+    say(connection, &bytes).await
+}
+
+fn fresh(record: SignedRecord) -> AgedRecord {
+    AgedRecord { age_ms: 0, record }
+}
+
+/// The node answers on this connection.
+async fn answers_pings(connection: &Connection) {
+    assert_eq!(say(connection, &encode(&Control::Ping(7)).unwrap()).await, [Control::Pong(7)]);
+}
+
+/// Commits an offence so often that the node shuts the peer out, and not earlier.
+async fn is_shut_out_for(node: &Node, bytes: &[u8]) {
+    let rogue = Rogue::against(node).await;
+    let connection = rogue.greeted(MESH_ALPN).await;
+    for _ in 1..STRIKES_MAX {
+        say(&connection, bytes).await;
+    }
+    answers_pings(&connection).await;
+    // The last one may cut its own stream short.
+    if let Ok((mut send, _recv)) = connection.open_bi().await {
+        let _ = send.write_all(bytes).await;
+        let _ = send.finish();
+    }
+    soon("the end of the connection", connection.closed()).await;
+}
+
+#[tokio::test]
+async fn oversized_messages_are_refused_by_their_headers_alone() {
+    let node = start(public()).await;
+    let kind = Control::Records(Vec::new()).kind();
+    let length = u32::try_from(Control::body_bytes_max(kind) + 1).unwrap();
+    let header = [length.to_le_bytes().as_slice(), &kind.to_le_bytes()].concat();
+    is_shut_out_for(&node, &header).await;
+    is_well(node).await;
+}
+
+#[tokio::test]
+async fn truncated_messages_are_offences_and_do_no_harm() {
+    let node = start(public()).await;
+    let whole = encode(&Control::Records(vec![fresh(record(&key(3)))])).unwrap();
+    is_shut_out_for(&node, &whole[..whole.len() / 2]).await;
+    is_shut_out_for(&node, &whole[..3]).await;
+    assert!(node.mesh.peers().is_empty());
+    is_well(node).await;
+}
+
+#[tokio::test]
+async fn messages_of_another_protocol_or_moment_are_offences() {
+    let node = start(public()).await;
+    let rogue = Rogue::against(&node).await;
+    let redeem = Redeem {
+        versions: PROTOCOL_VERSIONS,
+        mesh: MeshId::public("test"),
+        ticket: TicketId::from_bytes([1; 16]),
+        secret: BearerSecret::from_bytes([1; 16]),
     };
-    record.sign(key).unwrap()
+    let mut want_first = encode(&Control::Digest(Vec::new())).unwrap();
+    want_first.extend(encode(&Control::Ping(1)).unwrap());
+    let confused = [
+        encode(&Control::Hello(rogue.hello())).unwrap(),
+        encode(&Control::Redeem(redeem)).unwrap(),
+        encode(&Control::Pong(1)).unwrap(),
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(),
+        want_first,
+    ];
+    for bytes in confused {
+        is_shut_out_for(&node, &bytes).await;
+    }
+    // What neither side knows yet is no offence: it is how newer versions speak.
+    let connection = rogue.greeted(MESH_ALPN).await;
+    for _ in 0..2 * STRIKES_MAX {
+        say(&connection, &encode(&Work::Unknown { kind: 999 }).unwrap()).await;
+    }
+    answers_pings(&connection).await;
+    is_well(node).await;
+}
+
+#[tokio::test]
+async fn records_of_another_mesh_are_not_listed_and_who_hands_them_over_is_shut_out() {
+    let node = start(public()).await;
+    let elsewhere = NodeRecord { mesh: MeshId::public("elsewhere"), ..unsigned(&key(3)) }.sign(&key(3)).unwrap();
+    let rogue = Rogue::against(&node).await;
+    let connection = rogue.greeted(MESH_ALPN).await;
+    hand_over(&connection, &[], vec![fresh(elsewhere); STRIKES_MAX as usize]).await;
+    soon("the end of the connection", connection.closed()).await;
+    assert!(node.mesh.peers().is_empty());
+    is_well(node).await;
+}
+
+#[tokio::test]
+async fn a_replayed_goodbye_does_not_end_a_node_that_is_back() {
+    let mut nodes = meet(start(public()).await, 2).await;
+    let leaver = nodes.pop().unwrap();
+    let (id, folder) = (leaver.mesh.node_id(), leaver.folder);
+    leaver.mesh.leave().await;
+    common::until(&nodes[0].mesh, "the leaver is gone", |table| !common::lists(table, id)).await;
+    let rogue = Rogue::against(&nodes[0]).await;
+    let connection = rogue.greeted(MESH_ALPN).await;
+    // Whoever still lists it is told its last word.
+    let told = hand_over(&connection, &[(id, 1)], Vec::new()).await;
+    let [Control::Records(last_word), Control::Want(_)] = told.as_slice() else { panic!("{told:?}") };
+    let goodbye = last_word.iter().find(|aged| aged.record.claim().unwrap().node == id).unwrap().record.clone();
+
+    let mut again = common::options(&folder, public());
+    again.bootstrap = vec![nodes[0].mesh.contact()];
+    nodes.push(Node { mesh: Mesh::start(again).await.unwrap(), folder });
+    common::until(&nodes[0].mesh, "the leaver is back", |table| common::lists(table, id)).await;
+    hand_over(&connection, &[], vec![fresh(goodbye.clone()); 100]).await;
+    assert!(say(&connection, &encode(&Control::Goodbye(goodbye)).unwrap()).await.is_empty());
+    assert!(common::lists(&nodes[0].mesh.watch().borrow(), id));
+    all_know_all(&nodes).await;
+}
+
+#[tokio::test]
+async fn dates_and_numbers_of_the_future_give_nobody_power_over_others() {
+    let nodes = meet(start(public()).await, 2).await;
+    let rogue = Rogue::against(&nodes[0]).await;
+    let victim = nodes[1].mesh.node_id();
+    let connection = rogue.connect(MESH_ALPN).await;
+    let hello = Control::Hello(Hello { wall_clock_ms: u64::MAX, ..rogue.hello() });
+    assert!(matches!(say(&connection, &encode(&hello).unwrap()).await.as_slice(), [Control::Hello(_)]));
+
+    // Whoever claims the last number of another is asked for what that one has signed, and has nothing.
+    let said = hand_over(&connection, &[(victim, u64::MAX)], Vec::new()).await;
+    assert!(matches!(said.last(), Some(Control::Want(nodes)) if nodes.contains(&victim)), "{said:?}");
+    // Its own last number takes nothing but its own next word.
+    let own = NodeKey::from_bytes(&rogue.endpoint.secret_key().to_bytes());
+    let last = NodeRecord { sequence: u64::MAX, ..unsigned(&own) }.sign(&own).unwrap();
+    let too_old = AgedRecord { age_ms: u32::MAX, record: record(&key(3)) };
+    hand_over(&connection, &[], vec![fresh(last), too_old]).await;
+    common::until(&nodes[0].mesh, "the rogue", |table| common::lists(table, own.node_id())).await;
+    assert!(!common::lists(&nodes[0].mesh.watch().borrow(), key(3).node_id()));
+    // The victim is heard as before.
+    nodes[1].mesh.update(|own| own.memory_free_bytes = 9).await.unwrap();
+    let said = |table: &murmur_net::Table| table[&victim].verified.record().memory_free_bytes == 9;
+    common::until(&nodes[0].mesh, "the news", said).await;
+}
+
+#[tokio::test]
+async fn a_flood_of_streams_is_answered_in_turn_and_others_are_let_in_meanwhile() {
+    let node = start(public()).await;
+    let rogue = Rogue::against(&node).await;
+    let connection = rogue.greeted(MESH_ALPN).await;
+    let ping = encode(&Control::Ping(7)).unwrap();
+    let flood = async {
+        for _ in 0..20 {
+            let pings = (0..200).map(|_| say(&connection, &ping));
+            let pongs = futures::future::join_all(pings).await;
+            assert!(pongs.iter().all(|pong| *pong == [Control::Pong(7)]));
+        }
+    };
+    let ((), nodes) = tokio::join!(flood, meet(node, 2));
+    all_know_all(&nodes).await;
+}
+
+#[tokio::test]
+async fn a_flood_of_made_up_nodes_does_not_keep_others_out() {
+    let node = start(public()).await;
+    let rogue = Rogue::against(&node).await;
+    let connection = rogue.greeted(MESH_ALPN).await;
+    let made_up = (0..2_000_u32).map(|number| {
+        let mut secret = [9; 32];
+        secret[..4].copy_from_slice(&number.to_le_bytes());
+        fresh(record(&NodeKey::from_bytes(&secret)))
+    });
+    hand_over(&connection, &[], made_up.collect()).await;
+    let joined = join(&node.mesh.invite(&open_invitation()).await.unwrap()).await;
+    let (first, second) = (node.mesh.node_id(), joined.mesh.node_id());
+    common::until(&joined.mesh, "the first", |table| common::lists(table, first)).await;
+    common::until(&node.mesh, "the second", |table| common::lists(table, second)).await;
+}
+
+#[tokio::test]
+async fn bad_broadcasts_are_counted_against_who_begins_them_and_not_against_who_passes_them_on() {
+    let nodes = meet(start(public()).await, 3).await;
+    let rogue = Rogue::against(&nodes[0]).await;
+    let control = rogue.greeted(MESH_ALPN).await;
+    let gossip = Gossip::builder().alpn(GOSSIP_ALPN).spawn(rogue.endpoint.clone());
+    let topic = MeshId::public("test").topic(None).into();
+    let joining = gossip.subscribe_and_join(topic, vec![rogue.target.id]);
+    let (sender, _receiver) = soon("a neighbour", joining).await.unwrap().split();
+    for number in 0..STRIKES_MAX {
+        assert!(control.close_reason().is_none());
+        let mut forged = record(&key(3)).as_bytes().to_vec();
+        forged[0] ^= 1 + number as u8;
+        sender.broadcast(forged.into()).await.unwrap();
+    }
+    soon("the end of the connection", control.closed()).await;
+    assert!(nodes.iter().all(|node| !common::lists(&node.mesh.watch().borrow(), key(3).node_id())));
+    // The others have had the forgeries from each other, and still talk.
+    let speaker = nodes[2].mesh.node_id();
+    nodes[2].mesh.update(|own| own.memory_free_bytes = 9).await.unwrap();
+    let said = |table: &murmur_net::Table| {
+        table.get(&speaker).is_some_and(|known| known.verified.record().memory_free_bytes == 9)
+    };
+    for node in &nodes[..2] {
+        common::until(&node.mesh, "the news", said).await;
+    }
+}
+
+#[tokio::test]
+async fn who_drips_a_message_after_the_greeting_loses_the_stream_at_its_deadline() {
+    let node = start(public()).await;
+    let rogue = Rogue::against(&node).await;
+    let connection = rogue.greeted(MESH_ALPN).await;
+    let begun = Instant::now();
+    let (mut send, recv) = connection.open_bi().await.unwrap();
+    send.write_all(&encode(&Control::Ping(7)).unwrap()[..1]).await.unwrap();
+    assert!(answers(recv).await.is_empty());
+    assert!(begun.elapsed() >= Duration::from_millis(STREAM_DEADLINE_MS / 2));
+    answers_pings(&connection).await;
+    is_well(node).await;
 }
 
 #[tokio::test]
@@ -250,7 +484,8 @@ async fn copies_of_a_departed_nodes_record_bring_it_back_nowhere() {
     // One that saw it leave, and one that never heard of it and believes the copy until it compares with its neighbour.
     nodes.push(join(&ticket).await);
     for node in &nodes {
-        let connection = Rogue::against(node).await.greeted(MESH_ALPN).await;
+        let rogue = Rogue::against(node).await;
+        let connection = rogue.greeted(MESH_ALPN).await;
         let mut bytes = encode(&Control::Digest(Vec::new())).unwrap();
         bytes.extend(encode(&Control::Records(vec![copy.clone()])).unwrap());
         say(&connection, &bytes).await;

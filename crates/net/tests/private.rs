@@ -8,7 +8,7 @@ use std::num::NonZeroU32;
 
 use common::{Node, all_know_all, join, lists, options, start, try_join, until};
 use murmur_net::{Credentials, Invitation, Mesh, MeshChoice, NetError};
-use murmur_protocol::mesh::{RefusalCode, Revocation, Role};
+use murmur_protocol::mesh::{MemberCertificate, RefusalCode, Revocation, Role};
 
 async fn found() -> Node {
     let folder = tempfile::tempdir().unwrap();
@@ -76,6 +76,14 @@ async fn a_used_up_an_expired_and_a_revoked_ticket_let_nobody_in_and_say_why() {
 }
 
 #[tokio::test]
+async fn a_refusal_is_said_once() {
+    let owner = found().await;
+    let ticket = owner.mesh.invite(&Invitation { valid_ms: 0, ..uses(1) }).await.unwrap();
+    let error = try_join(&ticket).await.err().unwrap();
+    assert_eq!(error.to_string(), "refused by the other side: the ticket has expired; ask for a new one");
+}
+
+#[tokio::test]
 async fn a_stranger_gets_a_refusal_and_nothing_else() {
     let owner = found().await;
     let folder = tempfile::tempdir().unwrap();
@@ -123,8 +131,7 @@ async fn a_client_member_may_not_serve() {
     let id = client.mesh.node_id();
     let table = until(&owner.mesh, "the client", |table| lists(table, id)).await;
     let certificate = table[&id].verified.record().certificate.clone().unwrap();
-    let now_ms = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64;
-    assert_eq!(certificate.verify(owner.mesh.mesh_id(), id, now_ms).unwrap().role, Role::Client);
+    assert_eq!(certificate.verify(owner.mesh.mesh_id(), id, now_ms()).unwrap().role, Role::Client);
 }
 
 #[tokio::test]
@@ -134,4 +141,57 @@ async fn a_public_and_a_private_mesh_live_side_by_side() {
     let public_member = join(&public.mesh.invite(&common::open_invitation()).await.unwrap()).await;
     all_know_all(&[owner, private_member]).await;
     all_know_all(&[public, public_member]).await;
+}
+
+fn now_ms() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+#[tokio::test]
+async fn a_membership_in_its_last_third_is_prolonged_when_the_owner_is_there_and_one_before_that_is_not() {
+    const DAY_MS: u64 = 24 * 3_600_000;
+    let owner = found().await;
+    let owned = Credentials::load(owner.folder.path(), &owner.mesh.mesh_id()).unwrap().unwrap();
+    for (days_left, prolonged) in [(100, true), (200, false)] {
+        let folder = tempfile::tempdir().unwrap();
+        let node = murmur_net::node_key(folder.path()).unwrap().node_id();
+        let expires_ms = now_ms() + days_left * DAY_MS;
+        let issued_ms = expires_ms - 365 * DAY_MS;
+        let given = MemberCertificate { mesh: owned.mesh, node, role: Role::Client, serial: 7, issued_ms, expires_ms };
+        let certificate = given.sign(owned.owner.as_ref().unwrap()).unwrap();
+        let credentials = Credentials { certificate, owner: None, ..owned.clone() };
+        credentials.store(folder.path()).unwrap();
+        let mut member = options(&folder, MeshChoice::Private(credentials));
+        member.bootstrap = vec![owner.mesh.contact()];
+        let mesh = Mesh::start(member).await.unwrap();
+        let held = |table: &murmur_net::Table| {
+            let record = table.get(&node)?.verified.record().clone();
+            Some((record.sequence, record.certificate?.verify(owned.mesh, node, 0).ok()?))
+        };
+        let wanted = |table: &murmur_net::Table| held(table).is_some_and(|(_, now)| prolonged == (now != given));
+        let table = until(&owner.mesh, "the certificate that is expected", wanted).await;
+        let (sequence, certificate) = held(&table).unwrap();
+        assert_eq!((certificate.serial, certificate.role), (7, Role::Client));
+        if prolonged {
+            assert!(certificate.expires_ms > now_ms() + 364 * DAY_MS);
+        } else {
+            let renewed = |table: &murmur_net::Table| held(table).is_some_and(|(newer, _)| newer > sequence + 1);
+            let table = until(&owner.mesh, "another record", renewed).await;
+            assert_eq!(held(&table).unwrap().1, given);
+        }
+        let stored = Credentials::load(folder.path(), &owned.mesh).unwrap().unwrap().certificate;
+        assert_eq!(stored.verify(owned.mesh, node, 0).unwrap(), certificate);
+        mesh.leave().await;
+    }
+}
+
+#[tokio::test]
+async fn who_cannot_reach_the_owner_is_told_what_to_do() {
+    let owner = found().await;
+    let ticket = owner.mesh.invite(&uses(1)).await.unwrap();
+    owner.mesh.leave().await;
+    let error = try_join(&ticket).await.err().unwrap();
+    assert!(matches!(error, NetError::Unreachable { .. }), "{error}");
+    let advice = error.to_string();
+    assert!(advice.contains("try again") && advice.contains("home") && advice.contains("new ticket"), "{advice}");
 }

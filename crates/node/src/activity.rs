@@ -107,7 +107,8 @@ pub(crate) fn sample(own_processes: &[u32]) -> Option<Sample> {
 
 /// At work, and altogether: see proc(5). Time of guests is in `user` already; stolen time is of other machines.
 fn ticks_of_machine(line: &str) -> Option<(u64, u64)> {
-    let fields: Vec<u64> = line.strip_prefix("cpu ")?.split_whitespace().map_while(|field| field.parse().ok()).collect();
+    let fields: Vec<u64> =
+        line.strip_prefix("cpu ")?.split_whitespace().map_while(|field| field.parse().ok()).collect();
     let [user, nice, system, idle, iowait, irq, softirq, ..] = fields[..] else { return None };
     let busy = user + nice + system + irq + softirq;
     Some((busy, busy + idle + iowait))
@@ -124,9 +125,13 @@ fn typed_ago() -> Option<Duration> {
     let is_number = |name: &str| !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_digit());
     let in_folder = |folder: &str, prefix: &'static str| {
         let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-        entries.filter(move |entry| entry.file_name().to_str().and_then(|name| name.strip_prefix(prefix)).is_some_and(is_number))
+        entries.filter(move |entry| {
+            entry.file_name().to_str().and_then(|name| name.strip_prefix(prefix)).is_some_and(is_number)
+        })
     };
-    let read = in_folder("/dev/pts", "").chain(in_folder("/dev", "tty")).filter_map(|entry| entry.metadata().ok()?.accessed().ok());
+    let read = in_folder("/dev/pts", "")
+        .chain(in_folder("/dev", "tty"))
+        .filter_map(|entry| entry.metadata().ok()?.accessed().ok());
     // A time in the future is a clock that was set back.
     Some(SystemTime::now().duration_since(read.max()?).unwrap_or_default())
 }

@@ -9,8 +9,7 @@ use std::{
 
 use murmur_api::{
     backend::{
-        Backend, BoxFuture, Embeddings, GenerateRequest, Generation, MeshAction, ModelCard, ModelKind, Prompt,
-        Refusal,
+        Backend, BoxFuture, Embeddings, GenerateRequest, Generation, MeshAction, ModelCard, ModelKind, Prompt, Refusal,
     },
     limits::{FAILED_RETRY_AFTER, LOADING_RETRY_AFTER},
 };
@@ -89,7 +88,8 @@ impl Node {
 
     async fn remote(&self, id: &str) -> Result<Target, Refusal> {
         let mesh = self.mesh.get().ok_or_else(|| no_such_model(id))?;
-        let model = mesh.remotes().iter().find(|model| model.card.id == id).cloned().ok_or_else(|| no_such_model(id))?;
+        let model =
+            mesh.remotes().iter().find(|model| model.card.id == id).cloned().ok_or_else(|| no_such_model(id))?;
         let reader = mesh.reader(&model, &self.readers).await.map_err(|error| Refusal::NotReady {
             retry_after: FAILED_RETRY_AFTER,
             message: format!("{id} cannot be used at present, its vocabulary cannot be had: {}", with_causes(&error)),
@@ -148,7 +148,7 @@ impl Node {
             }
             Target::OnDemand(at, _, card) => {
                 let waking = self.models.wake(at).await.map_err(|error| not_loaded(&card.id, &error))?;
-                Ok(Source::Waking(waking, Some(local(prompt, sampling))))
+                Ok(Source::Waking(waking, Some(Box::new(local(prompt, sampling)))))
             }
             Target::Remote(mesh, model, ..) => {
                 let (progress, wait) = (Arc::clone(progress), self.options().peer_wait);

@@ -26,7 +26,7 @@ pub(crate) enum Source {
     /// This node's engine.
     Local(LocalStream),
     /// This node's engine, once the model is loaded for it.
-    Waking(Waking, Option<SessionRequest>),
+    Waking(Waking, Option<Box<SessionRequest>>),
     /// The mesh.
     Remote(RemoteStream),
 }
@@ -48,7 +48,7 @@ impl Source {
                     match waking.next().await {
                         Awaited::Loading(fraction) => return Some(Heard::Loading(fraction)),
                         Awaited::Failed(reason) => return failed(reason),
-                        Awaited::Loaded(model) => match LocalStream::start(model, request.take()?) {
+                        Awaited::Loaded(model) => match LocalStream::start(model, *request.take()?) {
                             Ok(session) => *self = Source::Local(session),
                             Err(error) => return failed(error.to_string()),
                         },

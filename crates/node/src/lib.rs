@@ -135,7 +135,9 @@ pub enum NodeError {
     #[error("two models are called {0}; give one of them another name")]
     SameName(String),
     /// To pause while the machine is used, one has to see that it is.
-    #[error("--pause-when-active is not possible: this system has no /proc/stat, from which it is seen whether the machine is used")]
+    #[error(
+        "--pause-when-active is not possible: this system has no /proc/stat, from which it is seen whether the machine is used"
+    )]
     ActivityUnseen,
     /// The loading task was ended.
     #[error("loading was interrupted")]

@@ -22,7 +22,7 @@ pub struct Sharing {
     pub hours: Vec<Window>,
     /// Requests of others at once, at most; `None`: what the engines take.
     pub requests_max: Option<u32>,
-    /// Whether to pause while the machine is used: see [`activity`].
+    /// Whether to pause while other programs or people use the machine.
     pub pause_when_active: bool,
 }
 
@@ -154,7 +154,9 @@ mod tests {
         let at = |hours: u16, minutes: u16| hours * 60 + minutes;
         let night = window("22-7");
         assert_eq!(night.to_string(), "22:00-07:00");
-        for (minute, inside) in [(at(21, 59), false), (at(22, 0), true), (at(0, 0), true), (at(6, 59), true), (at(7, 0), false)] {
+        for (minute, inside) in
+            [(at(21, 59), false), (at(22, 0), true), (at(0, 0), true), (at(6, 59), true), (at(7, 0), false)]
+        {
             assert_eq!(night.contains(minute), inside, "{minute}");
         }
         let noon = window("12:30-13:05");
@@ -163,14 +165,18 @@ mod tests {
         assert!(window("0-24").contains(0) && window("0-24").contains(at(23, 59)));
         assert!(window("22-24").contains(at(23, 59)) && !window("22-24").contains(0));
         assert!(window("24-7").contains(0) && !window("24-7").contains(at(7, 0)));
-        for text in ["", "22", "22-", "-7", "25-7", "7-7", "24-0", "7:60-8", "24:01-3", "a-b", "1-2-3", "-1-5", "70000-1"] {
+        for text in
+            ["", "22", "22-", "-7", "25-7", "7-7", "24-0", "7:60-8", "24:01-3", "a-b", "1-2-3", "-1-5", "70000-1"]
+        {
             assert!(text.parse::<Window>().is_err(), "{text}");
         }
     }
 
     #[test]
     fn several_windows_are_open_each_and_none_is_always() {
-        let gate = |hours: &[&str]| Gate::new(Sharing { hours: hours.iter().map(|text| window(text)).collect(), ..Sharing::default() });
+        let gate = |hours: &[&str]| {
+            Gate::new(Sharing { hours: hours.iter().map(|text| window(text)).collect(), ..Sharing::default() })
+        };
         let two = gate(&["22-7", "12-13"]);
         assert!(two.is_open_at(0) && two.is_open_at(12 * 60) && !two.is_open_at(11 * 60));
         assert!(gate(&[]).is_open_at(0));

@@ -83,6 +83,9 @@ kinds! {
     Done = 0x23,
     /// The rows could not be computed. Payload: UTF-8 message.
     StepFailed = 0x24,
+    /// One row as `Tokens`, with the token that this stage samples for `position`. Sent before that token is known, so that
+    /// a stage that is the whole model need not wait for the driver between two steps.
+    Next = 0x25,
     /// Text to tokens. Payload: `stage::Tokenize`.
     Tokenize = 0x30,
     /// Answer to `Tokenize`. Payload: rows x i32.

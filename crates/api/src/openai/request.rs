@@ -59,11 +59,7 @@ pub(crate) async fn model(
 
 /// The model that `model` names. `auto` is the first that can be asked now, in the order in which they are listed, loaded
 /// ones before others; no name at all is the only one there is.
-fn named(
-    fields: &mut Fields,
-    backend: &dyn Backend,
-    wanted: Option<ModelKind>,
-) -> Result<Arc<ModelCard>, ApiError> {
+fn named(fields: &mut Fields, backend: &dyn Backend, wanted: Option<ModelKind>) -> Result<Arc<ModelCard>, ApiError> {
     let name = fields.string("model")?;
     let models = backend.models();
     let suits = |model: &ModelCard| wanted.is_none_or(|kind| kind == model.kind);

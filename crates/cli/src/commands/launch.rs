@@ -192,11 +192,8 @@ impl OwnServer {
             tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("listening on this machine")?;
         let address = listener.local_addr()?;
         let key = format!("{:032x}", rand::rng().random::<u128>());
-        let options = ApiOptions {
-            api_keys: vec![key.clone()],
-            shutdown_grace: Duration::ZERO,
-            ..ApiOptions::default()
-        };
+        let options =
+            ApiOptions { api_keys: vec![key.clone()], shutdown_grace: Duration::ZERO, ..ApiOptions::default() };
         let (stop, stopped) = oneshot::channel::<()>();
         let backend = Arc::clone(&node);
         let serving = tokio::spawn(async move {

@@ -71,13 +71,12 @@ async fn serve(session: &Session, plan: Plan, api: ApiOptions, listener: TcpList
         // A model that cannot be loaded ends the server; a server that has ended needs no model.
         tokio::pin!(starting, serving);
         tokio::select! {
-            // What is stopped while it loads was interrupted, although the server ends in order.
-            biased;
             outcome = &mut starting => match outcome {
                 Ok(()) => serving.await,
                 failed => failed,
             },
-            outcome = &mut serving => outcome,
+            // What is stopped while it loads was interrupted, although the server ends in order.
+            outcome = &mut serving => outcome.and_then(|()| Err(interrupted())),
         }
     };
     signals.abort();

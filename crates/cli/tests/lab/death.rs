@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::{
     common::{Home, http::End, until},
-    world::{Node, STORY_BYTES_BEFORE_FAULT, STORY_TOKENS, UNAIDED, lab, long_story, serving, with},
+    world::{Node, STORY_BYTES_BEFORE_FAULT, STORY_TOKENS, UNAIDED, lab, long_story, run, serving, with},
 };
 
 /// A private mesh of servers and a client, each on a host of its own. Undisturbed, all give the same text.
@@ -56,6 +56,44 @@ fn two_machines_that_die_one_after_the_other_in_mid_stream_change_no_token() {
     let Some(lab) = lab(&Topology::of_hosts(["one", "two", "three", "client"])) else { return };
     let (servers, client) = mesh(&lab, ["one", "two", "three"]);
     dies_in_mid_stream(&servers, &client, 2);
+}
+
+#[test]
+fn machines_that_come_back_after_they_died_carry_the_next_stories() {
+    die_and_come_back(&["--bind=0.0.0.0:4433"]);
+}
+
+#[test]
+#[ignore = "a node that comes back at another UDP port cannot be dialled for over 30 s: iroh sends to the old one"]
+fn machines_that_come_back_at_another_port_carry_the_next_stories() {
+    die_and_come_back(&[]);
+}
+
+/// Two servers; the one that serves dies in each story, and is there again for the next.
+fn die_and_come_back(more: &[&str]) {
+    let Some(lab) = lab(&Topology::of_hosts(["one", "two", "client"])) else { return };
+    let home = Home::new();
+    run(lab.host("client").unwrap(), &home, ["mesh", "create", "home"]).succeeds();
+    let client = Node::client(lab.host("client").unwrap(), home, &with(&UNAIDED, "--mesh=home"));
+    let join = client.join();
+    let start = |name, home| Node::serving(lab.host(name).unwrap(), home, &[&UNAIDED[..], more, &[&join]].concat());
+    let mut servers = vec![start("one", Home::new()), start("two", Home::new())];
+    let mut story = None;
+    for _ in 0..4 {
+        for server in &servers {
+            until("the server has the client", || server.path_to(&client).starts_with("direct").then_some(()));
+        }
+        client.waits_for_servers_of_demo(2);
+        let mut stream = client.begin(&long_story());
+        stream.read(STORY_BYTES_BEFORE_FAULT);
+        let dies = serving(&client, &servers, &[]).id().to_owned();
+        let Node { host, home, .. } =
+            servers.swap_remove(servers.iter().position(|server| server.id() == dies).unwrap());
+        host.kill_programs().unwrap();
+        assert_eq!(stream.finish(), End::Finished("length".into()));
+        assert_eq!(&stream.text, story.get_or_insert_with(|| servers[0].complete(&long_story())));
+        servers.push(start(host.name(), home));
+    }
 }
 
 /// One machine after the other dies while it serves the same request; the last one goes on.

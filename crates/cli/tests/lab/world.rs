@@ -193,8 +193,7 @@ impl<'a> Node<'a> {
 }
 
 /// A running `murmur seed` on a host.
-pub struct Seed<'a> {
-    pub host: HostHandle<'a>,
+pub struct Seed {
     /// URL of its Nostr relay.
     pub nostr: String,
     /// URL of its relay between nodes.
@@ -202,13 +201,13 @@ pub struct Seed<'a> {
     _running: (Home, Server),
 }
 
-impl<'a> Seed<'a> {
-    pub fn start(host: HostHandle<'a>) -> Self {
+impl Seed {
+    pub fn start(host: HostHandle<'_>) -> Self {
         let home = Home::new();
         let command = home.murmur(["seed", "--json", &format!("--bind={}", host.address())]);
         let server = Server::ready(on(host, &command));
         let url = |key: &str| server.ready[key].as_str().unwrap().to_owned();
-        Self { host, nostr: url("nostr"), relay: url("relay"), _running: (home, server) }
+        Self { nostr: url("nostr"), relay: url("relay"), _running: (home, server) }
     }
 }
 

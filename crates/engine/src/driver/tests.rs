@@ -6,8 +6,9 @@ use super::{
 };
 
 fn driver(stages: usize) -> Driver {
-    let mut driver =
-        Driver::new(DriverOptions { stages, chunk_rows: 4, exact: false, queue_max: 8, end_of_generation: vec![0] });
+    let options =
+        DriverOptions { stages, parallel: 4, chunk_rows: 4, exact: false, queue_max: 8, end_of_generation: vec![0] };
+    let mut driver = Driver::new(options);
     (0..stages).for_each(|stage| driver.on_ready(stage));
     driver
 }
@@ -47,6 +48,17 @@ fn room_made_while_a_busy_answer_was_on_its_way_is_not_forgotten() {
 }
 
 #[test]
+fn as_many_sessions_are_opened_at_once_as_can_run_and_the_next_when_one_ends() {
+    let mut driver = driver(1);
+    let sessions: Vec<_> = (0..6).map(|_| driver.start(request()).unwrap()).collect();
+    let ids: Vec<u64> = sessions.iter().map(|(id, _)| *id).collect();
+    let opened: Vec<_> = sent(&mut driver).into_iter().map(|frame| (frame.1, frame.2)).collect();
+    assert_eq!(opened, ids[..4].iter().map(|&id| (Kind::Open, id)).collect::<Vec<_>>());
+    driver.cancel(ids[1]);
+    assert_eq!(sent(&mut driver)[1..], [(0, Kind::Open, ids[4], 0, 0)]);
+}
+
+#[test]
 fn the_ring_starts_where_every_stage_has_the_prefix() {
     let mut driver = driver(2);
     let (id, _events) = driver.start(request()).unwrap();
@@ -56,6 +68,22 @@ fn the_ring_starts_where_every_stage_has_the_prefix() {
     answer(&mut driver, 1, Kind::Opened, (id, 0), &Opened { cached_tokens: 5 });
     // Rows 5..8 end at the chunk boundary, 8..10 are the rest.
     assert_eq!(sent(&mut driver), [(0, Kind::Tokens, id, 0, 5), (0, Kind::Tokens, id, 0, 8)]);
+}
+
+#[test]
+fn a_whole_model_is_asked_for_one_token_more_before_it_has_answered_and_never_for_too_many() {
+    let mut driver = driver(1);
+    let (id, _events) = driver.start(request()).unwrap();
+    sent(&mut driver);
+    answer(&mut driver, 0, Kind::Opened, (id, 0), &Opened { cached_tokens: 9 });
+    assert_eq!(sent(&mut driver), [(0, Kind::Tokens, id, 0, 9), (0, Kind::Next, id, 0, 10)]);
+    gets_a_token(&mut driver, id);
+    assert_eq!(sent(&mut driver), [(0, Kind::Next, id, 0, 11)]);
+    // Three tokens were asked for.
+    gets_a_token(&mut driver, id);
+    assert!(sent(&mut driver).is_empty());
+    gets_a_token(&mut driver, id);
+    assert_eq!((sent(&mut driver), driver.running()), (vec![(0, Kind::Close, id, 0, 0)], 0));
 }
 
 #[test]
@@ -108,13 +136,16 @@ fn a_lost_stage_opens_every_session_anew_and_old_answers_are_ignored() {
 fn open_all(driver: &mut Driver) -> Vec<u64> {
     let mut opened = Vec::new();
     loop {
-        let frames = driver.take_output();
-        let Some((_, open)) = frames.into_iter().find(|(_, frame)| frame.header.kind == Kind::Open) else {
+        let mut frames = driver.take_output();
+        frames.retain(|(_, frame)| frame.header.kind == Kind::Open);
+        if frames.is_empty() {
             return opened;
-        };
-        let at = (open.header.session, open.header.epoch);
-        opened.push(at.0);
-        answer(driver, 0, Kind::Opened, at, &Opened { cached_tokens: 0 });
+        }
+        for (_, open) in frames {
+            let at = (open.header.session, open.header.epoch);
+            opened.push(at.0);
+            answer(driver, 0, Kind::Opened, at, &Opened { cached_tokens: 0 });
+        }
     }
 }
 
@@ -122,12 +153,14 @@ fn epoch(driver: &Driver, id: u64) -> u32 {
     driver.sessions[&id].epoch
 }
 
-/// Answers everything a session has in flight; its last prompt row gives a token.
+/// Answers what a session has in flight up to the last row that is known; that gives a token.
 fn gets_a_token(driver: &mut Driver, id: u64) {
     let at = (id, epoch(driver, id));
     let step = Step { sampled: None, compute_us: 1, batch_rows: 1, threads: 1 };
-    let Phase::Running { in_flight, .. } = driver.sessions[&id].phase else { panic!("{id} does not run") };
-    for _ in 1..in_flight {
+    let session = &driver.sessions[&id];
+    let Phase::Running { in_flight, next, .. } = session.phase else { panic!("{id} does not run") };
+    let asked_beforehand = usize::from(next as usize > session.tokens.len());
+    for _ in 1..in_flight - asked_beforehand {
         answer(driver, 0, Kind::Done, at, &step);
     }
     let sampled = Sampled { token: 5, logprob: None, top: vec![], grammar_ended: false };

@@ -34,6 +34,9 @@ use crate::{
 /// The next part of a card comes within this.
 const PART_DEADLINE: Duration = Duration::from_secs(15);
 
+/// Who offers a model, and what they say of it.
+type Offers<'a> = Vec<(NodeId, &'a ServedModel)>;
+
 /// A model that others offer.
 pub(crate) struct RemoteModel {
     /// Complete in what is known from records; the rest comes with [`RemoteModel::complete`].
@@ -153,11 +156,11 @@ fn models<'a>(
     offers: impl Iterator<Item = (NodeId, &'a ServedModel)>,
     known: &[Arc<RemoteModel>],
 ) -> Vec<Arc<RemoteModel>> {
-    let mut by_digest: BTreeMap<ModelDigest, Vec<(NodeId, &ServedModel)>> = BTreeMap::new();
+    let mut by_digest: BTreeMap<ModelDigest, Offers> = BTreeMap::new();
     for (node, served) in offers {
         by_digest.entry(served.digest).or_default().push((node, served));
     }
-    let mut by_name: BTreeMap<&str, Vec<(ModelDigest, Vec<(NodeId, &ServedModel)>)>> = BTreeMap::new();
+    let mut by_name: BTreeMap<&str, Vec<(ModelDigest, Offers)>> = BTreeMap::new();
     for (digest, offers) in by_digest {
         let Some(&(_, first)) = offers.first() else { continue };
         by_name.entry(&first.name).or_default().push((digest, offers));

@@ -378,7 +378,10 @@ impl Driver {
         if let Some((peer, task)) = self.attempts.remove(&attempt) {
             // A task that has said its last word is over in any case.
             task.abort();
-            self.node.dispatch().router.end(peer);
+            let now = self.node.now();
+            let mut dispatch = self.node.dispatch();
+            dispatch.health.end(peer, now);
+            dispatch.router.end(peer);
         }
     }
 }

@@ -105,7 +105,11 @@ async fn running(client: &ApiClient, mesh: &Value) -> Vec<Check> {
         && let Some(reason) = status.pointer("/node/sharing/paused").and_then(Value::as_str)
     {
         let found = format!("the running node pauses for other nodes: {}", ui::without_controls(reason));
-        checks.push(Check::warn("sharing", found, "That is as --hours and --pause-when-active say; its own user is served."));
+        checks.push(Check::warn(
+            "sharing",
+            found,
+            "That is as --hours and --pause-when-active say; its own user is served.",
+        ));
     }
     checks
 }
@@ -144,7 +148,11 @@ fn outside(network: &Network, relays: &Relays, some_answer: bool) -> Vec<Check> 
     };
     let mut checks = Vec::new();
     if outside.is_captive {
-        checks.push(Check::warn(NAME, "this network answers in the place of others", "Log in to it with a web browser."));
+        checks.push(Check::warn(
+            NAME,
+            "this network answers in the place of others",
+            "Log in to it with a web browser.",
+        ));
     }
     let seen: Vec<String> = outside.seen_as.iter().map(ToString::to_string).collect();
     checks.push(match (seen.is_empty(), relays, some_answer) {
@@ -159,10 +167,9 @@ fn outside(network: &Network, relays: &Relays, some_answer: bool) -> Vec<Check> 
             "relays answer over TCP and not over UDP",
             "A firewall keeps UDP in. Let it out for direct connections; until then everything goes through relays.",
         ),
-        (true, ..) => Check::ok(
-            NAME,
-            "the relays do not say how this machine looks from outside (those of `murmur seed` cannot)",
-        ),
+        (true, ..) => {
+            Check::ok(NAME, "the relays do not say how this machine looks from outside (those of `murmur seed` cannot)")
+        }
     });
     checks.extend(nat(outside));
     checks
@@ -235,7 +242,11 @@ fn clock(relays: &[Result<Answer, String>], mesh: Option<&Value>) -> Check {
         CLOCK_OFF_MS..CLOCK_HARMFUL_MS => {
             Check::warn(NAME, found, format!("Tickets expire too late or too early by as much; nothing else. {ADVICE}"))
         }
-        _ => Check::warn(NAME, found, format!("Nodes do not find each other through Nostr, and tickets may not count. {ADVICE}")),
+        _ => Check::warn(
+            NAME,
+            found,
+            format!("Nodes do not find each other through Nostr, and tickets may not count. {ADVICE}"),
+        ),
     }
 }
 

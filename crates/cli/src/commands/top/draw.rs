@@ -78,7 +78,8 @@ fn footer(trouble: Option<&str>) -> Paragraph<'static> {
 
 /// The rows of each table: as many as it has, and where the screen is too small the longest one gives way first.
 fn shares(tables: &[Table; 3], area: Rect) -> Vec<Rect> {
-    let wanted = |table: &Table| u16::try_from(table.rows.len().max(1)).unwrap_or(u16::MAX).saturating_add(TABLE_ROWS_AROUND);
+    let wanted =
+        |table: &Table| u16::try_from(table.rows.len().max(1)).unwrap_or(u16::MAX).saturating_add(TABLE_ROWS_AROUND);
     let mut rows: Vec<u16> = tables.iter().map(wanted).map(|rows| rows.min(area.height.max(TABLE_ROWS_MIN))).collect();
     while rows.iter().map(|&rows| u32::from(rows)).sum::<u32>() > u32::from(area.height) {
         match rows.iter_mut().filter(|rows| **rows > TABLE_ROWS_MIN).max() {
@@ -102,7 +103,9 @@ fn draw_table(frame: &mut Frame, table: &Table, area: Rect, base: Style) {
         let side = if table.right.contains(&column) { Alignment::Right } else { Alignment::Left };
         line(text).alignment(side).patch_style(colour(text))
     };
-    let row = |cells: &mut dyn Iterator<Item = &str>| Row::new(cells.enumerate().map(|(n, text)| cell(n, text)).collect::<Vec<_>>());
+    let row = |cells: &mut dyn Iterator<Item = &str>| {
+        Row::new(cells.enumerate().map(|(n, text)| cell(n, text)).collect::<Vec<_>>())
+    };
     let rows = visible.iter().map(|cells| row(&mut cells.iter().map(String::as_str)));
     let mut block = Block::bordered().title(format!(" {} {} ", table.rows.len(), table.title)).border_style(base.dim());
     if hidden > 0 {
@@ -149,7 +152,7 @@ mod tests {
         let peer = |n: usize| {
             json!({
                 "short": format!("{n:010}"), "role": "worker", "rtt_ms": 12.34, "since_s": 7_300,
-                "path": if n % 2 == 0 { "direct 192.0.2.1:7" } else { "relayed https://relay.example/" },
+                "path": if n == 0 { "direct 192.0.2.1:7" } else { "relayed https://relay.example/" },
                 "models": [{"name": "tiny", "state": "ready", "running": 1}],
             })
         };
@@ -206,7 +209,8 @@ mod tests {
                 "paused for other nodes: outside its hours (22:00-07:00)",
             ]
         );
-        let words = |row: &String| row.replace('│', "").split_whitespace().map(str::to_owned).collect::<Vec<_>>().join(" ");
+        let words =
+            |row: &String| row.replace('│', "").split_whitespace().map(str::to_owned).collect::<Vec<_>>().join(" ");
         let rows: Vec<String> = screen.iter().map(words).collect();
         for row in [
             "tiny this machine here 256/900 0 - 1.5 s",

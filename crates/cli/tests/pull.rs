@@ -85,14 +85,14 @@ fn a_pull_that_fails_says_why_and_has_its_own_exit_code() {
 /// A pull onto a file system of its own, which something else fills while the model arrives; then once more, with room.
 const PULL_ONTO_A_SMALL_DISK: &str = r#"
 mount -t tmpfs -o size="$ROOM" none "$HF_HOME" || exit 77
-"$@" &
-until [ -e half ]; do sleep 0.01; done
+{ "$@"; echo $? > first; } &
+until [ -e half ] || [ -e first ]; do sleep 0.01; done
 head -c "$ROOM" /dev/zero > "$HF_HOME/filler" 2>/dev/null
 touch full
-wait $!
-first=$?
+wait
 rm "$HF_HOME/filler"
-"$@" >/dev/null && exit $first
+"$@" >/dev/null || exit 99
+exit "$(cat first)"
 "#;
 
 #[test]
@@ -100,13 +100,15 @@ fn a_disk_that_fills_up_during_a_pull_is_named_and_with_room_again_the_pull_succ
     let home = Home::new();
     let content = std::fs::read(home.model("source.gguf")).unwrap();
     let (half, full) = (home.path().join("half"), home.path().join("full"));
-    let (size, room) = (content.len(), content.len() + (64 << 10));
+    let sign = half.clone();
+    // A pull begins only where 64 MiB are left beside the model.
+    let (size, room) = (content.len(), content.len() + (80 << 20));
     let endpoint = hub_that_sends(content, "d41d8cd98f00b204e9800998ecf8427e", move |stream, body| {
         if body.len() < size || full.exists() {
             return stream.write_all(body);
         }
         stream.write_all(&body[..size / 2])?;
-        std::fs::write(&half, "")?;
+        std::fs::write(&sign, "")?;
         common::until("the disk is full", || full.exists().then_some(()));
         stream.write_all(&body[size / 2..])
     });
@@ -129,5 +131,6 @@ fn a_disk_that_fills_up_during_a_pull_is_named_and_with_room_again_the_pull_succ
         eprintln!("skipped: this system allows no file systems of one's own: {}", outcome.err);
         return;
     }
+    assert!(half.exists(), "{outcome:?}");
     outcome.fails(4, "no space in");
 }

@@ -12,7 +12,7 @@ model, and between them one QUIC connection over loopback.
 *requests*: requests for one token each, many at a time, of a model as small as possible: through the API, through the
 API of another node, and straight into an engine.
 
-`./x bench --only mesh` runs it; alone: bench/mesh.py --murmur BINARY --models FOLDER.
+`./x bench mesh` builds everything and runs this.
 """
 
 import argparse
@@ -205,31 +205,27 @@ def requests(options, table):
     table.pairs(f"{what}, remote API / engine", "1/s", remote, engine)
 
 
-def measure(options, table):
-    """`options`: see `arguments`."""
-    for part, does in (("failover", failover), ("overhead", overhead), ("requests", requests)):
-        if part in options.mesh_parts:
-            does(options, table)
-
-
-def add_arguments(parser):
-    parser.add_argument("--requests-bench", type=pathlib.Path, help=argparse.SUPPRESS)
-    parser.add_argument("--mesh-parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of the mesh (default: all): {', '.join(PARTS)}")
+def arguments():
+    parser = argparse.ArgumentParser(prog="./x bench mesh", description="Measures the mesh on this machine.")
+    parser.add_argument("--murmur", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--models", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--requests-bench", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"what to measure (default: all): {', '.join(PARTS)}")
     parser.add_argument("--kills", type=int, default=200, help="servers to kill (default: %(default)s)")
     parser.add_argument("--servers", type=int, default=2, help="servers of which one is killed (default: %(default)s)")
-
-
-def arguments():
-    parser = argparse.ArgumentParser(description="Measures the mesh on this machine.")
-    parser.add_argument("--murmur", type=pathlib.Path, required=True, help="the binary")
-    parser.add_argument("--models", type=pathlib.Path, required=True, help="folder for models with random weights")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of a lone server (default: %(default)s, all)")
     parser.add_argument("--rounds", type=int, default=7, help="pairs per figure (default: %(default)s)")
     parser.add_argument("--shapes", nargs="+", default=["bench-0.5b"], metavar="SHAPE", help="models of the overhead (default: bench-0.5b)")
-    add_arguments(parser)
     return parser.parse_args()
 
 
-if __name__ == "__main__":
+def main():
+    options, table = arguments(), Table()
     print(machine())
-    measure(arguments(), Table())
+    for part, measure in (("failover", failover), ("overhead", overhead), ("requests", requests)):
+        if part in options.only:
+            measure(options, table)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 //!
 //! The key in `node.key` of the data folder is the node. It is made once and never silently replaced.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
 use std::time::Duration;
 
@@ -72,12 +72,33 @@ pub(crate) struct Bound {
     pub addresses: MemoryLookup,
 }
 
-/// Binds the endpoint.
+/// File in the data folder of the sockets that the node was bound to.
+const SOCKETS_FILE: &str = "sockets.json";
+
+/// The sockets to bind: what was asked for, and where no port was, those of the last time if they are free. Peers that
+/// knew this node before it died go on sending to where it was, and are slow to learn better.
+fn sockets(options: &EndpointOptions, before: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    let is_asked_for = |socket: &SocketAddr| match options.bind {
+        Some(asked) => asked.port() == 0 && asked.ip() == socket.ip(),
+        None => socket.ip().is_unspecified(),
+    };
+    let free: Vec<SocketAddr> =
+        before.into_iter().filter(is_asked_for).filter(|socket| UdpSocket::bind(socket).is_ok()).collect();
+    // iroh wants a socket for IPv4 in any case.
+    let suffices = free.iter().any(SocketAddr::is_ipv4) || options.bind.is_some() && !free.is_empty();
+    if suffices { free } else { options.bind.into_iter().collect() }
+}
+
+/// Binds the endpoint, where it was before if that can be.
 pub(crate) async fn bind(
+    data_dir: &Path,
     key: &NodeKey,
     options: &EndpointOptions,
     hooks: impl EndpointHooks + 'static,
 ) -> Result<Bound, NetError> {
+    let remembered = data_dir.join(SOCKETS_FILE);
+    // What cannot be read is of no use, and written anew.
+    let sockets = sockets(options, data_dir::read_json(&remembered).ok().flatten().unwrap_or_default());
     let addresses = MemoryLookup::new();
     let mut builder = relays(&options.relays)?
         .secret_key(SecretKey::from_bytes(&key.to_bytes()))
@@ -85,14 +106,17 @@ pub(crate) async fn bind(
         .transport_config(transport()?)
         .address_lookup(addresses.clone())
         .hooks(hooks);
-    if let Some(bind) = options.bind {
+    if !sockets.is_empty() {
+        builder = builder.clear_ip_transports();
+    }
+    for socket in sockets {
         builder = builder
-            .clear_ip_transports()
-            .bind_addr(bind)
+            .bind_addr(socket)
             .map_err(|error| NetError::Option { what: "bind address", reason: error.to_string() })?;
     }
     let start = |error: &dyn std::error::Error| NetError::Start { what: "QUIC endpoint", reason: causes(error) };
     let endpoint = builder.bind().await.map_err(|error| start(&error))?;
+    data_dir::replace_json(&remembered, &endpoint.bound_sockets())?;
     Ok(Bound { endpoint, addresses })
 }
 
@@ -166,4 +190,28 @@ pub(crate) fn causes(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_comes_back_to_its_sockets_unless_they_are_taken_or_others_are_asked_for() {
+        let taken = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let asking = |bind: Option<&str>| EndpointOptions {
+            bind: bind.map(|bind| bind.parse().unwrap()),
+            ..EndpointOptions::default()
+        };
+        let everywhere = SocketAddr::from(([0, 0, 0, 0], taken.port()));
+        let before = vec![everywhere, taken];
+        assert_eq!(sockets(&asking(None), before.clone()), [everywhere]);
+        assert_eq!(sockets(&asking(Some("127.0.0.1:0")), before.clone()), [taken]);
+        let (fixed, elsewhere) = ("127.0.0.1:9", "127.0.0.2:0");
+        assert_eq!(sockets(&asking(Some(fixed)), before.clone()), [fixed.parse().unwrap()]);
+        assert_eq!(sockets(&asking(Some(elsewhere)), before.clone()), [elsewhere.parse().unwrap()]);
+        let _holder = UdpSocket::bind(taken).unwrap();
+        assert_eq!(sockets(&asking(Some("127.0.0.1:0")), before.clone()), ["127.0.0.1:0".parse().unwrap()]);
+        assert!(sockets(&asking(None), before).is_empty());
+    }
 }

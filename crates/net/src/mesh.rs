@@ -179,7 +179,7 @@ impl Mesh {
         let (commands, command_queue) = mpsc::channel(COMMANDS_MAX);
         let admission = Arc::new(Admission::default());
         let gate = Gate { admission: Arc::clone(&admission), commands: commands.clone() };
-        let bound = endpoint::bind(&key, &options.endpoint, gate).await?;
+        let bound = endpoint::bind(&options.data_dir, &key, &options.endpoint, gate).await?;
         let identity = match identify(&options, &bound, &key).await {
             Ok(identity) => identity,
             Err(error) => {

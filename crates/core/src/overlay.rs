@@ -7,7 +7,9 @@
 //! was sent five times. So a node joins for a reason: it has too few neighbours, or a neighbour in the comparison of
 //! records knew for a while what it should have heard, and the graph may really have split.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
+
+use iroh_gossip::proto::PlumtreeConfig;
 
 use crate::time::Now;
 
@@ -22,24 +24,37 @@ pub const MISSED_PAUSE_MS: u64 = 30_000;
 
 /// How long a node that was told of a broadcast waits for it before it asks for it, in milliseconds: longer than the tree
 /// mostly takes to bring it, a lost packet included.
-pub const GRAFT_AFTER_MS: u64 = 600;
+const GRAFT_AFTER_MS: u64 = 600;
 
 /// How long it waits for the answer before it asks another, in milliseconds: a round trip, a lost packet included.
-pub const GRAFT_AGAIN_MS: u64 = 400;
+const GRAFT_AGAIN_MS: u64 = 400;
 
 /// PlumTree can exchange an edge of the tree for one that saves so many hops to the origin of a broadcast. That helps where
 /// one node broadcasts. Here all do, on one tree: what is a detour from one is none from another, and the edges would be
 /// exchanged for ever. No path is as long as this.
-pub const HOPS_SAVED_MIN: u16 = u16::MAX;
+const HOPS_SAVED_MIN: u16 = u16::MAX;
 
 /// Announcements are gathered for this time, in milliseconds.
-pub const ANNOUNCE_EVERY_MS: u64 = 200;
+const ANNOUNCE_EVERY_MS: u64 = 200;
 
 /// How long a broadcast is kept for neighbours that ask for it, in milliseconds.
-pub const MESSAGES_KEPT_MS: u64 = 10_000;
+const MESSAGES_KEPT_MS: u64 = 10_000;
 
 /// How long a broadcast is known when it comes again, in milliseconds.
-pub const MESSAGES_KNOWN_MS: u64 = 30_000;
+const MESSAGES_KNOWN_MS: u64 = 30_000;
+
+/// How broadcasts go around, in a real mesh and in a simulated one.
+pub fn broadcast_config() -> PlumtreeConfig {
+    PlumtreeConfig {
+        graft_timeout_1: Duration::from_millis(GRAFT_AFTER_MS),
+        graft_timeout_2: Duration::from_millis(GRAFT_AGAIN_MS),
+        dispatch_timeout: Duration::from_millis(ANNOUNCE_EVERY_MS),
+        optimization_threshold: HOPS_SAVED_MIN.into(),
+        message_cache_retention: Duration::from_millis(MESSAGES_KEPT_MS),
+        message_id_retention: Duration::from_millis(MESSAGES_KNOWN_MS),
+        ..PlumtreeConfig::default()
+    }
+}
 
 /// Whom the overlay is to join.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

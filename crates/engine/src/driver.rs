@@ -92,6 +92,13 @@ pub struct Counters {
     pub token_compute_us: u64,
 }
 
+impl Counters {
+    /// Measured time of a token, us; `None`: not measured.
+    pub fn us_per_token(&self) -> Option<u64> {
+        self.token_compute_us.checked_div(self.token_steps)
+    }
+}
+
 /// Events and the room for them in their session's channel.
 type News = Vec<(mpsc::OwnedPermit<SessionEvent>, SessionEvent)>;
 

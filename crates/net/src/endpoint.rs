@@ -77,13 +77,13 @@ const SOCKETS_FILE: &str = "sockets.json";
 
 /// The sockets to bind: what was asked for, and where no port was, those of the last time if they are free. Peers that
 /// knew this node before it died go on sending to where it was, and are slow to learn better.
-fn sockets(options: &EndpointOptions, before: Vec<SocketAddr>) -> Vec<SocketAddr> {
+fn sockets(options: &EndpointOptions, before: &[SocketAddr]) -> Vec<SocketAddr> {
     let is_asked_for = |socket: &SocketAddr| match options.bind {
         Some(asked) => asked.port() == 0 && asked.ip() == socket.ip(),
         None => socket.ip().is_unspecified(),
     };
     let free: Vec<SocketAddr> =
-        before.into_iter().filter(is_asked_for).filter(|socket| UdpSocket::bind(socket).is_ok()).collect();
+        before.iter().copied().filter(is_asked_for).filter(|socket| UdpSocket::bind(socket).is_ok()).collect();
     // iroh wants a socket for IPv4 in any case.
     let suffices = free.iter().any(SocketAddr::is_ipv4) || options.bind.is_some() && !free.is_empty();
     if suffices { free } else { options.bind.into_iter().collect() }
@@ -98,26 +98,33 @@ pub(crate) async fn bind(
 ) -> Result<Bound, NetError> {
     let remembered = data_dir.join(SOCKETS_FILE);
     // What cannot be read is of no use, and written anew.
-    let sockets = sockets(options, data_dir::read_json(&remembered).ok().flatten().unwrap_or_default());
+    let before: Vec<SocketAddr> = data_dir::read_json(&remembered).ok().flatten().unwrap_or_default();
     let addresses = MemoryLookup::new();
-    let mut builder = relays(&options.relays)?
+    let builder = relays(&options.relays)?
         .secret_key(SecretKey::from_bytes(&key.to_bytes()))
         .alpns(vec![MESH_ALPN.to_vec(), WORK_ALPN.to_vec(), GOSSIP_ALPN.to_vec()])
         .transport_config(transport()?)
         .address_lookup(addresses.clone())
         .hooks(hooks);
+    let endpoint = bind_to(builder, &sockets(options, &before)).await?;
+    let bound = endpoint.bound_sockets();
+    if bound != before {
+        data_dir::replace_json(&remembered, &bound)?;
+    }
+    Ok(Bound { endpoint, addresses })
+}
+
+/// Binds an endpoint to these sockets, or to any port on all interfaces if there are none.
+pub(crate) async fn bind_to(mut builder: Builder, sockets: &[SocketAddr]) -> Result<Endpoint, NetError> {
     if !sockets.is_empty() {
         builder = builder.clear_ip_transports();
     }
-    for socket in sockets {
+    for &socket in sockets {
         builder = builder
             .bind_addr(socket)
             .map_err(|error| NetError::Option { what: "bind address", reason: error.to_string() })?;
     }
-    let start = |error: &dyn std::error::Error| NetError::Start { what: "QUIC endpoint", reason: causes(error) };
-    let endpoint = builder.bind().await.map_err(|error| start(&error))?;
-    data_dir::replace_json(&remembered, &endpoint.bound_sockets())?;
-    Ok(Bound { endpoint, addresses })
+    builder.bind().await.map_err(|error| NetError::Start { what: "QUIC endpoint", reason: causes(&error) })
 }
 
 pub(crate) fn relays(relays: &Relays) -> Result<Builder, NetError> {
@@ -205,13 +212,13 @@ mod tests {
         };
         let everywhere = SocketAddr::from(([0, 0, 0, 0], taken.port()));
         let before = vec![everywhere, taken];
-        assert_eq!(sockets(&asking(None), before.clone()), [everywhere]);
-        assert_eq!(sockets(&asking(Some("127.0.0.1:0")), before.clone()), [taken]);
+        assert_eq!(sockets(&asking(None), &before), [everywhere]);
+        assert_eq!(sockets(&asking(Some("127.0.0.1:0")), &before), [taken]);
         let (fixed, elsewhere) = ("127.0.0.1:9", "127.0.0.2:0");
-        assert_eq!(sockets(&asking(Some(fixed)), before.clone()), [fixed.parse().unwrap()]);
-        assert_eq!(sockets(&asking(Some(elsewhere)), before.clone()), [elsewhere.parse().unwrap()]);
+        assert_eq!(sockets(&asking(Some(fixed)), &before), [fixed.parse().unwrap()]);
+        assert_eq!(sockets(&asking(Some(elsewhere)), &before), [elsewhere.parse().unwrap()]);
         let _holder = UdpSocket::bind(taken).unwrap();
-        assert_eq!(sockets(&asking(Some("127.0.0.1:0")), before.clone()), ["127.0.0.1:0".parse().unwrap()]);
-        assert!(sockets(&asking(None), before).is_empty());
+        assert_eq!(sockets(&asking(Some("127.0.0.1:0")), &before), ["127.0.0.1:0".parse().unwrap()]);
+        assert!(sockets(&asking(None), &before).is_empty());
     }
 }

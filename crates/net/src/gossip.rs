@@ -12,14 +12,13 @@
 //! own (`Command::Broadcast`'s `direct`).
 
 use std::collections::VecDeque;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use iroh::EndpointId;
 use iroh_gossip::api::{Event, GossipReceiver, GossipSender};
 use iroh_gossip::net::Gossip;
-use iroh_gossip::proto::{PlumtreeConfig, TopicId};
+use iroh_gossip::proto::TopicId;
 use murmur_core::overlay;
 use murmur_protocol::mesh::{NodeId, RECORD_BYTES_MAX, SignedRecord};
 use tokio::sync::mpsc;
@@ -81,16 +80,7 @@ impl Topic {
 
 /// The overlay on this endpoint.
 pub(crate) fn overlay(endpoint: &iroh::Endpoint) -> Gossip {
-    let tree = PlumtreeConfig {
-        graft_timeout_1: Duration::from_millis(overlay::GRAFT_AFTER_MS),
-        graft_timeout_2: Duration::from_millis(overlay::GRAFT_AGAIN_MS),
-        dispatch_timeout: Duration::from_millis(overlay::ANNOUNCE_EVERY_MS),
-        optimization_threshold: overlay::HOPS_SAVED_MIN.into(),
-        message_cache_retention: Duration::from_millis(overlay::MESSAGES_KEPT_MS),
-        message_id_retention: Duration::from_millis(overlay::MESSAGES_KNOWN_MS),
-        ..PlumtreeConfig::default()
-    };
-    let builder = Gossip::builder().max_message_size(MESSAGE_BYTES_MAX).broadcast_config(tree);
+    let builder = Gossip::builder().max_message_size(MESSAGE_BYTES_MAX).broadcast_config(overlay::broadcast_config());
     builder.alpn(GOSSIP_ALPN).spawn(endpoint.clone())
 }
 

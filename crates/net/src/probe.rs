@@ -165,14 +165,7 @@ pub fn relay_urls(relays: &Relays) -> Vec<String> {
 }
 
 async fn bind(builder: Builder, address: Option<SocketAddr>) -> Result<Endpoint, NetError> {
-    let mut builder = builder.alpns(vec![PROBE_ALPN.to_vec()]);
-    if let Some(address) = address {
-        builder = builder
-            .clear_ip_transports()
-            .bind_addr(address)
-            .map_err(|error| NetError::Option { what: "bind address", reason: error.to_string() })?;
-    }
-    builder.bind().await.map_err(|error| NetError::Start { what: "QUIC endpoint", reason: causes(&error) })
+    endpoint::bind_to(builder.alpns(vec![PROBE_ALPN.to_vec()]), address.as_slice()).await
 }
 
 /// Connects to every own address. Each time as another node: one endpoint would try all addresses of a node that it knows.

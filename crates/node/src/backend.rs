@@ -23,7 +23,7 @@ use crate::{
     Node, NodeError,
     generate::{EVENTS_MAX, Pump, Source},
     mesh::{MeshNode, RemoteModel, RemoteRequest},
-    model::{LoadedModel, Model, token_text, with_causes},
+    model::{LoadedModel, Model, with_causes, with_texts},
     models::LocalStream,
     readers::{Reader, ReaderError},
     requests::{Asker, Progress},
@@ -74,12 +74,7 @@ impl Node {
                 let model = &self.models[at];
                 let unread = |error: ReaderError| engine_message(id, &error);
                 let reader = self.readers.get(model.path(), async { Ok(()) }).await.map_err(unread)?;
-                let vocabulary = reader.tokenizer.vocabulary();
-                let card = ModelCard {
-                    bos_text: token_text(vocabulary, vocabulary.bos()),
-                    eos_text: token_text(vocabulary, vocabulary.eos()),
-                    ..(*model.card()).clone()
-                };
+                let card = with_texts(&model.card(), reader.tokenizer.vocabulary());
                 Ok(Target::OnDemand(at, reader, Arc::new(card)))
             }
             None => Err(being_loaded(id)),

@@ -428,7 +428,6 @@ impl Model {
     }
 
     fn loaded_card(&self, engine: &Engine) -> ModelCard {
-        let vocabulary = engine.vocabulary();
         let options = engine.options();
         let mut details = self.card.details.clone();
         details["context_tokens"] = options.context_tokens.into();
@@ -437,11 +436,9 @@ impl Model {
         details["stages"] = options.ranges.iter().map(|r| format!("{}-{}", r.first, r.end)).collect();
         ModelCard {
             context_tokens: options.context_tokens,
-            bos_text: token_text(vocabulary, vocabulary.bos()),
-            eos_text: token_text(vocabulary, vocabulary.eos()),
             state: ModelState::Ready,
             details,
-            ..(*self.card).clone()
+            ..with_texts(&self.card, engine.vocabulary())
         }
     }
 }
@@ -475,9 +472,12 @@ pub(crate) fn with_causes(error: &dyn Error) -> String {
     text
 }
 
-/// Text of a token that a model may have.
-pub(crate) fn token_text(vocabulary: &Vocabulary, token: Option<i32>) -> String {
-    token.map(|token| String::from_utf8_lossy(vocabulary.bytes(token)).into_owned()).unwrap_or_default()
+/// A card with the texts of the tokens that begin and end a sequence.
+pub(crate) fn with_texts(card: &ModelCard, vocabulary: &Vocabulary) -> ModelCard {
+    let text = |token: Option<i32>| {
+        token.map(|token| String::from_utf8_lossy(vocabulary.bytes(token)).into_owned()).unwrap_or_default()
+    };
+    ModelCard { bos_text: text(vocabulary.bos()), eos_text: text(vocabulary.eos()), ..card.clone() }
 }
 
 /// The wall clock, which is only shown.

@@ -76,7 +76,6 @@ fn model(model: &Model) -> Value {
         })
     });
     let restarting = state == ModelState::Ready && !loaded.engine.is_ready();
-    let decode_us = counters.token_compute_us.checked_div(counters.token_steps).filter(|us| *us > 0);
     json!({
         "id": model.id(),
         "state": if restarting { "restarting" } else { state.name() },
@@ -86,7 +85,7 @@ fn model(model: &Model) -> Value {
         "memory_bytes_planned": loaded.memory_bytes,
         "requests_running": status.running,
         "requests_queued": status.queued,
-        "decode_tokens_per_s": decode_us.map(|us| Duration::from_secs(1).as_micros() as f64 / us as f64),
+        "decode_tokens_per_s": counters.us_per_token().and_then(per_second),
         "generated_tokens": counters.generated_tokens,
         "token_steps": counters.token_steps,
         "token_compute_us": counters.token_compute_us,
@@ -97,4 +96,9 @@ fn model(model: &Model) -> Value {
         })),
         "stages": stages.collect::<Vec<_>>(),
     })
+}
+
+/// How many come in a second when one takes so many us; 0 us: not known.
+pub(crate) fn per_second(us: u64) -> Option<f64> {
+    (us > 0).then(|| Duration::from_secs(1).as_micros() as f64 / us as f64)
 }

@@ -2,14 +2,13 @@
 
 use std::collections::HashSet;
 
-use iroh_gossip::proto::{Config, PlumtreeConfig, State};
+use iroh_gossip::proto::{Config, State};
 use murmur_core::{
     membership::Membership,
     overlay::{self, Overlay},
     time::Now,
 };
 use murmur_protocol::mesh::NodeId;
-use n0_future::time::Duration;
 use rand::rngs::StdRng;
 
 /// A node by its number: what the overlay calls its peers.
@@ -72,15 +71,7 @@ impl std::fmt::Debug for Life {
 
 impl Life {
     pub(crate) fn new(index: Index, membership: Membership, nodes: usize, rng: StdRng) -> Self {
-        let broadcast = PlumtreeConfig {
-            graft_timeout_1: Duration::from_millis(overlay::GRAFT_AFTER_MS),
-            graft_timeout_2: Duration::from_millis(overlay::GRAFT_AGAIN_MS),
-            dispatch_timeout: Duration::from_millis(overlay::ANNOUNCE_EVERY_MS),
-            optimization_threshold: overlay::HOPS_SAVED_MIN.into(),
-            message_cache_retention: Duration::from_millis(overlay::MESSAGES_KEPT_MS),
-            message_id_retention: Duration::from_millis(overlay::MESSAGES_KNOWN_MS),
-            ..PlumtreeConfig::default()
-        };
+        let broadcast = overlay::broadcast_config();
         Life {
             membership,
             gossip: State::new(index, Default::default(), Config { broadcast, ..Config::default() }, rng),

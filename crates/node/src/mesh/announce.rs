@@ -101,8 +101,7 @@ fn served(node: &Node, model: &Model, identity: &ModelIdentity, mesh: &MeshNode)
     }
     let status = loaded.as_ref().map(|loaded| loaded.engine.status());
     let count = |read: fn(&EngineStatus) -> usize| u32::try_from(status.as_ref().map_or(0, read)).unwrap_or(u32::MAX);
-    let counters = status.as_ref().map(|status| &status.counters);
-    let decode_us = counters.and_then(|counters| counters.token_compute_us.checked_div(counters.token_steps));
+    let decode_us = status.as_ref().and_then(|status| status.counters.us_per_token());
     Some(ServedModel {
         digest: identity.digest,
         name: cut(model.id(), MODEL_NAME_BYTES_MAX),

@@ -27,7 +27,7 @@ use tokio::time::timeout;
 
 use super::{replace_file, view};
 use crate::{
-    model::{token_text, unix_seconds},
+    model::{unix_seconds, with_texts},
     readers::{Reader, ReaderError, Readers},
 };
 
@@ -138,10 +138,8 @@ impl RemoteModel {
         details["vocabulary"] = vocabulary.len().into();
         Arc::new(ModelCard {
             chat_template: reader.chat_template.clone(),
-            bos_text: token_text(vocabulary, vocabulary.bos()),
-            eos_text: token_text(vocabulary, vocabulary.eos()),
             details,
-            ..(*self.card).clone()
+            ..with_texts(&self.card, vocabulary)
         })
     }
 }

@@ -13,12 +13,14 @@
 //! | `.models[].running`, `.queued`, `.parallel` | its requests, and how many run at once |
 //! | `.models[].decode_tokens_per_s`, `.prefill_tokens_per_s` | as it has measured; null: not yet |
 
-use std::{num::NonZeroU32, time::Duration};
+use std::num::NonZeroU32;
 
 use murmur_api::backend::{MeshAction, Refusal};
 use murmur_net::{Invitation, Mesh, NetError, Path, PeerView};
 use murmur_protocol::mesh::{NodeId, Revocation, Role, ServedModel, SignedTicket, TicketId};
 use serde_json::{Value, json};
+
+use crate::status::per_second;
 
 pub(super) fn mesh(mesh: &Mesh) -> Value {
     let peers: Vec<Value> = mesh.peers().iter().map(peer).collect();
@@ -55,7 +57,6 @@ fn peer(peer: &PeerView) -> Value {
 
 /// What a peer says of a model.
 pub(super) fn model(served: &ServedModel) -> Value {
-    let per_second = |us: u32| (us > 0).then(|| Duration::from_secs(1).as_micros() as f64 / f64::from(us));
     json!({
         "name": served.name,
         "digest": served.digest.to_string(),
@@ -64,8 +65,8 @@ pub(super) fn model(served: &ServedModel) -> Value {
         "parallel": served.parallel,
         "running": served.running,
         "queued": served.queued,
-        "decode_tokens_per_s": per_second(served.decode_us_per_token),
-        "prefill_tokens_per_s": per_second(served.prefill_us_per_token),
+        "decode_tokens_per_s": per_second(served.decode_us_per_token.into()),
+        "prefill_tokens_per_s": per_second(served.prefill_us_per_token.into()),
         "exact": served.exact,
     })
 }

@@ -184,31 +184,40 @@ def exact_against_default(options, model, table):
 
 
 def against_llama_bench(options, model, table):
-    """llama.cpp alone, without HTTP, tokenizer and sampling: what there is to be had."""
-    command = [
-        pathlib.Path(options.llama) / "llama-bench", "-m", model, "-t", options.threads, "-p", "512", "-n",
-        DECODE_TOKENS, "-r", 1, "-o", "json",
-    ]
-    shape = {"threads": options.threads, "context": CONTEXT, "parallel": 1}
+    """Both without HTTP, client and text: the engine against llama.cpp's own loop."""
+    words = [DECODE_TOKENS, "-r", 1, "-o", "json"]
+    bench = [*servers.AS_NICE, options.llama / "llama-bench", "-m", model, "-t", options.threads, "-p", PREFILL_TOKENS[0], "-n", *words]
 
-    with servers.murmur(options.murmur, model, **shape) as ours:
-        ours.generate(servers.unique_prompt(64), 8)
+    def alone():
+        done = subprocess.run([str(word) for word in bench], capture_output=True, text=True, check=True)
+        rows = json.loads(done.stdout)
+        return [next(row["avg_ts"] for row in rows if bool(row["n_gen"]) == generates) for generates in (True, False)]
 
-        def alone():
-            done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
-            rows = json.loads(done.stdout)
-            return [next(row["avg_ts"] for row in rows if bool(row["n_gen"]) == generates) for generates in (True, False)]
+    with tempfile.TemporaryDirectory(prefix="murmur-bench-") as scratch:
+        command = [options.engine_bench, "rates", options.murmur, model, scratch, options.threads, PREFILL_TOKENS[0], DECODE_TOKENS]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([str(word) for word in command], **pipes) as engine:
 
-        pair = in_turns(options.rounds, lambda: [decode_rate(ours), prefill_rate(ours)], alone)
-        for index, what, bar in ((0, "decode", 0.98), (1, "prefill, 512 tokens", 0.98)):
-            columns = [[value[index] for value in side] for side in pair]
-            table.pairs(f"{model.stem}: {what} / llama-bench", "tok/s", *columns, bar=bar)
+            def ours():
+                print(file=engine.stdin, flush=True)
+                line = engine.stdout.readline()
+                if not line:
+                    raise SystemExit("the engine's benchmark ended")
+                rates = json.loads(line)
+                return [rates["decode"], rates["prefill"]]
+
+            ours()
+            pair = in_turns(options.rounds, ours, alone)
+            engine.stdin.close()
+    for index, what in enumerate(("decode", f"prefill, {PREFILL_TOKENS[0]} tokens")):
+        columns = [[value[index] for value in side] for side in pair]
+        table.pairs(f"{model.stem}: {what}, engine / llama-bench", "tok/s", *columns, bar=0.98)
 
 
 def engine_alone(options, table):
     """What murmur's own engine benchmark reports: the cost of the process boundary, and the default mode's flips."""
     with tempfile.TemporaryDirectory(prefix="murmur-bench-") as scratch:
-        command = [options.engine_bench, options.murmur, options.demo_model, scratch]
+        command = [options.engine_bench, "boundary", options.murmur, options.demo_model, scratch]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     for line in done.stdout.splitlines():
         row = json.loads(line)

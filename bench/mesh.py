@@ -4,10 +4,16 @@
 *failover*: several servers of one model and a client. A story is read through the client, and at a random moment the
 server that writes it is killed with -9; then it is started again, and so on. Printed is the distribution of the time
 from the kill to the next token at the reader. What was still under way counts as read before: the pause ends with the
-token after the longest silence. A stream is lost if it does not end as the undisturbed one, token for token.
+token after the longest silence. In it the other server computes prompt and story so far once more; how long that takes is
+measured beforehand, as the first token of prompts of such lengths, and what is left is printed too. A stream is lost if
+it does not end as the undisturbed one, token for token.
 
 *overhead*: requests through a client against the same requests to the server itself, in turns: same engine, same
-model, and between them one QUIC connection over loopback.
+model, and between them one QUIC connection over loopback. One core is left to the two nodes and the reader.
+
+*ring*: a model of which each node holds a part against the same model whole on one node, one thread each, so that the
+computation of a token takes the same time. What is more is the way around: to the first stage, from each to the next,
+and back.
 
 *requests*: requests for one token each, many at a time, of a model as small as possible: through the API, through the
 API of another node, and straight into an engine.
@@ -16,6 +22,7 @@ API of another node, and straight into an engine.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -28,15 +35,17 @@ import threading
 import time
 
 import servers
-from bench import Table, bench_models, decode_rate, first_token_s, in_turns, machine
+from bench import Table, bench_models, decode_rate, first_token_s, in_turns, machine, prefill_rate
 
-PARTS = ("failover", "overhead", "requests")
+PARTS = ("failover", "overhead", "ring", "requests")
 # Small, so that a story is over soon and what is measured is the mesh.
 SMALL_SHAPE = "llama"
 STORY_PROMPT_TOKENS, STORY_TOKENS = 64, 1000
 # Servers are killed before this share of the time that an undisturbed story takes.
 LATEST_KILL = 0.9
+REPLAY_LENGTHS, REPLAY_ROUNDS = 5, 5
 FIRST_TOKEN_PAIRS = 51
+RING_SHAPE, RING_STAGES = "bench-1b", (2, 4)
 CONTEXT = 2048
 CONCURRENCY, REQUESTS = 8, 2000
 
@@ -53,8 +62,8 @@ def ticket_of(client):
 class Mesh:
     """A client, and servers of one model; a context manager."""
 
-    def __init__(self, options, model, count, **shape):
-        self.options, self.model, self.count, self.shape = options, model, count, shape
+    def __init__(self, options, model, count, more=(), **shape):
+        self.options, self.model, self.count, self.more, self.shape = options, model, count, more, shape
         self.stack = contextlib.ExitStack()
 
     def __enter__(self):
@@ -63,9 +72,12 @@ class Mesh:
             ticket = ticket_of(self.client)
             start = lambda number: servers.murmur(
                 self.options.murmur, self.model, **self.shape, name=f"server {number}",
-                mesh=("--join", ticket, *servers.offline()),
+                mesh=("--join", ticket, *servers.offline(), *self.more),
             )
-            self.servers = [stack.enter_context(start(number)) for number in range(1, self.count + 1)]
+            self.servers = [start(number) for number in range(1, self.count + 1)]
+            # At once: those of a ring are ready when all are there.
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                list(pool.map(stack.enter_context, self.servers))
             self.wait()
             self.by_id = {server.ask("GET", "/api/mesh")["node"]: server for server in self.servers}
             self.stack = stack.pop_all()
@@ -129,6 +141,13 @@ class Story(threading.Thread):
         return max(silences)[1] - killed if silences else None
 
 
+def replay_of(client):
+    """A function from tokens to seconds: a line through first token times."""
+    lengths = [STORY_PROMPT_TOKENS + step * STORY_TOKENS // REPLAY_LENGTHS for step in range(REPLAY_LENGTHS)] * REPLAY_ROUNDS
+    slope, intercept = statistics.linear_regression(lengths, [first_token_s(client, length) for length in lengths])
+    return lambda tokens: slope * tokens + intercept
+
+
 def failover(options, table):
     shape = {"threads": 1, "context": CONTEXT, "parallel": 1, "exact": True}
     model = next(synthetic(options, [SMALL_SHAPE]))
@@ -138,8 +157,9 @@ def failover(options, table):
         undisturbed = Story(mesh.client, prompt)
         undisturbed.join()
         whole_s = undisturbed.times[-1] - undisturbed.begun
-        before_first, in_stream, lost = [], [], []
-        while len(before_first) + len(in_stream) + len(lost) < options.kills:
+        replay_s = replay_of(mesh.client)
+        before_first, in_stream, without_replay, lost = [], [], [], []
+        while len(without_replay) + len(lost) < options.kills:
             mesh.wait()
             story = Story(mesh.client, prompt)
             time.sleep(random.uniform(0, LATEST_KILL * whole_s))
@@ -148,7 +168,7 @@ def failover(options, table):
             if server is None:
                 story.join()
                 continue
-            had_begun = bool(story.times)
+            read = len(story.times)
             killed = time.perf_counter()
             server.kill()
             story.join()
@@ -156,14 +176,15 @@ def failover(options, table):
             if (story.end, story.text) != ("length", undisturbed.text):
                 lost.append(story.end)
             elif pause_s is not None:
-                (in_stream if had_begun else before_first).append(pause_s)
+                (in_stream if read else before_first).append(pause_s)
+                without_replay.append(pause_s - replay_s(STORY_PROMPT_TOKENS + read))
             server.start()
     what = f"{model.stem}: {options.servers} servers, stream of {STORY_TOKENS} tokens, {whole_s:.1f} s undisturbed"
     print(f"{what}; kill -9 of the one that serves, to the next token at the reader:")
-    for name, pauses in (("before the first token", before_first), ("in mid-stream", in_stream)):
+    for name, pauses in (("before the first token", before_first), ("in mid-stream", in_stream), ("all, less the replay", without_replay)):
         if pauses:
             print(f"  {name:24} {len(pauses):>4} kills   {distribution(pauses)}")
-    table.limit(f"{model.stem}: kill to next token, median", "ms", 1000 * statistics.median(before_first + in_stream), 1000)
+    table.limit(f"{model.stem}: kill to next token less replay, median", "ms", 1000 * statistics.median(without_replay), 1000)
     table.limit(f"{model.stem}: streams lost of {options.kills}", "", len(lost), 0)
     for reason in sorted(set(lost)):
         print(f"  lost: {reason}")
@@ -190,13 +211,33 @@ def overhead(options, table):
             table.limit(f"{model.stem}: first token, remote - local", "ms", statistics.median(more_ms), 5)
 
 
+def ring(options, table):
+    model = next(synthetic(options, [RING_SHAPE]))
+    shown = subprocess.run([options.murmur, "models", "show", model, "--json"], capture_output=True, check=True)
+    layers = len(json.loads(shown.stdout)["layers"])
+    shape = {"threads": 1, "context": CONTEXT, "parallel": 1}
+    for stages in RING_STAGES:
+        limit = ("--max-layers", str(-(-layers // stages)))
+        with servers.murmur(options.murmur, model, **shape) as whole, Mesh(options, model, stages, limit, **shape) as mesh:
+            driver = mesh.servers[0]
+            driver.model = whole.model
+            for server in (driver, whole):
+                server.generate(servers.unique_prompt(64), 8)
+            pair = in_turns(options.rounds, lambda: decode_rate(driver), lambda: decode_rate(whole))
+            table.pairs(f"{model.stem}: decode, ring of {stages} / whole", "tok/s", *pair)
+            hops_us = [1e6 * (1 / there - 1 / here) / (stages + 1) for there, here in zip(*pair, strict=True)]
+            table.limit(f"{model.stem}: a hop in a ring of {stages}", "us", statistics.median(hops_us), 300)
+            pair = in_turns(options.rounds, lambda: prefill_rate(driver), lambda: prefill_rate(whole))
+            table.pairs(f"{model.stem}: prefill, ring of {stages} / whole", "tok/s", *pair)
+
+
 def requests(options, table):
     """Requests per second, as a program without an interpreter measures them in turns."""
     model = next(synthetic(options, [SMALL_SHAPE]))
     with Mesh(options, model, 1, threads=1, context=CONTEXT, parallel=CONCURRENCY) as mesh:
         with tempfile.TemporaryDirectory(prefix="murmur-bench-") as scratch:
             addresses = [f"127.0.0.1:{node.port}" for node in (mesh.servers[0], mesh.client)]
-            command = [options.requests_bench, options.murmur, model, scratch, CONCURRENCY, REQUESTS, options.rounds, *addresses]
+            command = [options.engine_bench, "requests", options.murmur, model, scratch, CONCURRENCY, REQUESTS, options.rounds, *addresses]
             done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     engine, local, remote = ([row[name] for row in rows] for name in ("engine", *addresses))
@@ -209,11 +250,11 @@ def arguments():
     parser = argparse.ArgumentParser(prog="./x bench mesh", description="Measures the mesh on this machine.")
     parser.add_argument("--murmur", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--models", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
-    parser.add_argument("--requests-bench", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--engine-bench", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"what to measure (default: all): {', '.join(PARTS)}")
     parser.add_argument("--kills", type=int, default=200, help="servers to kill (default: %(default)s)")
     parser.add_argument("--servers", type=int, default=2, help="servers of which one is killed (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of a lone server (default: %(default)s, all)")
+    parser.add_argument("--threads", type=int, default=max(1, os.cpu_count() - 1), help="threads of a lone server (default: %(default)s, all but one)")
     parser.add_argument("--rounds", type=int, default=7, help="pairs per figure (default: %(default)s)")
     parser.add_argument("--shapes", nargs="+", default=["bench-0.5b"], metavar="SHAPE", help="models of the overhead (default: bench-0.5b)")
     return parser.parse_args()
@@ -222,7 +263,7 @@ def arguments():
 def main():
     options, table = arguments(), Table()
     print(machine())
-    for part, measure in (("failover", failover), ("overhead", overhead), ("requests", requests)):
+    for part, measure in (("failover", failover), ("overhead", overhead), ("ring", ring), ("requests", requests)):
         if part in options.only:
             measure(options, table)
 

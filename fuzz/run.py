@@ -18,7 +18,7 @@ import time
 import xml.sax.saxutils
 
 HERE = pathlib.Path(__file__).resolve().parent
-TARGETS = ("gguf", "frame", "record", "ticket", "control", "work", "card")
+TARGETS = ("gguf", "frame", "record", "ticket", "control", "work", "card", "contact")
 # What cargo-fuzz gives the compiler, without the sanitizer.
 FLAGS = (
     "--cfg fuzzing -C passes=sancov-module -C llvm-args=-sanitizer-coverage-level=4 "
@@ -43,8 +43,8 @@ def golden():
 
 
 def frames():
-    """Frames of a few kinds: crates/protocol/src/frame.rs has the layout."""
-    for kind in range(1, 20):
+    """Frames of all kinds: crates/protocol/src/frame.rs has the layout."""
+    for kind in range(1, 0x43):
         payload = struct.pack("<4i", 1, 2, 3, 4)
         yield struct.pack("<BBBBHHQIIII", 0x4D, 1, kind, 0, 1, 0, 7, 0, 0, 4, len(payload)) + payload
 

@@ -1,6 +1,6 @@
 //! What the HTTP layer needs from a node. The node implements [`Backend`]; tests implement it with a fake.
 
-use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{future::Future, ops::Range, pin::Pin, sync::Arc, time::Duration};
 
 use murmur_protocol::sampling::{SamplingParams, Token};
 use tokio::sync::mpsc;
@@ -34,6 +34,11 @@ pub enum ModelState {
         /// How far that is, from 0 to 1, where somebody waits for it already.
         loading: Option<f32>,
     },
+    /// Not yet: it is spread over several machines, and not all of its layers are there.
+    Waiting {
+        /// What is missing.
+        reason: String,
+    },
     /// Not at present: its processes could not be brought back. The node goes on trying.
     Failed {
         /// Why.
@@ -49,6 +54,7 @@ impl ModelState {
             ModelState::Ready => "ready",
             ModelState::Available { loading: None } => "available",
             ModelState::Available { loading: Some(_) } => "loading",
+            ModelState::Waiting { .. } => "waiting",
             ModelState::Failed { .. } => "failed",
         }
     }
@@ -60,6 +66,9 @@ impl ModelState {
             ModelState::Loading { fraction } => {
                 format!("{id} is being loaded ({:.0} %): try again shortly", 100.0 * fraction)
             }
+            ModelState::Waiting { reason } => {
+                format!("{id} is spread over several machines, and not all of its layers are there yet: {reason}")
+            }
             ModelState::Failed { reason } => format!("{id} is not available at present, try again later: {reason}"),
         };
         Some(Refusal::NotReady { retry_after: self.retry_after(), message })
@@ -69,7 +78,7 @@ impl ModelState {
     pub fn retry_after(&self) -> Duration {
         match self {
             ModelState::Loading { .. } | ModelState::Ready | ModelState::Available { .. } => LOADING_RETRY_AFTER,
-            ModelState::Failed { .. } => FAILED_RETRY_AFTER,
+            ModelState::Waiting { .. } | ModelState::Failed { .. } => FAILED_RETRY_AFTER,
         }
     }
 }
@@ -304,6 +313,40 @@ pub enum MeshAction {
         /// The id of the ticket or of the node, in hexadecimal.
         what: String,
     },
+    /// Say which ring the node would make for a model, what it would cost, and why it and no other.
+    Plan(PlanQuestion),
+}
+
+/// Which ring is asked about. What is `None` is as the node would have it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PlanQuestion {
+    /// The name of the model, one of the node's own.
+    pub model: String,
+    /// Tokens that each stream may have.
+    pub context_tokens: Option<u32>,
+    /// Streams at once.
+    pub streams: Option<u32>,
+    /// Prompt for which the time of the first token is predicted.
+    pub prompt_tokens: Option<u32>,
+    /// So many layers at either end stay on the node that is asked; 0: any node may hold them.
+    pub keep_ends: u32,
+    /// Most tokens per second of all streams together, instead of least time per token of one.
+    pub many_streams: bool,
+    /// First digits, in lower case, of the ids of nodes that must not be used.
+    pub exclude: Vec<String>,
+    /// Nodes that must be used.
+    pub pin: Vec<PlanPin>,
+    /// Longest round trip between neighbours in the ring.
+    pub rtt_max: Option<Duration>,
+}
+
+/// A node that must be in a ring.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlanPin {
+    /// The first digits of its id, in lower case.
+    pub node: String,
+    /// The layers that it must hold; `None`: any. Not empty.
+    pub layers: Option<Range<u32>>,
 }
 
 /// A node, as the HTTP layer sees it.

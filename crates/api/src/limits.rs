@@ -63,7 +63,17 @@ pub const DEFAULT_INVITE_VALID_S: i64 = 24 * 3600;
 pub const MAX_INVITE_VALID_S: i64 = 365 * 24 * 3600;
 /// Nodes that a ticket may be made for.
 pub const MAX_INVITE_USES: i64 = 4096;
-/// Bytes of a ticket or an id.
+/// Tokens of context, or of a prompt, that a ring is planned for.
+pub const MAX_PLAN_TOKENS: i64 = 1 << 24;
+/// Streams at once that a ring is planned for.
+pub const MAX_PLAN_STREAMS: i64 = 4096;
+/// Layers at either end that are to stay on the driver's machine.
+pub const MAX_PLAN_KEEP_ENDS: i64 = 4096;
+/// Milliseconds of the longest round trip in a ring: a minute.
+pub const MAX_PLAN_RTT_MS: f64 = 60_000.0;
+/// Nodes that a question about a ring excludes or pins.
+pub const MAX_PLAN_NODES: usize = 64;
+/// Bytes of a ticket, an id or the name of a model.
 pub const MAX_MESH_TEXT_BYTES: usize = 4096;
 /// Inputs of one embeddings request (OpenAI's own limit).
 pub const MAX_EMBEDDING_INPUTS: usize = 2048;

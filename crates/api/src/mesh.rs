@@ -1,24 +1,31 @@
-//! The node's mesh: who is in it, and what can be done about it. `GET /api/mesh`, `POST /api/mesh/invite`, `join` and
-//! `revoke`.
+//! The node's mesh: who is in it, and what can be done about it. `GET /api/mesh`, `POST /api/mesh/invite`, `join`, `plan`
+//! and `revoke`.
 //!
 //! Whoever may use the API may do all of it: on a loopback address that is this machine, elsewhere the holders of a key.
 
-use std::sync::Arc;
+use std::{ops::RangeInclusive, sync::Arc, time::Duration};
 
 use axum::{Json, extract::State};
 use serde_json::Value;
 
 use crate::{
-    backend::{MeshAction, Refusal},
+    backend::{MeshAction, PlanPin, PlanQuestion, Refusal},
     body::JsonObject,
     errors::ApiError,
-    fields::{Fields, shorten, too_long},
-    limits::{DEFAULT_INVITE_VALID_S, MAX_INVITE_USES, MAX_INVITE_VALID_S, MAX_MESH_TEXT_BYTES},
+    fields::{Fields, shorten, too_long, too_many, wrong_type},
+    limits::{
+        DEFAULT_INVITE_VALID_S, MAX_INVITE_USES, MAX_INVITE_VALID_S, MAX_MESH_TEXT_BYTES, MAX_PLAN_KEEP_ENDS,
+        MAX_PLAN_NODES, MAX_PLAN_RTT_MS, MAX_PLAN_STREAMS, MAX_PLAN_TOKENS,
+    },
     router::AppState,
 };
 
 /// What the bearer of a ticket can become.
 const ROLES: [&str; 2] = ["worker", "client"];
+/// What a ring can be best at.
+const OBJECTIVES: [&str; 2] = ["one_stream", "many_streams"];
+/// Digits of a node's id.
+const NODE_DIGITS: usize = 64;
 
 /// `GET /api/mesh`: the mesh and its peers. 404 where the node is in none.
 pub(crate) async fn show(State(state): State<Arc<AppState>>) -> Result<Json<Value>, ApiError> {
@@ -33,15 +40,10 @@ pub(crate) async fn invite(
 ) -> Result<Json<Value>, ApiError> {
     let mut fields = Fields::new(map);
     let valid_s = fields.integer("valid_s", 1..=MAX_INVITE_VALID_S)?.unwrap_or(DEFAULT_INVITE_VALID_S);
-    let role = fields.string("role")?.unwrap_or_else(|| ROLES[0].to_owned());
-    let uses = fields.integer("uses", 1..=MAX_INVITE_USES)?;
+    let role = one_of(&mut fields, "role", ROLES)?;
+    let uses = count(&mut fields, "uses", 1..=MAX_INVITE_USES)?;
     fields.finish()?;
-    if !ROLES.contains(&role.as_str()) {
-        let message = format!("Invalid value for `role`: `{}`. Use `{}`.", shorten(&role), ROLES.join("` or `"));
-        return Err(ApiError::param("role", message).code("invalid_value"));
-    }
-    let action =
-        MeshAction::Invite { valid_s: valid_s.unsigned_abs(), role, uses: uses.and_then(|uses| uses.try_into().ok()) };
+    let action = MeshAction::Invite { valid_s: valid_s.unsigned_abs(), role: role.to_owned(), uses };
     act(&state, action).await
 }
 
@@ -64,6 +66,30 @@ pub(crate) async fn revoke(
     act(&state, MeshAction::Revoke { what }).await
 }
 
+/// `POST /api/mesh/plan`: `{"model"}`, and optionally `"context_tokens"`, `"streams"`, `"prompt_tokens"`, `"keep_ends"`,
+/// `"objective"`, `"exclude"`, `"pin"` and `"max_rtt_ms"`, to the ring that the node would make. 503 where there is none.
+pub(crate) async fn plan(
+    State(state): State<Arc<AppState>>,
+    JsonObject(map): JsonObject,
+) -> Result<Json<Value>, ApiError> {
+    let mut fields = Fields::new(map);
+    let exclude = texts(&mut fields, "exclude")?;
+    let pin = texts(&mut fields, "pin")?;
+    let question = PlanQuestion {
+        model: required_text(&mut fields, "model")?,
+        context_tokens: count(&mut fields, "context_tokens", 1..=MAX_PLAN_TOKENS)?,
+        streams: count(&mut fields, "streams", 1..=MAX_PLAN_STREAMS)?,
+        prompt_tokens: count(&mut fields, "prompt_tokens", 1..=MAX_PLAN_TOKENS)?,
+        keep_ends: count(&mut fields, "keep_ends", 0..=MAX_PLAN_KEEP_ENDS)?.unwrap_or(0),
+        many_streams: one_of(&mut fields, "objective", OBJECTIVES)? == OBJECTIVES[1],
+        exclude: exclude.iter().map(|(path, text)| node_digits(path, text)).collect::<Result<_, _>>()?,
+        pin: pin.iter().map(|(path, text)| plan_pin(path, text)).collect::<Result<_, _>>()?,
+        rtt_max: fields.number("max_rtt_ms", 0.0..=MAX_PLAN_RTT_MS)?.map(|ms| Duration::from_secs_f64(ms / 1e3)),
+    };
+    fields.finish()?;
+    act(&state, MeshAction::Plan(question)).await
+}
+
 /// What `/api/status` says about the mesh: everything but the peers, of which it gives the number.
 pub(crate) fn summary(state: &AppState) -> Value {
     let Some(Value::Object(mut mesh)) = state.backend.mesh() else { return Value::Null };
@@ -74,12 +100,73 @@ pub(crate) fn summary(state: &AppState) -> Value {
 
 fn only_text(map: serde_json::Map<String, Value>, key: &str) -> Result<String, ApiError> {
     let mut fields = Fields::new(map);
-    let text = fields.required_string(key)?;
+    let text = required_text(&mut fields, key)?;
     fields.finish()?;
+    Ok(text)
+}
+
+fn required_text(fields: &mut Fields, key: &str) -> Result<String, ApiError> {
+    let text = fields.required_string(key)?;
     if text.len() > MAX_MESH_TEXT_BYTES {
         return Err(too_long(key, text.len(), MAX_MESH_TEXT_BYTES));
     }
     Ok(text)
+}
+
+fn count(fields: &mut Fields, key: &str, range: RangeInclusive<i64>) -> Result<Option<u32>, ApiError> {
+    Ok(fields.integer(key, range)?.and_then(|count| count.try_into().ok()))
+}
+
+/// One of these words; the first where none is given.
+fn one_of(fields: &mut Fields, key: &str, words: [&'static str; 2]) -> Result<&'static str, ApiError> {
+    let Some(text) = fields.string(key)? else { return Ok(words[0]) };
+    words.into_iter().find(|word| *word == text).ok_or_else(|| {
+        let message = format!("Invalid value for `{key}`: `{}`. Use `{}`.", shorten(&text), words.join("` or `"));
+        ApiError::param(key, message).code("invalid_value")
+    })
+}
+
+/// Each with the path where it stands.
+fn texts(fields: &mut Fields, key: &str) -> Result<Vec<(String, String)>, ApiError> {
+    let items = fields.array(key)?.unwrap_or_default();
+    if items.len() > MAX_PLAN_NODES {
+        return Err(too_many(key, "nodes", items.len(), MAX_PLAN_NODES));
+    }
+    let text = |(at, item)| match (format!("{key}[{at}]"), item) {
+        (path, Value::String(text)) => Ok((path, text)),
+        (path, other) => Err(wrong_type(&path, "a string", &other)),
+    };
+    items.into_iter().enumerate().map(text).collect()
+}
+
+/// The first digits of a node's id, in lower case.
+fn node_digits(path: &str, text: &str) -> Result<String, ApiError> {
+    if (1..=NODE_DIGITS).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return Ok(text.to_ascii_lowercase());
+    }
+    let message = format!(
+        "Invalid value for `{path}`: `{}` is not how a node's id begins. Give up to {NODE_DIGITS} hex digits of it; \
+         GET /api/mesh has the ids.",
+        shorten(text)
+    );
+    Err(ApiError::param(path, message).code("invalid_value"))
+}
+
+/// `ID` or `ID:FIRST-END`.
+fn plan_pin(path: &str, text: &str) -> Result<PlanPin, ApiError> {
+    let Some((node, range)) = text.split_once(':') else {
+        return Ok(PlanPin { node: node_digits(path, text)?, layers: None });
+    };
+    let layers = range.split_once('-').and_then(|(first, end)| Some(first.parse().ok()?..end.parse().ok()?));
+    let layers = layers.filter(|layers: &std::ops::Range<u32>| !layers.is_empty()).ok_or_else(|| {
+        let message = format!(
+            "Invalid value for `{path}`: `{}` are no layers. Write them as 0-8, the second number being the layer \
+             after the last.",
+            shorten(range)
+        );
+        ApiError::param(path, message).code("invalid_value")
+    })?;
+    Ok(PlanPin { node: node_digits(path, node)?, layers: Some(layers) })
 }
 
 async fn act(state: &AppState, action: MeshAction) -> Result<Json<Value>, ApiError> {

@@ -33,7 +33,11 @@ pub(crate) async fn health(State(state): State<Arc<AppState>>) -> Response {
     let (status, hindrance) = match models.iter().find(is_loading) {
         Some(loading) => ("loading", Some(loading)),
         None if models.is_empty() || models.iter().any(is_ready) => ("ok", None),
-        None => ("failed", models.first()),
+        None => {
+            let waiting = models.iter().find(|model| matches!(model.state, ModelState::Waiting { .. }));
+            let hindrance = waiting.or(models.first());
+            (hindrance.map_or("failed", |model| model.state.name()), hindrance)
+        }
     };
     let mut body = json!({"status": status});
     // Without a key one learns no names and no reasons where a key is demanded.
@@ -43,6 +47,7 @@ pub(crate) async fn health(State(state): State<Arc<AppState>>) -> Response {
     let Some(hindrance) = hindrance else { return (StatusCode::OK, Json(body)).into_response() };
     let fractions = models.iter().map(|model| match model.state {
         ModelState::Loading { fraction } => fraction,
+        ModelState::Waiting { .. } => 0.0,
         ModelState::Ready | ModelState::Available { .. } | ModelState::Failed { .. } => 1.0,
     });
     body["progress"] = json!(fractions.sum::<f32>() / models.len() as f32);

@@ -75,6 +75,7 @@ pub(crate) fn routes(state: Arc<AppState>) -> Router {
         .route("/api/mesh", get(mesh::show))
         .route("/api/mesh/invite", post(mesh::invite))
         .route("/api/mesh/join", post(mesh::join))
+        .route("/api/mesh/plan", post(mesh::plan))
         .route("/api/mesh/revoke", post(mesh::revoke))
         .route("/health", get(native::health))
         .route("/metrics", get(native::metrics))

@@ -330,6 +330,72 @@ fn a_model_on_demand_that_does_not_fit_is_refused_with_what_would() {
     }
 }
 
+/// Who holds which layers in a plan.
+fn stages(plan: &Value) -> Vec<(String, u64, u64)> {
+    let stages = plan["stages"].as_array().unwrap().iter();
+    let layers = |stage: &Value, at: usize| stage["layers"][at].as_u64().unwrap();
+    stages.map(|stage| (stage["node"].as_str().unwrap().to_owned(), layers(stage, 0), layers(stage, 1))).collect()
+}
+
+#[test]
+fn the_ring_for_a_model_can_be_asked_for_and_why_there_is_none() {
+    const PART: [&str; 2] = ["--max-layers", "7"];
+    let id = |node: &Node| node.server.ready["mesh"]["node"].as_str().unwrap().to_owned();
+    let plan = |node: &Node, arguments: &[&str]| -> Outcome {
+        node.home.run([&["mesh", "plan", "demo", "--api", node.api()], arguments].concat())
+    };
+    let home = Home::new();
+    home.run(["mesh", "create", "home"]).succeeds();
+    let first = Node::serving(home, &[&["--mesh", "home"], &PART[..]].concat());
+    until("the node knows its model", || (!plan(&first, &[]).err.contains("being read")).then_some(()));
+    let alone = plan(&first, &[]).fails(5, "another node with");
+    assert!(alone.err.contains("the one node has") && alone.err.contains("no limit on the layers"), "{}", alone.err);
+
+    let join = ["--join", &first.ticket()];
+    let second = Node::serving(Home::new(), &[&join, &PART[..]].concat());
+    until("there is a ring", || (plan(&first, &[]).code == Some(0)).then_some(()));
+    for node in [&first, &second] {
+        until("each knows the other's offer", || (plan(node, &[]).code == Some(0)).then_some(()));
+        let found = plan(node, &["--json"]).succeeds().json();
+        let stages = stages(&found);
+        assert!((stages[0].1, stages[1].2) == (0, 12) && stages[0].2 == stages[1].1, "{found}");
+        assert!([&first, &second].iter().all(|node| stages.iter().any(|stage| stage.0 == id(node))), "{found}");
+        assert_eq!((stages.len(), found["edges"].as_array().unwrap().len()), (2, 3), "{found}");
+        assert_eq!(found["driver"], id(node), "{found}");
+        assert!(found["tokens_per_s"].as_f64().unwrap() >= found["tokens_per_s_alone"].as_f64().unwrap(), "{found}");
+    }
+    let page = plan(&first, &["--streams", "2", "--many-streams"]).succeeds().out;
+    assert!(page.contains("for each of 2 streams") && page.contains("2 stages"), "{page}");
+
+    // What is asked for is kept to, or said to be what there is no ring with.
+    let (pin, other) = (format!("{}:0-5", &id(&second)[..8]), &id(&second)[..8]);
+    let pinned = plan(&first, &["--json", "--pin", &pin]).succeeds().json();
+    assert_eq!(stages(&pinned), [(id(&second), 0, 5), (id(&first), 5, 12)]);
+    let kept = plan(&first, &["--json", "--keep-ends", "1"]).succeeds().json();
+    assert_eq!([&stages(&kept)[0].0, &stages(&kept)[2].0], [&id(&first); 2], "{kept}");
+    plan(&first, &["--exclude", other]).fails(5, &format!("using {} as well", &id(&second)[..10]));
+    plan(&first, &["--max-rtt", "0"]).fails(5, "no limit on round trips");
+    plan(&first, &["--exclude", other, "--pin", other]).fails(2, "drop the pin");
+    plan(&first, &["--pin", &format!("{other}:5-0")]).fails(2, "0-8");
+    plan(&first, &["--exclude", "no"]).fails(2, "hex digits");
+    plan(&first, &["--ctx", "16000000"]).fails(2, "at most");
+    first.mesh(["plan", "nothing"]).fails(3, "no model called nothing");
+
+    // A node without the file, and one that holds it whole.
+    let client = Node::client(&join);
+    until("the client hears of the model", || (client.servers_of_demo() > 0).then_some(()));
+    plan(&client, &[]).fails(3, "Ask one that serves it");
+    let whole = Node::serving(Home::new(), &join);
+    until("it hears of the others", || {
+        let found = plan(&whole, &["--json"]);
+        let remark = found.code.filter(|code| *code == 0).map(|_| found.json()["remarks"].to_string())?;
+        remark.contains("2 at present").then_some(())
+    });
+    let found = plan(&whole, &["--json"]).succeeds().json();
+    assert_eq!(stages(&found), [(id(&whole), 0, 12)], "{found}");
+    assert_eq!(found["rejected"].as_array().unwrap().len(), 2, "{found}");
+}
+
 #[test]
 fn an_invitation_is_a_picture_too_where_somebody_looks_at_it() {
     let server = founder();

@@ -8,11 +8,13 @@
 //! - [`overlay`]: the graph on which records are broadcast, and how it is kept whole without being disturbed.
 //! - [`health`]: what is known of each peer from dealing with it.
 //! - [`prefix`] and [`router`]: which peer gets a request, in predicted milliseconds.
+//! - [`planner`]: which nodes hold which layers of a model that is split, in predicted time.
 //! - [`request`]: a request's way from its first peer to its last token, whoever dies meanwhile.
 
 pub mod health;
 pub mod membership;
 pub mod overlay;
+pub mod planner;
 pub mod prefix;
 pub mod request;
 pub mod router;

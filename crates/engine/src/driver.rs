@@ -17,7 +17,7 @@ mod session;
 use std::collections::{BTreeMap, VecDeque};
 
 use murmur_protocol::{
-    frame::{FLAG_FORGET, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
+    frame::{FLAG_FORGET, FLAG_HANDED_ON, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
     sampling::{SamplingParams, Token},
     stage::{NotOpened, Open, Opened, Step},
 };
@@ -65,6 +65,10 @@ pub struct DriverOptions {
     pub queue_max: usize,
     /// Tokens that end a generation.
     pub end_of_generation: Vec<Token>,
+    /// Number of tokens that there are: no stage can have chosen another.
+    pub vocabulary: usize,
+    /// Stages have other drivers too, so that they may be full although nothing runs here.
+    pub is_shared: bool,
 }
 
 impl DriverOptions {
@@ -88,7 +92,7 @@ pub struct Counters {
     pub stages_lost: u64,
     /// Steps of the last stage that gave tokens, by session: one batch of eight streams counts eight times.
     pub token_steps: u64,
-    /// Time the batches of these steps took to compute in the last stage, us.
+    /// Time the batches of these steps took to compute in all stages, us.
     pub token_compute_us: u64,
 }
 
@@ -186,9 +190,9 @@ impl Driver {
         self.stopped.as_ref().or(failed).map(String::as_str)
     }
 
-    /// The newest step account of the last stage.
-    pub fn last_step(&self) -> Option<&Step> {
-        self.last_step.last().and_then(Option::as_ref)
+    /// The newest step account of each stage.
+    pub fn last_steps(&self) -> &[Option<Step>] {
+        &self.last_step
     }
 
     /// A session begins, or waits its turn.
@@ -222,6 +226,11 @@ impl Driver {
     /// The session's reader has caught up.
     pub fn resume(&mut self, id: u64) {
         self.advance(id);
+    }
+
+    /// Stages that had no room may have some now: other drivers' requests end unseen.
+    pub fn retry(&mut self) {
+        self.admit();
     }
 
     /// A stage is loaded and empty.
@@ -290,6 +299,9 @@ impl Driver {
             Kind::Hidden => {
                 self.output.push((stage + 1, frame));
                 Ok(())
+            }
+            Kind::Done if header.has(FLAG_HANDED_ON) => {
+                frame.decode().map(|step| self.on_handed_on(stage, &header, step))
             }
             Kind::Done | Kind::Sampled => frame.decode().map(|step| self.on_step(stage, &header, step)),
             Kind::StepFailed => {
@@ -401,13 +413,21 @@ impl Driver {
                 self.queue.push_front(id);
                 if made_room {
                     self.admit();
-                } else if is_alone {
+                } else if is_alone && !self.options.is_shared {
                     // No session will end and make room: an answer is better than waiting for ever.
                     self.fail(id, "the engine is full although nothing runs; this is a bug, please report it".into());
                 }
-                // Otherwise the next session that ends makes room.
+                // Otherwise the next session that ends makes room, or another driver's.
             }
         }
+    }
+
+    /// A stage has computed rows that are now on their way to the next.
+    fn on_handed_on(&mut self, stage: usize, header: &Header, step: Step) {
+        if header.has(FLAG_WANT_OUTPUT) && !header.has(FLAG_PREFILL) {
+            self.counters.token_compute_us += u64::from(step.compute_us);
+        }
+        self.last_step[stage] = Some(step);
     }
 
     fn on_step(&mut self, stage: usize, header: &Header, step: Step) {
@@ -415,7 +435,7 @@ impl Driver {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Phase::Running { in_flight, .. } = &mut session.phase else { return };
         *in_flight = in_flight.saturating_sub(1);
-        let done = header.position + header.rows;
+        let done = header.position.saturating_add(header.rows);
         if header.has(FLAG_PREFILL) {
             self.counters.prompt_tokens += u64::from(header.rows);
             let progress = SessionEvent::Prefill {
@@ -434,6 +454,9 @@ impl Driver {
         self.last_step[stage] = Some(step);
         let Some(sampled) = sampled else { return self.advance(id) };
         let token = sampled.token;
+        if !usize::try_from(token).is_ok_and(|token| token < self.options.vocabulary) {
+            return self.fail(id, format!("a stage has chosen token {token}, which the vocabulary does not have"));
+        }
         let grammar_ended = sampled.grammar_ended;
         let was_suspect = session.is_suspect();
         let ends = self.options.ends(token, &session.sampling);

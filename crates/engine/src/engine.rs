@@ -28,8 +28,8 @@ pub use tokenizer::Tokenizer;
 
 use crate::{
     driver::{Counters, Driver, DriverOptions, EVENTS_MAX, NotStarted, SessionEvent, SessionRequest},
-    engine::supervisor::{ENDING, Shared, StageCell},
-    link::LinkError,
+    engine::supervisor::{ENDING, Place, Shared, StageCell},
+    link::{LinkError, RemoteStage},
 };
 
 /// Most KV cells of a stage: llama.cpp counts them in 32 bits and rounds up.
@@ -84,7 +84,7 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
-    fn check(&self) -> Result<(), EngineError> {
+    pub(crate) fn check(&self) -> Result<(), EngineError> {
         let bad = |what: String| Err(EngineError::Options(what));
         let parallel = self.parallel;
         if !(1..=PARALLEL_MAX).contains(&parallel) {
@@ -169,8 +169,6 @@ pub struct EngineStatus {
     pub queued: usize,
     /// Since the start.
     pub counters: Counters,
-    /// The last stage's newest step.
-    pub last_step: Option<Step>,
     /// Why requests fail at present, if they do: a stage could not be brought back, for instance.
     pub unavailable: Option<String>,
 }
@@ -186,6 +184,8 @@ pub struct StageStatus {
     pub loaded: Option<Loaded>,
     /// How often it was restarted.
     pub restarts: u32,
+    /// Its newest step.
+    pub last_step: Option<Step>,
 }
 
 /// A model with its processes. Dropping it ends them.
@@ -204,19 +204,31 @@ impl Engine {
     /// Cuts the file if needed, starts the child processes and waits until they are loaded. Blocks; `progress` hears
     /// (stage, fraction), and `stop` ends it, as it later ends the engine.
     pub fn load(options: EngineOptions, stop: Stop, progress: impl Fn(usize, f32)) -> Result<Engine, EngineError> {
+        Engine::load_spread(options, &[], stop, progress)
+    }
+
+    /// The same for a model whose stages are somewhere in the mesh: `elsewhere` has, in the order of the ranges, who finds
+    /// them. `progress` hears nothing.
+    pub fn load_spread(
+        options: EngineOptions,
+        elsewhere: &[Arc<dyn RemoteStage>],
+        stop: Stop,
+        progress: impl Fn(usize, f32),
+    ) -> Result<Engine, EngineError> {
         options.check()?;
-        Engine::start_processes(options, stop, &progress)
+        Engine::start_processes(options, elsewhere, stop, &progress)
     }
 
     fn start_processes(
         options: EngineOptions,
+        elsewhere: &[Arc<dyn RemoteStage>],
         stop: Stop,
         progress: &dyn Fn(usize, f32),
     ) -> Result<Engine, EngineError> {
         let gguf = Gguf::open(&options.model)?;
         let tokenizer = start_tokenizer(&options, stop.clone(), progress).map_err(|error| stopped_or(&stop, error));
         let tokenizer = Arc::new(tokenizer?);
-        let stages = if options.embedding { Vec::new() } else { stage_cells(&options, &gguf)? };
+        let stages = if options.embedding { Vec::new() } else { stage_cells(&options, &gguf, elsewhere)? };
         let driver = Driver::new(DriverOptions {
             stages: stages.len(),
             parallel: options.parallel as usize,
@@ -224,6 +236,8 @@ impl Engine {
             exact: options.exact,
             queue_max: options.queue_max,
             end_of_generation: tokenizer.vocabulary().end_of_generation().to_vec(),
+            vocabulary: tokenizer.vocabulary().len(),
+            is_shared: !elsewhere.is_empty(),
         });
         let shared = Arc::new(Shared {
             driver: Mutex::new(driver),
@@ -233,15 +247,23 @@ impl Engine {
             patience: options.patience,
         });
         let mut engine = Engine { shared, tokenizer, options, threads: Vec::new() };
-        for stage in 0..engine.shared.stages.len() {
-            let receiver = engine.shared.bring_up(stage, &mut |fraction| progress(stage, fraction));
-            let receiver = receiver.map_err(|error| stopped_or(&engine.shared.stop, error.into()))?;
+        let receivers = match elsewhere.is_empty() {
+            true => engine.shared.bring_up_in_turn(progress),
+            false => engine.shared.bring_up_at_once(),
+        };
+        let receivers = receivers.map_err(|error| stopped_or(&engine.shared.stop, error.into()))?;
+        for (stage, receiver) in receivers.into_iter().enumerate() {
             let shared = engine.shared.clone();
             let supervisor = thread::Builder::new()
                 .name(format!("stage-{stage}"))
                 .spawn(move || shared.supervise(stage, receiver))
                 .map_err(|e| EngineError::Io("a supervising thread could not be started", e))?;
             engine.threads.push(supervisor);
+        }
+        if !elsewhere.is_empty() {
+            let shared = engine.shared.clone();
+            let retrier = thread::Builder::new().name("ring-retry".into()).spawn(move || shared.retry());
+            engine.threads.push(retrier.map_err(|e| EngineError::Io("a supervising thread could not be started", e))?);
         }
         Ok(engine)
     }
@@ -297,25 +319,22 @@ impl Engine {
 
     /// A look at the engine.
     pub fn status(&self) -> EngineStatus {
-        let stages = self.shared.stages.iter().map(|cell| {
+        let (last_steps, running, queued, counters, unavailable) = {
+            let driver = lock(&self.shared.driver);
+            let unavailable = driver.unavailable().map(str::to_owned);
+            (driver.last_steps().to_vec(), driver.running(), driver.queued(), driver.counters().clone(), unavailable)
+        };
+        let stages = self.shared.stages.iter().zip(last_steps).map(|(cell, last_step)| {
             let state = lock(&cell.state);
             StageStatus {
                 range: cell.range,
-                process_id: state.link.as_ref().map(|link| link.process_id()),
+                process_id: state.link.as_ref().and_then(|link| link.process_id()),
                 loaded: state.loaded.clone(),
                 restarts: state.restarts,
+                last_step,
             }
         });
-        let stages = stages.collect();
-        let driver = lock(&self.shared.driver);
-        EngineStatus {
-            stages,
-            running: driver.running(),
-            queued: driver.queued(),
-            counters: driver.counters().clone(),
-            last_step: driver.last_step().cloned(),
-            unavailable: driver.unavailable().map(str::to_owned),
-        }
+        EngineStatus { stages: stages.collect(), running, queued, counters, unavailable }
     }
 
     /// True when every stage is up.
@@ -334,13 +353,17 @@ impl Engine {
     /// The processes that the engine has now.
     pub fn process_ids(&self) -> Vec<u32> {
         let stages = self.shared.stages.iter();
-        let stages = stages.filter_map(|cell| lock(&cell.state).link.as_ref().map(|link| link.process_id()));
+        let stages = stages.filter_map(|cell| lock(&cell.state).link.as_ref()?.process_id());
         stages.chain(self.tokenizer.process_id()).collect()
     }
 
     /// The files that its processes have loaded, or would load again.
     pub fn files(&self) -> Vec<PathBuf> {
-        self.shared.stages.iter().map(|cell| cell.load.path.clone()).collect()
+        let here = self.shared.stages.iter().filter_map(|cell| match &cell.place {
+            Place::Here(load) => Some(load.path.clone()),
+            Place::Elsewhere(_) => None,
+        });
+        here.collect()
     }
 }
 
@@ -376,26 +399,40 @@ fn start_tokenizer(
     Tokenizer::of_child(options.program.clone(), load, options.patience.silence_floor, stop, &mut report)
 }
 
-fn stage_cells(options: &EngineOptions, gguf: &Gguf) -> Result<Vec<StageCell>, EngineError> {
-    let stages = options.ranges.len();
+fn stage_cells(
+    options: &EngineOptions,
+    gguf: &Gguf,
+    elsewhere: &[Arc<dyn RemoteStage>],
+) -> Result<Vec<StageCell>, EngineError> {
+    let cell = |(stage, &range): (usize, &LayerRange)| {
+        let place = match elsewhere.get(stage) {
+            Some(remote) => Place::Elsewhere(remote.clone()),
+            None => Place::Here(Box::new(stage_load(options, gguf, range)?)),
+        };
+        Ok(StageCell { place, range, state: Mutex::default() })
+    };
+    options.ranges.iter().enumerate().map(cell).collect()
+}
+
+/// What the child of a layer range is told; the range is cut from the file if it is a part of it.
+pub(crate) fn stage_load(options: &EngineOptions, gguf: &Gguf, range: LayerRange) -> Result<Load, EngineError> {
+    let (first, last) = (range.first == 0, gguf.layer_count() == Some(range.end));
     let tap = murmur_gguf::hidden_tap_name(gguf.architecture());
     let inject = match murmur_gguf::Arch::from_name(gguf.architecture()).map(Arch::hidden_input) {
         Some(HiddenInput::OverwriteScaled { tensor }) => Some(tensor.to_owned()),
         Some(HiddenInput::Batch) | None => None,
     };
-    let cell = |(stage, &range): (usize, &LayerRange)| {
-        let path =
-            if stages == 1 { options.model.clone() } else { slices::slice_file(&options.slices_dir, gguf, range)? };
-        let load = Load {
-            kv_cells: options.context_tokens * options.parallel,
-            sequences: options.parallel,
-            tap: tap.filter(|_| stage + 1 < stages).map(str::to_owned),
-            inject: inject.clone().filter(|_| stage > 0),
-            ..load_of(options, path, Role::Stage { first: stage == 0, last: stage + 1 == stages })
-        };
-        Ok(StageCell { load, range, state: Mutex::default() })
+    let path = match (first, last) {
+        (true, true) => options.model.clone(),
+        _ => slices::slice_file(&options.slices_dir, gguf, range)?,
     };
-    options.ranges.iter().enumerate().map(cell).collect()
+    Ok(Load {
+        kv_cells: options.context_tokens * options.parallel,
+        sequences: options.parallel,
+        tap: tap.filter(|_| !last).map(str::to_owned),
+        inject: inject.filter(|_| !first),
+        ..load_of(options, path, Role::Stage { first, last })
+    })
 }
 
 /// What every child of an engine is told; a child without KV cache needs no more.

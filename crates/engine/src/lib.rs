@@ -2,11 +2,11 @@
 //!
 //! A model runs as 1..n *stages*. Each stage is a child process (this same binary) that holds a contiguous layer range,
 //! cut from the file by `murmur_gguf`, with its KV cache; rows travel between stages as frames. Whether there is one stage
-//! or several is the same code path, so that stages can later run on other machines.
+//! or several is the same code path, and whether they are in this machine or in others.
 //!
 //! Where to start reading:
 //! - parent: [`Engine`] (what the node holds; of models that others hold: [`Tokenizer`]) - `driver` (pure: which rows go where, what a death means) - `link` (process
-//!   and socket);
+//!   and socket, or a way to another machine). [`Host`] is a stage for drivers of other machines;
 //! - child: `child` (the loop) - `stage` (rows in, tokens or hidden states out) - `schedule` and `slots` and `threads`
 //!   (pure: what is computed together, whose KV is where, how many threads) - `ffi` (the only unsafe code).
 
@@ -16,6 +16,7 @@ pub mod driver;
 mod embedding;
 mod engine;
 mod ffi;
+mod host;
 pub mod link;
 mod schedule;
 mod slots;
@@ -29,4 +30,5 @@ pub use engine::{
     Engine, EngineError, EngineOptions, EngineStatus, PARALLEL_MAX, Patience, SessionStream, StartError, Stop,
     Tokenizer, UNUSED_SLICES_BYTES_MAX, prune_slices,
 };
-pub use link::CHILD_SUBCOMMAND;
+pub use host::{Guest, Host, HostError, Speed};
+pub use link::{CHILD_SUBCOMMAND, LinkError, RemoteStage};

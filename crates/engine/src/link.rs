@@ -1,4 +1,5 @@
-//! The parent's end of a child process: start, send without blocking, receive until it dies or is found to hang.
+//! The driver's end of a stage: send without blocking, receive until it is lost. Mostly the stage is a child process, which
+//! is started here and ended when it hangs; it may be on another machine, and then somebody carries the frames there.
 
 mod watch;
 
@@ -55,9 +56,25 @@ pub enum LinkError {
         /// For how long it had said nothing.
         silence: Duration,
     },
+    /// The stage is on another machine, and lost.
+    #[error("{0}")]
+    Lost(String),
     /// The connection failed or carried something else.
     #[error(transparent)]
     Frame(#[from] FrameError),
+}
+
+/// A stage on another machine, or one that may be: whoever implements this finds it and carries the frames.
+pub trait RemoteStage: Send + Sync {
+    /// Connects to whoever holds the layers now: a socket on which both ends send frames as a driver and its child do, what
+    /// to load left out. It ends when the stage is lost. Blocks.
+    ///
+    /// # Errors
+    /// Why nobody holds them, for people.
+    fn connect(&self) -> Result<UnixStream, String>;
+
+    /// Why the last connection ended, for people.
+    fn lost_because(&self) -> String;
 }
 
 /// A frame that cannot be sent, alone; the session it belongs to cannot go on.
@@ -69,12 +86,18 @@ pub struct Unsendable {
     pub error: FrameError,
 }
 
-/// A running child. Dropping it kills the process.
+/// A stage that runs. Dropping it kills the process.
 pub struct Link {
-    process: Mutex<Child>,
+    far: Far,
     sender: Arc<Sender>,
-    stderr: Arc<Mutex<Vec<u8>>>,
-    watch: Arc<Mutex<Watch>>,
+}
+
+/// What is at the other end.
+enum Far {
+    /// A process of ours.
+    Child { process: Mutex<Child>, stderr: Arc<Mutex<Vec<u8>>>, watch: Arc<Mutex<Watch>> },
+    /// A stage on another machine. Whether it hangs is for those to find out who run it.
+    Elsewhere(Arc<dyn RemoteStage>),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -148,17 +171,19 @@ impl Sender {
 impl Drop for Link {
     fn drop(&mut self) {
         self.kill();
-        let _ = lock(&self.process).wait();
+        if let Far::Child { process, .. } = &self.far {
+            let _ = lock(process).wait();
+        }
     }
 }
 
 /// The receiving half of a [`Link`].
 pub struct Receiver(BufReader<Watched>);
 
-/// Reads from a child and ends when the child hangs, as if it were dead.
+/// Reads from a stage and ends when a child hangs, as if it were dead.
 struct Watched {
     socket: UnixStream,
-    watch: Arc<Mutex<Watch>>,
+    watch: Option<Arc<Mutex<Watch>>>,
 }
 
 impl Read for Watched {
@@ -166,7 +191,7 @@ impl Read for Watched {
         loop {
             match self.socket.read(buffer) {
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                    if lock(&self.watch).tick() {
+                    if self.watch.as_ref().is_some_and(|watch| lock(watch).tick()) {
                         return Err(io::ErrorKind::TimedOut.into());
                     }
                 }
@@ -180,7 +205,9 @@ impl Receiver {
     /// The next frame, and whether more have arrived already; `None` when the child is gone, or hangs.
     pub fn receive(&mut self) -> Option<(Frame, bool)> {
         let frame = Frame::read_from(&mut self.0).ok().flatten()?;
-        lock(&self.0.get_ref().watch).received(&frame.header, Instant::now());
+        if let Some(watch) = &self.0.get_ref().watch {
+            lock(watch).received(&frame.header, Instant::now());
+        }
         Some((frame, self.0.buffer().len() >= HEADER_BYTES))
     }
 
@@ -225,20 +252,33 @@ impl Link {
                 .spawn(move || keep_tail(pipe, &kept))
                 .map_err(failed)?;
         }
+        ours.set_read_timeout(Some(Watch::tick_interval(silence_floor))).map_err(FrameError::from)?;
+        let watch = Arc::new(Mutex::new(Watch::new(silence_floor)));
+        let far = Far::Child { process: Mutex::new(process), stderr, watch: watch.clone() };
+        let (link, receiver) = Link::over(ours, far, Some(watch))?;
+        if let Some(unsendable) = link.send(&[Frame::message(Header::new(Kind::Load, 0), load)?]).pop() {
+            return Err(unsendable.error.into());
+        }
+        Ok((link, receiver))
+    }
+
+    /// Connects to a stage on another machine. Blocks.
+    pub(crate) fn connect(stage: &Arc<dyn RemoteStage>) -> Result<(Link, Receiver), LinkError> {
+        let socket = stage.connect().map_err(LinkError::Lost)?;
+        Link::over(socket, Far::Elsewhere(stage.clone()), None)
+    }
+
+    fn over(socket: UnixStream, far: Far, watch: Option<Arc<Mutex<Watch>>>) -> Result<(Link, Receiver), LinkError> {
         let sender = Arc::new(Sender {
-            socket: ours.try_clone().map_err(FrameError::from)?,
+            socket: socket.try_clone().map_err(FrameError::from)?,
             backlog: Mutex::default(),
             filled: Condvar::new(),
         });
         let writer = sender.clone();
-        thread::Builder::new().name("engine-writer".into()).spawn(move || writer.write_backlog()).map_err(failed)?;
-        ours.set_read_timeout(Some(Watch::tick_interval(silence_floor))).map_err(FrameError::from)?;
-        let watch = Arc::new(Mutex::new(Watch::new(silence_floor)));
-        let link = Link { process: Mutex::new(process), sender, stderr, watch: watch.clone() };
-        if let Some(unsendable) = link.send(&[Frame::message(Header::new(Kind::Load, 0), load)?]).pop() {
-            return Err(unsendable.error.into());
-        }
-        Ok((link, Receiver(BufReader::with_capacity(RECEIVE_BYTES, Watched { socket: ours, watch }))))
+        let link = Link { far, sender };
+        let started = thread::Builder::new().name("engine-writer".into()).spawn(move || writer.write_backlog());
+        started.map_err(FrameError::from)?;
+        Ok((link, Receiver(BufReader::with_capacity(RECEIVE_BYTES, Watched { socket, watch }))))
     }
 
     /// Sends frames, in order, without blocking. Those that are no valid frames are left out and given back.
@@ -246,11 +286,14 @@ impl Link {
         let mut bytes = Vec::with_capacity(frames.iter().map(|f| HEADER_BYTES + f.payload.len()).sum());
         let mut unsendable = Vec::new();
         {
-            let mut watch = lock(&self.watch);
+            let mut watch = match &self.far {
+                Far::Child { watch, .. } => Some(lock(watch)),
+                Far::Elsewhere(_) => None,
+            };
             let now = Instant::now();
             for frame in frames {
                 match frame.append_to(&mut bytes) {
-                    Ok(()) => watch.sent(&frame.header, now),
+                    Ok(()) => watch.iter_mut().for_each(|watch| watch.sent(&frame.header, now)),
                     Err(error) => unsendable.push(Unsendable { session: frame.header.session, error }),
                 }
             }
@@ -259,25 +302,34 @@ impl Link {
         unsendable
     }
 
-    /// The child's process id.
-    pub fn process_id(&self) -> u32 {
-        lock(&self.process).id()
+    /// The child's process id; `None`: it is on another machine.
+    pub fn process_id(&self) -> Option<u32> {
+        match &self.far {
+            Far::Child { process, .. } => Some(lock(process).id()),
+            Far::Elsewhere(_) => None,
+        }
     }
 
-    /// Ends the child, whatever it does; does not wait for it.
+    /// Ends the child, whatever it does, or the connection; does not wait for it.
     pub fn kill(&self) {
         self.sender.close();
-        let _ = lock(&self.process).kill();
+        if let Far::Child { process, .. } = &self.far {
+            let _ = lock(process).kill();
+        }
     }
 
-    /// How the child ended; ends it if it has not, and waits for it.
+    /// How it ended; ends it if it has not, and waits for a child.
     pub fn died(&self) -> LinkError {
         self.kill();
-        let status = lock(&self.process).wait().map_or_else(|e| e.to_string(), |status| status.to_string());
-        if let Some(silence) = lock(&self.watch).hung() {
+        let (process, stderr, watch) = match &self.far {
+            Far::Child { process, stderr, watch } => (process, stderr, watch),
+            Far::Elsewhere(stage) => return LinkError::Lost(stage.lost_because()),
+        };
+        let status = lock(process).wait().map_or_else(|e| e.to_string(), |status| status.to_string());
+        if let Some(silence) = lock(watch).hung() {
             return LinkError::Hung { silence };
         }
-        let tail = lock(&self.stderr);
+        let tail = lock(stderr);
         let tail = String::from_utf8_lossy(&tail);
         let stderr = if tail.trim().is_empty() { String::new() } else { format!(": {}", tail.trim()) };
         LinkError::Died { status, stderr }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use murmur_protocol::{
-    frame::{FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
+    frame::{FLAG_HANDED_ON, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
     sampling::Token,
     stage::{Load, Loaded, NotOpened, Open, Opened, Role, Step},
 };
@@ -259,7 +259,8 @@ impl Stage {
         self.sessions.get(&work.header.session).is_some_and(|s| s.epoch == work.header.epoch)
     }
 
-    /// Computes a batch. One answer per piece of work, in order.
+    /// Computes a batch. One answer per piece of work, in order; before hidden states, which the next stage gets, the account of
+    /// them, which is for the driver.
     pub(crate) fn forward(&mut self, works: &[Work]) -> Vec<Frame> {
         let (ready, mut answers): (Vec<&Work>, Vec<Frame>) =
             (works.iter()).fold(Default::default(), |mut acc, work| {
@@ -346,6 +347,8 @@ impl Stage {
             let end = row + work.rows();
             let header = Header { flags: work.header.flags, ..work.header };
             let answer = if !self.last {
+                let account = Header { kind: Kind::Done, flags: header.flags | FLAG_HANDED_ON, ..header };
+                answers.extend(Frame::message(account, &step));
                 let hidden = &self.context.hidden()[row * width..end * width];
                 let mut payload = Vec::with_capacity(work.rows() * 4 * (width + 1));
                 payload.extend_from_slice(bytemuck::cast_slice(&work.tokens));

@@ -180,7 +180,16 @@ impl Manifest {
 
     /// Describes an opened file.
     pub fn of_gguf(gguf: &Gguf, progress: impl FnMut(u64, u64)) -> Result<Self, GgufError> {
-        let hashed = Hashed::read(gguf, progress)?;
+        Ok(Self::describe(gguf, Hashed::read(gguf, progress)?))
+    }
+
+    /// Describes an opened file without reading its tensors: all digests are zero.
+    pub fn outline(gguf: &Gguf) -> Self {
+        let none = Digest([0; 32]);
+        Self::describe(gguf, Hashed { file: none, tensors: vec![none; gguf.tensors().len()] })
+    }
+
+    fn describe(gguf: &Gguf, hashed: Hashed) -> Self {
         let output = gguf.tensor("output.weight");
         let embedding_tensor = gguf.tensor("token_embd.weight");
         let facts = Facts::of(gguf).ok();
@@ -213,7 +222,7 @@ impl Manifest {
             used.parameters = used.parameters.saturating_add(tensor.elements());
             used.bytes += tensor.bytes;
         }
-        Ok(Self {
+        Self {
             digest: hashed.file,
             file_bytes: gguf.file_bytes(),
             architecture: gguf.architecture().to_owned(),
@@ -242,7 +251,7 @@ impl Manifest {
                 .u32("murmur.slice.first")
                 .zip(gguf.u32("murmur.slice.end"))
                 .map(|(first, end)| LayerRange::new(first, end)),
-        })
+        }
     }
 
     /// Bytes of keys and values that one token takes in the layers of `range`, as f16.

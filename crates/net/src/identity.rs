@@ -195,7 +195,9 @@ impl Identity {
     pub(crate) fn accepts(&self, record: &NodeRecord) -> bool {
         match self.member(record.certificate.as_ref(), record.node) {
             Ok(None) => true,
-            Ok(Some(certificate)) => certificate.role == Role::Worker || record.models.is_empty(),
+            Ok(Some(certificate)) => {
+                certificate.role == Role::Worker || record.models.is_empty() && record.stages.is_empty()
+            }
             Err(_) => false,
         }
     }

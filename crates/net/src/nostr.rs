@@ -4,20 +4,18 @@
 //! soon (NIP-40), on several relays at once, and listens there for those of others. Each relay has a task and a
 //! connection of its own, so that any one suffices and a dead one delays nobody.
 //!
-//! The event's author is a key that stands for nothing; it is what relays count and limit. The contact is signed with
-//! the node's key inside the content, so that nobody can send others to wrong addresses of a node. In a private mesh
-//! the content is encrypted for members and all names depend on the mesh's secret (see `beacon.rs`).
+//! The event's author is a key that stands for nothing; it is what relays count and limit. The content is a contact
+//! that its node has signed ([`contact`]). In a private mesh it is encrypted for members and all names depend on the
+//! mesh's secret (see `beacon.rs`).
 
 use std::path::Path;
 use std::time::Duration;
 
-use murmur_protocol::mesh::key::SIGNATURE_BYTES;
-use murmur_protocol::mesh::{Addresses, NodeId, NodeKey};
+use murmur_protocol::mesh::{Addresses, NodeKey, contact};
 use nostr_sdk::nips::nip44::v2::{self, ConversationKey};
 use nostr_sdk::{
     Client, Event, EventBuilder, Filter, Keys, Kind, RelayPoolNotification, RelayUrl, SecretKey, Tag, Timestamp,
 };
-use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
@@ -54,17 +52,6 @@ const KEY_FILE: &str = "nostr.key";
 
 /// Events that a relay sends at once when we subscribe, at most.
 const BACKLOG_MAX: usize = 500;
-
-const DOMAIN: &str = "murmur published contact v1";
-
-/// What is published, as JSON behind its signature.
-#[derive(Debug, Serialize, Deserialize)]
-struct Published {
-    node: NodeId,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    relay: Option<String>,
-    direct: Vec<std::net::SocketAddr>,
-}
 
 /// One node's part in discovery through Nostr.
 #[derive(Debug, Clone)]
@@ -158,10 +145,7 @@ impl Publisher {
     /// The event that says how this node can be reached.
     fn event(&self, addresses: &Addresses, now: Timestamp) -> Result<Event, NetError> {
         let node = self.node_key.node_id();
-        let published = Published { node, relay: addresses.relay.clone(), direct: addresses.direct.clone() };
-        let body = serde_json::to_vec(&published).map_err(NetError::protocol)?;
-        let mut content = self.node_key.sign(DOMAIN, &body).to_vec();
-        content.extend_from_slice(&body);
+        let mut content = contact::seal(addresses, &self.node_key).map_err(NetError::protocol)?;
         if let Some(key) = self.beacon.key() {
             content = v2::encrypt_to_bytes(&ConversationKey::new(key), &content).map_err(NetError::protocol)?;
         }
@@ -192,12 +176,8 @@ impl Publisher {
         if let Some(key) = self.beacon.key() {
             content = v2::decrypt_to_bytes(&ConversationKey::new(key), &content).ok()?;
         }
-        let (signature, body) = content.split_first_chunk::<SIGNATURE_BYTES>()?;
-        let published: Published = serde_json::from_slice(body).ok()?;
-        published.node.verify(DOMAIN, body, signature).ok()?;
-        let addresses = Addresses::publishable(published.relay, published.direct);
-        let contact = Contact { node: published.node, addresses };
-        (contact.node != self.node_key.node_id()).then_some(contact)
+        let (node, addresses) = contact::open(&content).ok()?;
+        (node != self.node_key.node_id()).then_some(Contact { node, addresses })
     }
 }
 

@@ -18,7 +18,7 @@ use iroh::endpoint::Connection;
 use murmur_core::membership::{Aged, Answer, Digest, Membership, Outcome, Verified};
 use murmur_core::overlay::{Join, Overlay};
 use murmur_protocol::mesh::{
-    Addresses, Capabilities, Control, NodeId, NodeRecord, RecordError, Role, ServedModel, SignedRecord,
+    Addresses, Capabilities, Control, NodeId, NodeRecord, RecordError, Role, ServedModel, ServedStage, SignedRecord,
 };
 use rand::seq::{IteratorRandom, SliceRandom};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -102,6 +102,8 @@ pub struct OwnRecord {
     /// What it serves or could serve, those that matter most first: what does not fit into a record is left out from
     /// the end.
     pub models: Vec<ServedModel>,
+    /// Layers that it holds or would hold.
+    pub stages: Vec<ServedStage>,
     /// What it can do.
     pub capabilities: Capabilities,
     /// Memory in which it could load models, in bytes.
@@ -111,7 +113,13 @@ pub struct OwnRecord {
 impl Default for OwnRecord {
     /// A client without models.
     fn default() -> Self {
-        OwnRecord { role: Role::Client, models: Vec::new(), capabilities: Capabilities::NONE, memory_free_bytes: 0 }
+        OwnRecord {
+            role: Role::Client,
+            models: Vec::new(),
+            stages: Vec::new(),
+            capabilities: Capabilities::NONE,
+            memory_free_bytes: 0,
+        }
     }
 }
 
@@ -388,6 +396,7 @@ impl State {
             role: self.own.role,
             addresses: self.own_addresses.borrow().clone(),
             models: if tombstone { Vec::new() } else { self.own.models.clone() },
+            stages: if tombstone { Vec::new() } else { self.own.stages.clone() },
             software: identity.software.clone(),
             capabilities: self.own.capabilities,
             memory_free_bytes: self.own.memory_free_bytes,

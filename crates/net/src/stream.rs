@@ -51,6 +51,12 @@ impl<M: Message> Reader<M> {
         }
     }
 
+    /// The stream behind the last message, for what follows that is no message: what was read of it already goes first.
+    pub fn into_rest(self) -> (RecvStream, Vec<u8>) {
+        let begun = self.chunk.get(self.used..).unwrap_or_default().to_vec();
+        (self.stream, begun)
+    }
+
     /// The next message, where there must be one.
     ///
     /// # Errors

@@ -187,6 +187,7 @@ fn unsigned(key: &NodeKey) -> NodeRecord {
         capabilities: Capabilities::NONE,
         memory_free_bytes: 0,
         certificate: None,
+        stages: Vec::new(),
     }
 }
 

@@ -77,6 +77,14 @@ impl Node {
                 let card = with_texts(&model.card(), reader.tokenizer.vocabulary());
                 Ok(Target::OnDemand(at, reader, Arc::new(card)))
             }
+            // Others may have a ring.
+            None if self.models[at].is_spread() => match self.remote(id).await {
+                Err(Refusal::NoSuchModel { .. }) => {
+                    let state = self.models[at].state();
+                    Err(state.refusal(id).unwrap_or_else(|| being_loaded(id)))
+                }
+                target => target,
+            },
             None => Err(being_loaded(id)),
         }
     }
@@ -255,7 +263,7 @@ fn engine_message(id: &str, error: &ReaderError) -> Refusal {
     Refusal::Failed { message: format!("the vocabulary of {id} cannot be read: {}", with_causes(error)) }
 }
 
-fn no_such_model(id: &str) -> Refusal {
+pub(crate) fn no_such_model(id: &str) -> Refusal {
     Refusal::NoSuchModel { message: format!("there is no model called {id} here; GET /v1/models lists what there is") }
 }
 
@@ -385,7 +393,7 @@ impl Backend for Node {
     fn mesh_action(&self, action: MeshAction) -> BoxFuture<'_, Result<serde_json::Value, Refusal>> {
         Box::pin(async move {
             let mesh = self.mesh.get().ok_or_else(Refusal::not_in_a_mesh)?;
-            mesh.act(action).await
+            mesh.act(self, action).await
         })
     }
 

@@ -118,7 +118,7 @@ pub struct DoesNotFit {
 }
 
 /// Bytes as people read them.
-fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     let (unit, shift) = match bytes {
         0..0x10_0000 => ("KiB", 10),
         0x10_0000..0x4000_0000 => ("MiB", 20),

@@ -57,6 +57,10 @@ pub struct NodeOptions {
     pub parallel: u32,
     /// Memory the node may use; `None`: what the machine has free.
     pub max_memory_bytes: Option<u64>,
+    /// Layers of one model that the node holds at most; `None`: as many as memory allows.
+    pub layers_max: Option<u32>,
+    /// A model that is too large for this node is spread over the nodes of its mesh, instead of being refused.
+    pub spread: bool,
     /// Bit-equal results whatever shares a batch.
     pub exact: bool,
     /// How long a request waits, at a stretch, for another node that would take it.
@@ -122,6 +126,18 @@ pub enum NodeError {
         model: String,
         /// What it needs and what there is.
         shortage: fit::DoesNotFit,
+    },
+    /// Layers of a model do not fit.
+    #[error("layers {layers} of {model} need {} and {} are available", fit::size(*needed_bytes), fit::size(*available_bytes))]
+    StageFit {
+        /// Which model.
+        model: String,
+        /// Which layers.
+        layers: murmur_gguf::LayerRange,
+        /// Weights, KV cache and buffers.
+        needed_bytes: u64,
+        /// What there is.
+        available_bytes: u64,
     },
     /// The engine could not load it.
     #[error("{model} could not be loaded")]

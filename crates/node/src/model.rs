@@ -11,12 +11,23 @@ use std::{
 };
 
 use murmur_api::backend::{ModelCard, ModelKind, ModelState};
-use murmur_engine::{Engine, EngineError, EngineOptions, Patience, Stop};
-use murmur_gguf::{Facts, Gguf, LayerRange};
+use murmur_core::planner::ModelFacts;
+use murmur_engine::{Engine, EngineError, EngineOptions, Host, Patience, RemoteStage, Stop};
+use murmur_gguf::{Facts, Gguf, LayerRange, Manifest};
+use murmur_protocol::mesh::NodeId;
 use murmur_sampling::Vocabulary;
 use tokio::sync::watch;
 
-use crate::{LoadProgress, ModelSpec, NodeError, NodeOptions, Threads, fit, mesh::ModelIdentity};
+use crate::{
+    LoadProgress, ModelSpec, NodeError, NodeOptions, Threads, fit,
+    mesh::{
+        ModelIdentity,
+        ring::{
+            Ring, Spread,
+            host::{Holding, Terms},
+        },
+    },
+};
 
 /// Prompt rows per chunk. A long prompt delays running streams by one chunk; larger chunks read the weights less often.
 const CHUNK_ROWS: u32 = 256;
@@ -41,6 +52,7 @@ pub(crate) struct Model {
     spec: ModelSpec,
     /// Loaded when somebody asks for it, and let go when nobody has for a while.
     on_demand: bool,
+    layers: u32,
     /// What clients see until it is loaded.
     card: Arc<ModelCard>,
     /// What loading needs of the file, where it was read already; taken by it.
@@ -54,6 +66,23 @@ pub(crate) struct Model {
     loads: watch::Sender<()>,
     /// What it is to other nodes; `None` inside: it cannot be offered.
     identity: OnceLock<Option<ModelIdentity>>,
+    /// Why and how it is spread over the mesh, if it is.
+    spread: OnceLock<Spread>,
+    ring: Mutex<RingState>,
+    /// Layers of it that this node holds for rings.
+    holding: Holding,
+    /// Of what is held.
+    holding_stop: Stop,
+}
+
+/// How far a model that is spread has got.
+#[derive(Default)]
+struct RingState {
+    /// Why there is no ring yet.
+    waiting: Option<String>,
+    ring: Option<Arc<Ring>>,
+    /// Who did not hold what it said, and until when it is not believed.
+    avoided: Vec<(NodeId, Instant)>,
 }
 
 /// Where a model is between its file and its engine.
@@ -84,6 +113,8 @@ pub(crate) struct Plan {
     ranges: Vec<LayerRange>,
     parallel: u32,
     context_tokens: u32,
+    /// Who finds the stages; empty: they are here.
+    elsewhere: Vec<Arc<dyn RemoteStage>>,
     stop: Stop,
 }
 
@@ -128,6 +159,7 @@ impl Model {
         Ok(Model {
             spec: spec.clone(),
             on_demand,
+            layers: facts.layers,
             card: Arc::new(card),
             // A vocabulary is large, and it may be long until this one is wanted.
             file: Mutex::new((!on_demand).then_some(file)),
@@ -144,6 +176,10 @@ impl Model {
             }),
             loads: watch::Sender::new(()),
             identity: OnceLock::new(),
+            spread: OnceLock::new(),
+            ring: Mutex::default(),
+            holding: Holding::default(),
+            holding_stop: Stop::new(),
         })
     }
 
@@ -179,6 +215,11 @@ impl Model {
     /// Says what it is to other nodes, if it can be offered to them. The first word counts.
     pub(crate) fn identify(&self, identity: Option<ModelIdentity>) {
         let _ = self.identity.set(identity);
+    }
+
+    /// Its layers.
+    pub(crate) fn layers(&self) -> u32 {
+        self.layers
     }
 
     /// What it can be asked for.
@@ -227,6 +268,10 @@ impl Model {
         };
         match loaded {
             None if self.on_demand => ModelState::Available { loading: is_loading.then(|| self.fraction()) },
+            None if self.is_spread() => {
+                let waiting = self.ring().0;
+                ModelState::Waiting { reason: waiting.unwrap_or_else(|| "other nodes are being looked for".to_owned()) }
+            }
             None => ModelState::Loading { fraction: self.fraction() },
             Some(loaded) => match loaded.engine.status().unavailable {
                 None => ModelState::Ready,
@@ -252,9 +297,99 @@ impl Model {
             (life.stop.clone(), life.loaded.clone())
         };
         stop.stop();
+        self.holding_stop.stop();
         if let Some(loaded) = loaded {
             loaded.engine.stop();
         }
+    }
+
+    /// Spreads it over the mesh from now on. False: its layers cannot be cut apart, or it gives no text.
+    pub(crate) fn spread_over_mesh(&self, options: &NodeOptions, reason: String) -> Result<bool, NodeError> {
+        let Some((facts, context_tokens_max)) = layer_facts(&self.spec.path, options.exact, options.parallel)? else {
+            return Ok(false);
+        };
+        let context_tokens = options.ctx_tokens.unwrap_or(fit::DEFAULT_CONTEXT_TOKENS).min(context_tokens_max);
+        tracing::info!("{} is spread over the mesh: {reason}", self.id());
+        Ok(self.spread.set(Spread { facts, context_tokens, reason, since: Instant::now() }).is_ok())
+    }
+
+    /// What it lacks to be loaded here, if it does not fit.
+    pub(crate) fn shortage(
+        &self,
+        options: &NodeOptions,
+        models: &[Model],
+    ) -> Result<Option<fit::DoesNotFit>, NodeError> {
+        let file = ModelFile::read(&self.spec.path)?;
+        match self.fit(&file, options, (options.parallel, options.stages), models) {
+            Ok(_) => Ok(None),
+            Err(NodeError::Fit { shortage, .. }) => Ok(Some(shortage)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Why and how it is spread over the mesh, if it is.
+    pub(crate) fn spread(&self) -> Option<&Spread> {
+        self.spread.get()
+    }
+
+    /// Whether it is spread over the mesh.
+    pub(crate) fn is_spread(&self) -> bool {
+        self.spread.get().is_some()
+    }
+
+    /// Layers of it that this node holds for rings.
+    pub(crate) fn holding(&self) -> &Holding {
+        &self.holding
+    }
+
+    fn ring_state(&self) -> MutexGuard<'_, RingState> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a ring is to be made for it now.
+    pub(crate) fn needs_ring(&self) -> bool {
+        let life = self.life();
+        self.is_spread() && !life.is_loading && !life.is_ended && life.loaded.is_none()
+    }
+
+    /// Notes why there is none.
+    pub(crate) fn wait_for_ring(&self, reason: String) {
+        let mut state = self.ring_state();
+        if state.waiting.as_ref() != Some(&reason) {
+            tracing::info!("{} waits: {reason}", self.id());
+        }
+        (state.waiting, state.ring) = (Some(reason), None);
+    }
+
+    /// Notes that there is one.
+    pub(crate) fn has_ring(&self, ring: Arc<Ring>) {
+        let mut state = self.ring_state();
+        (state.waiting, state.ring) = (None, Some(ring));
+    }
+
+    /// Makes rings without these nodes for a while.
+    pub(crate) fn avoid(&self, nodes: Vec<NodeId>, until: Instant) {
+        self.ring_state().avoided.extend(nodes.into_iter().map(|node| (node, until)));
+    }
+
+    /// Whether rings are made without this node now.
+    pub(crate) fn is_avoided(&self, node: NodeId) -> bool {
+        let mut state = self.ring_state();
+        state.avoided.retain(|(_, until)| *until > Instant::now());
+        state.avoided.iter().any(|(avoided, _)| *avoided == node)
+    }
+
+    /// Why there is no ring for it, and the ring if there is one.
+    pub(crate) fn ring(&self) -> (Option<String>, Option<Arc<Ring>>) {
+        let state = self.ring_state();
+        (state.waiting.clone(), state.ring.clone())
+    }
+
+    /// Takes out an engine that does not find its stages any more: another ring may.
+    pub(crate) fn let_go_failed(&self) -> Option<Arc<LoadedModel>> {
+        let mut life = self.life();
+        let failed = life.loaded.as_ref().is_some_and(|loaded| loaded.engine.status().unavailable.is_some());
+        if failed && !life.is_ended { life.loaded.take() } else { None }
     }
 
     /// Takes the model out if nobody holds it, and nobody has asked for it for so long.
@@ -298,17 +433,44 @@ impl Model {
         };
         let parallel = if file.embedding { 1 } else { options.parallel };
         let (demand, context_tokens) = self.fit(&file, options, (parallel, ranges.len() as u32), models)?;
+        let stop = self.begin(demand.bytes(context_tokens)).ok_or(NodeError::Interrupted)?;
+        Ok(Some(Plan { file, ranges, parallel, context_tokens, elsewhere: Vec::new(), stop }))
+    }
+
+    /// A load of which all stages are in the mesh. `None`: it is loaded, or somebody loads it.
+    pub(crate) fn plan_ring(
+        &self,
+        ranges: Vec<LayerRange>,
+        context_tokens: u32,
+        parallel: u32,
+        elsewhere: Vec<Arc<dyn RemoteStage>>,
+    ) -> Result<Option<Plan>, NodeError> {
+        let file = ModelFile::read(&self.spec.path)?;
+        Ok(self.begin(0).map(|stop| Plan { file, ranges, parallel, context_tokens, elsewhere, stop }))
+    }
+
+    /// Notes that a load begins, unless one has begun or the node ends.
+    fn begin(&self, planned_bytes: u64) -> Option<Stop> {
         let stop = Stop::new();
         let mut life = self.life();
-        if life.is_ended {
-            return Err(NodeError::Interrupted);
+        if life.is_ended || life.is_loading || life.loaded.is_some() {
+            return None;
         }
         life.is_loading = true;
         life.failure = None;
-        life.planned_bytes = demand.bytes(context_tokens);
+        life.planned_bytes = planned_bytes;
         life.stop = stop.clone();
         self.progress.store(0, Ordering::Relaxed);
-        Ok(Some(Plan { file, ranges, parallel, context_tokens, stop }))
+        Some(stop)
+    }
+
+    /// Loads layers of it for rings. Blocks.
+    pub(crate) fn load_stage(&self, terms: Terms, options: &NodeOptions) -> Result<Host, NodeError> {
+        let Terms { range, context_tokens, parallel, exact } = terms;
+        let engine_options =
+            EngineOptions { exact, ..self.engine_options(options, vec![range], context_tokens, parallel) };
+        let host = Host::load(&engine_options, range, &self.holding_stop, |_| {});
+        host.map_err(|source| NodeError::Engine { model: self.spec.id.clone(), source })
     }
 
     /// Splits and loads it as planned. Blocks.
@@ -353,12 +515,37 @@ impl Model {
         options: &NodeOptions,
         progress: &dyn Fn(LoadProgress),
     ) -> Result<Engine, NodeError> {
-        let Plan { file, ranges, parallel, context_tokens, stop } = plan;
+        let Plan { file, ranges, parallel, context_tokens, elsewhere, stop } = plan;
         let engine_options = EngineOptions {
+            embedding: file.embedding,
+            ..self.engine_options(options, ranges, context_tokens, parallel)
+        };
+        let stages = engine_options.ranges.len();
+        // Stages are loaded one after the other.
+        let heard = |stage: usize, fraction: f32| {
+            let share = (stage as f32 + fraction.clamp(0.0, 1.0)) / stages as f32;
+            self.progress.store((share * PROGRESS_PARTS) as u32, Ordering::Relaxed);
+            progress(LoadProgress { model: self.spec.id.clone(), stage, fraction });
+        };
+        let engine = Engine::load_spread(engine_options, &elsewhere, stop, heard);
+        engine.map_err(|source| match source {
+            EngineError::Stopped => NodeError::Interrupted,
+            source => NodeError::Engine { model: self.spec.id.clone(), source },
+        })
+    }
+
+    fn engine_options(
+        &self,
+        options: &NodeOptions,
+        ranges: Vec<LayerRange>,
+        context_tokens: u32,
+        parallel: u32,
+    ) -> EngineOptions {
+        EngineOptions {
             program: options.engine_program.clone(),
             model: self.spec.path.clone(),
             slices_dir: slices_dir(options),
-            embedding: file.embedding,
+            embedding: false,
             ranges,
             context_tokens,
             parallel,
@@ -371,19 +558,7 @@ impl Model {
             exact: options.exact,
             gpu_layers: options.gpu_layers,
             patience: Patience::default(),
-        };
-        let stages = engine_options.ranges.len();
-        // Stages are loaded one after the other.
-        let heard = |stage: usize, fraction: f32| {
-            let share = (stage as f32 + fraction.clamp(0.0, 1.0)) / stages as f32;
-            self.progress.store((share * PROGRESS_PARTS) as u32, Ordering::Relaxed);
-            progress(LoadProgress { model: self.spec.id.clone(), stage, fraction });
-        };
-        let engine = Engine::load(engine_options, stop, heard);
-        engine.map_err(|source| match source {
-            EngineError::Stopped => NodeError::Interrupted,
-            source => NodeError::Engine { model: self.spec.id.clone(), source },
-        })
+        }
     }
 
     /// Memory that is set aside for it, and of that, what does not yet show as taken.
@@ -392,8 +567,28 @@ impl Model {
             let life = self.life();
             (life.loaded.clone(), life.planned_bytes)
         };
-        let processes = loaded.map(|loaded| loaded.engine.process_ids()).unwrap_or_default();
-        (planned, fit::outstanding_bytes(planned, &processes))
+        let (held_bytes, host) = {
+            let held = self.holding.held();
+            held.as_ref().map_or((0, None), |held| (held.memory_bytes, held.host.clone()))
+        };
+        let mut processes = loaded.map(|loaded| loaded.engine.process_ids()).unwrap_or_default();
+        processes.extend(host.and_then(|host| host.process_id()));
+        (planned + held_bytes, fit::outstanding_bytes(planned + held_bytes, &processes))
+    }
+
+    /// Memory for this model, beside what the others have.
+    pub(crate) fn available_bytes(&self, options: &NodeOptions, models: &[Model]) -> u64 {
+        let own = std::ptr::from_ref(self);
+        let claims = models.iter().filter(|other| !std::ptr::eq(*other, own)).map(Model::claim_bytes);
+        let (planned, outstanding) = claims.fold((0, 0), |sum, claim| (sum.0 + claim.0, sum.1 + claim.1));
+        // What it has already is its own.
+        let (taken, unshown) = self.claim_bytes();
+        let free = fit::available_bytes().map(|free| (free + taken - unshown).saturating_sub(outstanding));
+        let limit = options.max_memory_bytes.map(|max| max.saturating_sub(planned));
+        match (free, limit) {
+            (Some(free), Some(limit)) => free.min(limit),
+            (free, limit) => free.or(limit).unwrap_or(u64::MAX),
+        }
     }
 
     /// What loading takes, and the context that memory allows.
@@ -413,14 +608,7 @@ impl Model {
         if file.embedding {
             demand.whole_sequences(&file.facts);
         }
-        let claims = models.iter().map(Model::claim_bytes);
-        let (planned, outstanding) = claims.fold((0, 0), |sum, claim| (sum.0 + claim.0, sum.1 + claim.1));
-        let free = fit::available_bytes().map(|free| free.saturating_sub(outstanding));
-        let limit = options.max_memory_bytes.map(|max| max.saturating_sub(planned));
-        let available = match (free, limit) {
-            (Some(free), Some(limit)) => free.min(limit),
-            (free, limit) => free.or(limit).unwrap_or(u64::MAX),
-        };
+        let available = self.available_bytes(options, models);
         let context_tokens = demand
             .context(options.ctx_tokens, available)
             .map_err(|shortage| NodeError::Fit { model: self.spec.id.clone(), shortage })?;
@@ -441,6 +629,24 @@ impl Model {
             ..with_texts(&self.card, engine.vocabulary())
         }
     }
+}
+
+/// What a file's layers take, for the planner, and the longest context. `None`: its layers cannot be cut apart, or it gives
+/// no text. Blocks.
+pub(crate) fn layer_facts(path: &Path, exact: bool, parallel: u32) -> Result<Option<(ModelFacts, u32)>, NodeError> {
+    let file = ModelFile::read(path)?;
+    let outline = Manifest::outline(&file.gguf);
+    if file.embedding || outline.allowed_cuts.is_empty() {
+        return Ok(None);
+    }
+    let batch_rows = chunk_rows(exact).max(parallel);
+    let mut demand = fit::Demand::of(&file.facts, 0, parallel, batch_rows, 1);
+    if exact {
+        demand.exact(&file.facts, batch_rows, 1);
+    }
+    let per_token = demand.kv_bytes_per_token - outline.kv_bytes_per_token_per_layer * u64::from(file.facts.layers);
+    let facts = ModelFacts::of(&outline, demand.compute_bytes, per_token + demand.score_bytes_per_token);
+    Ok(Some((facts, file.facts.context_length)))
 }
 
 /// Models that pool their outputs give embeddings, not text.

@@ -15,6 +15,7 @@ use tokio::{sync::watch, time::MissedTickBehavior};
 
 use crate::{
     LoadProgress, NodeError, NodeOptions,
+    mesh::ring::host::Terms,
     model::{self, LoadedModel, Model, with_causes},
 };
 
@@ -73,12 +74,50 @@ impl Models {
     /// Loads those that are not on demand, one after the other. Blocks. The first that cannot be loaded ends it.
     pub(crate) fn load(&self, progress: &dyn Fn(LoadProgress)) -> Result<(), NodeError> {
         for model in self.list.iter().filter(|model| !model.is_on_demand()) {
+            if self.is_too_large(model)? {
+                continue;
+            }
             if let Some(plan) = self.plan(model)? {
                 model.load(plan, &self.options, progress)?;
             }
         }
         self.tidy_slices();
         Ok(())
+    }
+
+    /// Whether a model is one for the mesh, because this machine cannot or is not to hold it whole.
+    fn is_too_large(&self, model: &Model) -> Result<bool, NodeError> {
+        let options = &self.options;
+        if !options.spread {
+            return Ok(false);
+        }
+        let most = options.layers_max.filter(|&max| max < model.layers());
+        let reason = match most {
+            Some(max) => format!("of its {} layers this node contributes {max} at most", model.layers()),
+            None => match model.shortage(options, &self.list)? {
+                Some(shortage) => shortage.to_string(),
+                None => return Ok(false),
+            },
+        };
+        model.spread_over_mesh(options, reason)
+    }
+
+    /// Sets memory aside for layers of a model.
+    pub(crate) fn set_aside(&self, at: usize, terms: Terms) -> Result<u64, NodeError> {
+        let _planning = self.planning.lock().unwrap_or_else(PoisonError::into_inner);
+        let (model, none) = (&self.list[at], || NodeError::Interrupted);
+        let spread = model.spread().ok_or_else(none)?;
+        let needed_bytes = spread.stage_bytes(terms);
+        let available_bytes = model.available_bytes(&self.options, &self.list);
+        if needed_bytes > available_bytes {
+            return Err(NodeError::StageFit {
+                model: model.id().to_owned(),
+                layers: terms.range,
+                needed_bytes,
+                available_bytes,
+            });
+        }
+        Ok(needed_bytes)
     }
 
     /// Makes room for a model and sets it aside. Blocks.
@@ -121,7 +160,9 @@ impl Models {
     }
 
     fn tidy_slices(&self) {
-        let used = self.list.iter().filter_map(Model::loaded).flat_map(|model| model.engine.files()).collect();
+        let held = self.list.iter().filter_map(|model| model.holding().file());
+        let loaded = self.list.iter().filter_map(Model::loaded);
+        let used = loaded.flat_map(|model| model.engine.files()).chain(held).collect();
         let folder = model::slices_dir(&self.options);
         let freed_bytes = murmur_engine::prune_slices(&folder, &used, murmur_engine::UNUSED_SLICES_BYTES_MAX);
         if freed_bytes > 0 {

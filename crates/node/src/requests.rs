@@ -214,7 +214,7 @@ impl Rate {
     fn per_second(&self, now: Instant) -> f64 {
         let second = self.second(now);
         let counted = self.seconds.iter().filter(|(at, _)| (at + 1..=at + WINDOW_S).contains(&second));
-        counted.map(|(_, tokens)| f64::from(*tokens)).sum::<f64>() / WINDOW_S as f64
+        counted.map(|(_, tokens)| u64::from(*tokens)).sum::<u64>() as f64 / WINDOW_S as f64
     }
 }
 
@@ -237,6 +237,8 @@ mod tests {
         rate.note(moments[4]);
         seen.push(rate.per_second(looks[4]));
         assert_eq!(seen, [0.0, 0.8, 0.8, 0.0, 0.0]);
+        // A negative zero is shown as such.
+        assert!(seen.iter().all(|rate| rate.is_sign_positive()), "{seen:?}");
         assert_eq!(rate.per_second(looks[4] + Duration::from_millis(1)), 0.2);
     }
 

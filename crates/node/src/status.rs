@@ -34,8 +34,9 @@
 //! | `decode_tokens_per_s` | measured speed of a lone answer; null: not measured |
 //! | `generated_tokens`, `prompt_tokens`, `cached_tokens` | since it was loaded; prompt tokens computed, and those that need not be |
 //! | `token_steps`, `token_compute_us` | steps with a token for each sequence, and their time |
-//! | `last_step` | `compute_us`, `batch_rows`, `threads` of the last batch |
-//! | `stages[]` | `layers` from and to, `process_id`, `restarts`, `load_ms`, `weight_bytes`, `kv_cells` |
+//! | `stages[]` | `layers` from and to; `process_id`, or the `node` that holds it; `restarts`, `load_ms`, `weight_bytes`, `kv_cells` |
+//! | `stages[].last_step` | `compute_us`, `batch_rows`, `threads` of its last batch |
+//! | `ring` | of a model that is spread over the mesh: `because` of what, what it is `waiting` for, which layers are `held` here |
 
 use std::time::{Duration, Instant};
 
@@ -61,20 +62,29 @@ fn model(model: &Model) -> Value {
     let state = model.state();
     let Some(loaded) = model.loaded() else {
         let (card, on_demand) = (model.card(), model.is_on_demand());
-        return json!({"id": model.id(), "state": state.name(), "on_demand": on_demand, "details": card.details});
+        return json!({
+            "id": model.id(), "state": state.name(), "on_demand": on_demand, "details": card.details, "ring": ring(model),
+        });
     };
     let status = loaded.engine.status();
     let counters = &status.counters;
+    let hosts = model.ring().1.map(|ring| ring.view()).unwrap_or_default();
     let stages = status.stages.iter().map(|stage| {
+        let host = hosts.iter().find(|(range, _)| *range == stage.range).and_then(|(_, host)| *host);
         json!({
             "layers": [stage.range.first, stage.range.end],
+            "node": host.map(|node| node.to_string()),
             "process_id": stage.process_id,
             "restarts": stage.restarts,
             "load_ms": stage.loaded.as_ref().map(|l| l.load_ms),
             "weight_bytes": stage.loaded.as_ref().map(|l| l.weight_bytes),
             "kv_cells": stage.loaded.as_ref().map(|l| l.kv_cells),
+            "last_step": stage.last_step.as_ref().map(|step| json!({
+                "compute_us": step.compute_us, "batch_rows": step.batch_rows, "threads": step.threads,
+            })),
         })
     });
+    let held_bytes = model.holding().held().as_ref().map_or(0, |held| held.memory_bytes);
     let restarting = state == ModelState::Ready && !loaded.engine.is_ready();
     json!({
         "id": model.id(),
@@ -82,7 +92,7 @@ fn model(model: &Model) -> Value {
         "reason": status.unavailable,
         "on_demand": model.is_on_demand(),
         "details": loaded.card.details,
-        "memory_bytes_planned": loaded.memory_bytes,
+        "memory_bytes_planned": loaded.memory_bytes + held_bytes,
         "requests_running": status.running,
         "requests_queued": status.queued,
         "decode_tokens_per_s": counters.us_per_token().and_then(per_second),
@@ -91,11 +101,19 @@ fn model(model: &Model) -> Value {
         "token_compute_us": counters.token_compute_us,
         "prompt_tokens": counters.prompt_tokens,
         "cached_tokens": counters.cached_tokens,
-        "last_step": status.last_step.map(|step| json!({
-            "compute_us": step.compute_us, "batch_rows": step.batch_rows, "threads": step.threads,
-        })),
         "stages": stages.collect::<Vec<_>>(),
+        "ring": ring(model),
     })
+}
+
+/// Of a model that is spread over the mesh: why it is, what is waited for, which layers of it are held here.
+fn ring(model: &Model) -> Option<Value> {
+    let spread = model.spread()?;
+    Some(json!({
+        "because": spread.reason,
+        "waiting": model.ring().0,
+        "held": model.holding().held().as_ref().map(|held| [held.terms.range.first, held.terms.range.end]),
+    }))
 }
 
 /// How many come in a second when one takes so many us; 0 us: not known.

@@ -37,6 +37,8 @@ pub const FLAG_WANT_OUTPUT: u16 = 1;
 pub const FLAG_PREFILL: u16 = 2;
 /// On [`Kind::Close`]: forget the sequence instead of keeping it for prefix reuse.
 pub const FLAG_FORGET: u16 = 4;
+/// On [`Kind::Done`]: the account of rows whose hidden states go to the next stage, in a frame of their own.
+pub const FLAG_HANDED_ON: u16 = 8;
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $name:ident = $value:literal,)*) => {
@@ -73,13 +75,15 @@ kinds! {
     NotOpened = 0x12,
     /// The session ends; queued work is dropped.
     Close = 0x13,
+    /// Driver to the host of a stage: where its hidden states go from now on. Payload: `stage::Route`.
+    Route = 0x14,
     /// Rows as token ids. Payload: rows x i32.
     Tokens = 0x20,
     /// Rows as hidden states. Payload: rows x i32 token ids, then rows x n_embd of `dtype`.
     Hidden = 0x21,
     /// A sampled token. Payload: `stage::Step`.
     Sampled = 0x22,
-    /// Rows were computed and no token was wanted. Payload: `stage::Step`.
+    /// Rows were computed and no token was wanted, or they go on to the next stage. Payload: `stage::Step`.
     Done = 0x23,
     /// The rows could not be computed. Payload: UTF-8 message.
     StepFailed = 0x24,
@@ -243,6 +247,12 @@ impl Frame {
         Ok(out)
     }
 
+    /// Bytes of the frame that begins with `bytes`; `Ok(None)` before its header is complete. To refuse it before it has come.
+    pub fn length(bytes: &[u8]) -> Result<Option<usize>, FrameError> {
+        let Some(header) = bytes.first_chunk::<HEADER_BYTES>() else { return Ok(None) };
+        Ok(Some(HEADER_BYTES + parse_header(header)?.1 as usize))
+    }
+
     /// Parses the frame at the beginning of `bytes`, and says how long it is; `Ok(None)` while it is incomplete.
     pub fn parse(bytes: &[u8]) -> Result<Option<(Frame, usize)>, FrameError> {
         let Some(header_bytes) = bytes.first_chunk::<HEADER_BYTES>() else { return Ok(None) };
@@ -314,6 +324,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::mesh::{NodeId, RingId};
     use crate::stage;
 
     fn any_frame() -> impl Strategy<Value = Frame> {
@@ -356,7 +367,7 @@ mod tests {
         fn arbitrary_payloads_never_panic(frame in any_frame(), width in 0usize..300) {
             let _ = (frame.token_rows(), frame.hidden_rows(width), frame.as_text());
             let _ = (frame.decode::<stage::Load>(), frame.decode::<stage::Open>(), frame.decode::<stage::Step>());
-            let _ = (frame.decode::<stage::Loaded>(), frame.decode::<stage::NotOpened>());
+            let _ = (frame.decode::<stage::Loaded>(), frame.decode::<stage::NotOpened>(), frame.decode::<stage::Route>());
         }
 
         #[test]
@@ -378,6 +389,18 @@ mod tests {
         assert!(matches!(Frame::read_from(&mut wire.as_slice()), Err(FrameError::Io(_))));
         wire[28..32].copy_from_slice(&(MAX_PAYLOAD_BYTES + 1).to_le_bytes());
         assert!(matches!(Frame::read_from(&mut wire.as_slice()), Err(FrameError::Malformed(_))));
+    }
+
+    #[test]
+    fn the_encoding_of_a_route_is_pinned() {
+        let to = stage::RouteTo { node: NodeId::from_bytes([0xab; 32]), ring: RingId::from_bytes([0xcd; 16]) };
+        for (next, payload) in
+            [(None, "\x00".to_owned()), (Some(to), format!("\x01@{}\x20{}", "ab".repeat(32), "cd".repeat(16)))]
+        {
+            let frame = Frame::message(Header::new(Kind::Route, 0), &stage::Route { next }).unwrap();
+            assert_eq!((frame.header_bytes().unwrap()[2], frame.as_text()), (0x14, payload));
+            assert_eq!(frame.decode::<stage::Route>().unwrap().next, next);
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::mesh::{NodeId, RingId};
 use crate::sampling::{Sampled, SamplingParams, Token};
 
 /// What a child process is for.
@@ -113,6 +114,22 @@ pub enum NotOpened {
     },
     /// Never, as asked: what and why.
     Bad(String),
+}
+
+/// Where a stage's hidden states go from now on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// The next stage, on another machine; `None`: back to the driver.
+    pub next: Option<RouteTo>,
+}
+
+/// A stage of a ring on another machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteTo {
+    /// Its host.
+    pub node: NodeId,
+    /// The ring that its host knows it by: goes first on the stream there, as `mesh::Work::Hop`.
+    pub ring: RingId,
 }
 
 /// The account of one step, with the token if one was wanted.

@@ -27,7 +27,7 @@ mod queue;
 mod sim;
 
 pub use churn::Churn;
-pub use measure::{ROUND_MS, Report, Times};
+pub use measure::{DISCOVERY_MS_MAX, GONE_MS_MAX, ROUND_MS, Report, Survey, Times};
 pub use network::{NetworkOptions, Transport};
 pub use node::Index;
 pub use notary::RECORD_BYTES;

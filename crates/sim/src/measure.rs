@@ -5,6 +5,25 @@ use std::fmt;
 /// A gossip round: how often a node compares what it knows with a neighbour, in milliseconds.
 pub const ROUND_MS: u64 = 10_000;
 
+/// A live node is to be known to every other within this time, in milliseconds.
+pub const DISCOVERY_MS_MAX: u64 = 10_000;
+
+/// A node that is gone is to be off every list within this time, in milliseconds: two rounds.
+pub const GONE_MS_MAX: u64 = 2 * ROUND_MS;
+
+/// Who lists whom at one moment, as counts of pairs of nodes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Survey {
+    /// Both live, and the first does not list the second.
+    pub unknown_pairs: usize,
+    /// Of these, both live for longer than [`DISCOVERY_MS_MAX`].
+    pub overdue_pairs: usize,
+    /// The first lives and lists the second, which does not live.
+    pub ghost_pairs: usize,
+    /// Of these, the second is gone for longer than [`GONE_MS_MAX`]: since its goodbye, or since its last record has run out.
+    pub overdue_ghosts: usize,
+}
+
 /// A distribution of times in milliseconds.
 #[derive(Debug, Clone, Default)]
 pub struct Times {
@@ -80,6 +99,8 @@ pub struct Report {
     pub strangers_refused: u64,
     /// Bytes sent in broadcasts: records, announcements, and the upkeep of the overlay.
     pub gossip_bytes: u64,
+    /// Of these, records in full.
+    pub record_bytes: u64,
     /// Bytes sent between neighbours to compare what they know.
     pub exchange_bytes: u64,
     /// Messages delivered.
@@ -129,9 +150,12 @@ impl fmt::Display for Report {
         )?;
         write!(
             f,
-            "sent per node     {:.1} kB/s: broadcast {:.1}, comparing {:.1} ({} messages)",
+            "sent per node     {:.1} kB/s: records {:.1} ({:.1} different ones a second), announcements and overlay {:.1}, \
+             comparing {:.1} ({} messages)",
             self.bytes_per_node_second() / 1_000.0,
-            per_second(self.gossip_bytes),
+            per_second(self.record_bytes),
+            per_second(self.first_copies) * 1_000.0,
+            per_second(self.gossip_bytes - self.record_bytes),
             per_second(self.exchange_bytes),
             self.messages
         )

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use iroh_gossip::proto::{Config, State};
+use iroh_gossip::proto::topic::{Config, State};
 use murmur_core::{
     membership::Membership,
     overlay::{self, Overlay},
@@ -42,6 +42,10 @@ pub(crate) struct Node {
     pub(crate) life: Option<Life>,
     /// The highest sequence number that it has on disk.
     pub(crate) stored_sequence: u64,
+    /// Bytes that it has sent since counting began.
+    pub(crate) sent_bytes: u64,
+    /// How long its earlier lives were since then, in milliseconds.
+    pub(crate) lived_ms: u64,
     pub(crate) began_ms: u64,
     /// When it was no longer to be listed: from when it said goodbye, or from when its last record had run out.
     pub(crate) ended_ms: u64,
@@ -74,7 +78,7 @@ impl Life {
         let broadcast = overlay::broadcast_config();
         Life {
             membership,
-            gossip: State::new(index, Default::default(), Config { broadcast, ..Config::default() }, rng),
+            gossip: State::with_rng(index, Some(Default::default()), Config { broadcast, ..Config::default() }, rng),
             overlay: Overlay::default(),
             met: HashSet::new(),
             found: vec![0; nodes],

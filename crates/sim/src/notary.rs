@@ -2,7 +2,7 @@
 //!
 //! A thousand nodes make fifty records a second, and each is checked a thousand times: real signatures would be all that the
 //! simulation does. So each record is put down here once, with whether it is genuine, and travels as the number of its
-//! entry, padded to the length of a real record. A liar can put down what it likes; it cannot make it genuine.
+//! entry, and counts for as many bytes as a real one. A liar can put down what it likes; it cannot make it genuine.
 
 use std::sync::Arc;
 
@@ -16,7 +16,8 @@ use murmur_protocol::mesh::{
 /// Length of a signed record with one model, one relay and two addresses, in bytes.
 pub const RECORD_BYTES: usize = 420;
 
-const NUMBER_BYTES: usize = size_of::<u64>();
+/// How much longer a broadcast with a record is than with its number: the record itself, and its length as a varint.
+pub(crate) const UNSENT_BYTES: u64 = (RECORD_BYTES - size_of::<u64>() + 1) as u64;
 
 /// A record as it stands in the book.
 #[derive(Debug, Clone)]
@@ -41,7 +42,7 @@ impl Notary {
     /// Puts a record down; returns the bytes that stand for it.
     pub(crate) fn put_down(&mut self, record: NodeRecord, genuine: bool) -> (Arc<Verified>, Bytes) {
         let verified = Verified::trusted(record, self.signed.clone());
-        let bytes = Notary::padded(self.entries.len());
+        let bytes = Notary::number(self.entries.len());
         self.entries.push(Entry { verified: Arc::clone(&verified), genuine });
         (verified, bytes)
     }
@@ -49,18 +50,16 @@ impl Notary {
     /// The bytes that stand for a genuine record of the book: broadcast again, it is the same message.
     pub(crate) fn bytes(&self, verified: &Arc<Verified>) -> Bytes {
         let number = self.entries.iter().rposition(|entry| entry.genuine && Arc::ptr_eq(&entry.verified, verified));
-        Notary::padded(number.unwrap_or(self.entries.len()))
+        Notary::number(number.unwrap_or(self.entries.len()))
     }
 
-    fn padded(number: usize) -> Bytes {
-        let mut bytes = vec![0; RECORD_BYTES];
-        bytes[..NUMBER_BYTES].copy_from_slice(&(number as u64).to_le_bytes());
-        bytes.into()
+    fn number(number: usize) -> Bytes {
+        Bytes::copy_from_slice(&(number as u64).to_le_bytes())
     }
 
     /// The record that these bytes stand for.
     pub(crate) fn look_up(&self, bytes: &[u8]) -> Option<&Entry> {
-        let number = bytes.get(..NUMBER_BYTES)?.try_into().ok().map(u64::from_le_bytes)?;
+        let number = bytes.try_into().ok().map(u64::from_le_bytes)?;
         self.entries.get(usize::try_from(number).ok()?)
     }
 }
@@ -95,5 +94,6 @@ pub(crate) fn record(node: NodeId, mesh: MeshId, sequence: u64, ttl_ms: u32, tom
         capabilities: Capabilities::default(),
         memory_free_bytes: 0,
         certificate: None,
+        stages: Vec::new(),
     }
 }

@@ -2,10 +2,14 @@
 
 mod count;
 mod liar;
+mod send;
 
 use std::{collections::HashMap, sync::Arc};
 
-use iroh_gossip::proto::{Command, Event as GossipEvent, InEvent, Message, OutEvent, Scope, Timer, TopicId};
+use iroh_gossip::proto::{
+    Scope,
+    topic::{Command, Event as GossipEvent, InEvent, Message, OutEvent, Timer},
+};
 use murmur_core::{
     membership::{Aged, Membership, MembershipOptions, Outcome, Unwelcome, Verified},
     overlay::Join,
@@ -42,12 +46,6 @@ const CHOICES_MAX: u32 = 8;
 
 /// How often a liar lies.
 const LIE_MS: u64 = 5_000;
-
-/// Bytes around a message: QUIC, UDP and IP headers.
-const ENVELOPE_BYTES: u64 = 60;
-
-/// Bytes of an entry of a digest.
-const DIGEST_ENTRY_BYTES: u64 = 40;
 
 /// How many nodes a newcomer asks for their neighbourhood.
 const CONTACTS: usize = 3;
@@ -125,7 +123,6 @@ struct Happening {
 pub struct Sim {
     scenario: Scenario,
     mesh: MeshId,
-    topic: TopicId,
     /// The overlay measures time in moments of the real clock; only differences count.
     epoch: Instant,
     rng: StdRng,
@@ -136,9 +133,11 @@ pub struct Sim {
     by_id: HashMap<NodeId, Index>,
     /// Old records, for liars.
     hoard: Vec<Arc<Verified>>,
+    /// What an overlay wants done: empty between events, kept for its memory.
+    wanted: Vec<OutEvent<Index>>,
     report: Report,
-    alive: u64,
-    counted_until_ms: u64,
+    /// When counting began.
+    counting_from_ms: u64,
 }
 
 impl Sim {
@@ -166,6 +165,8 @@ impl Sim {
                 lives: 0,
                 life: None,
                 stored_sequence: 0,
+                sent_bytes: 0,
+                lived_ms: 0,
                 began_ms: 0,
                 ended_ms: 0,
                 valid_until_ms: 0,
@@ -175,7 +176,6 @@ impl Sim {
         }
         Ok(Sim {
             mesh: MeshId::public("simulated"),
-            topic: TopicId::from([7; 32]),
             epoch: Instant::now(),
             queue,
             network: Network::new(scenario.network.clone(), scenario.seed),
@@ -183,9 +183,9 @@ impl Sim {
             by_id: nodes.iter().zip(0..).map(|(node, index)| (node.id, index)).collect(),
             nodes,
             hoard: Vec::new(),
+            wanted: Vec::new(),
             report: Report::default(),
-            alive: 0,
-            counted_until_ms: 0,
+            counting_from_ms: 0,
             rng,
             scenario,
         })
@@ -214,12 +214,6 @@ impl Sim {
         &self.report
     }
 
-    /// Starts what is counted anew: after a mesh has settled, for instance.
-    pub fn reset_report(&mut self) {
-        self.count_time();
-        self.report = Report::default();
-    }
-
     /// The nodes that run.
     pub fn alive(&self) -> impl Iterator<Item = Index> {
         self.nodes.iter().zip(0..).filter(|(node, _)| node.life.is_some()).map(|(_, index)| index)
@@ -237,11 +231,10 @@ impl Sim {
         if self.nodes[index as usize].life.is_some() {
             return;
         }
-        self.count_time();
-        self.alive += 1;
         let now_ms = self.queue.now_ms();
         let contacts = self.contacts(index, CONTACTS);
-        let overlay_rng = StdRng::seed_from_u64(self.rng.random());
+        // As `iroh-gossip` makes one for a topic out of the node's.
+        let overlay_rng = StdRng::from_rng(&mut StdRng::seed_from_u64(self.rng.random()));
         let count = self.nodes.len();
         let node = &mut self.nodes[index as usize];
         node.lives += 1;
@@ -264,11 +257,11 @@ impl Sim {
 
     /// Switches a node off.
     pub fn crash(&mut self, index: Index) {
-        self.count_time();
+        let lived_ms = self.lived_ms(&self.nodes[index as usize]);
         let node = &mut self.nodes[index as usize];
         if node.life.take().is_some() {
+            node.lived_ms = lived_ms;
             node.ended_ms = node.valid_until_ms;
-            self.alive -= 1;
         }
     }
 
@@ -301,7 +294,7 @@ impl Sim {
             Event::Start(_) => {}
             Event::Gossip { from, message } => {
                 self.report.messages += 1;
-                self.report.copies += u64::from(is_data(&message));
+                self.report.copies += u64::from(send::is_record(&message));
                 self.overlay(at, InEvent::RecvMessage(from, message));
             }
             Event::Direct { from, message } => {
@@ -379,27 +372,24 @@ impl Sim {
 
     fn command(&mut self, at: Index, command: Command<Index>) {
         self.report.joins += u64::from(matches!(command, Command::Join(_)));
-        self.overlay(at, InEvent::Command(self.topic, command));
+        self.overlay(at, InEvent::Command(command));
     }
 
     /// Lets the overlay of a node take an event, and does what it wants done.
     fn overlay(&mut self, at: Index, event: InEvent<Index>) {
         let now = self.epoch + Duration::from_millis(self.queue.now_ms());
         let Some(life) = &mut self.nodes[at as usize].life else { return };
-        let wanted: Vec<OutEvent<Index>> = life.gossip.handle(event, now, None).collect();
-        for out in wanted {
+        let mut wanted = std::mem::take(&mut self.wanted);
+        wanted.extend(life.gossip.handle(event, now));
+        for out in wanted.drain(..) {
             match out {
-                OutEvent::SendMessage(to, message) => {
-                    let bytes = ENVELOPE_BYTES + message.size().unwrap_or_default() as u64;
-                    self.report.gossip_bytes += bytes;
-                    self.send(at, to, Event::Gossip { from: at, message });
-                }
-                OutEvent::EmitEvent(_, GossipEvent::Received(received)) => {
+                OutEvent::SendMessage(to, message) => self.send_gossip(at, to, message),
+                OutEvent::EmitEvent(GossipEvent::Received(received)) => {
                     self.report.first_copies += 1;
                     self.hear_broadcast(at, received.delivered_from, &received.content);
                 }
-                OutEvent::EmitEvent(_, GossipEvent::NeighborUp(peer)) => self.neighbour_up(at, peer),
-                OutEvent::EmitEvent(_, GossipEvent::NeighborDown(peer)) => {
+                OutEvent::EmitEvent(GossipEvent::NeighborUp(peer)) => self.neighbour_up(at, peer),
+                OutEvent::EmitEvent(GossipEvent::NeighborDown(peer)) => {
                     if let Some(life) = &mut self.nodes[at as usize].life {
                         life.overlay.down(peer);
                     }
@@ -411,6 +401,7 @@ impl Sim {
                 OutEvent::DisconnectPeer(_) | OutEvent::PeerData(..) => {}
             }
         }
+        self.wanted = wanted;
     }
 
     /// Has the overlay join somebody, if there is a reason to.
@@ -549,38 +540,6 @@ impl Sim {
         Some(outcome)
     }
 
-    fn send_direct(&mut self, from: Index, to: Index, message: Direct) {
-        let bytes = match &message {
-            Direct::Digest(digest) => digest.len() as u64 * DIGEST_ENTRY_BYTES,
-            Direct::Want(nodes) => nodes.len() as u64 * DIGEST_ENTRY_BYTES,
-            Direct::Records(records) => records.len() as u64 * notary::RECORD_BYTES as u64,
-        };
-        self.report.exchange_bytes += ENVELOPE_BYTES + bytes;
-        self.send(from, to, Event::Direct { from, message });
-    }
-
-    /// Puts a message on its way.
-    fn send(&mut self, from: Index, to: Index, event: Event) {
-        let target = &self.nodes[to as usize];
-        if target.life.is_none() || !self.network.connects(from, to) {
-            let dead_ms = self.network.dead_connection_ms();
-            let Some(life) = &mut self.nodes[from as usize].life else { return };
-            if !life.giving_up.contains(&to) {
-                life.giving_up.push(to);
-                self.after(dead_ms, from, Event::ConnectionLost(to));
-            }
-            return;
-        }
-        let lives = target.lives;
-        let [first_ms, again_ms] = self.network.arrivals(from, to, self.queue.now_ms(), &mut self.rng);
-        if let Some(delay_ms) = again_ms {
-            self.queue.after(delay_ms, Happening { at: to, life: lives, event: event.clone() });
-        }
-        if let Some(delay_ms) = first_ms {
-            self.queue.after(delay_ms, Happening { at: to, life: lives, event });
-        }
-    }
-
     /// Live nodes that discovery names: any.
     fn contacts(&mut self, of: Index, count: usize) -> Vec<Index> {
         let others: Vec<Index> =
@@ -601,9 +560,4 @@ impl Sim {
 
 fn handed(records: Vec<Aged>) -> Direct {
     Direct::Records(records.into_iter().map(|aged| (aged.verified, aged.age_ms, true)).collect())
-}
-
-/// Whether it is a broadcast in full. `iroh-gossip` has a type for this and does not export it: its first variant is data.
-fn is_data(message: &Message<Index>) -> bool {
-    message.kind() as u8 == 0
 }

@@ -132,6 +132,7 @@ fn a_node_that_crashes_is_gone_everywhere_within_two_rounds_of_the_end_of_its_la
     for seed in seeds() {
         let mut sim = started(mesh(seed));
         sim.crash(3);
+        assert_eq!((sim.ghost_pairs(), sim.survey().overdue_ghosts), (15, 0), "seed {seed}");
         sim.run_for(TTL_MS + 2 * ROUND_MS);
         assert_eq!(sim.ghost_pairs(), 0, "seed {seed}");
         assert!(sim.report().ghosts.count() > 0 && sim.report().ghosts.max_ms() <= 2 * ROUND_MS, "{}", sim.report());
@@ -201,7 +202,7 @@ fn halves_that_were_apart_forget_each_other_and_find_each_other_again() {
         let mut sim = started(mesh(seed));
         sim.partition(Some((0..16).map(|index| index % 2).collect()));
         sim.run_for(3 * TTL_MS);
-        assert_eq!(sim.unknown_pairs(), 2 * 8 * 8, "seed {seed}");
+        assert_eq!((sim.unknown_pairs(), sim.survey().overdue_pairs), (2 * 8 * 8, 2 * 8 * 8), "seed {seed}");
         sim.partition(None);
         sim.run_for(2 * TTL_MS);
         assert_eq!((sim.unknown_pairs(), sim.report().resurrections), (0, 0), "seed {seed}");

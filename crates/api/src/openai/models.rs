@@ -54,7 +54,7 @@ pub(crate) fn describe(model: &ModelCard) -> Value {
         ModelState::Loading { fraction } | ModelState::Available { loading: Some(fraction) } => {
             described["progress"] = json!(fraction);
         }
-        ModelState::Failed { reason } => described["reason"] = json!(reason),
+        ModelState::Waiting { reason } | ModelState::Failed { reason } => described["reason"] = json!(reason),
         ModelState::Ready | ModelState::Available { loading: None } => {}
     }
     described

@@ -1,6 +1,8 @@
 //! The mesh as programs see it.
 
-use murmur_api::backend::{MeshAction, Refusal};
+use std::time::Duration;
+
+use murmur_api::backend::{MeshAction, PlanPin, PlanQuestion, Refusal};
 use serde_json::{Value, json};
 
 use crate::support::{Fake, Server, error};
@@ -29,6 +31,7 @@ async fn a_node_without_a_mesh_says_so_and_how_to_get_into_one() {
     for (path, body) in [
         ("/api/mesh/invite", json!({})),
         ("/api/mesh/join", json!({"ticket": "murmur1x"})),
+        ("/api/mesh/plan", json!({"model": "big"})),
         ("/api/mesh/revoke", json!({"what": "00"})),
     ] {
         let (status, error) = server.fail(path, &body).await;
@@ -46,6 +49,14 @@ async fn actions_reach_the_node_as_they_were_asked_for() {
         ("/api/mesh/invite", json!({"valid_s": 60, "role": "client", "uses": 3})),
         ("/api/mesh/join", json!({"ticket": "murmur1abc"})),
         ("/api/mesh/revoke", json!({"what": "0123"})),
+        ("/api/mesh/plan", json!({"model": "big", "objective": "one_stream", "streams": null})),
+        (
+            "/api/mesh/plan",
+            json!({
+                "model": "big", "context_tokens": 4096, "streams": 8, "prompt_tokens": 100, "keep_ends": 1,
+                "objective": "many_streams", "exclude": ["0A"], "pin": ["01", "02:0-8"], "max_rtt_ms": 2.5,
+            }),
+        ),
     ];
     for (path, body) in asked {
         assert_eq!(server.ask(path, &body).await, json!({"done": true}), "{path}");
@@ -56,6 +67,18 @@ async fn actions_reach_the_node_as_they_were_asked_for() {
         invite(60, "client", Some(3)),
         MeshAction::Join { ticket: "murmur1abc".into() },
         MeshAction::Revoke { what: "0123".into() },
+        MeshAction::Plan(PlanQuestion { model: "big".into(), ..PlanQuestion::default() }),
+        MeshAction::Plan(PlanQuestion {
+            model: "big".into(),
+            context_tokens: Some(4096),
+            streams: Some(8),
+            prompt_tokens: Some(100),
+            keep_ends: 1,
+            many_streams: true,
+            exclude: vec!["0a".into()],
+            pin: vec![PlanPin { node: "01".into(), layers: None }, PlanPin { node: "02".into(), layers: Some(0..8) }],
+            rtt_max: Some(Duration::from_micros(2500)),
+        }),
     ];
     assert_eq!(*server.fake.mesh_actions.lock().unwrap(), expected);
 }
@@ -72,6 +95,23 @@ async fn what_makes_no_sense_does_not_reach_the_node() {
         ("/api/mesh/join", json!({}), "ticket"),
         ("/api/mesh/join", json!({"ticket": "x".repeat(5_000)}), "ticket"),
         ("/api/mesh/revoke", json!({"what": 7}), "what"),
+        ("/api/mesh/plan", json!({}), "model"),
+        ("/api/mesh/plan", json!({"model": "x".repeat(5_000)}), "model"),
+        ("/api/mesh/plan", json!({"model": "big", "context_tokens": 0}), "context_tokens"),
+        ("/api/mesh/plan", json!({"model": "big", "streams": 5_000}), "streams"),
+        ("/api/mesh/plan", json!({"model": "big", "prompt_tokens": 0.5}), "prompt_tokens"),
+        ("/api/mesh/plan", json!({"model": "big", "keep_ends": -1}), "keep_ends"),
+        ("/api/mesh/plan", json!({"model": "big", "objective": "fast"}), "objective"),
+        ("/api/mesh/plan", json!({"model": "big", "exclude": "0a"}), "exclude"),
+        ("/api/mesh/plan", json!({"model": "big", "exclude": ["0a", "xy"]}), "exclude[1]"),
+        ("/api/mesh/plan", json!({"model": "big", "exclude": [""]}), "exclude[0]"),
+        ("/api/mesh/plan", json!({"model": "big", "exclude": vec!["0a"; 65]}), "exclude"),
+        ("/api/mesh/plan", json!({"model": "big", "pin": [7]}), "pin[0]"),
+        ("/api/mesh/plan", json!({"model": "big", "pin": ["0a:"]}), "pin[0]"),
+        ("/api/mesh/plan", json!({"model": "big", "pin": ["0a:8-8"]}), "pin[0]"),
+        ("/api/mesh/plan", json!({"model": "big", "pin": [":0-8"]}), "pin[0]"),
+        ("/api/mesh/plan", json!({"model": "big", "max_rtt_ms": -1}), "max_rtt_ms"),
+        ("/api/mesh/plan", json!({"model": "big", "layers": 3}), "layers"),
     ] {
         let (status, error) = server.fail(path, &body).await;
         assert_eq!((status, error["param"].as_str()), (400, Some(param)), "{path} {body}");

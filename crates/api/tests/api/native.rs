@@ -109,6 +109,16 @@ async fn health_says_whether_the_models_are_ready() {
     let (status, retry_after, body) = health(&server).await;
     assert_eq!((status, retry_after.is_some(), &body["status"]), (503, true, &json!("failed")));
 
+    let waiting = || ModelState::Waiting { reason: "2 GiB are missing".into() };
+    let server = Server::start(in_states([failed(), waiting()])).await;
+    let (status, _, body) = health(&server).await;
+    assert_eq!(
+        (status, &body["status"], &body["models"][1]["reason"]),
+        (503, &json!("waiting"), &json!("2 GiB are missing"))
+    );
+    let server = Server::start(in_states([waiting(), ModelState::Ready])).await;
+    assert_eq!(health(&server).await.0, 200);
+
     let server = Server::with(in_states([failed(), failed()]), |o| o.api_keys = vec!["key".into()]).await;
     assert_eq!(health(&server).await.2, json!({"status": "failed", "progress": 1.0}));
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::{Args, Subcommand, ValueEnum, value_parser};
-use murmur_api::limits::MAX_INVITE_USES;
+use murmur_api::limits::{MAX_INVITE_USES, MAX_PLAN_KEEP_ENDS, MAX_PLAN_RTT_MS, MAX_PLAN_STREAMS, MAX_PLAN_TOKENS};
 use murmur_net::Relays;
 use murmur_node::sharing::{Sharing, Window};
 use murmur_protocol::mesh::{Role, SignedTicket, ticket::MESH_NAME_BYTES_MAX};
@@ -54,6 +54,10 @@ pub(crate) struct LimitArgs {
     /// Requests of other nodes at the same time, at most [default: as many as run here]
     #[arg(long, env = "MURMUR_MAX_REQUESTS", value_name = "N", value_parser = value_parser!(u32).range(1..=4096))]
     pub(crate) max_requests: Option<u32>,
+    /// Hold so many layers of one model at most. A larger model is spread over the nodes of the mesh that serve it, as is one
+    /// that does not fit into memory [default: as many as fit]
+    #[arg(long, env = "MURMUR_MAX_LAYERS", value_name = "N", value_parser = value_parser!(u32).range(1..))]
+    pub(crate) max_layers: Option<u32>,
     /// Take nothing new of other nodes while this machine is used. It is when, within the last minute, other programs had more
     /// than a tenth of its processors (and at least half of one) on average over 10 s, or something was typed in a terminal
     #[arg(long, env = "MURMUR_PAUSE_WHEN_ACTIVE", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
@@ -121,6 +125,9 @@ pub(crate) enum Mesh {
     },
     /// List the other nodes of the mesh
     Peers,
+    /// Show the ring that the running node would make for a model that is spread over the mesh, and what it would cost; or why
+    /// there is none
+    Plan(RingPlan),
     /// Show this node, its mesh and its memberships
     Show,
     /// End a ticket, or a node's membership, for ever
@@ -128,6 +135,60 @@ pub(crate) enum Mesh {
         /// Id of a ticket or node; the first digits of a node's id are enough where they are unique
         id: String,
     },
+}
+
+/// `murmur mesh plan`.
+#[derive(Debug, Args)]
+pub(crate) struct RingPlan {
+    /// Name of a model that the running node serves
+    pub(crate) model: String,
+    /// Tokens per request, prompt and answer together [default: as the node has it]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=MAX_PLAN_TOKENS))]
+    pub(crate) ctx: Option<u32>,
+    /// Requests of full length at once [default: as the node has it]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=MAX_PLAN_STREAMS))]
+    pub(crate) streams: Option<u32>,
+    /// Length of the prompt for which the time of the first token is predicted
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=MAX_PLAN_TOKENS))]
+    pub(crate) prompt_tokens: Option<u32>,
+    /// So many layers at either end stay on the running node, so that nobody else sees text
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(..=MAX_PLAN_KEEP_ENDS))]
+    pub(crate) keep_ends: Option<u32>,
+    /// Most tokens per second of all requests together, instead of least time per token of one
+    #[arg(long)]
+    pub(crate) many_streams: bool,
+    /// A node that must not be used: the first digits of its id; may be repeated
+    #[arg(long, value_name = "ID")]
+    pub(crate) exclude: Vec<String>,
+    /// A node that must be used: the first digits of its id, with its layers if it matters, such as 0123ab:0-8, the second
+    /// number being the layer after the last; may be repeated
+    #[arg(long, value_name = "ID[:FIRST-END]")]
+    pub(crate) pin: Vec<String>,
+    /// Longest round trip between neighbours in the ring, such as 20ms or 0.5s
+    #[arg(long, value_name = "TIME")]
+    pub(crate) max_rtt: Option<RoundTrip>,
+}
+
+/// A time, written `20`, `20ms` or `0.5s`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct RoundTrip {
+    pub(crate) ms: f64,
+}
+
+impl FromStr for RoundTrip {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (number, unit_ms) = match (text.strip_suffix("ms"), text.strip_suffix('s')) {
+            (Some(ms), _) => (ms, 1.0),
+            (None, Some(seconds)) => (seconds, 1e3),
+            (None, None) => (text, 1.0),
+        };
+        match number.parse::<f64>().map(|number| number * unit_ms) {
+            Ok(ms) if (0.0..=MAX_PLAN_RTT_MS).contains(&ms) => Ok(Self { ms }),
+            _ => Err(format!("write for instance 20ms or 0.5s, at most {MAX_PLAN_RTT_MS} ms")),
+        }
+    }
 }
 
 /// What the bearer of a ticket becomes.
@@ -212,6 +273,16 @@ mod tests {
         assert_eq!(read("https://a.example, http://10.0.0.1:3340"), Ok(Relays::Own(own)));
         for text in ["", "a.example", "wss://a.example", "https://a.example,b"] {
             assert!(read(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn round_trips_are_milliseconds_or_have_a_unit() {
+        for (text, ms) in [("20", 20.0), ("2.5ms", 2.5), ("0.5s", 500.0), ("0", 0.0)] {
+            assert_eq!(text.parse(), Ok(RoundTrip { ms }), "{text}");
+        }
+        for text in ["", "ms", "s", "-1", "nan", "inf", "20us", "61s", "1e9"] {
+            assert!(text.parse::<RoundTrip>().is_err(), "{text}");
         }
     }
 

@@ -1,12 +1,12 @@
 //! `murmur mesh`: what is asked of the running node. What concerns the data directory is in [`super::memberships`].
 
 use anyhow::Context;
-use murmur_protocol::mesh::{NodeId, TicketId};
+use murmur_protocol::mesh::{NodeId, TicketId, id::SHORT_DIGITS};
 use serde_json::{Value, json};
 
 use super::{Session, memberships, small_runtime};
 use crate::{
-    args::mesh::{InvitedRole, Mesh},
+    args::mesh::{InvitedRole, Mesh, RingPlan},
     client::ApiClient,
     exit::{Code, Failure},
     qr, ui,
@@ -21,6 +21,7 @@ pub(super) fn run(session: &Session, command: Mesh) -> anyhow::Result<()> {
         Mesh::Invite { valid, uses, role } => wait(invite(session, &client, valid, uses, role)),
         Mesh::Join { ticket } => wait(join(session, &client, &ticket.to_string())),
         Mesh::Peers => wait(peers(session, &client)),
+        Mesh::Plan(plan) => wait(show_plan(session, &client, &plan)),
         Mesh::Show => wait(memberships::show(session, &client)),
         Mesh::Revoke { id } => wait(revoke(session, &client, &id)),
     }
@@ -133,6 +134,43 @@ fn model(model: &Value) -> String {
     }
 }
 
+async fn show_plan(session: &Session, client: &ApiClient, plan: &RingPlan) -> anyhow::Result<()> {
+    let question = json!({
+        "model": plan.model,
+        "context_tokens": plan.ctx,
+        "streams": plan.streams,
+        "prompt_tokens": plan.prompt_tokens,
+        "keep_ends": plan.keep_ends,
+        "objective": if plan.many_streams { "many_streams" } else { "one_stream" },
+        "exclude": plan.exclude,
+        "pin": plan.pin,
+        "max_rtt_ms": plan.max_rtt.map(|rtt| rtt.ms),
+    });
+    let answer = client.ask("/api/mesh/plan", &question).await?;
+    if session.global.json {
+        return ui::print_json(&answer);
+    }
+    ui::print(&ui::without_controls(&plan_page(&answer)))
+}
+
+/// The ring and what it costs, what was rejected, and remarks.
+fn plan_page(plan: &Value) -> String {
+    let text = |key: &str| plan.get(key).and_then(Value::as_str).unwrap_or("?");
+    let number = |key: &str| plan.get(key).and_then(Value::as_u64).unwrap_or(0);
+    let streams = match number("streams") {
+        1 => "one stream".to_owned(),
+        streams => format!("each of {streams} streams"),
+    };
+    let driver: String = text("driver").chars().take(SHORT_DIGITS).collect();
+    let context = number("context_tokens");
+    let mut page = format!("{} for {driver}, a context of {context} for {streams}\n{}", text("model"), text("text"));
+    for remark in plan.get("remarks").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str) {
+        page.push_str(remark);
+        page.push('\n');
+    }
+    page
+}
+
 async fn revoke(session: &Session, client: &ApiClient, id: &str) -> anyhow::Result<()> {
     let what = whole_id(client, id).await?;
     let answer = client.ask("/api/mesh/revoke", &json!({"what": what})).await?;
@@ -198,5 +236,16 @@ mod tests {
         assert_eq!(row[..6], ["0123456789", "worker", "12.3 ms", "direct 192.0.2.1:7", "90 s", "+600 s"]);
         assert_eq!(row[6], "a (42 tokens/s), b (loading)");
         assert_eq!(peer_row(&json!({}))[..7], ["-"; 7].map(str::to_owned));
+    }
+
+    #[test]
+    fn a_plan_says_for_whom_and_for_what_before_it_shows_the_ring() {
+        let plan = json!({
+            "model": "big", "driver": "0123456789abcdef", "context_tokens": 4096, "streams": 2,
+            "text": "2 stages: 1.0 ms a token\n", "remarks": ["Memory is short."],
+        });
+        let page =
+            "big for 0123456789, a context of 4096 for each of 2 streams\n2 stages: 1.0 ms a token\nMemory is short.\n";
+        assert_eq!(plan_page(&plan), page);
     }
 }

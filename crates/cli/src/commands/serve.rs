@@ -26,6 +26,14 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
         ));
     }
     let mesh = membership::wanted(&session.data_dir, &args.mesh)?;
+    if let (Some(layers), None) = (args.limits.max_layers, &mesh) {
+        return Err(Failure::because(
+            Code::Usage,
+            format!(
+                "--max-layers {layers} leaves the other layers to a mesh, and none is named. Name one with --mesh or --join"
+            ),
+        ));
+    }
     let plan = async {
         let models = models(session, &args).await?;
         let on_demand = if args.on_demand { others(session, &models)? } else { Vec::new() };
@@ -33,6 +41,8 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
             on_demand,
             idle: args.idle.into(),
             sharing: args.limits.sharing(),
+            layers_max: args.limits.max_layers,
+            spread: mesh.is_some(),
             peer_wait: args.mesh.wait.into(),
             ..launch::node_options(session, models, &args.engine)?
         };

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use murmur_protocol::mesh::id::SHORT_DIGITS;
 use serde_json::Value;
 
 use super::{Session, small_runtime};
@@ -34,13 +35,18 @@ pub(super) fn run(session: &Session) -> anyhow::Result<()> {
         page.push('\n');
         page.push_str(&models_table(models, list(&status, "/node/models")));
     }
+    for model in models {
+        if let (Some(id), Some(reason)) = (model.get("id"), model.get("reason").and_then(Value::as_str)) {
+            let _ = writeln!(page, "{}: {reason}", plain(id));
+        }
+    }
     let stages = stage_rows(list(&status, "/node/models"));
     if !stages.is_empty() {
         page.push('\n');
         page.push_str(&ui::table(
-            &["STAGE OF", "LAYERS", "PROCESS", "RESTARTS", "WEIGHTS", "KV CELLS"],
+            &["STAGE OF", "LAYERS", "WHERE", "STEP ms", "RESTARTS", "WEIGHTS", "KV CELLS"],
             &stages,
-            &[2, 3, 4, 5],
+            &[3, 4, 5, 6],
         ));
     }
     ui::print(&ui::without_controls(&page))
@@ -87,10 +93,12 @@ fn stage_rows(at_work: &[Value]) -> Vec<Vec<String>> {
         for stage in list(model, "/stages") {
             let layer = |end: &str| stage.pointer(end).map(plain).unwrap_or_default();
             let weights = stage.get("weight_bytes").and_then(Value::as_u64);
+            let step_us = stage.pointer("/last_step/compute_us").and_then(Value::as_f64);
             rows.push(vec![
                 model.get("id").map(plain).unwrap_or_default(),
                 format!("{} to {}", layer("/layers/0"), layer("/layers/1")),
-                stage.get("process_id").map(plain).unwrap_or_default(),
+                place(stage),
+                step_us.map(|us| format!("{:.2}", us / 1000.0)).unwrap_or_default(),
                 stage.get("restarts").map(plain).unwrap_or_default(),
                 weights.map(|bytes| Size(bytes).to_string()).unwrap_or_default(),
                 stage.get("kv_cells").map(plain).unwrap_or_default(),
@@ -98,6 +106,15 @@ fn stage_rows(at_work: &[Value]) -> Vec<Vec<String>> {
         }
     }
     rows
+}
+
+/// Where a stage runs.
+fn place(stage: &Value) -> String {
+    match (stage.get("process_id").and_then(Value::as_u64), stage.get("node").and_then(Value::as_str)) {
+        (Some(process), _) => format!("process {process}"),
+        (None, Some(node)) => format!("node {}", node.get(..SHORT_DIGITS).unwrap_or(node)),
+        (None, None) => "lost".to_owned(),
+    }
 }
 
 /// A value for people: texts without quotes.

@@ -12,4 +12,5 @@ mod faults;
 mod join;
 mod many;
 mod meshes;
+mod ring;
 mod world;

@@ -59,6 +59,7 @@ fn verified(mesh: MeshId, node: NodeId, sequence: u64, tombstone: bool) -> Arc<V
         capabilities: Capabilities::NONE,
         memory_free_bytes: 0,
         certificate: None,
+        stages: Vec::new(),
     };
     Verified::trusted(record, SignedRecord::from_bytes([0; 100]).unwrap())
 }

@@ -6,9 +6,20 @@ use super::{
 };
 
 fn driver(stages: usize) -> Driver {
-    let options =
-        DriverOptions { stages, parallel: 4, chunk_rows: 4, exact: false, queue_max: 8, end_of_generation: vec![0] };
-    let mut driver = Driver::new(options);
+    driver_of(stages, false)
+}
+
+fn driver_of(stages: usize, is_shared: bool) -> Driver {
+    let mut driver = Driver::new(DriverOptions {
+        stages,
+        parallel: 4,
+        chunk_rows: 4,
+        exact: false,
+        queue_max: 8,
+        end_of_generation: vec![0],
+        vocabulary: 1000,
+        is_shared,
+    });
     (0..stages).for_each(|stage| driver.on_ready(stage));
     driver
 }
@@ -45,6 +56,51 @@ fn room_made_while_a_busy_answer_was_on_its_way_is_not_forgotten() {
     // The stage said this before it heard of the cancel.
     answer(&mut driver, 0, Kind::NotOpened, (second, 0), &NotOpened::Busy { retry_ms: 1 });
     assert!(sent(&mut driver).contains(&(0, Kind::Open, second, 1, 0)));
+}
+
+#[test]
+fn a_stage_that_other_drivers_have_filled_is_asked_again() {
+    let mut driver = driver_of(2, true);
+    let (id, mut events) = driver.start(request()).unwrap();
+    answer(&mut driver, 0, Kind::Opened, (id, 0), &Opened { cached_tokens: 0 });
+    answer(&mut driver, 1, Kind::NotOpened, (id, 0), &NotOpened::Busy { retry_ms: 1 });
+    sent(&mut driver);
+    assert_eq!(heard(&mut driver, &mut events), None);
+    driver.retry();
+    assert_eq!(sent(&mut driver), [(0, Kind::Open, id, 1, 0), (1, Kind::Open, id, 1, 0)]);
+}
+
+#[test]
+fn a_token_that_does_not_exist_ends_the_session_and_says_so() {
+    let mut driver = driver(1);
+    let (id, mut events) = driver.start(request()).unwrap();
+    answer(&mut driver, 0, Kind::Opened, (id, 0), &Opened { cached_tokens: 0 });
+    for token in [1000, -1] {
+        let sampled = Some(Sampled { token, logprob: None, top: vec![], grammar_ended: false });
+        let step = Step { sampled, compute_us: 1, batch_rows: 1, threads: 1 };
+        answer(&mut driver, 0, Kind::Sampled, (id, 0), &step);
+    }
+    let Some(SessionEvent::Failed(reason)) = heard(&mut driver, &mut events) else { panic!("it goes on") };
+    assert!(reason.contains("token 1000"), "{reason}");
+}
+
+#[test]
+fn accounts_of_rows_that_go_on_to_the_next_stage_are_noted_and_no_more() {
+    let mut driver = driver(2);
+    let (id, mut events) = driver.start(request()).unwrap();
+    (0..2).for_each(|stage| answer(&mut driver, stage, Kind::Opened, (id, 0), &Opened { cached_tokens: 0 }));
+    sent(&mut driver);
+    let step = Step { sampled: None, compute_us: 9, batch_rows: 4, threads: 1 };
+    let mut header = Header::new(Kind::Done, id);
+    header.flags = FLAG_HANDED_ON | FLAG_PREFILL | FLAG_WANT_OUTPUT;
+    driver.on_frame(0, Frame::message(header, &step).unwrap());
+    assert_eq!(driver.counters().token_compute_us, 0);
+    // Of a token, all stages count.
+    header.flags = FLAG_HANDED_ON | FLAG_WANT_OUTPUT;
+    driver.on_frame(0, Frame::message(header, &step).unwrap());
+    assert_eq!(driver.counters().token_compute_us, 9);
+    assert_eq!(driver.last_steps(), [Some(step), None]);
+    assert_eq!((sent(&mut driver), heard(&mut driver, &mut events)), (vec![], None));
 }
 
 #[test]

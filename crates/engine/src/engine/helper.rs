@@ -67,7 +67,7 @@ impl Helper {
 
     /// The child's process, while there is one.
     pub(super) fn process_id(&self) -> Option<u32> {
-        lock(&self.state).link.as_ref().map(|link| link.process_id())
+        lock(&self.state).link.as_ref()?.process_id()
     }
 
     /// The child, started if it is not there.

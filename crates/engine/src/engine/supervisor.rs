@@ -3,6 +3,7 @@
 use std::{
     path::PathBuf,
     sync::{Arc, Mutex},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -15,7 +16,7 @@ use murmur_protocol::{
 use super::{Patience, lock, stop::Stop};
 use crate::{
     driver::Driver,
-    link::{Link, LinkError, Receiver},
+    link::{Link, LinkError, Receiver, RemoteStage},
 };
 
 /// A stage that cannot be loaded this often in a row has failed: sessions are told so, and it is tried less often.
@@ -26,6 +27,9 @@ const RELOAD_PAUSE: Duration = Duration::from_millis(100);
 const PROVEN_AFTER: Duration = Duration::from_secs(2);
 /// The pause between tries of a failed stage doubles this often at most (from 30 s to 16 min).
 const FAILED_PAUSE_DOUBLINGS_MAX: u32 = 5;
+
+/// How often a stage is asked again that was busy with the requests of other drivers.
+const SHARED_RETRY: Duration = Duration::from_millis(250);
 
 /// What running requests are told when the engine ends.
 pub(super) const ENDING: &str = "the server is shutting down";
@@ -41,9 +45,17 @@ pub(super) struct Shared {
 
 /// A stage: what it is, and its process.
 pub(super) struct StageCell {
-    pub(super) load: Load,
+    pub(super) place: Place,
     pub(super) range: LayerRange,
     pub(super) state: Mutex<StageState>,
+}
+
+/// Where a stage runs.
+pub(super) enum Place {
+    /// In a child process, which loads this.
+    Here(Box<Load>),
+    /// On another machine.
+    Elsewhere(Arc<dyn RemoteStage>),
 }
 
 /// What changes about a stage.
@@ -86,10 +98,13 @@ impl Shared {
         }
     }
 
-    /// Starts a stage's process and waits until it has loaded.
+    /// Starts a stage's process, or connects to where it runs, and waits until it has loaded.
     pub(super) fn bring_up(&self, stage: usize, progress: &mut dyn FnMut(f32)) -> Result<Receiver, LinkError> {
         let cell = &self.stages[stage];
-        let (link, mut receiver) = Link::start(&self.program, &cell.load, self.patience.silence_floor)?;
+        let (link, mut receiver) = match &cell.place {
+            Place::Here(load) => Link::start(&self.program, load, self.patience.silence_floor)?,
+            Place::Elsewhere(remote) => Link::connect(remote)?,
+        };
         let link = Arc::new(link);
         self.stop.adopt(&link);
         let loaded = receiver.loaded(&link, progress)?;
@@ -100,6 +115,23 @@ impl Shared {
         }
         self.drive(|driver| driver.on_ready(stage));
         Ok(receiver)
+    }
+
+    /// Starts all stages, one after the other.
+    pub(super) fn bring_up_in_turn(&self, progress: &dyn Fn(usize, f32)) -> Result<Vec<Receiver>, LinkError> {
+        let stages = 0..self.stages.len();
+        stages.map(|stage| self.bring_up(stage, &mut |fraction| progress(stage, fraction))).collect()
+    }
+
+    /// Connects to all stages at once, so that every machine loads at the same time.
+    pub(super) fn bring_up_at_once(&self) -> Result<Vec<Receiver>, LinkError> {
+        thread::scope(|scope| {
+            let stages = 0..self.stages.len();
+            let connecting: Vec<_> =
+                stages.map(|stage| scope.spawn(move || self.bring_up(stage, &mut |_| {}))).collect();
+            let panicked = |_| Err(LinkError::Lost(ENDING.to_owned()));
+            connecting.into_iter().map(|stage| stage.join().unwrap_or_else(panicked)).collect()
+        })
     }
 
     /// Serves a stage that is up until the engine is stopped.
@@ -123,6 +155,13 @@ impl Shared {
             };
             receiver = again;
             loaded_at = Instant::now();
+        }
+    }
+
+    /// Asks stages again that other drivers use as well and that had no room.
+    pub(super) fn retry(&self) {
+        while self.stop.pause(SHARED_RETRY) {
+            self.drive(Driver::retry);
         }
     }
 

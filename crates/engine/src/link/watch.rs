@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use murmur_protocol::frame::{Header, Kind};
+use murmur_protocol::frame::{FLAG_HANDED_ON, Header, Kind};
 
 /// Ticks in the shortest silence for which a child is ended.
 const TICKS_PER_FLOOR: u32 = 8;
@@ -91,6 +91,8 @@ impl Watch {
         let took = self.since.replace(now).map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         match header.kind {
             Kind::Progress => return,
+            // The answer itself follows.
+            Kind::Done if header.has(FLAG_HANDED_ON) => return,
             Kind::Loaded | Kind::LoadFailed => {
                 self.loaded = true;
                 return;

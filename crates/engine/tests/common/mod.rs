@@ -190,13 +190,16 @@ pub fn start_child(load: &Load) -> (Link, Receiver) {
     (link, receiver)
 }
 
-/// Process ids of this process's children, loaded or not.
+/// Process ids of this process's children, loaded or not. Between its fork and its exec a child is its parent still, and the
+/// parent waits for it: such a one is no child yet.
 pub fn children() -> Vec<u32> {
+    let program = |pid: u32| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let own = program(std::process::id());
     let me = std::process::id().to_string();
     let stat_ppid = |pid: u32| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         Some(stat.rsplit_once(") ")?.1.split(' ').nth(1)?.to_owned())
     };
     let pids = std::fs::read_dir("/proc").unwrap().filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|&pid| stat_ppid(pid).as_deref() == Some(&me)).collect()
+    pids.filter(|&pid| stat_ppid(pid).as_deref() == Some(&me) && ![&own, &vec![]].contains(&&program(pid))).collect()
 }

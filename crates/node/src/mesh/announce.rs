@@ -8,25 +8,27 @@ use std::{
 use murmur_api::backend::{ModelKind, ModelState as State};
 use murmur_engine::EngineStatus;
 use murmur_protocol::mesh::{
-    ModelState, ServedModel,
+    ModelState, ServedModel, ServedStage,
     model::{BUILD_BYTES_MAX, MODEL_NAME_BYTES_MAX},
 };
 use tokio::time::MissedTickBehavior;
 
-use super::{MeshNode, ModelIdentity, both};
+use super::{MeshNode, ModelIdentity, both, ring::host};
 use crate::{Node, fit, model::Model};
 
 /// How often it is looked whether the record is still true. The mesh sends at most one per second.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Free memory is told in steps of this: smaller changes are no news.
 const MEMORY_STEP_BYTES: u64 = 1 << 30;
+/// The same of the memory for layers of a model.
+const STAGE_MEMORY_STEP_BYTES: u64 = 256 << 20;
 /// Speeds are told when they have changed by more than this part.
 const SPEED_STEP: f64 = 0.1;
 
 pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
     let mut ticks = tokio::time::interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut told: Vec<ServedModel> = Vec::new();
+    let mut told: (Vec<ServedModel>, Vec<ServedStage>) = Default::default();
     loop {
         ticks.tick().await;
         let Some((node, mesh)) = both(&node, &mesh) else { return };
@@ -35,18 +37,26 @@ pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
         let mut models: Vec<ServedModel> =
             node.models.iter().filter_map(|model| served(&node, model, model.identity()?, &mesh)).collect();
         for model in &mut models {
-            if let Some(before) = told.iter().find(|before| before.digest == model.digest) {
+            if let Some(before) = told.0.iter().find(|before| before.digest == model.digest) {
                 steady(&mut model.decode_us_per_token, before.decode_us_per_token);
                 steady(&mut model.prefill_us_per_token, before.prefill_us_per_token);
             }
         }
-        if models == told {
+        let mut stages: Vec<ServedStage> = node.models.iter().filter_map(|model| offered(&node, model)).collect();
+        for stage in &mut stages {
+            if let Some(before) = told.1.iter().find(|before| before.digest == stage.digest) {
+                steady(&mut stage.decode_us_per_layer, before.decode_us_per_layer);
+                steady(&mut stage.prefill_us_per_layer, before.prefill_us_per_layer);
+            }
+        }
+        let now = (models, stages);
+        if now == told {
             continue;
         }
-        told.clone_from(&models);
+        told.clone_from(&now);
         let memory_free_bytes = fit::available_bytes().unwrap_or(0) / MEMORY_STEP_BYTES * MEMORY_STEP_BYTES;
         let update = mesh.mesh().update(|own| {
-            own.models = models;
+            (own.models, own.stages) = now;
             own.memory_free_bytes = memory_free_bytes;
         });
         if update.await.is_err() {
@@ -70,7 +80,8 @@ async fn identify(node: &Arc<Node>) {
     };
     let loaded = (0..node.models.len()).filter(nameless).find(|&at| node.models[at].loaded().is_some());
     let could_be = || (0..node.models.len()).filter(nameless).find(|&at| node.models[at].is_on_demand());
-    let Some(at) = loaded.or_else(could_be) else { return };
+    let is_spread = || (0..node.models.len()).filter(nameless).find(|&at| node.models[at].is_spread());
+    let Some(at) = loaded.or_else(is_spread).or_else(could_be) else { return };
     let node = Arc::clone(node);
     let identified = tokio::task::spawn_blocking(move || {
         let Some(model) = node.models.get(at) else { return };
@@ -101,7 +112,8 @@ fn served(node: &Node, model: &Model, identity: &ModelIdentity, mesh: &MeshNode)
     }
     let status = loaded.as_ref().map(|loaded| loaded.engine.status());
     let count = |read: fn(&EngineStatus) -> usize| u32::try_from(status.as_ref().map_or(0, read)).unwrap_or(u32::MAX);
-    let decode_us = status.as_ref().and_then(|status| status.counters.us_per_token());
+    let around_us = model.ring().1.map_or(0, |ring| ring.around_us(mesh.mesh()));
+    let decode_us = status.as_ref().and_then(|status| status.counters.us_per_token()).map(|us| us + around_us);
     Some(ServedModel {
         digest: identity.digest,
         name: cut(model.id(), MODEL_NAME_BYTES_MAX),
@@ -110,7 +122,7 @@ fn served(node: &Node, model: &Model, identity: &ModelIdentity, mesh: &MeshNode)
             State::Ready => ModelState::Ready,
             State::Available { loading: None } => ModelState::Available,
             State::Loading { .. } | State::Available { loading: Some(_) } => ModelState::Loading,
-            State::Failed { .. } => ModelState::Draining,
+            State::Waiting { .. } | State::Failed { .. } => ModelState::Draining,
         },
         context_tokens: model.card().context_tokens,
         parallel: options.parallel.min(u32::try_from(node.gate.requests_max()).unwrap_or(u32::MAX)),
@@ -122,6 +134,43 @@ fn served(node: &Node, model: &Model, identity: &ModelIdentity, mesh: &MeshNode)
         tokenizer: identity.tokenizer,
         exact: options.exact,
         build: cut(&murmur_engine::build_id(), BUILD_BYTES_MAX),
+    })
+}
+
+/// What this node offers of a model that is spread over the mesh.
+pub(super) fn offered(node: &Node, model: &Model) -> Option<ServedStage> {
+    could_offer(node, model, model.spread()?.context_tokens)
+}
+
+/// What this node would offer of a model if that were spread over the mesh.
+pub(super) fn could_offer(node: &Node, model: &Model, context_tokens: u32) -> Option<ServedStage> {
+    let (identity, options) = (model.identity()?, node.options());
+    let held = host::held(model);
+    let terms = held.map(|(terms, ..)| terms);
+    let speed = held.map(|(.., speed)| speed).unwrap_or_default();
+    let layers = terms.map_or(1, |terms| terms.range.end - terms.range.first);
+    // 0: not measured.
+    let per_layer = |us: Option<f64>| us.map_or(0, |us| (us / f64::from(layers)).max(1.0) as u32);
+    Some(ServedStage {
+        digest: identity.digest,
+        name: cut(model.id(), MODEL_NAME_BYTES_MAX),
+        layers: model.layers(),
+        first: terms.map_or(0, |terms| terms.range.first),
+        end: terms.map_or(0, |terms| terms.range.end),
+        state: match held {
+            _ if node.gate.paused().is_some() => ModelState::Draining,
+            None => ModelState::Available,
+            Some((_, false, _)) => ModelState::Loading,
+            Some((_, true, _)) => ModelState::Ready,
+        },
+        context_tokens: terms.map_or(context_tokens, |terms| terms.context_tokens),
+        parallel: terms.map_or(options.parallel, |terms| terms.parallel),
+        exact: options.exact,
+        build: cut(&murmur_engine::build_id(), BUILD_BYTES_MAX),
+        memory_bytes: model.available_bytes(options, &node.models) / STAGE_MEMORY_STEP_BYTES * STAGE_MEMORY_STEP_BYTES,
+        decode_us_per_layer: per_layer(speed.decode_us),
+        prefill_us_per_layer: per_layer(speed.prefill_us),
+        layers_max: options.layers_max.unwrap_or(0),
     })
 }
 

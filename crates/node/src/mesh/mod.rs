@@ -13,6 +13,7 @@ mod announce;
 mod catalogue;
 mod identity;
 mod request;
+pub(crate) mod ring;
 mod view;
 mod worker;
 
@@ -51,6 +52,8 @@ pub(crate) struct MeshNode {
     dispatch: Mutex<Dispatch>,
     catalogue: Catalogue,
     speeds: Speeds,
+    /// Drivers at the stages that this node holds.
+    rings: ring::host::Rings,
     tasks: Mutex<JoinSet<()>>,
 }
 
@@ -97,8 +100,8 @@ impl MeshNode {
     }
 
     /// Does what a user asks of the mesh.
-    pub(crate) async fn act(&self, action: MeshAction) -> Result<serde_json::Value, Refusal> {
-        view::act(&self.mesh, action).await
+    pub(crate) async fn act(&self, node: &Node, action: MeshAction) -> Result<serde_json::Value, Refusal> {
+        view::act(node, self, action).await
     }
 
     async fn leave(&self) {
@@ -131,6 +134,7 @@ impl Node {
             dispatch: Mutex::default(),
             catalogue: Catalogue::new(&data_dir),
             speeds: Speeds::default(),
+            rings: ring::host::Rings::default(),
             tasks: Mutex::default(),
         });
         if self.mesh.set(Arc::clone(&node)).is_err() {
@@ -141,6 +145,9 @@ impl Node {
         if !self.models.is_empty() {
             tasks.spawn(announce::run(Arc::downgrade(self), Arc::downgrade(&node)));
             tasks.spawn(worker::run(Arc::downgrade(self), Arc::downgrade(&node)));
+            if self.options().spread {
+                tasks.spawn(ring::run(Arc::downgrade(self), Arc::downgrade(&node)));
+            }
         }
         drop(tasks);
         Ok(())

@@ -415,7 +415,7 @@ async fn converse(
             Work::Finished(finished) => return Ok(Event::Finished { attempt, reason: finished.reason }),
             Work::Failed(failed) => return Ok(Event::Failed { attempt, code: failed.code }),
             Work::Unknown { .. } => continue,
-            Work::Open(_) | Work::GetCard(_) | Work::Card(_) | Work::CardPart(_) => {
+            Work::Open(_) | Work::GetCard(_) | Work::Card(_) | Work::CardPart(_) | Work::Stage(_) | Work::Hop(_) => {
                 return Err(NetError::Protocol("a driver's message from a worker".to_owned()));
             }
         };

@@ -20,7 +20,8 @@ use murmur_net::{Invitation, Mesh, NetError, Path, PeerView};
 use murmur_protocol::mesh::{NodeId, Revocation, Role, ServedModel, SignedTicket, TicketId};
 use serde_json::{Value, json};
 
-use crate::status::per_second;
+use super::{MeshNode, ring};
+use crate::{Node, status::per_second};
 
 pub(super) fn mesh(mesh: &Mesh) -> Value {
     let peers: Vec<Value> = mesh.peers().iter().map(peer).collect();
@@ -72,8 +73,10 @@ pub(super) fn model(served: &ServedModel) -> Value {
 }
 
 /// Does what a user asks.
-pub(super) async fn act(mesh: &Mesh, action: MeshAction) -> Result<Value, Refusal> {
+pub(super) async fn act(node: &Node, mesh_node: &MeshNode, action: MeshAction) -> Result<Value, Refusal> {
+    let mesh = mesh_node.mesh();
     match action {
+        MeshAction::Plan(question) => ring::plan::answer(node, mesh_node, question).await,
         MeshAction::Invite { valid_s, role, uses } => {
             let role = if role == Role::Client.name() { Role::Client } else { Role::Worker };
             let none = || bad("a ticket that nobody may use is of no use: 1 is the least".to_owned(), "uses");
@@ -101,7 +104,7 @@ pub(super) async fn act(mesh: &Mesh, action: MeshAction) -> Result<Value, Refusa
     }
 }
 
-fn bad(message: String, param: &str) -> Refusal {
+pub(super) fn bad(message: String, param: &str) -> Refusal {
     Refusal::BadRequest { message, param: Some(param.to_owned()), code: None }
 }
 

@@ -15,6 +15,7 @@ use murmur_net::{
     NetError, SendStream, Work as Request,
     stream::{self, Reader},
 };
+use murmur_protocol::frame::FrameError;
 use murmur_protocol::mesh::{
     Admitted, Card, FailureCode, FinishReason, ModelDigest, NodeId, Open, Refused, Tokens, Work,
     card::CARD_PART_BYTES_MAX,
@@ -26,7 +27,10 @@ use tokio::{
     time::{MissedTickBehavior, timeout},
 };
 
-use super::{CAPABILITIES, MeshNode, ModelIdentity, both};
+use super::{
+    CAPABILITIES, MeshNode, ModelIdentity, both,
+    ring::{self, FrameReader},
+};
 use crate::{
     Node, NodeError,
     model::{LoadedModel, Model, with_causes},
@@ -145,6 +149,13 @@ async fn serve(node: Arc<Node>, mesh: Arc<MeshNode>, places: Arc<Places>, reques
     let answered = match timeout(OPEN_DEADLINE, reader.expect()).await {
         Ok(Ok(Work::Open(open))) => generate(&node, &mesh, &place, *open, &mut send).await,
         Ok(Ok(Work::GetCard(model))) => hand_out_card(&node, model, &mut send).await,
+        Ok(Ok(Work::Stage(open))) => {
+            let reader = frames(reader);
+            return ended(peer, ring::host::serve(node, mesh, *open, reader, Box::pin(send)).await);
+        }
+        Ok(Ok(Work::Hop(id))) => {
+            return ended(peer, ring::host::hop(&mesh, id, frames(reader)).await);
+        }
         Ok(Ok(_)) => refuse(&mut send, "a stream begins with a request").await,
         Ok(Err(error)) => refuse(&mut send, &error.to_string()).await,
         Err(_) => refuse(&mut send, "no request came").await,
@@ -153,6 +164,18 @@ async fn serve(node: Arc<Node>, mesh: Arc<MeshNode>, places: Arc<Places>, reques
         tracing::debug!("a request of {}: {error}", peer.short());
     }
     stream::finish(&mut send);
+}
+
+/// The rest of a stream as frames.
+fn frames(reader: Reader<Work>) -> FrameReader {
+    let (recv, begun) = reader.into_rest();
+    FrameReader::new(Box::pin(recv), &begun)
+}
+
+fn ended(peer: NodeId, outcome: Result<(), FrameError>) {
+    if let Err(error) = outcome {
+        tracing::debug!("a stage for {}: {error}", peer.short());
+    }
 }
 
 /// Writes a message, if the driver takes it within its lease.

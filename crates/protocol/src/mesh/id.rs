@@ -122,6 +122,11 @@ hex_id! {
     RequestId, 16, "request id"
 }
 
+hex_id! {
+    /// One driver's ring, at the hosts of its stages. Random, so that only those whom the driver told can name it.
+    RingId, 16, "ring id"
+}
+
 const PUBLIC_MESH_CONTEXT: &str = "murmur 2026-11 public mesh id";
 const TOPIC_CONTEXT: &str = "murmur 2026-11 gossip topic";
 

@@ -14,11 +14,12 @@
 //! changing the outcome, such as an unknown kind of grammar, is an error.
 //!
 //! Start with [`record`], then [`hello`] and [`control`] (neighbours), [`ticket`] and [`member`] (private meshes), [`work`]
-//! and [`open`] (requests), [`wire`] (all of them on a stream).
+//! and [`open`] (requests), [`ring`] (stages on several machines), [`wire`] (all of them on a stream).
 
 mod body;
 pub mod card;
 mod check;
+pub mod contact;
 pub mod control;
 pub mod error;
 pub mod hello;
@@ -28,6 +29,7 @@ pub mod member;
 pub mod model;
 pub mod open;
 pub mod record;
+pub mod ring;
 pub mod secret;
 pub mod ticket;
 pub mod wire;
@@ -40,15 +42,17 @@ mod proto {
 }
 
 pub use card::{CardAssembly, CardError, card_digest};
+pub use contact::ContactError;
 pub use control::{AgedRecord, Control, Redeem, Redeemed};
 pub use error::{BadSignature, MessageError};
 pub use hello::{Capabilities, Hello, PROTOCOL_VERSIONS, Refusal, RefusalCode, negotiate};
-pub use id::{IdError, MeshId, ModelDigest, NodeId, RequestId, TicketId, TokenizerDigest};
+pub use id::{IdError, MeshId, ModelDigest, NodeId, RequestId, RingId, TicketId, TokenizerDigest};
 pub use key::{MeshKey, NodeKey};
 pub use member::{MemberCertificate, MemberError, Revocation, RevocationList, SignedCertificate, SignedRevocations};
-pub use model::{ModelState, ServedModel};
+pub use model::{ModelState, ServedModel, ServedStage};
 pub use open::Open;
 pub use record::{Addresses, Claim, NodeRecord, RECORD_BYTES_MAX, RecordError, Role, SignedRecord};
+pub use ring::StageOpen;
 pub use secret::{BearerSecret, MeshSecret};
 pub use ticket::{Admission, SignedTicket, Ticket, TicketError};
 pub use wire::{Decoder, Message, encode};

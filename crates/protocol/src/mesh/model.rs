@@ -1,4 +1,5 @@
-//! What a node serves: one entry per model in its record.
+//! What a node serves: one entry per model in its record, and one per model of which it computes, or would compute, a range
+//! of layers.
 
 use super::check::{self, open_enum};
 use super::error::MessageError;
@@ -7,6 +8,10 @@ use super::proto;
 
 /// Models in one record.
 pub const MODELS_MAX: usize = 32;
+/// Stages in one record.
+pub const STAGES_MAX: usize = 16;
+/// Layers of one model.
+pub const LAYERS_MAX: u32 = 1_024;
 /// Length of a model's name.
 pub const MODEL_NAME_BYTES_MAX: usize = 96;
 /// Length of a build id.
@@ -76,16 +81,8 @@ pub struct ServedModel {
 }
 
 impl ServedModel {
-    fn check(&self) -> Result<(), MessageError> {
-        if self.name.is_empty() {
-            return Err(MessageError::Missing("model name"));
-        }
-        check::text("model name", &self.name, MODEL_NAME_BYTES_MAX)?;
-        check::text("build", &self.build, BUILD_BYTES_MAX)
-    }
-
     pub(super) fn to_proto(&self) -> Result<proto::ServedModel, MessageError> {
-        self.check()?;
+        check_name_and_build(&self.name, &self.build)?;
         Ok(proto::ServedModel {
             digest: self.digest.as_bytes().to_vec(),
             name: self.name.clone(),
@@ -119,7 +116,108 @@ impl ServedModel {
             exact: proto.exact,
             build: proto.build,
         };
-        model.check()?;
+        check_name_and_build(&model.name, &model.build)?;
         Ok(model)
     }
+}
+
+/// A range of a model's layers that a node holds for rings, or its offer to hold one. Figures are the node's own
+/// measurements, as in [`ServedModel`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServedStage {
+    /// Which model.
+    pub digest: ModelDigest,
+    /// Its name for people and for the API, 1..=[`MODEL_NAME_BYTES_MAX`] bytes.
+    pub name: String,
+    /// Layers of the whole model, 1..=[`LAYERS_MAX`].
+    pub layers: u32,
+    /// First layer held.
+    pub first: u32,
+    /// Layer after the last one held, at most `layers`; `first`: none is held yet.
+    pub end: u32,
+    /// How far the stage is from computing. [`ModelState::Available`]: it would be loaded when a driver asks.
+    pub state: ModelState,
+    /// Tokens that one request may have, prompt and answer together.
+    pub context_tokens: u32,
+    /// Requests that run at once.
+    pub parallel: u32,
+    /// Results do not depend on what shares a batch.
+    pub exact: bool,
+    /// The engine's build and execution class, at most [`BUILD_BYTES_MAX`] bytes, as in [`ServedModel::build`].
+    pub build: String,
+    /// Most memory that the node would give to layers of this model, weights and KV together.
+    pub memory_bytes: u64,
+    /// Measured time per layer and token of a request that runs alone; 0: not measured.
+    pub decode_us_per_layer: u32,
+    /// Measured time per layer and row of a prompt chunk; 0: not measured.
+    pub prefill_us_per_layer: u32,
+    /// Most layers that the node would hold; 0: as many as fit.
+    pub layers_max: u32,
+}
+
+impl ServedStage {
+    fn check(&self) -> Result<(), MessageError> {
+        check_name_and_build(&self.name, &self.build)?;
+        check_layers(self.first, self.end, self.layers)
+    }
+
+    pub(super) fn to_proto(&self) -> Result<proto::ServedStage, MessageError> {
+        self.check()?;
+        Ok(proto::ServedStage {
+            digest: self.digest.as_bytes().to_vec(),
+            name: self.name.clone(),
+            state: self.state.to_wire(),
+            layers: self.layers,
+            first: self.first,
+            end: self.end,
+            context_tokens: self.context_tokens,
+            parallel: self.parallel,
+            exact: self.exact,
+            build: self.build.clone(),
+            memory_bytes: self.memory_bytes,
+            decode_us_per_layer: self.decode_us_per_layer,
+            prefill_us_per_layer: self.prefill_us_per_layer,
+            layers_max: self.layers_max,
+        })
+    }
+
+    pub(super) fn from_proto(proto: proto::ServedStage) -> Result<ServedStage, MessageError> {
+        let stage = ServedStage {
+            digest: ModelDigest::from_bytes(check::array("model digest", &proto.digest)?),
+            name: proto.name,
+            layers: proto.layers,
+            first: proto.first,
+            end: proto.end,
+            state: ModelState::from_wire(proto.state),
+            context_tokens: proto.context_tokens,
+            parallel: proto.parallel,
+            exact: proto.exact,
+            build: proto.build,
+            memory_bytes: proto.memory_bytes,
+            decode_us_per_layer: proto.decode_us_per_layer,
+            prefill_us_per_layer: proto.prefill_us_per_layer,
+            layers_max: proto.layers_max,
+        };
+        stage.check()?;
+        Ok(stage)
+    }
+}
+
+fn check_name_and_build(name: &str, build: &str) -> Result<(), MessageError> {
+    if name.is_empty() {
+        return Err(MessageError::Missing("model name"));
+    }
+    check::text("model name", name, MODEL_NAME_BYTES_MAX)?;
+    check::text("build", build, BUILD_BYTES_MAX)
+}
+
+/// Refuses a range `first..end` that does not lie within a model of `layers`; an empty one passes.
+pub(super) fn check_layers(first: u32, end: u32, layers: u32) -> Result<(), MessageError> {
+    if !(1..=LAYERS_MAX).contains(&layers) {
+        return Err(MessageError::Invalid { what: "layers", why: "a model has from 1 to 1024" });
+    }
+    if first > end || end > layers {
+        return Err(MessageError::Invalid { what: "layer range", why: "it does not lie within the model's layers" });
+    }
+    Ok(())
 }

@@ -21,7 +21,7 @@ use super::hello::{Capabilities, SOFTWARE_BYTES_MAX};
 use super::id::{MeshId, NodeId};
 use super::key::{self, NodeKey, SIGNATURE_BYTES};
 use super::member::SignedCertificate;
-use super::model::{MODELS_MAX, ServedModel};
+use super::model::{MODELS_MAX, STAGES_MAX, ServedModel, ServedStage};
 use super::proto;
 
 /// Longest signed record: with gossip's own overhead it fits the 4,096 bytes that gossip carries.
@@ -136,6 +136,8 @@ pub struct NodeRecord {
     /// Its proof of membership; private meshes. Whoever holds the mesh's secret can publish, so that this is what tells
     /// members from those who once were: check it with [`SignedCertificate::verify`].
     pub certificate: Option<SignedCertificate>,
+    /// Ranges of layers that it holds or would hold for rings, at most [`STAGES_MAX`], digests all different.
+    pub stages: Vec<ServedStage>,
 }
 
 /// Why a record is not believed.
@@ -170,15 +172,18 @@ impl NodeRecord {
         Ok(SignedRecord(key::sealed(key.sign(DOMAIN, &body), &body).into()))
     }
 
-    /// Leaves out models from the end until the record can be signed, and says how many: a node with more models than a
-    /// record holds must not vanish from the mesh. Put the models that matter most first.
+    /// Leaves out models, and stages once no model is left, from the end until the record can be signed, and says how many: a
+    /// node with more than a record holds must not vanish from the mesh. Put what matters most first. Stages are the last to
+    /// go, because a model that is left out others may serve as well, but a ring that lacks a stage is a model that nobody
+    /// serves.
     pub fn shorten(&mut self) -> usize {
-        let before = self.models.len();
+        let before = self.models.len() + self.stages.len();
         self.models.truncate(MODELS_MAX);
-        while !self.models.is_empty() && matches!(self.encode(), Err(MessageError::TooLarge { .. })) {
-            self.models.pop();
-        }
-        before - self.models.len()
+        self.stages.truncate(STAGES_MAX);
+        while matches!(self.encode(), Err(MessageError::TooLarge { .. }))
+            && (self.models.pop().is_some() || self.stages.pop().is_some())
+        {}
+        before - self.models.len() - self.stages.len()
     }
 }
 
@@ -190,6 +195,7 @@ impl Body for NodeRecord {
     fn to_proto(&self) -> Result<proto::NodeRecord, MessageError> {
         check_scalars(self.ttl_ms, &self.software)?;
         check_models(&self.models)?;
+        check_stages(&self.stages)?;
         Ok(proto::NodeRecord {
             node: self.node.as_bytes().to_vec(),
             mesh: self.mesh.as_bytes().to_vec(),
@@ -203,6 +209,7 @@ impl Body for NodeRecord {
             capabilities: self.capabilities.0,
             memory_free_bytes: self.memory_free_bytes,
             certificate: self.certificate.as_ref().map(|certificate| certificate.as_bytes().to_vec()),
+            stages: self.stages.iter().map(ServedStage::to_proto).collect::<Result<_, _>>()?,
         })
     }
 
@@ -211,6 +218,9 @@ impl Body for NodeRecord {
         check::count("models", proto.models.len(), MODELS_MAX)?;
         let models: Vec<_> = proto.models.into_iter().map(ServedModel::from_proto).collect::<Result<_, _>>()?;
         check_models(&models)?;
+        check::count("stages", proto.stages.len(), STAGES_MAX)?;
+        let stages: Vec<_> = proto.stages.into_iter().map(ServedStage::from_proto).collect::<Result<_, _>>()?;
+        check_stages(&stages)?;
         Ok(NodeRecord {
             node: NodeId::from_bytes(check::array("node", &proto.node)?),
             mesh: MeshId::from_bytes(check::array("mesh", &proto.mesh)?),
@@ -224,6 +234,7 @@ impl Body for NodeRecord {
             capabilities: Capabilities(proto.capabilities),
             memory_free_bytes: proto.memory_free_bytes,
             certificate: proto.certificate.map(SignedCertificate::from_bytes).transpose()?,
+            stages,
         })
     }
 }
@@ -239,6 +250,14 @@ fn check_models(models: &[ServedModel]) -> Result<(), MessageError> {
     check::count("models", models.len(), MODELS_MAX)?;
     if !check::all_differ(models.iter().map(|model| model.digest)) {
         return Err(MessageError::Invalid { what: "models", why: "a model occurs twice" });
+    }
+    Ok(())
+}
+
+fn check_stages(stages: &[ServedStage]) -> Result<(), MessageError> {
+    check::count("stages", stages.len(), STAGES_MAX)?;
+    if !check::all_differ(stages.iter().map(|stage| stage.digest)) {
+        return Err(MessageError::Invalid { what: "stages", why: "a model occurs twice" });
     }
     Ok(())
 }
@@ -309,7 +328,7 @@ struct ClaimProto {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mesh::model::ModelState;
+    use crate::mesh::model::{LAYERS_MAX, ModelState};
 
     fn signed(proto: &proto::NodeRecord, more: &[u8], key: &NodeKey) -> SignedRecord {
         let body = [proto.encode_to_vec().as_slice(), more].concat();
@@ -328,6 +347,10 @@ mod tests {
         (key, proto)
     }
 
+    fn stage() -> proto::ServedStage {
+        proto::ServedStage { digest: vec![1; 32], name: "m".into(), layers: 28, ..Default::default() }
+    }
+
     #[test]
     fn fields_and_enum_values_of_a_newer_version_leave_the_rest_readable_and_the_signature_good() {
         let (key, mut proto) = key_and_proto();
@@ -339,10 +362,12 @@ mod tests {
             tokenizer: vec![2; 32],
             ..Default::default()
         }];
+        proto.stages = vec![proto::ServedStage { state: 99, ..stage() }];
         // Field 1000, a number, and field 1001, bytes.
         let newer = [0xc0, 0x3e, 5, 0xca, 0x3e, 3, 1, 2, 3];
         let record = signed(&proto, &newer, &key).verify(MeshId::public("m")).unwrap();
         assert_eq!((record.role, record.models[0].state), (Role::Unknown, ModelState::Unknown));
+        assert_eq!(record.stages[0].state, ModelState::Unknown);
         assert_eq!((record.sequence, record.addresses), (7, Addresses::default()));
     }
 
@@ -355,6 +380,11 @@ mod tests {
             relay: None,
             direct: vec![proto::SocketAddress { ip: ip.to_vec(), port }],
         };
+        let with_stage = |stage| proto::NodeRecord { stages: vec![stage], ..good.clone() };
+        for (first, end, layers) in [(0, 0, 28), (28, 28, 28), (0, LAYERS_MAX, LAYERS_MAX), (27, 28, 28)] {
+            let stage = proto::ServedStage { first, end, layers, ..stage() };
+            assert!(signed(&with_stage(stage), &[], &key).verify(mesh).is_ok());
+        }
         let with_addresses = |addresses| proto::NodeRecord { addresses: Some(addresses), ..good.clone() };
         let broken = [
             proto::NodeRecord { ttl_ms: 0, ..good.clone() },
@@ -363,6 +393,15 @@ mod tests {
             proto::NodeRecord { node: Vec::new(), ..good.clone() },
             proto::NodeRecord { certificate: Some(vec![0; 300]), ..good.clone() },
             proto::NodeRecord { models: vec![proto::ServedModel::default(); MODELS_MAX + 1], ..good.clone() },
+            proto::NodeRecord { stages: vec![stage(); 2], ..good.clone() },
+            proto::NodeRecord { stages: vec![proto::ServedStage::default(); STAGES_MAX + 1], ..good.clone() },
+            with_stage(proto::ServedStage { digest: vec![1; 31], ..stage() }),
+            with_stage(proto::ServedStage { name: String::new(), ..stage() }),
+            with_stage(proto::ServedStage { build: "b".repeat(65), ..stage() }),
+            with_stage(proto::ServedStage { layers: 0, ..stage() }),
+            with_stage(proto::ServedStage { layers: LAYERS_MAX + 1, ..stage() }),
+            with_stage(proto::ServedStage { first: 8, end: 7, ..stage() }),
+            with_stage(proto::ServedStage { end: 29, ..stage() }),
             with_addresses(address(&[10, 0, 0], 1)),
             with_addresses(address(&[10, 0, 0, 1], 65_536)),
             with_addresses(address(&[10, 0, 0, 1], 0)),

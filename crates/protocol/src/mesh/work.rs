@@ -1,4 +1,4 @@
-//! The work stream: one request between a driver and a worker.
+//! The work stream: one request between a driver and a worker, or one stage of a ring.
 //!
 //! ```text
 //! driver                      worker
@@ -14,15 +14,36 @@
 //!
 //! A driver that lacks the vocabulary of a model asks for it on a stream of its own: [`Work::GetCard`], answered with
 //! [`Work::Card`] and [`Work::CardPart`]s, which [`super::card::CardAssembly`] puts together.
+//!
+//! A driver whose model is spread over several machines opens a stream to the host of each stage:
+//!
+//! ```text
+//! driver                      host of a stage
+//!   Stage           ->
+//!                   <-   frames: Progress ..., then Loaded, or LoadFailed and the end
+//!   frames: Route   ->
+//!   frames: Open, Tokens or Hidden, Close ...
+//!                   <-   frames: Opened, Hidden or Sampled, Done ...
+//!
+//! host of stage i             host of stage i + 1
+//!   Hop             ->
+//!   frames: Hidden ...
+//! ```
+//!
+//! After [`Work::Stage`] both directions carry [`crate::frame`]s and nothing else, as between a driver and its child process,
+//! only that the request itself stands for the frame that says what to load. The driver's [`Route`](crate::stage::Route) says
+//! where hidden states go: back on this stream, or to another host on a stream of their own, which begins with [`Work::Hop`]
+//! and then carries frames of [`Kind::Hidden`](crate::frame::Kind::Hidden) in this one direction.
 
 use super::body::Body;
 use super::card::{CARD_BYTES_MAX, CARD_PART_BYTES_MAX};
 use super::check::{self, open_enum};
 use super::error::MessageError;
 use super::hello::REASON_BYTES_MAX;
-use super::id::{ModelDigest, TokenizerDigest};
+use super::id::{ModelDigest, RingId, TokenizerDigest};
 use super::open::{Open, pairs};
 use super::proto;
+use super::ring::{Hop, StageOpen};
 use super::wire::{Message, UNKNOWN_BODY_BYTES_MAX};
 use crate::sampling::Sampled;
 
@@ -60,6 +81,10 @@ pub enum Work {
     Card(Card),
     /// Worker: the card's next bytes, 1..=[`CARD_PART_BYTES_MAX`].
     CardPart(Vec<u8>),
+    /// Driver: asks the host to be a stage of its ring. Frames follow, in both directions.
+    Stage(Box<StageOpen>),
+    /// Host of the stage before: the hidden states of the ring that the receiver knows under this id follow, as frames.
+    Hop(RingId),
     /// A message that this version does not know: to be ignored. Encodes as an empty one.
     Unknown {
         /// Its kind.
@@ -207,6 +232,8 @@ const FAILED: u16 = 7;
 const GET_CARD: u16 = 8;
 const CARD: u16 = 9;
 const CARD_PART: u16 = 10;
+const STAGE: u16 = 11;
+const HOP: u16 = 12;
 
 impl Message for Work {
     fn kind(&self) -> u16 {
@@ -221,6 +248,8 @@ impl Message for Work {
             Work::GetCard(_) => GET_CARD,
             Work::Card(_) => CARD,
             Work::CardPart(_) => CARD_PART,
+            Work::Stage(_) => STAGE,
+            Work::Hop(_) => HOP,
             Work::Unknown { kind } => *kind,
         }
     }
@@ -237,6 +266,8 @@ impl Message for Work {
             GET_CARD => GetCard::BYTES_MAX,
             CARD => Card::BYTES_MAX,
             CARD_PART => CardPart::BYTES_MAX,
+            STAGE => StageOpen::BYTES_MAX,
+            HOP => Hop::BYTES_MAX,
             _ => UNKNOWN_BODY_BYTES_MAX,
         }
     }
@@ -253,7 +284,9 @@ impl Message for Work {
             Work::GetCard(model) => GetCard(*model).encode(),
             Work::Card(card) => card.encode(),
             Work::CardPart(bytes) => CardPart(bytes.clone()).encode(),
-            Work::Unknown { kind } if (OPEN..=CARD_PART).contains(kind) => {
+            Work::Stage(open) => open.encode(),
+            Work::Hop(ring) => Hop(*ring).encode(),
+            Work::Unknown { kind } if (OPEN..=HOP).contains(kind) => {
                 Err(MessageError::Invalid { what: "kind", why: "it is known, and its message is not given" })
             }
             Work::Unknown { .. } => Ok(Vec::new()),
@@ -272,6 +305,8 @@ impl Message for Work {
             GET_CARD => Work::GetCard(GetCard::decode(body)?.0),
             CARD => Work::Card(Body::decode(body)?),
             CARD_PART => Work::CardPart(CardPart::decode(body)?.0),
+            STAGE => Work::Stage(Box::new(Body::decode(body)?)),
+            HOP => Work::Hop(Hop::decode(body)?.0),
             kind => Work::Unknown { kind },
         })
     }

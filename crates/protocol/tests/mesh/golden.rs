@@ -25,6 +25,8 @@ fn vectors() -> String {
     let mut text = String::new();
     let record = samples::record();
     add(&mut text, "record", &record, record.sign(&node_key(1)).unwrap().as_bytes());
+    let stages = NodeRecord { stages: vec![samples::stage(), samples::offer()], ..samples::record() };
+    add(&mut text, "record with stages", &stages, stages.sign(&node_key(1)).unwrap().as_bytes());
     let member = NodeRecord {
         mesh: mesh_key().mesh_id(),
         certificate: Some(samples::certificate().sign(&mesh_key()).unwrap()),
@@ -37,6 +39,7 @@ fn vectors() -> String {
     add(&mut text, "certificate", &certificate, certificate.sign(&mesh_key()).unwrap().as_bytes());
     let list = samples::revocations();
     add(&mut text, "revocations", &list, list.sign(&mesh_key()).unwrap().as_bytes());
+    add(&mut text, "contact", &record.addresses, &contact::seal(&record.addresses, &node_key(1)).unwrap());
     for (name, ticket) in [("private ticket", samples::private_ticket()), ("public ticket", samples::public_ticket())] {
         let signed = ticket.clone().sign(&node_key(1)).unwrap();
         writeln!(text, "{name}\n  {ticket:?}\n  {signed}\n").unwrap();
@@ -96,9 +99,10 @@ fn what_was_written_down_is_read_as_what_it_meant() {
             _ if name.starts_with("record of") => {
                 format!("{:?}", SignedRecord::from_bytes(bytes()).unwrap().verify(mesh_key().mesh_id()).unwrap())
             }
-            _ if name == "record" || name == "tombstone" => {
+            _ if matches!(name, "record" | "record with stages" | "tombstone") => {
                 format!("{:?}", SignedRecord::from_bytes(bytes()).unwrap().verify(MeshId::public("home")).unwrap())
             }
+            _ if name == "contact" => format!("{:?}", contact::open(&bytes()).unwrap().1),
             _ if name == "certificate" => {
                 let signed = SignedCertificate::from_bytes(bytes()).unwrap();
                 format!("{:?}", signed.verify(mesh_key().mesh_id(), node_key(1).node_id(), 0).unwrap())
@@ -111,5 +115,5 @@ fn what_was_written_down_is_read_as_what_it_meant() {
         assert_eq!(&found, meaning, "{name}");
         read += 1;
     }
-    assert_eq!(read, 7 + samples::controls().len() + samples::works().len());
+    assert_eq!(read, 9 + samples::controls().len() + samples::works().len());
 }

@@ -89,6 +89,15 @@ proptest! {
     }
 
     #[test]
+    fn a_contact_that_is_damaged_or_cut_is_not_opened(at in any::<Index>(), bit in 0u8..8) {
+        let mut bytes = contact::seal(&record().addresses, &node_key(1)).unwrap();
+        let at = at.index(bytes.len());
+        prop_assert!(contact::open(&bytes[..at]).is_err());
+        bytes[at] ^= 1 << bit;
+        prop_assert!(contact::open(&bytes).is_err());
+    }
+
+    #[test]
     fn a_record_that_is_cut_or_longer_never_verifies(
         (record, key) in samples::any_record(MeshId::public("m")),
         at in any::<Index>(),
@@ -147,6 +156,11 @@ fn a_record_that_breaks_a_rule_is_not_signed() {
         NodeRecord { models: vec![no_name], ..record() },
         NodeRecord { models: vec![escape], ..record() },
         NodeRecord { models: vec![samples::model(), samples::model()], ..record() },
+        NodeRecord { stages: vec![samples::stage(), samples::stage()], ..record() },
+        NodeRecord { stages: vec![ServedStage { name: "n".repeat(97), ..samples::stage() }], ..record() },
+        NodeRecord { stages: vec![ServedStage { build: "\x1b[2J".into(), ..samples::stage() }], ..record() },
+        NodeRecord { stages: vec![ServedStage { end: 81, ..samples::stage() }], ..record() },
+        NodeRecord { stages: vec![ServedStage { layers: 1_025, ..samples::stage() }], ..record() },
         NodeRecord { addresses: Addresses { relay: None, direct: vec!["0.0.0.0:7".parse().unwrap()] }, ..record() },
     ];
     for record in broken {
@@ -178,7 +192,9 @@ fn a_kind_that_is_not_known_is_skipped_and_reported() {
     assert_eq!(decoder.next(&mut input), Ok(None));
     // It cannot be used to smuggle an empty message of a kind that is known.
     assert!(encode(&Control::Unknown { kind: Control::Ping(5).kind() }).is_err());
-    assert!(encode(&Work::Unknown { kind: Work::CardPart(vec![1]).kind() }).is_err());
+    for (name, work) in samples::works() {
+        assert_eq!(encode(&Work::Unknown { kind: work.kind() }).is_err(), name != "unknown", "{name}");
+    }
 }
 
 #[test]
@@ -255,6 +271,23 @@ fn a_request_that_breaks_a_rule_is_neither_sent_nor_read() {
     ];
     for open in broken {
         assert!(encode(&Work::Open(Box::new(open))).is_err());
+    }
+}
+
+#[test]
+fn a_request_for_a_stage_that_breaks_a_rule_is_not_sent() {
+    let open = samples::stage_open;
+    let broken = [
+        StageOpen { first: 52, ..open() },
+        StageOpen { end: 81, ..open() },
+        StageOpen { layers: 1_025, ..open() },
+        StageOpen { context_tokens: 0, ..open() },
+        StageOpen { context_tokens: REQUEST_TOKENS_MAX as u32 + 1, ..open() },
+        StageOpen { parallel: 257, ..open() },
+        StageOpen { build: Some("b".repeat(65)), ..open() },
+    ];
+    for open in broken {
+        assert!(encode(&Work::Stage(Box::new(open))).is_err());
     }
 }
 

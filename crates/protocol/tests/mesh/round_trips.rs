@@ -173,3 +173,29 @@ fn a_record_with_too_many_models_is_shortened_from_the_end_until_it_can_be_signe
     record.sign(&samples::node_key(1)).unwrap();
     assert_eq!(record.shorten(), 0);
 }
+
+#[test]
+fn a_record_that_is_too_long_loses_its_models_before_its_stages() {
+    let stage = |i| ServedStage {
+        digest: ModelDigest::from_bytes([i; 32]),
+        name: "n".repeat(96),
+        build: "b".repeat(64),
+        ..samples::stage()
+    };
+    let mut record = NodeRecord { stages: vec![stage(0), stage(1)], ..samples::record() };
+    record.models = (0..60u8)
+        .map(|i| ServedModel { digest: ModelDigest::from_bytes([i; 32]), name: "n".repeat(96), ..samples::model() })
+        .collect();
+    let left_out = record.shorten();
+    assert_eq!((record.models.len() + left_out, record.stages.len()), (60, 2));
+    assert!(record.models.len() > 10);
+    record.sign(&samples::node_key(1)).unwrap();
+
+    let stages: Vec<_> = (0..20).map(stage).collect();
+    record.stages = stages.clone();
+    record.shorten();
+    assert!(record.models.is_empty() && record.stages.len() > 10);
+    assert_eq!(record.stages, stages[..record.stages.len()]);
+    record.sign(&samples::node_key(1)).unwrap();
+    assert_eq!(record.shorten(), 0);
+}

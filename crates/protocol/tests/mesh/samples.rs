@@ -38,6 +38,30 @@ pub(crate) fn model() -> ServedModel {
     }
 }
 
+pub(crate) fn stage() -> ServedStage {
+    ServedStage {
+        digest: ModelDigest::from_bytes([0x77; 32]),
+        name: "llama-3.3-70b:q4_k_m".into(),
+        layers: 80,
+        first: 20,
+        end: 52,
+        state: ModelState::Loading,
+        context_tokens: 16_384,
+        parallel: 8,
+        exact: true,
+        build: "b6500-cpu-avx2".into(),
+        memory_bytes: 20 << 30,
+        decode_us_per_layer: 4_100,
+        prefill_us_per_layer: 150,
+        layers_max: 40,
+    }
+}
+
+pub(crate) fn offer() -> ServedStage {
+    let digest = ModelDigest::from_bytes([0x78; 32]);
+    ServedStage { digest, first: 0, end: 0, state: ModelState::Available, layers_max: 0, ..stage() }
+}
+
 pub(crate) fn record() -> NodeRecord {
     NodeRecord {
         node: node_key(1).node_id(),
@@ -55,6 +79,7 @@ pub(crate) fn record() -> NodeRecord {
         capabilities: Capabilities::GRAMMARS.with(Capabilities::CARDS),
         memory_free_bytes: 12 << 30,
         certificate: None,
+        stages: Vec::new(),
     }
 }
 
@@ -168,6 +193,20 @@ pub(crate) fn open() -> Open {
     }
 }
 
+pub(crate) fn stage_open() -> StageOpen {
+    StageOpen {
+        model: stage().digest,
+        first: 20,
+        end: 52,
+        layers: 80,
+        context_tokens: 16_384,
+        parallel: 8,
+        exact: true,
+        build: Some(stage().build),
+        ring: RingId::from_bytes([0x88; 16]),
+    }
+}
+
 /// One of each message of the work stream.
 pub(crate) fn works() -> Vec<(&'static str, Work)> {
     let sampled = vec![
@@ -197,6 +236,8 @@ pub(crate) fn works() -> Vec<(&'static str, Work)> {
         ("get card", Work::GetCard(model().digest)),
         ("card", Work::Card(Card { tokenizer: card_digest(b"card"), total_bytes: 4 })),
         ("card part", Work::CardPart(b"card".to_vec())),
+        ("stage", Work::Stage(Box::new(stage_open()))),
+        ("hop", Work::Hop(stage_open().ring)),
         ("unknown", Work::Unknown { kind: 999 }),
     ]
 }
@@ -223,13 +264,8 @@ pub(crate) fn any_addresses() -> impl Strategy<Value = Addresses> {
 }
 
 fn any_model() -> impl Strategy<Value = ServedModel> {
-    use ModelState::*;
-    (
-        (any_id(), any_text(96), select(vec![Available, Loading, Ready, Draining, Unknown]), any_id(), any_text(64)),
-        any::<[u32; 8]>(),
-        any::<bool>(),
-    )
-        .prop_map(|((digest, name, state, tokenizer, build), n, exact)| ServedModel {
+    ((any_id(), any_text(96), any_state(), any_id(), any_text(64)), any::<[u32; 8]>(), any::<bool>()).prop_map(
+        |((digest, name, state, tokenizer, build), n, exact)| ServedModel {
             digest,
             name,
             state,
@@ -243,7 +279,57 @@ fn any_model() -> impl Strategy<Value = ServedModel> {
             tokenizer,
             exact,
             build,
+        },
+    )
+}
+
+fn any_state() -> impl Strategy<Value = ModelState> {
+    use ModelState::*;
+    select(vec![Available, Loading, Ready, Draining, Unknown])
+}
+
+/// The layers of a model, and a range of at least so many of them.
+fn any_layers(least: u32) -> impl Strategy<Value = (u32, u32, u32)> {
+    (1..=model::LAYERS_MAX)
+        .prop_flat_map(move |layers| (Just(layers), 0..=layers - least))
+        .prop_flat_map(move |(layers, first)| (Just(layers), Just(first), first + least..=layers))
+}
+
+fn any_stage() -> impl Strategy<Value = ServedStage> {
+    ((any_id(), any_text(96), any_state(), any_text(64)), any_layers(0), any::<[u32; 5]>(), any::<u64>(), any::<bool>())
+        .prop_map(|((digest, name, state, build), (layers, first, end), n, memory_bytes, exact)| ServedStage {
+            digest,
+            name,
+            layers,
+            first,
+            end,
+            state,
+            context_tokens: n[0],
+            parallel: n[1],
+            exact,
+            build,
+            memory_bytes,
+            decode_us_per_layer: n[2],
+            prefill_us_per_layer: n[3],
+            layers_max: n[4],
         })
+}
+
+pub(crate) fn any_stage_open() -> impl Strategy<Value = StageOpen> {
+    let figures = (1..=open::REQUEST_TOKENS_MAX as u32, 1..=ring::STAGE_PARALLEL_MAX);
+    ((any_id(), any::<[u8; 16]>()), any_layers(1), figures, option::of(any_text(64)), any::<bool>()).prop_map(
+        |((model, ring), (layers, first, end), (context_tokens, parallel), build, exact)| StageOpen {
+            model,
+            first,
+            end,
+            layers,
+            context_tokens,
+            parallel,
+            exact,
+            build,
+            ring: ring.into(),
+        },
+    )
 }
 
 /// Any record of a mesh, with the key of its node.
@@ -251,10 +337,10 @@ pub(crate) fn any_record(mesh: MeshId) -> impl Strategy<Value = (NodeRecord, Nod
     (
         any::<[u8; 32]>().prop_map(|secret| NodeKey::from_bytes(&secret)),
         (any::<u64>(), 1..=record::TTL_MS_MAX, any::<bool>(), any_role(), any_addresses()),
-        vec(any_model(), 0..7),
+        (vec(any_model(), 0..7), vec(any_stage(), 0..4)),
         (any_text(64), any::<u64>(), any::<u64>(), option::of(any_certificate())),
     )
-        .prop_map(move |(key, (sequence, ttl_ms, tombstone, role, addresses), models, rest)| {
+        .prop_map(move |(key, (sequence, ttl_ms, tombstone, role, addresses), (models, stages), rest)| {
             let (software, capabilities, memory_free_bytes, certificate) = rest;
             let record = NodeRecord {
                 node: key.node_id(),
@@ -269,6 +355,7 @@ pub(crate) fn any_record(mesh: MeshId) -> impl Strategy<Value = (NodeRecord, Nod
                 capabilities: Capabilities(capabilities),
                 memory_free_bytes,
                 certificate: certificate.map(|certificate| certificate.sign(&mesh_key()).unwrap()),
+                stages,
             };
             (record, key)
         })
@@ -447,6 +534,8 @@ pub(crate) fn any_work() -> impl Strategy<Value = Work> {
         any_id().prop_map(Work::GetCard),
         (any_id(), 1..1u32 << 26).prop_map(|(tokenizer, total_bytes)| Work::Card(Card { tokenizer, total_bytes })),
         vec(any::<u8>(), 1..300).prop_map(Work::CardPart),
+        any_stage_open().prop_map(|open| Work::Stage(Box::new(open))),
+        any::<[u8; 16]>().prop_map(|ring| Work::Hop(ring.into())),
         (100..=u16::MAX).prop_map(|kind| Work::Unknown { kind }),
     ]
 }

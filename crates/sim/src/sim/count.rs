@@ -3,19 +3,67 @@
 use murmur_protocol::mesh::NodeId;
 
 use super::Sim;
-use crate::{measure::ROUND_MS, node::Index};
+use crate::{
+    measure::{DISCOVERY_MS_MAX, GONE_MS_MAX, Report, Survey},
+    node::{Index, Life, Node},
+};
 
 impl Sim {
+    /// Who lists whom at this moment.
+    pub fn survey(&self) -> Survey {
+        let now_ms = self.queue.now_ms();
+        let settled = |node: &Node| node.began_ms + DISCOVERY_MS_MAX <= now_ms;
+        let pairs = |nodes: usize| nodes * nodes.saturating_sub(1);
+        let lives = || self.nodes.iter().filter_map(|node| Some((node, node.life.as_ref()?)));
+        let mut survey = Survey {
+            unknown_pairs: pairs(lives().count()),
+            overdue_pairs: pairs(lives().filter(|(node, _)| settled(node)).count()),
+            ..Survey::default()
+        };
+        for (observer, life) in lives() {
+            for record in life.membership.nodes(observer.clock.at(now_ms)) {
+                let Some(index) = self.by_id.get(&record.node) else { continue };
+                let node = &self.nodes[*index as usize];
+                if node.life.is_some() {
+                    survey.unknown_pairs -= 1;
+                    survey.overdue_pairs -= usize::from(settled(observer) && settled(node));
+                } else {
+                    survey.ghost_pairs += 1;
+                    survey.overdue_ghosts += usize::from(node.ended_ms + GONE_MS_MAX < now_ms);
+                }
+            }
+        }
+        survey
+    }
+
     /// Pairs of live nodes of which the first does not list the second.
     pub fn unknown_pairs(&self) -> usize {
-        let alive: Vec<Index> = self.alive().collect();
-        alive.iter().map(|a| alive.iter().filter(|b| a != *b && !self.lists(*a, **b)).count()).sum()
+        self.survey().unknown_pairs
     }
 
     /// Pairs of nodes of which the first lives and lists the second, which does not.
     pub fn ghost_pairs(&self) -> usize {
-        let dead = || self.nodes.iter().zip(0..).filter(|(node, _)| node.life.is_none()).map(|(_, index)| index);
-        self.alive().map(|observer| dead().filter(|node| self.lists(observer, *node)).count()).sum()
+        self.survey().ghost_pairs
+    }
+
+    /// What each node has sent while it lived, in bytes per second, in ascending order.
+    pub fn bytes_per_second(&self) -> Vec<f64> {
+        let rate = |node: &Node| match self.lived_ms(node) {
+            0 => None,
+            lived_ms => Some(node.sent_bytes as f64 * 1_000.0 / lived_ms as f64),
+        };
+        let mut rates: Vec<f64> = self.nodes.iter().filter_map(rate).collect();
+        rates.sort_by(f64::total_cmp);
+        rates
+    }
+
+    /// Starts what is counted anew: after a mesh has settled, for instance.
+    pub fn reset_report(&mut self) {
+        self.report = Report::default();
+        self.counting_from_ms = self.queue.now_ms();
+        for node in &mut self.nodes {
+            (node.sent_bytes, node.lived_ms) = (0, 0);
+        }
     }
 
     /// `observer` has put a node on its list.
@@ -25,7 +73,7 @@ impl Sim {
         let (began_ms, lives, gone) = {
             let node = &self.nodes[index as usize];
             // A copy that is late by less finds out soon.
-            let gone = node.life.is_none() && node.ended_ms + 2 * ROUND_MS < now_ms;
+            let gone = node.life.is_none() && node.ended_ms + GONE_MS_MAX < now_ms;
             (node.began_ms, node.lives, gone)
         };
         let observer_began_ms = self.nodes[observer as usize].began_ms;
@@ -56,9 +104,13 @@ impl Sim {
         }
     }
 
+    /// How long a node has lived since counting began, in milliseconds.
+    pub(super) fn lived_ms(&self, node: &Node) -> u64 {
+        let alive = |_: &Life| self.queue.now_ms() - node.began_ms.max(self.counting_from_ms);
+        node.lived_ms + node.life.as_ref().map_or(0, alive)
+    }
+
     pub(super) fn count_time(&mut self) {
-        let now_ms = self.queue.now_ms();
-        self.report.node_ms += self.alive * (now_ms - self.counted_until_ms);
-        self.counted_until_ms = now_ms;
+        self.report.node_ms = self.nodes.iter().map(|node| self.lived_ms(node)).sum();
     }
 }

@@ -1,73 +1,32 @@
-//! Measures requests per second, for one token each: straight into an engine, and through the API of running servers.
-//!
-//! `requests CHILD MODEL SCRATCH_DIR CONCURRENCY REQUESTS ROUNDS [ADDRESS...]` measures all in turns and prints a line of JSON for
-//! each round: requests per second of `engine` and of each address.
-#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout)] // a tool for its developers
+//! Requests per second, for one token each: straight into an engine, and through the API of running servers.
 
-use std::{path::PathBuf, time::Instant};
+use std::time::Instant;
 
 use futures::{
     FutureExt,
     future::{BoxFuture, join_all},
 };
-use murmur_engine::{Engine, EngineOptions, Patience, SessionEvent, SessionRequest, Stop};
-use murmur_gguf::{Gguf, LayerRange};
-use murmur_protocol::sampling::{SamplingParams, Token};
+use murmur_engine::Engine;
+use murmur_protocol::sampling::SamplingParams;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
 };
 
+use crate::{Place, answer, prompt};
+
 const PROMPT_TOKENS: usize = 16;
-/// Ids that exist in any vocabulary of at least a thousand tokens and are no special tokens.
-const TOKENS: std::ops::Range<Token> = 300..1000;
-
-fn options(child: &str, model: &str, scratch: &str, concurrency: usize) -> EngineOptions {
-    let model = PathBuf::from(model);
-    let layers = Gguf::open(&model).expect("the model opens").layer_count().expect("the model has layers");
-    EngineOptions {
-        program: PathBuf::from(child),
-        model,
-        slices_dir: PathBuf::from(scratch),
-        embedding: false,
-        ranges: vec![LayerRange::new(0, layers)],
-        context_tokens: 2048,
-        parallel: u32::try_from(concurrency).expect("a small number"),
-        queue_max: 64,
-        chunk_rows: 256,
-        threads: Some(1),
-        exact: false,
-        gpu_layers: 0,
-        patience: Patience::default(),
-    }
-}
-
-/// One that no earlier request shares a prefix with.
-fn prompt(mut number: usize) -> Vec<Token> {
-    let digit = |_| {
-        let digit = number % TOKENS.len();
-        number /= TOKENS.len();
-        TOKENS.start + digit as Token
-    };
-    (0..PROMPT_TOKENS).map(digit).collect()
-}
 
 async fn directly(engine: &Engine, number: usize) {
     let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
-    let request = SessionRequest { prompt: prompt(number), generated: Vec::new(), max_tokens: 1, sampling };
-    let mut stream = engine.start(request).expect("there is room");
-    while let Some(event) = stream.next().await {
-        if let SessionEvent::Failed(reason) = event {
-            panic!("{reason}");
-        }
-    }
+    answer(engine, prompt(number, PROMPT_TOKENS), 1, sampling).await;
 }
 
 /// As a program does that keeps its connection.
 async fn by_api(connection: &mut BufReader<TcpStream>, number: usize) {
     let body = format!(
         "{{\"model\":\"auto\",\"prompt\":{:?},\"max_tokens\":1,\"temperature\":0,\"ignore_eos\":true}}",
-        prompt(number)
+        prompt(number, PROMPT_TOKENS)
     );
     let head = format!(
         "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
@@ -94,15 +53,9 @@ async fn rate(requests: usize, workers: Vec<BoxFuture<'_, ()>>) -> f64 {
     requests as f64 / started.elapsed().as_secs_f64()
 }
 
-#[tokio::main]
-async fn main() {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    let [child, model, scratch, concurrency, requests, rounds, addresses @ ..] = args.as_slice() else {
-        panic!("usage: requests CHILD MODEL SCRATCH_DIR CONCURRENCY REQUESTS ROUNDS [ADDRESS...]");
-    };
-    let number = |text: &String| text.parse::<usize>().expect("a number");
-    let (concurrency, requests, rounds) = (number(concurrency), number(requests), number(rounds));
-    let engine = Engine::load(options(child, model, scratch, concurrency), Stop::new(), |_, _| {}).expect("it loads");
+/// In turns: the engine, then each of the addresses. Prints requests per second of `engine` and of each address, for each round.
+pub(crate) async fn measure(place: &Place<'_>, concurrency: usize, requests: usize, rounds: usize, addresses: &[&str]) {
+    let engine = place.load(u32::try_from(concurrency).expect("a small number"), 1, false);
     // The first round warms up.
     for round in 0..=rounds {
         // Every request of every turn has a number of its own.
@@ -134,7 +87,7 @@ async fn main() {
                     }
                 });
             }
-            let name = target.map_or("engine", String::as_str);
+            let name = target.copied().unwrap_or("engine");
             rates.push(format!("\"{name}\":{:.1}", rate(requests, workers).await));
         }
         if round > 0 {

@@ -1,0 +1,277 @@
+//! A stage that several drivers use, those of other machines among them.
+//!
+//! Every driver counts its sessions for itself. Here each gets a number of its own towards the child, and answers find the
+//! way back. A driver says only what drivers may say: whatever else it sends is refused before the child sees it.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
+
+use murmur_gguf::{Gguf, LayerRange};
+use murmur_protocol::{
+    frame::{Frame, Header, Kind},
+    stage::{Loaded, Step},
+};
+
+use crate::{
+    EngineError, EngineOptions, Stop,
+    engine::stage_load,
+    link::{Link, Receiver},
+};
+
+/// Sessions that one driver may have open at a stage.
+const SESSIONS_PER_GUEST_MAX: usize = 1024;
+
+/// Why a frame of a driver is not passed on. The driver is of no more use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum HostError {
+    /// Not a driver's to say.
+    #[error("a driver does not send frames of kind {0:?}")]
+    Kind(Kind),
+    /// More sessions than a driver may have.
+    #[error("more than {SESSIONS_PER_GUEST_MAX} sessions of one driver")]
+    TooManySessions,
+}
+
+/// Weight of a new measurement in the moving average.
+const SMOOTHING: f64 = 0.1;
+/// Rows of a frame of which the time of a prompt row is measured, at least.
+const PREFILL_ROWS_MIN: u32 = 32;
+
+/// How fast a stage is, as measured. `None`: not yet.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Speed {
+    /// A step of one row, us.
+    pub decode_us: Option<f64>,
+    /// A row of a long prompt, us.
+    pub prefill_us: Option<f64>,
+}
+
+impl Speed {
+    /// Notes a batch. Those that several sessions share say nothing about one.
+    fn note(&mut self, rows: u32, step: &Step) {
+        let average =
+            |known: &mut Option<f64>, us: f64| *known = Some(known.map_or(us, |was| was + SMOOTHING * (us - was)));
+        match rows {
+            _ if step.batch_rows != rows => {}
+            1 => average(&mut self.decode_us, step.compute_us.into()),
+            PREFILL_ROWS_MIN.. => average(&mut self.prefill_us, f64::from(step.compute_us) / f64::from(rows)),
+            _ => {}
+        }
+    }
+}
+
+/// Takes the answers for one driver. It must not block.
+type Sink = Box<dyn Fn(Frame) + Send>;
+
+/// A layer range in a child process, for many drivers. Dropping it ends the process.
+pub struct Host {
+    inner: Arc<Inner>,
+    file: PathBuf,
+    loaded: Loaded,
+    receiver: Option<thread::JoinHandle<()>>,
+}
+
+struct Inner {
+    link: Arc<Link>,
+    routes: Mutex<Routes>,
+    is_dead: AtomicBool,
+}
+
+#[derive(Default)]
+struct Routes {
+    next: u64,
+    /// Drivers, by number.
+    guests: HashMap<u64, Sink>,
+    /// What the child calls a session of a driver, by both their numbers.
+    inward: HashMap<(u64, u64), u64>,
+    /// The reverse.
+    outward: HashMap<u64, (u64, u64)>,
+    speed: Speed,
+}
+
+impl Inner {
+    fn routes(&self) -> MutexGuard<'_, Routes> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Routes {
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn of(&self, guest: u64) -> impl Iterator<Item = u64> {
+        self.inward.keys().filter(move |(other, _)| *other == guest).map(|(_, session)| *session)
+    }
+
+    /// A frame of a driver as the child knows it; `None`: it is about a session that is over.
+    fn inward(&mut self, guest: u64, mut frame: Frame) -> Result<Option<Frame>, HostError> {
+        let key = (guest, frame.header.session);
+        let known = match frame.header.kind {
+            Kind::Open if !self.inward.contains_key(&key) => {
+                if self.of(guest).count() >= SESSIONS_PER_GUEST_MAX {
+                    return Err(HostError::TooManySessions);
+                }
+                let number = self.number();
+                self.inward.insert(key, number);
+                self.outward.insert(number, key);
+                Some(number)
+            }
+            Kind::Open | Kind::Tokens | Kind::Hidden | Kind::Next => self.inward.get(&key).copied(),
+            Kind::Close => {
+                let known = self.inward.remove(&key);
+                known.and_then(|number| self.outward.remove(&number).map(|_| number))
+            }
+            kind => return Err(HostError::Kind(kind)),
+        };
+        Ok(known.map(|number| {
+            frame.header.session = number;
+            frame
+        }))
+    }
+
+    fn outward(&mut self, mut frame: Frame) {
+        if let (Kind::Done | Kind::Sampled, Ok(step)) = (frame.header.kind, frame.decode::<Step>()) {
+            self.speed.note(frame.header.rows, &step);
+        }
+        let Some(&(guest, session)) = self.outward.get(&frame.header.session) else { return };
+        if let Some(sink) = self.guests.get(&guest) {
+            frame.header.session = session;
+            sink(frame);
+        }
+    }
+}
+
+impl Host {
+    /// Cuts the range from the model's file if needed, starts the child and waits until it has loaded. Blocks. Of the
+    /// options, `ranges` does not count.
+    ///
+    /// # Errors
+    /// As [`crate::Engine::load`].
+    pub fn load(
+        options: &EngineOptions,
+        range: LayerRange,
+        stop: &Stop,
+        mut progress: impl FnMut(f32),
+    ) -> Result<Host, EngineError> {
+        options.check()?;
+        let load = stage_load(options, &Gguf::open(&options.model)?, range)?;
+        let (link, mut receiver) = Link::start(&options.program, &load, options.patience.silence_floor)?;
+        let link = Arc::new(link);
+        stop.adopt(&link);
+        let loaded = receiver.loaded(&link, &mut progress)?;
+        let inner = Arc::new(Inner { link, routes: Mutex::default(), is_dead: AtomicBool::new(false) });
+        let shared = inner.clone();
+        let receiver = thread::Builder::new()
+            .name("stage-host".into())
+            .spawn(move || shared.receive(receiver))
+            .map_err(|e| EngineError::Io("a thread could not be started", e))?;
+        Ok(Host { inner, file: load.path, loaded, receiver: Some(receiver) })
+    }
+
+    /// The file that the child has loaded.
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// What was loaded.
+    pub fn loaded(&self) -> &Loaded {
+        &self.loaded
+    }
+
+    /// Whether the child is gone. It does not come back.
+    pub fn is_dead(&self) -> bool {
+        self.inner.is_dead.load(Ordering::Acquire)
+    }
+
+    /// The child's process id.
+    pub fn process_id(&self) -> Option<u32> {
+        self.inner.link.process_id()
+    }
+
+    /// A driver comes. `sink` gets the answers to its frames, and is dropped when the child is gone.
+    pub fn enter(&self, sink: impl Fn(Frame) + Send + 'static) -> Guest {
+        let mut routes = self.inner.routes();
+        let number = routes.number();
+        // After a death nobody is left who would drop it.
+        if !self.is_dead() {
+            routes.guests.insert(number, Box::new(sink));
+        }
+        drop(routes);
+        Guest { inner: self.inner.clone(), number }
+    }
+
+    /// How fast it is.
+    pub fn speed(&self) -> Speed {
+        self.inner.routes().speed
+    }
+
+    /// Drivers that use it now.
+    pub fn guests(&self) -> usize {
+        self.inner.routes().guests.len()
+    }
+}
+
+impl Inner {
+    fn receive(&self, mut receiver: Receiver) {
+        while let Some((frame, _)) = receiver.receive() {
+            self.routes().outward(frame);
+        }
+        let mut routes = self.routes();
+        self.is_dead.store(true, Ordering::Release);
+        routes.guests.clear();
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.inner.link.kill();
+        if let Some(receiver) = self.receiver.take() {
+            let _ = receiver.join();
+        }
+    }
+}
+
+/// A driver at a [`Host`]. Dropping it ends all its sessions there.
+pub struct Guest {
+    inner: Arc<Inner>,
+    number: u64,
+}
+
+impl Guest {
+    /// Passes a frame on to the child, without blocking. One about a session that is over goes nowhere.
+    ///
+    /// # Errors
+    /// [`HostError`]: no driver sends this.
+    pub fn send(&self, frame: Frame) -> Result<(), HostError> {
+        // Under the lock, so that what two threads pass on for one session keeps its order.
+        let mut routes = self.inner.routes();
+        if let Some(frame) = routes.inward(self.number, frame)? {
+            // What cannot be sent was too large to have been received.
+            self.inner.link.send(&[frame]);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let mut routes = self.inner.routes();
+        routes.guests.remove(&self.number);
+        let open: Vec<u64> = routes.of(self.number).collect();
+        for session in open {
+            let close = Frame { header: Header::new(Kind::Close, session), payload: Vec::new() };
+            if let Ok(Some(close)) = routes.inward(self.number, close) {
+                self.inner.link.send(&[close]);
+            }
+        }
+    }
+}

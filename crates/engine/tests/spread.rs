@@ -1,0 +1,202 @@
+//! Stages that several drivers share, each found by whoever carries the frames: the text is that of one engine.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
+
+mod common;
+
+use std::{
+    io::Write,
+    os::unix::net::UnixStream,
+    path::Path,
+    sync::{Arc, Mutex, mpsc},
+    thread,
+};
+
+use common::*;
+use futures::future::join_all;
+use murmur_engine::{Engine, Guest, Host, HostError, RemoteStage, Stop};
+use murmur_gguf::{LayerRange, even_cuts, synth::Weights};
+use murmur_protocol::{
+    frame::{Frame, Header, Kind},
+    stage::{Open, Opened},
+};
+
+/// Who holds a range: a host in this process, another one once it is dead.
+struct Holder {
+    load: Box<dyn Fn() -> Host + Send + Sync>,
+    host: Mutex<Option<Arc<Host>>>,
+}
+
+impl Holder {
+    fn host(&self) -> Arc<Host> {
+        let mut host = self.host.lock().unwrap();
+        if host.as_ref().is_none_or(|host| host.is_dead()) {
+            *host = Some(Arc::new((self.load)()));
+        }
+        host.clone().unwrap()
+    }
+}
+
+impl RemoteStage for Holder {
+    fn connect(&self) -> Result<UnixStream, String> {
+        let (engines, ours) = UnixStream::pair().unwrap();
+        let host = self.host();
+        let (answers, answered) = mpsc::channel::<Frame>();
+        let guest = host.enter(move |frame| drop(answers.send(frame)));
+        let loaded = Frame::message(Header::new(Kind::Loaded, 0), host.loaded()).unwrap();
+        let (mut from, mut to) = (ours.try_clone().unwrap(), ours);
+        thread::spawn(move || {
+            loaded.write_to(&mut to).unwrap();
+            while let Ok(frame) = answered.recv() {
+                let mut bytes = Vec::new();
+                frame.append_to(&mut bytes).unwrap();
+                if to.write_all(&bytes).is_err() {
+                    break;
+                }
+            }
+            let _ = to.shutdown(std::net::Shutdown::Both);
+        });
+        thread::spawn(move || {
+            while let Ok(Some(frame)) = Frame::read_from(&mut from) {
+                guest.send(frame).unwrap();
+            }
+        });
+        Ok(engines)
+    }
+
+    fn lost_because(&self) -> String {
+        "the host is dead".to_owned()
+    }
+}
+
+/// Holders of all ranges of a model.
+struct Spread<'a> {
+    lab: &'a Lab,
+    model: &'a Path,
+    ranges: Vec<LayerRange>,
+    holders: Vec<Arc<Holder>>,
+}
+
+impl<'a> Spread<'a> {
+    fn new(lab: &'a Lab, model: &'a Path, stages: u32) -> Self {
+        let ranges = even_cuts(&murmur_gguf::Gguf::open(model).unwrap(), stages).unwrap();
+        let holder = |&range: &LayerRange| {
+            let options = lab.options(model, vec![range], true);
+            let load = Box::new(move || Host::load(&options, range, &Stop::new(), |_| {}).unwrap());
+            Arc::new(Holder { load, host: Mutex::default() })
+        };
+        let holders = ranges.iter().map(holder).collect();
+        Spread { lab, model, ranges, holders }
+    }
+
+    /// A driver of its own.
+    fn engine(&self) -> Engine {
+        let stages: Vec<_> = self.holders.iter().map(|holder| holder.clone() as Arc<dyn RemoteStage>).collect();
+        let options = self.lab.options(self.model, self.ranges.clone(), true);
+        Engine::load_spread(options, &stages, Stop::new(), |_, _| {}).unwrap()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_drivers_that_share_stages_each_get_the_text_of_an_engine_that_has_all() {
+    let lab = Lab::new();
+    // One takes hidden states in its batch, the other has them written over its embeddings.
+    for preset in ["llama", "gemma3"] {
+        let model = lab.tiny(preset, Weights::Q8_0);
+        let whole = lab.engine(&model, vec![LayerRange::new(0, layers(&model))], true);
+        let stages = if layers(&model) >= 4 { 4 } else { 2 };
+        let spread = Spread::new(&lab, &model, stages);
+        let drivers = [spread.engine(), spread.engine()];
+        let asked = |n: i32| match n % 2 {
+            0 => request(prompt(150, n), 24, greedy()),
+            _ => request(prompt(70, n), 24, sampled(7)),
+        };
+        let answers = join_all((0..8).map(|n| run(&drivers[n as usize % 2], asked(n)))).await;
+        for (n, answer) in (0..).zip(answers) {
+            assert_eq!(answer.logprob_bits, run(&whole, asked(n)).await.logprob_bits, "{preset}, request {n}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn drivers_that_want_more_than_the_stages_hold_wait_for_each_other() {
+    let lab = Lab::new();
+    let model = lab.tiny("llama", Weights::Q8_0);
+    let spread = Spread::new(&lab, &model, 2);
+    let drivers = [spread.engine(), spread.engine()];
+    // Each driver may run eight at once, and the stages hold eight in all.
+    let asked = (0..24).map(|n| run(&drivers[n as usize % 2], request(prompt(20, n), 16, sampled(n as u64))));
+    assert!(join_all(asked).await.iter().all(|answer| answer.tokens.len() == 16));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stage_that_dies_is_found_elsewhere_and_no_token_changes() {
+    let lab = Lab::new();
+    let model = lab.tiny("llama", Weights::Q8_0);
+    let whole = lab.engine(&model, vec![LayerRange::new(0, layers(&model))], true);
+    let spread = Spread::new(&lab, &model, 2);
+    let driver = spread.engine();
+    for stage in 0..2 {
+        let asked = || request(prompt(100, stage), 200, sampled(5));
+        let answer = async { read(driver.start(asked()).unwrap()).await.unwrap() };
+        let dying = async {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            kill(spread.holders[stage as usize].host().process_id().unwrap());
+        };
+        let (answer, ()) = tokio::join!(answer, dying);
+        assert_eq!(answer.logprob_bits, run(&whole, asked()).await.logprob_bits);
+        assert_eq!(driver.status().stages[stage as usize].restarts, 1);
+    }
+}
+
+/// A driver that is spoken to directly.
+fn enter(host: &Host) -> (Guest, mpsc::Receiver<Frame>) {
+    let (answers, answered) = mpsc::channel();
+    (host.enter(move |frame| drop(answers.send(frame))), answered)
+}
+
+fn open(session: u64) -> Frame {
+    let open = Open { prompt: prompt(10, 1), generated: vec![], reserve_cells: 512, sampling: None };
+    Frame::message(Header::new(Kind::Open, session), &open).unwrap()
+}
+
+#[test]
+fn a_driver_says_what_drivers_say_and_nothing_else() {
+    let lab = Lab::new();
+    let model = lab.tiny("llama", Weights::F32);
+    let host = Spread::new(&lab, &model, 2).holders[0].host();
+    let (guest, answered) = enter(&host);
+    for &kind in Kind::ALL {
+        let refused = guest.send(Frame { header: Header::new(kind, 1), payload: vec![] }).is_err();
+        let is_a_drivers = matches!(kind, Kind::Open | Kind::Close | Kind::Tokens | Kind::Hidden | Kind::Next);
+        assert_eq!(refused, !is_a_drivers, "{kind:?}");
+    }
+    assert_eq!(
+        guest.send(Frame { header: Header::new(Kind::Load, 0), payload: vec![] }),
+        Err(HostError::Kind(Kind::Load))
+    );
+    // What it said before was nonsense, and the stage is there all the same.
+    guest.send(open(2)).unwrap();
+    let opened = answered.iter().find(|frame| frame.header.kind == Kind::Opened).unwrap();
+    assert_eq!(opened.header.session, 2);
+}
+
+#[test]
+fn a_driver_that_leaves_makes_room_and_hears_nothing_of_the_others() {
+    let lab = Lab::new();
+    let model = lab.tiny("llama", Weights::F32);
+    let host = Spread::new(&lab, &model, 2).holders[0].host();
+    let (first, heard) = enter(&host);
+    let (second, answered) = enter(&host);
+    // As many as the stage holds, all with the numbers that the other uses, too.
+    (0..8).for_each(|session| first.send(open(session)).unwrap());
+    assert!(heard.iter().take(8).all(|frame| frame.header.kind == Kind::Opened));
+    second.send(open(3)).unwrap();
+    assert_eq!(answered.recv().unwrap().header.kind, Kind::NotOpened);
+    drop(first);
+    second.send(open(3)).unwrap();
+    let frame = answered.recv().unwrap();
+    assert_eq!((frame.header.kind, frame.header.session), (Kind::Opened, 3));
+    assert!(frame.decode::<Opened>().is_ok() && heard.try_recv().is_err());
+    assert_eq!(host.guests(), 1);
+}

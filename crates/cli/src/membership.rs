@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::Context;
-use murmur_net::{Credentials, EndpointOptions, MeshChoice, MeshOptions};
+use murmur_net::{Credentials, Dht, EndpointOptions, MeshChoice, MeshOptions};
 use murmur_protocol::mesh::{MeshId, NodeId, SignedTicket};
 
 use crate::{
@@ -115,9 +115,17 @@ pub(crate) fn nostr_relays(args: &MeshArgs) -> Vec<String> {
     }
 }
 
+/// The DHT that the flags mean.
+fn dht(args: &MeshArgs) -> Option<Dht> {
+    args.dht.then(|| match args.dht_node.is_empty() {
+        true => Dht::Public,
+        false => Dht::Own(args.dht_node.clone()),
+    })
+}
+
 fn options(data_dir: &Path, args: &MeshArgs, mesh: MeshChoice) -> MeshOptions {
     MeshOptions {
-        endpoint: EndpointOptions { relays: args.relay.0.clone(), bind: args.bind },
+        endpoint: EndpointOptions { relays: args.relay.0.clone(), bind: args.bind, dht: dht(args) },
         mdns: !args.no_mdns,
         nostr: nostr_relays(args),
         ..MeshOptions::new(data_dir, mesh)

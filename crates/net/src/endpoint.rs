@@ -6,10 +6,13 @@ use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
 use std::time::Duration;
 
+use iroh::address_lookup::AddrFilter;
 use iroh::address_lookup::memory::MemoryLookup;
 use iroh::endpoint::{Builder, EndpointHooks, PortmapperConfig, QuicTransportConfig, VarInt, presets};
 use iroh::{Endpoint, EndpointAddr, RelayMode, RelayUrl, SecretKey};
+use iroh_mainline_address_lookup::DhtAddressLookup;
 use murmur_protocol::mesh::{Addresses, NodeKey};
+use n0_mainline::DhtBuilder;
 
 use crate::contact::Contact;
 use crate::{NetError, data_dir};
@@ -54,6 +57,33 @@ pub struct EndpointOptions {
     pub relays: Relays,
     /// The socket address to bind instead of any port on all interfaces.
     pub bind: Option<SocketAddr>,
+    /// Whether to find nodes by their ids, and to be found by the own one, in the DHT of BitTorrent.
+    pub dht: Option<Dht>,
+}
+
+/// Where a lookup in the DHT begins. Whoever knows the id of a node that is in it learns the node's addresses.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Dht {
+    /// At the nodes that everybody begins with.
+    #[default]
+    Public,
+    /// At these, `HOST:PORT`: a DHT of one's own.
+    Own(Vec<String>),
+}
+
+impl Dht {
+    fn lookup(&self) -> iroh_mainline_address_lookup::Builder {
+        // Relays alone, its default, would be of no use to nodes without one.
+        let builder = DhtAddressLookup::builder().addr_filter(AddrFilter::unfiltered());
+        match self {
+            Dht::Public => builder,
+            Dht::Own(nodes) => {
+                let mut own = DhtBuilder::default();
+                own.bootstrap(nodes);
+                builder.dht_builder(own)
+            }
+        }
+    }
 }
 
 /// The secret key of the node whose data folder this is; made on first use.
@@ -100,12 +130,15 @@ pub(crate) async fn bind(
     // What cannot be read is of no use, and written anew.
     let before: Vec<SocketAddr> = data_dir::read_json(&remembered).ok().flatten().unwrap_or_default();
     let addresses = MemoryLookup::new();
-    let builder = relays(&options.relays)?
+    let mut builder = relays(&options.relays)?
         .secret_key(SecretKey::from_bytes(&key.to_bytes()))
         .alpns(vec![MESH_ALPN.to_vec(), WORK_ALPN.to_vec(), GOSSIP_ALPN.to_vec()])
         .transport_config(transport()?)
         .address_lookup(addresses.clone())
         .hooks(hooks);
+    if let Some(dht) = &options.dht {
+        builder = builder.address_lookup(dht.lookup());
+    }
     let endpoint = bind_to(builder, &sockets(options, &before)).await?;
     let bound = endpoint.bound_sockets();
     if bound != before {

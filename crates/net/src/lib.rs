@@ -48,7 +48,7 @@ pub mod ticket;
 
 pub use contact::Contact;
 pub use credentials::Credentials;
-pub use endpoint::{EndpointOptions, Relays, node_key};
+pub use endpoint::{Dht, EndpointOptions, Relays, node_key};
 pub use error::NetError;
 pub use iroh::endpoint::{RecvStream, SendStream};
 pub use links::Path;

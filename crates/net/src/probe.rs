@@ -252,7 +252,7 @@ mod tests {
     #[tokio::test]
     async fn without_relays_a_machine_knows_its_own_addresses_only() {
         let bind = Some("127.0.0.1:0".parse().unwrap());
-        let found = network(&EndpointOptions { relays: Relays::None, bind }).await.unwrap();
+        let found = network(&EndpointOptions { relays: Relays::None, bind, dht: None }).await.unwrap();
         assert!(found.outside.is_none());
         assert!(found.own.iter().any(|(address, reached)| address.ip().is_loopback() && reached.is_ok()), "{found:?}");
     }

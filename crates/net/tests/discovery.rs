@@ -8,7 +8,7 @@ use std::net::UdpSocket;
 
 use common::{Node, all_know_all, join, lists, options, public, start, until};
 use murmur_net::{
-    Contact, Credentials, EndpointOptions, Invitation, Mesh, MeshChoice, MeshOptions, Relays, Seed, SeedOptions,
+    Contact, Credentials, Dht, EndpointOptions, Invitation, Mesh, MeshChoice, MeshOptions, Relays, Seed, SeedOptions,
 };
 use murmur_protocol::mesh::Addresses;
 
@@ -59,6 +59,26 @@ async fn members_of_a_private_mesh_find_each_other_on_a_nostr_relay_and_stranger
 }
 
 #[tokio::test]
+async fn a_node_of_which_the_id_is_known_and_at_most_where_it_was_is_found_in_the_dht() {
+    let dht = n0_mainline::Testnet::new(3).await.unwrap();
+    let in_dht = |bootstrap: Vec<Contact>| {
+        let nodes = dht.bootstrap.clone();
+        async move {
+            let folder = tempfile::tempdir().unwrap();
+            let mut options = options(&folder, public());
+            options.endpoint.dht = Some(Dht::Own(nodes));
+            options.bootstrap = bootstrap;
+            Node { mesh: Mesh::start(options).await.unwrap(), folder }
+        }
+    };
+    let one = in_dht(Vec::new()).await;
+    let left = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let known = |direct| vec![Contact { node: one.mesh.node_id(), addresses: Addresses { relay: None, direct } }];
+    let (other, third) = (in_dht(known(Vec::new())).await, in_dht(known(vec![left])).await);
+    all_know_all(&[one, other, third]).await;
+}
+
+#[tokio::test]
 async fn a_node_that_is_known_by_its_relay_alone_is_reached_through_it() {
     let seed = Seed::start(SeedOptions::default()).await.unwrap();
     let relayed = |bootstrap: Vec<Contact>| {
@@ -66,7 +86,8 @@ async fn a_node_that_is_known_by_its_relay_alone_is_reached_through_it() {
         async move {
             let folder = tempfile::tempdir().unwrap();
             let mut options = options(&folder, public());
-            options.endpoint = EndpointOptions { relays, bind: Some("127.0.0.1:0".parse().unwrap()) };
+            let bind = Some("127.0.0.1:0".parse().unwrap());
+            options.endpoint = EndpointOptions { relays, bind, ..EndpointOptions::default() };
             options.bootstrap = bootstrap;
             Node { mesh: Mesh::start(options).await.unwrap(), folder }
         }

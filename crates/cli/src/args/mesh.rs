@@ -33,6 +33,13 @@ pub(crate) struct MeshArgs {
     /// Find nobody on the local network, and say nothing there
     #[arg(long, env = "MURMUR_NO_MDNS", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
     pub(crate) no_mdns: bool,
+    /// Look in the DHT of BitTorrent for nodes that are not where they were, and say there where this one is: whoever knows its
+    /// id then learns its addresses
+    #[arg(long, env = "MURMUR_DHT", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
+    pub(crate) dht: bool,
+    /// Where the DHT begins, HOST:PORT; may be repeated [default: where BitTorrent's does]
+    #[arg(long, env = "MURMUR_DHT_NODE", value_name = "HOST:PORT", value_delimiter = ',', requires = "dht")]
+    pub(crate) dht_node: Vec<String>,
     /// The relay that carries what cannot go directly: its URL (several with commas), none, or default for public ones
     #[arg(long, env = "MURMUR_RELAY", value_name = "URL|none|default", default_value = "default")]
     pub(crate) relay: RelayChoice,

@@ -28,7 +28,7 @@ pub(crate) struct Node {
 /// Options of a node on loopback without any discovery.
 pub(crate) fn options(folder: &TempDir, mesh: MeshChoice) -> MeshOptions {
     MeshOptions {
-        endpoint: EndpointOptions { relays: Relays::None, bind: Some("127.0.0.1:0".parse().unwrap()) },
+        endpoint: EndpointOptions { relays: Relays::None, bind: Some("127.0.0.1:0".parse().unwrap()), dht: None },
         timing: QUICK,
         own: OwnRecord { role: Role::Worker, ..OwnRecord::default() },
         ..MeshOptions::new(folder.path(), mesh)

@@ -30,7 +30,7 @@ pub(super) async fn checks(session: &Session, args: &MeshArgs) -> Vec<Check> {
         Some(mesh) => running(&session.client(), mesh).await,
         None => vec![Check::ok("mesh", "no node of a mesh is running here")],
     };
-    let endpoint = EndpointOptions { relays: args.relay.0.clone(), bind: bind(args, mesh.is_some()) };
+    let endpoint = EndpointOptions { relays: args.relay.0.clone(), bind: bind(args, mesh.is_some()), dht: None };
     let (relay_urls, nostr_urls) = (probe::relay_urls(&endpoint.relays), membership::nostr_relays(args));
     let asked = (
         probe::network(&endpoint),

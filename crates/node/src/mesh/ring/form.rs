@@ -89,7 +89,9 @@ pub(crate) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
                 let _ = tokio::task::spawn_blocking(move || drop((unused, ended))).await;
             }
             if model.needs_ring() {
-                form(&node, &mesh, at);
+                let (node, mesh) = (Arc::clone(&node), Arc::clone(&mesh));
+                // With many nodes there is much to compare.
+                let _ = tokio::task::spawn_blocking(move || form(&node, &mesh, at)).await;
             }
         }
     }
@@ -144,7 +146,13 @@ fn form(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
     let planned = model.plan_ring(ranges, terms.context_tokens, terms.parallel, ring.stages());
     tokio::task::spawn_blocking(move || {
         let model = &node.models[at];
-        match planned.and_then(|plan| plan.map_or(Ok(()), |plan| model.load(plan, node.options(), &|_| ()))) {
+        let plan = match planned {
+            Ok(Some(plan)) => Ok(plan),
+            // The node ends.
+            Ok(None) => return,
+            Err(error) => Err(error),
+        };
+        match plan.and_then(|plan| model.load(plan, node.options(), &|_| ())) {
             Ok(()) => model.has_ring(ring),
             Err(error) => {
                 tracing::warn!("{}: no ring: {}", model.id(), with_causes(&error));

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use common::{
     Home, Outcome, Server,
     http::{self, Completion, End},
-    until,
+    signal, until,
 };
 use serde_json::{Value, json};
 
@@ -234,20 +234,17 @@ fn a_node_takes_no_more_requests_of_others_than_it_was_told() {
     let client = Node::client(&["--join", &server.ticket(), "--wait", "1s"]);
     client.waits_for_servers_of_demo(1);
     let stages = || http::get(server.api(), "/api/status").1["node"]["models"][0]["stages"].clone();
-    let engine = stages()[0]["process_id"].to_string();
-    let signal = |name: &str| {
-        assert!(std::process::Command::new("kill").args([name, &engine]).status().unwrap().success());
-    };
+    let engine = stages()[0]["process_id"].clone();
     let _stream = Completion::begin(client.api(), &long_story());
     // A story is long, and a fast machine may be through with it before the next request is refused.
-    signal("-STOP");
+    signal(&engine, "STOP");
     let request = json!({"model": "demo", "prompt": "Lily", "max_tokens": 4, "seed": 3});
     assert_eq!(http::post(client.api(), "/v1/completions", &request).0, 429);
     let (_, status) = http::get(server.api(), "/api/status");
     assert_eq!(status["node"]["sharing"]["requests"], 1);
     let listed = &status["node"]["requests"][0];
     assert_eq!((&listed["from"], &listed["at"]), (&client.server.ready["mesh"]["node"], &Value::Null));
-    signal("-CONT");
+    signal(&engine, "CONT");
     http::complete(server.api(), &request);
 }
 

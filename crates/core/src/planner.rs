@@ -33,7 +33,7 @@ use murmur_protocol::mesh::NodeId;
 
 pub use error::{NoRing, Remedy, Shortage};
 pub use facts::{Ask, Codec, LayerFacts, Link, Links, ModelFacts, NodeFacts, Objective, Pin, Placement};
-pub use plan::{EdgePlan, Origin, Plan, StagePlan};
+pub use plan::{EdgePlan, Origin, Plan, StagePlan, size};
 pub use rejected::Rejected;
 
 use cost::us;

@@ -1,6 +1,7 @@
 //! Does a model fit this machine, and with how much context? Estimates are on the safe side: a refusal with a reason is
 //! better than an out-of-memory kill in the middle of an answer.
 
+use murmur_core::planner::size;
 use murmur_gguf::Facts;
 
 /// Context per request when the user does not say.
@@ -117,16 +118,6 @@ pub struct DoesNotFit {
     pub fitting_context_tokens: Option<u32>,
 }
 
-/// Bytes as people read them.
-pub(crate) fn size(bytes: u64) -> String {
-    let (unit, shift) = match bytes {
-        0..0x10_0000 => ("KiB", 10),
-        0x10_0000..0x4000_0000 => ("MiB", 20),
-        _ => ("GiB", 30),
-    };
-    format!("{:.1} {unit}", bytes as f64 / (1u64 << shift) as f64)
-}
-
 impl std::fmt::Display for DoesNotFit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { context_tokens, parallel, .. } = self;
@@ -226,12 +217,6 @@ mod tests {
     fn weights_that_do_not_fit_are_refused_with_the_size_that_would() {
         let refused = demand().context(None, 2 * GIB).unwrap_err();
         assert!(refused.to_string().contains("at most 43 %"), "{refused}");
-    }
-
-    #[test]
-    fn sizes_have_a_unit_in_which_they_are_not_zero() {
-        let sizes = [20 << 10, 3 << 19, 5 << 30].map(size);
-        assert_eq!(sizes, ["20.0 KiB", "1.5 MiB", "5.0 GiB"]);
     }
 
     #[test]

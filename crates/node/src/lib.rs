@@ -128,7 +128,7 @@ pub enum NodeError {
         shortage: fit::DoesNotFit,
     },
     /// Layers of a model do not fit.
-    #[error("layers {layers} of {model} need {} and {} are available", fit::size(*needed_bytes), fit::size(*available_bytes))]
+    #[error("layers {layers} of {model} need {} and {} are available", murmur_core::planner::size(*needed_bytes), murmur_core::planner::size(*available_bytes))]
     StageFit {
         /// Which model.
         model: String,

@@ -313,20 +313,6 @@ impl Model {
         Ok(self.spread.set(Spread { facts, context_tokens, reason, since: Instant::now() }).is_ok())
     }
 
-    /// What it lacks to be loaded here, if it does not fit.
-    pub(crate) fn shortage(
-        &self,
-        options: &NodeOptions,
-        models: &[Model],
-    ) -> Result<Option<fit::DoesNotFit>, NodeError> {
-        let file = ModelFile::read(&self.spec.path)?;
-        match self.fit(&file, options, (options.parallel, options.stages), models) {
-            Ok(_) => Ok(None),
-            Err(NodeError::Fit { shortage, .. }) => Ok(Some(shortage)),
-            Err(error) => Err(error),
-        }
-    }
-
     /// Why and how it is spread over the mesh, if it is.
     pub(crate) fn spread(&self) -> Option<&Spread> {
         self.spread.get()

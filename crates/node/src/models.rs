@@ -74,10 +74,17 @@ impl Models {
     /// Loads those that are not on demand, one after the other. Blocks. The first that cannot be loaded ends it.
     pub(crate) fn load(&self, progress: &dyn Fn(LoadProgress)) -> Result<(), NodeError> {
         for model in self.list.iter().filter(|model| !model.is_on_demand()) {
-            if self.is_too_large(model)? {
+            if self.is_beyond_share(model)? {
                 continue;
             }
-            if let Some(plan) = self.plan(model)? {
+            let planned = self.plan(model);
+            // What does not fit this node is one for the mesh.
+            if let (Err(NodeError::Fit { shortage, .. }), true) = (&planned, self.options.spread)
+                && model.spread_over_mesh(&self.options, shortage.to_string())?
+            {
+                continue;
+            }
+            if let Some(plan) = planned? {
                 model.load(plan, &self.options, progress)?;
             }
         }
@@ -85,21 +92,16 @@ impl Models {
         Ok(())
     }
 
-    /// Whether a model is one for the mesh, because this machine cannot or is not to hold it whole.
-    fn is_too_large(&self, model: &Model) -> Result<bool, NodeError> {
+    /// Whether a model is one for the mesh, because this node is not to hold it whole.
+    fn is_beyond_share(&self, model: &Model) -> Result<bool, NodeError> {
         let options = &self.options;
-        if !options.spread {
-            return Ok(false);
+        match options.layers_max.filter(|&max| options.spread && max < model.layers()) {
+            None => Ok(false),
+            Some(max) => {
+                let reason = format!("of its {} layers this node contributes {max} at most", model.layers());
+                model.spread_over_mesh(options, reason)
+            }
         }
-        let most = options.layers_max.filter(|&max| max < model.layers());
-        let reason = match most {
-            Some(max) => format!("of its {} layers this node contributes {max} at most", model.layers()),
-            None => match model.shortage(options, &self.list)? {
-                Some(shortage) => shortage.to_string(),
-                None => return Ok(false),
-            },
-        };
-        model.spread_over_mesh(options, reason)
     }
 
     /// Sets memory aside for layers of a model.

@@ -167,9 +167,14 @@ impl Server {
     }
 
     pub fn signal(&self, name: &str) {
-        let status = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
-        assert!(status.success());
+        signal(&self.child.id(), name);
     }
+}
+
+/// Sends a signal to a process.
+pub fn signal(process: &dyn std::fmt::Display, name: &str) {
+    let status = Command::new("kill").args([&format!("-{name}"), &process.to_string()]).status().unwrap();
+    assert!(status.success());
 }
 
 impl Drop for Server {
@@ -193,7 +198,7 @@ pub fn stop_first_child(parent: u32) {
             tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok()).collect();
         let runs = |pid: &&str| ![&own, &Vec::new()].contains(&&program(pid));
         if let Some(child) = lines.split_whitespace().find(runs) {
-            assert!(Command::new("kill").args(["-STOP", child]).status().unwrap().success());
+            signal(&child, "STOP");
             return;
         }
         assert!(started.elapsed() < std::time::Duration::from_secs(60), "no child was started");

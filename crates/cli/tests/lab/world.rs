@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::common::{
     Home, Outcome, Server,
     http::{self, Completion},
-    until,
+    signal, until,
 };
 
 /// The model in this repository.
@@ -181,8 +181,7 @@ impl<'a> Node<'a> {
     /// Sends a signal to the processes that compute its model.
     pub fn signal_engine(&self, name: &str) {
         for stage in self.model_status()["stages"].as_array().unwrap() {
-            let status = Command::new("kill").args([&format!("-{name}"), &stage["process_id"].to_string()]).status();
-            assert!(status.unwrap().success());
+            signal(&stage["process_id"], name);
         }
     }
 

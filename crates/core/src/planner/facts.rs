@@ -199,6 +199,15 @@ pub enum Codec {
 }
 
 impl Codec {
+    /// In one word, for people and programs.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Codec::F32 => "f32",
+            Codec::F16 => "f16",
+            Codec::Q8 => "q8",
+        }
+    }
+
     /// Bytes of one row of `width` values.
     pub fn row_bytes(self, width: u32) -> u64 {
         let width = u64::from(width);

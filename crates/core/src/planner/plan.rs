@@ -240,12 +240,7 @@ impl fmt::Display for Plan {
         }
         writeln!(f, "from        to          latency ms  transfer ms  carries")?;
         for edge in &self.edges {
-            let carries = match edge.codec {
-                None => "tokens",
-                Some(Codec::F32) => "f32",
-                Some(Codec::F16) => "f16",
-                Some(Codec::Q8) => "q8",
-            };
+            let carries = edge.codec.map_or("tokens", Codec::name);
             writeln!(
                 f,
                 "{:<10}  {:<10} {:>11.2} {:>12.2}  {carries}",
@@ -260,11 +255,22 @@ impl fmt::Display for Plan {
 }
 
 /// Bytes as people read them.
-pub(super) fn size(bytes: u64) -> String {
+pub fn size(bytes: u64) -> String {
     let (unit, shift) = match bytes {
         0..0x10_0000 => ("KiB", 10),
         0x10_0000..0x4000_0000 => ("MiB", 20),
         _ => ("GiB", 30),
     };
     format!("{:.1} {unit}", bytes as f64 / (1u64 << shift) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_a_unit_in_which_they_are_not_zero() {
+        let sizes = [20 << 10, 3 << 19, 5 << 30].map(size);
+        assert_eq!(sizes, ["20.0 KiB", "1.5 MiB", "5.0 GiB"]);
+    }
 }

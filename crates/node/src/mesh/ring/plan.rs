@@ -251,7 +251,7 @@ fn shown(model: &str, own: NodeId, plan: &Plan, size: Size, remarks: &[String]) 
         json!({
             "from": edge.from.to_string(),
             "to": edge.to.to_string(),
-            "codec": edge.codec.map(codec_name),
+            "codec": edge.codec.map(Codec::name),
             "latency_us": edge.latency_us,
             "transfer_us": edge.transfer_us,
         })
@@ -275,14 +275,6 @@ fn shown(model: &str, own: NodeId, plan: &Plan, size: Size, remarks: &[String]) 
         "remarks": remarks,
         "text": plan.to_string(),
     })
-}
-
-fn codec_name(codec: Codec) -> &'static str {
-    match codec {
-        Codec::F32 => "f32",
-        Codec::F16 => "f16",
-        Codec::Q8 => "q8",
-    }
 }
 
 fn origin_name(origin: Origin) -> &'static str {

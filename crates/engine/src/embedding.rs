@@ -84,6 +84,7 @@ impl EmbeddingModel {
             positions: (0..rows as i32).collect(),
             sequences: vec![0; rows],
             wants_output: vec![true; rows],
+            is_exact: false,
         };
         self.context.decode(&mut batch)?;
         let mut vector = self.context.pooled(0).ok_or(StageError::Protocol("this model does not pool embeddings"))?;

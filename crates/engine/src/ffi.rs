@@ -91,6 +91,13 @@ fn init() {
     });
 }
 
+unsafe extern "C" {
+    /// `llama_context::get_sched() const`: the way to a context's back ends, which the C interface lacks. A version of
+    /// llama.cpp without it does not link.
+    #[link_name = "_ZNK13llama_context9get_schedEv"]
+    safe fn llama_context_get_sched(context: &sys::llama_context) -> sys::ggml_backend_sched_t;
+}
+
 /// llama.cpp rounds the KV cells up to this.
 const CELLS_MULTIPLE: u32 = 256;
 
@@ -261,7 +268,8 @@ pub(crate) struct ContextOptions {
     pub(crate) sequences: u32,
     /// Rows of one computation at most.
     pub(crate) batch_rows: u32,
-    /// No flash attention: its kernel splits the KV cache of a lone row over the threads, and the sum depends on their number.
+    /// Results that do not depend on threads, and for [`Batch::is_exact`] not on company: no flash attention, whose kernel splits
+    /// the KV cache of a lone row over the threads.
     pub(crate) exact: bool,
     /// Pooled embeddings instead of logits.
     pub(crate) embeddings: bool,
@@ -287,6 +295,9 @@ pub(crate) struct Batch {
     pub(crate) sequences: Vec<i32>,
     /// Logits wanted, by row.
     pub(crate) wants_output: Vec<bool>,
+    /// Each row to the same bits as if it were alone, where the context can: llama.cpp's kernels that compute several rows at
+    /// once add up in another order.
+    pub(crate) is_exact: bool,
 }
 
 /// What happens to the tensors of a computation that is under way.
@@ -332,6 +343,20 @@ unsafe extern "C" fn on_tensor(tensor: *mut sys::ggml_tensor, ask: bool, user_da
     true
 }
 
+/// The back end that computes a context's CPU part.
+///
+/// # Safety
+/// The context is alive.
+unsafe fn cpu_back_end(context: NonNull<sys::llama_context>) -> Option<NonNull<sys::ggml_backend>> {
+    // SAFETY: a context has a scheduler from its making on; the numbers are below the scheduler's own count.
+    unsafe {
+        let scheduler = llama_context_get_sched(context.as_ref());
+        let back_ends = 0..sys::ggml_backend_sched_get_n_backends(scheduler);
+        let mut back_ends = back_ends.map(|i| sys::ggml_backend_sched_get_backend(scheduler, i));
+        back_ends.find(|&back_end| sys::ggml_backend_is_cpu(back_end)).and_then(NonNull::new)
+    }
+}
+
 /// A model with KV cache and compute buffers.
 pub(crate) struct Context {
     context: NonNull<sys::llama_context>,
@@ -339,6 +364,8 @@ pub(crate) struct Context {
     /// Owned: from `Box::into_raw`, freed in `drop`. llama.cpp holds the same pointer, so there is never a `Box` or a
     /// lasting reference beside it.
     hooks: NonNull<Hooks>,
+    /// The CPU back end of an exact context, which owns it.
+    exact_cpu: Option<NonNull<sys::ggml_backend>>,
     model: Arc<Model>,
 }
 
@@ -384,9 +411,6 @@ impl Context {
             params.kv_unified = false;
             params.swa_full = true;
             params.no_perf = true;
-            if options.exact {
-                params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
-            }
             params.embeddings = options.embeddings;
             if hooks.tap.is_none() && !options.embeddings {
                 params.n_outputs_max = options.sequences;
@@ -409,7 +433,8 @@ impl Context {
                 return Err(failed());
             };
             sys::llama_attach_threadpool(context.as_ptr(), pool.as_ptr(), pool.as_ptr());
-            Ok(Context { context, pool, hooks, model })
+            let exact_cpu = options.exact.then(|| cpu_back_end(context)).flatten();
+            Ok(Context { context, pool, hooks, exact_cpu, model })
         }
     }
 
@@ -462,8 +487,12 @@ impl Context {
             logits: outputs.as_mut_ptr(),
         };
         let _ = take_last_error();
-        // SAFETY: every array has `rows` elements (hidden: rows x n_embd), checked above, and outlives the call.
+        // SAFETY: every array has `rows` elements (hidden: rows x n_embd), checked above, and outlives the call. The back end
+        // is a CPU's, lives as long as the context, and is at rest.
         let code = unsafe {
+            if let Some(cpu) = self.exact_cpu {
+                sys::ggml_backend_cpu_set_use_ref(cpu.as_ptr(), batch.is_exact);
+            }
             let code = sys::llama_decode(self.context.as_ptr(), raw);
             sys::llama_synchronize(self.context.as_ptr());
             code

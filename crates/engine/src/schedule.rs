@@ -16,9 +16,6 @@ pub(crate) trait Rows {
     fn sequence(&self) -> i32;
 }
 
-/// In exact mode batches stay below the 8 rows at which llama.cpp's tiled K-quant kernel starts.
-pub(crate) const EXACT_DECODE_ROWS_MAX: usize = 7;
-
 /// The queue of one stage.
 pub(crate) struct Schedule<W> {
     decode: VecDeque<W>,
@@ -39,10 +36,7 @@ pub(crate) struct Limits {
 impl Limits {
     /// In exact mode a chunk has a batch to itself.
     pub(crate) fn new(batch_rows: usize, exact: bool) -> Limits {
-        match exact {
-            true => Limits { decode_rows: EXACT_DECODE_ROWS_MAX, prefill_rows: 0 },
-            false => Limits { decode_rows: batch_rows, prefill_rows: batch_rows },
-        }
+        Limits { decode_rows: batch_rows, prefill_rows: if exact { 0 } else { batch_rows } }
     }
 }
 

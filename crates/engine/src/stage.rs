@@ -321,6 +321,9 @@ impl Stage {
             batch.wants_output.extend((0..rows).map(|row| wants && row + 1 == rows));
         }
         let rows = batch.positions.len();
+        // Generated rows may have other company when they are computed again; prompt rows come in the same chunks. The kernel
+        // for a lone row shares out a long KV cache among the threads.
+        batch.is_exact = rows == 1 || works.iter().any(|work| !work.is_prefill());
         let threads = self.governor.choose(rows);
         self.context.set_threads(threads);
         let started = Instant::now();

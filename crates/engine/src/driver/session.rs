@@ -4,7 +4,6 @@ use murmur_protocol::sampling::{Sampled, SamplingParams, Token};
 use tokio::sync::mpsc;
 
 use super::DriverOptions;
-use crate::schedule::EXACT_DECODE_ROWS_MAX;
 
 /// A session under which stages died so often, without a token in between, is a suspect: it may be what kills them. It
 /// then runs alone, and is given up if that death has no other explanation.
@@ -117,8 +116,7 @@ impl Session {
             return (((start / chunk + 1) * chunk).min(self.prompt_tokens), true);
         }
         let left = self.tokens.len() as u32 - start;
-        let rows = if options.exact { EXACT_DECODE_ROWS_MAX as u32 } else { chunk };
-        (start + left.min(rows), left > 1 && !options.exact)
+        (start + left.min(chunk), left > 1 && !options.exact)
     }
 
     /// True when only its own run can tell whether it kills stages.

@@ -3,7 +3,8 @@
 //! Four things can go wrong with a request, and they mean different things: BUSY is a peer that works for others, NO_MEMORY
 //! one that has no room for this model now, BAD_REQUEST our own mistake. Only GONE (the connection died, the deadline passed,
 //! the protocol was broken) says something against the peer. Then its breaker opens at once, so that no other request runs
-//! into it; after a pause that grows with every failure one request may try again, and its outcome decides.
+//! into it; after a pause that grows with every failure one request may try again, and its outcome decides. A request that has nobody
+//! else to ask need not wait for so long: a peer that was killed may be back under the same name.
 //!
 //! Speeds are measured, never believed: what a peer declares counts until there are figures of our own. Round trips are
 //! averages of complete ones. (A minimum would remember the luckiest one for ever, and one taken before the reply was read
@@ -68,6 +69,8 @@ pub enum Admission {
     Broken {
         /// When one request may try again.
         until: Now,
+        /// When one may that has nobody else to ask.
+        last_resort: Now,
     },
     /// It said BUSY and when to ask again.
     Busy {
@@ -102,6 +105,7 @@ enum Breaker {
     Closed,
     Open {
         until: Now,
+        last_resort: Now,
     },
     /// One request tries, and until then no other.
     HalfOpen {
@@ -180,7 +184,8 @@ impl Health {
         let Some(health) = self.peers.get(peer) else { return Admission::Yes };
         let breaker = match health.breaker {
             Breaker::Closed => Admission::Yes,
-            Breaker::Open { until } | Breaker::HalfOpen { until } if until > now => return Admission::Broken { until },
+            Breaker::Open { until, last_resort } if until > now => return Admission::Broken { until, last_resort },
+            Breaker::HalfOpen { until } if until > now => return Admission::Broken { until, last_resort: until },
             Breaker::Open { .. } | Breaker::HalfOpen { .. } => Admission::Probe,
         };
         if let Some(until) = health.busy_until.filter(|until| *until > now) {
@@ -196,7 +201,7 @@ impl Health {
     /// A request is opened at `peer`. If the peer is on probation this is the one that tries it.
     pub fn begin(&mut self, peer: NodeId, now: Now) {
         let Some(health) = self.peers.get_mut(&peer) else { return };
-        if matches!(health.breaker, Breaker::Open { until } | Breaker::HalfOpen { until } if until <= now) {
+        if health.breaker != Breaker::Closed {
             health.breaker = Breaker::HalfOpen { until: now.plus_ms(PROBE_MS) };
         }
     }
@@ -206,7 +211,7 @@ impl Health {
     pub fn end(&mut self, peer: NodeId, now: Now) {
         let Some(health) = self.peers.get_mut(&peer) else { return };
         if matches!(health.breaker, Breaker::HalfOpen { .. }) {
-            health.breaker = Breaker::Open { until: now };
+            health.breaker = Breaker::Open { until: now, last_resort: now };
         }
     }
 
@@ -216,9 +221,10 @@ impl Health {
         match verdict {
             Verdict::Gone => {
                 // Several requests that die with one peer are one failure: the pause grows once.
-                let already_open = matches!(health.breaker, Breaker::Open { until } if until > now);
+                let already_open = matches!(health.breaker, Breaker::Open { until, .. } if until > now);
                 if !already_open {
-                    health.breaker = Breaker::Open { until: now.plus_ms(health.pause_ms) };
+                    let last_resort = now.plus_ms(BREAKER_PAUSE_MS_MIN);
+                    health.breaker = Breaker::Open { until: now.plus_ms(health.pause_ms), last_resort };
                     health.pause_ms = (health.pause_ms * 2).min(BREAKER_PAUSE_MS_MAX);
                 }
                 return;

@@ -141,15 +141,22 @@ pub struct Ranking {
 }
 
 impl Ranking {
-    /// The earliest moment at which one that is left out for a while may be asked.
+    /// The earliest moment at which one that is left out for a while may be asked, if there is still nobody else.
     pub fn next_admission(&self) -> Option<Now> {
         let until = self.excluded.iter().filter_map(|(_, why)| match why {
-            Excluded::Unfit(
-                Admission::Busy { until } | Admission::NoMemory { until } | Admission::Broken { until },
-            ) => Some(*until),
+            Excluded::Unfit(Admission::Busy { until } | Admission::NoMemory { until }) => Some(*until),
+            Excluded::Unfit(Admission::Broken { last_resort, .. }) => Some(*last_resort),
             _ => None,
         });
         until.min()
+    }
+}
+
+impl Ranking {
+    fn exclude(&mut self, node: NodeId, why: Excluded) {
+        if self.excluded.len() < EXCLUDED_MAX {
+            self.excluded.push((node, why));
+        }
     }
 }
 
@@ -221,7 +228,8 @@ impl Router {
         }
     }
 
-    /// Ranks `candidates` for a request, without those in `tried`.
+    /// Ranks `candidates` for a request, without those in `tried`. Where nobody may be asked, those that failed lately may, if only
+    /// their failure speaks against them and [`Admission::Broken`] has its last resort.
     pub fn choose<'a>(
         &self,
         request: &RequestFacts,
@@ -231,11 +239,21 @@ impl Router {
         now: Now,
     ) -> Ranking {
         let mut ranking = Ranking::default();
+        let mut broken = Vec::new();
         for candidate in candidates {
             match self.judge(request, candidate, health, tried, now) {
                 Ok(choice) => ranking.choices.push(choice),
-                Err(why) if ranking.excluded.len() < EXCLUDED_MAX => ranking.excluded.push((candidate.node, why)),
-                Err(_) => {}
+                Err(Excluded::Unfit(why @ Admission::Broken { .. })) => broken.push((candidate, why)),
+                Err(why) => ranking.exclude(candidate.node, why),
+            }
+        }
+        let is_last_resort = ranking.choices.is_empty();
+        for (candidate, why) in broken {
+            match (why, self.predict(request, candidate, health)) {
+                (Admission::Broken { last_resort, .. }, Ok(choice)) if is_last_resort && last_resort <= now => {
+                    ranking.choices.push(Choice { probe: true, ..choice });
+                }
+                _ => ranking.exclude(candidate.node, Excluded::Unfit(why)),
             }
         }
         ranking.choices.sort_by_cached_key(|choice| {
@@ -248,11 +266,12 @@ impl Router {
     fn judge(
         &self,
         request: &RequestFacts,
-        Candidate { node, served }: Candidate<'_>,
+        candidate: Candidate<'_>,
         health: &Health,
         tried: &[NodeId],
         now: Now,
     ) -> Result<Choice, Excluded> {
+        let Candidate { node, served } = candidate;
         if served.digest != request.model {
             return Err(Excluded::OtherModel);
         }
@@ -263,13 +282,21 @@ impl Router {
             return Err(Excluded::ContextTooSmall);
         }
         let admission = health.admission(&node, &request.model, now);
-        let probe = match admission {
-            Admission::Yes => false,
-            Admission::Probe => true,
+        match admission {
+            Admission::Yes => self.predict(request, candidate, health),
+            Admission::Probe => Ok(Choice { probe: true, ..self.predict(request, candidate, health)? }),
             Admission::Broken { .. } | Admission::Busy { .. } | Admission::NoMemory { .. } => {
-                return Err(Excluded::Unfit(admission));
+                Err(Excluded::Unfit(admission))
             }
-        };
+        }
+    }
+
+    fn predict(
+        &self,
+        request: &RequestFacts,
+        Candidate { node, served }: Candidate<'_>,
+        health: &Health,
+    ) -> Result<Choice, Excluded> {
         let speed = health.speed(&node, &request.model);
         let declared_load_ms = (served.load_ms > 0).then_some(f64::from(served.load_ms));
         let load_ms = speed.load_ms.or(declared_load_ms).unwrap_or(LOAD_MS_UNKNOWN);
@@ -299,7 +326,7 @@ impl Router {
             cached_tokens,
             state: served.state,
             same_build: request.build.as_ref().is_none_or(|build| *build == served.build),
-            probe,
+            probe: false,
             measured: speed.decode_ms_per_token.is_some(),
         })
     }

@@ -51,13 +51,15 @@ fn a_peer_that_is_gone_is_left_alone_at_once_and_tried_by_one_request_after_a_gr
     let (mut now, mut pause_ms) = (T0, BREAKER_PAUSE_MS_MIN);
     for _ in 0..10 {
         health.note(peer, model(), Verdict::Gone, now);
-        let until = now.plus_ms(pause_ms);
-        assert_eq!(admission(&health, now), Admission::Broken { until });
+        let (until, last_resort) = (now.plus_ms(pause_ms), now.plus_ms(BREAKER_PAUSE_MS_MIN));
+        let broken = Admission::Broken { until, last_resort };
+        assert_eq!(admission(&health, now), broken);
         health.note(peer, model(), Verdict::Gone, now);
-        assert_eq!(admission(&health, now), Admission::Broken { until }, "requests that die together are one failure");
+        assert_eq!(admission(&health, now), broken, "requests that die together are one failure");
         assert_eq!(admission(&health, until), Admission::Probe);
         health.begin(peer, until);
-        assert_eq!(admission(&health, until), Admission::Broken { until: until.plus_ms(PROBE_MS) });
+        let others = until.plus_ms(PROBE_MS);
+        assert_eq!(admission(&health, until), Admission::Broken { until: others, last_resort: others });
         now = until;
         pause_ms = (pause_ms * 2).min(BREAKER_PAUSE_MS_MAX);
     }
@@ -99,6 +101,35 @@ fn busy_delays_a_peer_no_memory_a_model_and_a_bad_request_nothing() {
     assert_eq!(health.admission(&node(2), &other_model, T0), Admission::Yes);
     health.note(node(3), model(), Verdict::BadRequest, T0);
     assert_eq!(health.admission(&node(3), &model(), T0), Admission::Yes);
+}
+
+#[test]
+fn who_failed_is_asked_again_soon_where_nobody_else_can_be() {
+    let (mut health, router) = (Health::new(), Router::new());
+    let both = [(node(1), served()), (node(2), served())];
+    let choices = |health: &Health, peers: &[(NodeId, ServedModel)], now| {
+        let candidates = peers.iter().map(|(node, served)| Candidate { node: *node, served });
+        let ranking = router.choose(&facts(&prompt(10)), candidates, health, &[], now);
+        assert_eq!(ranking.choices.len() + ranking.excluded.len(), peers.len());
+        (order(&ranking), ranking.choices.iter().all(|choice| choice.probe), ranking.next_admission())
+    };
+    // Its fourth failure: it is left alone for eight seconds.
+    let mut failed = T0;
+    for pause_ms in [1, 2, 4].map(|factor| factor * BREAKER_PAUSE_MS_MIN) {
+        health.note(node(1), model(), Verdict::Gone, failed);
+        failed = failed.plus_ms(pause_ms);
+        health.begin(node(1), failed);
+    }
+    health.note(node(1), model(), Verdict::Gone, failed);
+    let soon = failed.plus_ms(BREAKER_PAUSE_MS_MIN);
+    assert_eq!(choices(&health, &both, soon).0, [node(2)], "as long as there is somebody else");
+    assert_eq!(choices(&health, &both[..1], failed), (vec![], true, Some(soon)));
+    assert_eq!(choices(&health, &both[..1], soon).0, [node(1)]);
+    assert!(choices(&health, &both[..1], soon).1);
+    health.begin(node(1), soon);
+    assert_eq!(choices(&health, &both[..1], soon).0, [], "by one request at a time");
+    let draining = ServedModel { state: ModelState::Draining, ..served() };
+    assert_eq!(choices(&health, &[(node(1), draining)], soon).0, [], "and not if it would refuse");
 }
 
 #[test]

@@ -1,6 +1,5 @@
 """The servers that are compared, started with the same threads, context and number of parallel requests."""
 
-import http.client
 import json
 import pathlib
 import random
@@ -9,6 +8,8 @@ import socket
 import subprocess
 import tempfile
 import time
+
+import lab
 
 READY_LIMIT_S = 300
 REQUEST_LIMIT_S = 900
@@ -26,13 +27,14 @@ def free_port():
 
 
 class Server:
-    """A running server; a context manager. `begin` is its command line up to the address."""
+    """A running server; a context manager. `command` makes its command line of a port and a folder; `host` is where it runs."""
 
-    def __init__(self, name, command):
+    def __init__(self, name, command, host=None):
         self.name = name
+        self.host = host or lab.Here()
         self.port = free_port()
         self.folder = tempfile.TemporaryDirectory(prefix="murmur-bench-")
-        self.command = [str(word) for word in command(self.port, self.folder.name)]
+        self.command = [str(word) for word in (*self.host.entry, *command(self.port, self.folder.name))]
 
     def __enter__(self):
         self.start()
@@ -42,10 +44,25 @@ class Server:
 
     def start(self):
         """Starts it, for the first time or again, and waits until it is ready."""
+        self.launch()
+        self.wait(lambda: self.answers("/health"))
+
+    def launch(self):
+        """Starts it and does not wait."""
         self.log = open(pathlib.Path(self.folder.name) / "log", "w+")
         self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
+
+    def wait(self, condition):
+        """Until `condition` holds of the server. That it cannot be reached yet is no answer."""
         deadline = time.monotonic() + READY_LIMIT_S
-        while not self._is_ready():
+
+        def holds():
+            try:
+                return condition()
+            except OSError:
+                return False
+
+        while not holds():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.log.seek(0)
                 text = self.log.read()[-3000:]
@@ -76,14 +93,11 @@ class Server:
         self.log.close()
         self.folder.cleanup()
 
-    def _is_ready(self):
-        try:
-            return self._exchange("GET", "/health", None)[0] == 200
-        except OSError:
-            return False
+    def answers(self, path):
+        return self._exchange("GET", path, None)[0] == 200
 
     def _exchange(self, method, path, value):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_LIMIT_S)
+        connection = self.host.connection(self.port, REQUEST_LIMIT_S)
         try:
             body = None if value is None else json.dumps(value)
             connection.request(method, path, body, {"Content-Type": "application/json"})
@@ -98,7 +112,7 @@ class Server:
             "model": self.model, "prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True,
             "stream": True, "stream_options": {"include_usage": True},
         }
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_LIMIT_S)
+        connection = self.host.connection(self.port, REQUEST_LIMIT_S)
         try:
             begin = time.perf_counter()
             connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -128,7 +142,7 @@ class Server:
 
     def stream(self, body):
         """The events of a streamed completion as they come, as JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_LIMIT_S)
+        connection = self.host.connection(self.port, REQUEST_LIMIT_S)
         try:
             body = json.dumps({**body, "stream": True})
             connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
@@ -173,19 +187,19 @@ def unique_prompt(length):
     return [random.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(length)]
 
 
-def murmur(binary, model, *, threads, context, parallel, stages=1, exact=False, name="murmur", mesh=()):
+def murmur(binary, model, *, threads, context, parallel, stages=1, exact=False, name="murmur", mesh=(), host=None):
     def command(port, folder):
         return [
             binary, "serve", model, "--api", f"127.0.0.1:{port}", "--data-dir", folder, "--threads", threads,
             "--ctx", context, "--parallel", parallel, "--stages", stages, f"--exact={str(exact).lower()}", *mesh,
         ]
 
-    return Server(name, command)
+    return Server(name, command, host)
 
 
-def offline():
+def offline(address="127.0.0.1"):
     """Arguments of a node that asks and tells nobody outside this machine, and has the same port in each life."""
-    return ("--relay", "none", "--no-nostr", "--no-mdns", "--bind", f"127.0.0.1:{free_port()}")
+    return ("--relay", "none", "--no-nostr", "--no-mdns", "--bind", f"{address}:{free_port()}")
 
 
 def client(binary):
@@ -197,11 +211,33 @@ def client(binary):
     return Server("client", command)
 
 
-def llama_server(folder, model, *, threads, context, parallel):
+def llama_server(folder, model, *, threads, context, parallel, host=None, rpc=None):
+    """`rpc`: address of an RPC server, and how many layers it computes."""
+    elsewhere = () if rpc is None else ("--rpc", rpc[0], "--n-gpu-layers", rpc[1])
+
     def command(port, _):
         return [
             *AS_NICE, pathlib.Path(folder) / "llama-server", "--model", model, "--host", "127.0.0.1", "--port", port,
-            "--threads", threads, "--ctx-size", context * parallel, "--parallel", parallel, "--no-webui", "--offline",
+            "--threads", threads, "--ctx-size", context * parallel, "--parallel", parallel, "--no-webui", "--offline", *elsewhere,
         ]
 
-    return Server("llama-server", command)
+    return Server("llama-server", command, host)
+
+
+class rpc_server:
+    """llama.cpp's server of layers, on a host of the lab; a context manager."""
+
+    def __init__(self, folder, host):
+        port = free_port()
+        self.address = f"{host.address}:{port}"
+        words = (*host.entry, *AS_NICE, pathlib.Path(folder) / "ggml-rpc-server", "-H", host.address, "-p", port, "-t", 1)
+        self.command = [str(word) for word in words]
+
+    def __enter__(self):
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(self.command, **quiet)
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()

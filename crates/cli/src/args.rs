@@ -10,6 +10,7 @@ pub(crate) mod mesh;
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueHint, value_parser};
+use murmur_protocol::codec::Codec;
 use murmur_store::{ModelName, ModelRef};
 
 use crate::{
@@ -157,10 +158,19 @@ pub(crate) struct Serve {
     pub(crate) idle: Period,
     #[command(flatten)]
     pub(crate) mesh: mesh::MeshArgs,
+    /// The smallest form in which hidden states of a model that is spread over the mesh may travel where a link is slow: f32 (exact),
+    /// f16 or q8. Answers to this node's own requests may then differ from those of the whole model
+    #[arg(long, env = "MURMUR_CODEC", value_name = "CODEC", default_value = "f32", value_parser = codec, help_heading = "Mesh options")]
+    pub(crate) codec: Codec,
     #[command(flatten)]
     pub(crate) limits: mesh::LimitArgs,
     #[command(flatten)]
     pub(crate) server: ServerArgs,
+}
+
+fn codec(text: &str) -> Result<Codec, String> {
+    let named = Codec::ALL.into_iter().find(|codec| codec.name() == text);
+    named.ok_or_else(|| format!("no such codec; there are {}", Codec::ALL.map(Codec::name).join(", ")))
 }
 
 /// Who may use the API.

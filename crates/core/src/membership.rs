@@ -13,18 +13,22 @@
 //! A liar that states age 0 for an old copy can show a dead node to those that never saw it die, for as long as one record
 //! is valid. Meanwhile somebody who did see it die shows them its last record: after that no older one counts.
 //!
-//! Broadcasts get lost. So neighbours compare what they know: [`Membership::digest`] is answered by
-//! [`Membership::answer`], which hands over what the other lacks and asks for what is lacking here.
+//! Broadcasts get lost. So neighbours compare what they know ([`Membership::opening`]), hand over what the other lacks and
+//! ask for what is lacking here.
 //!
 //! Signatures are checked before: see [`Verified`].
 
+mod compare;
+mod entry;
 mod graves;
 mod table;
 
 use std::sync::Arc;
 
-use murmur_protocol::mesh::{MeshId, NodeId, NodeRecord, RecordError, SignedRecord};
+use murmur_protocol::mesh::{MeshId, NodeId, NodeRecord, RecordError, SignedRecord, summary};
 
+pub use compare::Opening;
+use entry::Entry;
 pub use table::Membership;
 
 /// How often a node of a mesh that is not too large renews its record, unless something changes.
@@ -50,18 +54,20 @@ pub const RENEW_PAUSE_MS: u64 = 1_000;
 /// How many records of one node may come at once, as they do after a pause of the network.
 pub const UPDATE_BURST: u64 = 8;
 
-/// Entries of a digest, at most. A digest with fewer entries speaks for all nodes: its sender lacks all others. A full one
-/// speaks for those from its first id to its last.
-pub const DIGEST_NODES_MAX: usize = 1_024;
+/// Nodes up to which a table is compared by its digest, which speaks for all nodes: its sender lacks all others. Larger ones
+/// are compared by their summaries.
+pub const DIGEST_NODES_MAX: usize = 64;
 
-/// Records in one answer to a digest, at most. The rest comes with the next exchange.
-pub const ANSWER_RECORDS_MAX: usize = 4_096;
+/// Records in one answer, at most. The rest comes with the next comparison.
+pub const ANSWER_RECORDS_MAX: usize = 16_384;
 
 /// A record whose signature was checked, with the bytes that were signed: they are what is handed on.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Verified {
     record: NodeRecord,
     signed: SignedRecord,
+    /// What stands for it where tables are compared.
+    mark: u64,
 }
 
 impl Verified {
@@ -70,14 +76,14 @@ impl Verified {
     /// # Errors
     /// [`RecordError`] if the record is not what its node signed for this mesh.
     pub fn check(signed: SignedRecord, mesh: MeshId) -> Result<Arc<Self>, RecordError> {
-        let record = signed.verify(mesh)?;
-        Ok(Arc::new(Verified { record, signed }))
+        Ok(Self::trusted(signed.verify(mesh)?, signed))
     }
 
     /// Takes the caller's word that `signed` is the signed form of `record`: for the own record, which was signed a moment
     /// ago, and for simulations, which keep their own account of forgeries.
     pub fn trusted(record: NodeRecord, signed: SignedRecord) -> Arc<Self> {
-        Arc::new(Verified { record, signed })
+        let mark = summary::mark(&record.node, record.sequence);
+        Arc::new(Verified { record, signed, mark })
     }
 
     /// What the node says.

@@ -32,7 +32,8 @@ mod search;
 use murmur_protocol::mesh::NodeId;
 
 pub use error::{NoRing, Remedy, Shortage};
-pub use facts::{Ask, Codec, LayerFacts, Link, Links, ModelFacts, NodeFacts, Objective, Pin, Placement};
+pub use facts::{Ask, LayerFacts, Link, Links, ModelFacts, NodeFacts, Objective, Pin, Placement};
+pub use murmur_protocol::codec::Codec;
 pub use plan::{EdgePlan, Origin, Plan, StagePlan, size};
 pub use rejected::Rejected;
 

@@ -7,12 +7,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use common::{TTL_MS, mesh, node, record, record_of_another_mesh, tombstone};
 use murmur_core::{
     membership::{
-        CHANGE_BURST, DIGEST_NODES_MAX, Membership, MembershipOptions, Outcome, RENEW_EVERY_MS, RENEW_PAUSE_MS,
-        UPDATE_BURST, Unwelcome,
+        Answer, CHANGE_BURST, DIGEST_NODES_MAX, Membership, MembershipOptions, Opening, Outcome, RENEW_EVERY_MS,
+        RENEW_PAUSE_MS, UPDATE_BURST, Unwelcome,
     },
     time::Now,
 };
-use murmur_protocol::mesh::NodeId;
+use murmur_protocol::mesh::summary::RANGES_MAX;
+use murmur_protocol::mesh::{Control, Differing, NodeId, Ranges, encode};
 use proptest::prelude::*;
 
 const T0: Now = Now::from_ms(1_000_000);
@@ -33,10 +34,8 @@ fn listing(table: &Membership, now: Now) -> BTreeMap<NodeId, u64> {
     table.nodes(now).map(|record| (record.node, record.sequence)).collect()
 }
 
-/// `from` sends its digest to `to`, and both do what follows.
-fn exchange(from: &mut Membership, to: &mut Membership, now: Now) {
-    let digest = from.digest(now);
-    let answer = to.answer(&digest, now);
+/// What is wanted of `from`, and the records of an answer of `to`, get to the other.
+fn settle(from: &mut Membership, to: &mut Membership, answer: Answer, now: Now) {
     let records = from.wanted(&answer.want, now);
     for aged in answer.records {
         from.accept(&aged.verified, aged.age_ms.into(), to.own(), now);
@@ -44,6 +43,24 @@ fn exchange(from: &mut Membership, to: &mut Membership, now: Now) {
     for aged in records {
         to.accept(&aged.verified, aged.age_ms.into(), from.own(), now);
     }
+}
+
+/// `from` sends its digest to `to`, and both do what follows.
+fn exchange(from: &mut Membership, to: &mut Membership, now: Now) {
+    let answer = to.answer(&from.digest(now), now);
+    settle(from, to, answer, now);
+}
+
+/// `from` sends its summary to `to`, and both do what follows. Returns the bytes of what was said beside the records, and how
+/// many records were handed over.
+fn exchange_in_short(from: &mut Membership, to: &mut Membership, salt: u64, now: Now) -> (usize, usize) {
+    let summary = from.summary(salt, now);
+    let differing = to.differing(&summary, now);
+    let answer = from.answer_differing(&differing, summary.ranges(), now);
+    let records = answer.records.len() + answer.want.len();
+    let said = [Control::Summary(summary), Control::Differing(differing), Control::Want(answer.want.clone())];
+    settle(to, from, answer, now);
+    (said.iter().map(|message| encode(message).map_or(usize::MAX, |bytes| bytes.len())).sum(), records)
 }
 
 #[test]
@@ -174,7 +191,7 @@ fn crowd(count: u32) -> Membership {
 #[test]
 fn in_a_large_mesh_records_count_longer_and_are_renewed_less_often() {
     for (others, every_ms, ttl_ms) in
-        [(0, RENEW_EVERY_MS, 60_000), (499, RENEW_EVERY_MS, 60_000), (999, 40_000, 120_000), (9_999, 100_000, 300_000)]
+        [(0, RENEW_EVERY_MS, 60_000), (499, RENEW_EVERY_MS, 60_000), (999, 40_000, 120_000), (9_999, 200_000, 600_000)]
     {
         let mut table = crowd(others);
         renewed(&mut table, T0);
@@ -290,27 +307,71 @@ fn tombstones_of_nodes_never_heard_of_do_not_push_out_the_graves_of_nodes_that_w
     assert_eq!(table.accept(&record(node(1), 5), 0, node(2), T0), Outcome::Old);
 }
 
+/// A node whose place among the ids is anywhere, as keys are.
+fn scattered(number: u32) -> NodeId {
+    node(number.reverse_bits())
+}
+
 #[test]
-fn a_table_larger_than_a_digest_is_compared_part_by_part() {
-    const NODES: u32 = 3 * DIGEST_NODES_MAX as u32;
-    let (mut a, mut b) = (table(0), table(NODES + 1));
-    for number in 1..=NODES {
-        if number % 3 != 0 {
-            a.accept(&record(node(number), 1), 0, node(0), T0);
-        }
-        if number % 3 != 1 {
-            b.accept(&record(node(number), 1), 0, node(0), T0);
+fn two_tables_of_five_thousand_that_differ_in_three_nodes_become_equal_for_a_few_kilobytes() {
+    let (mut a, mut b) = (table(1), table(2));
+    for number in 10..5_010 {
+        for table in [&mut a, &mut b] {
+            table.accept(&record(scattered(number), 5), 0, scattered(number), T0);
         }
     }
-    for _ in 0..4 {
-        assert!(a.digest(T0).len() <= DIGEST_NODES_MAX);
-        exchange(&mut a, &mut b, T0);
-        exchange(&mut b, &mut a, T0);
+    a.accept(&record(scattered(9_001), 5), 0, node(3), T0);
+    b.accept(&record(scattered(9_002), 5), 0, node(3), T0);
+    a.accept(&record(scattered(77), 6), 0, scattered(77), T0);
+    let (bytes, records) = exchange_in_short(&mut a, &mut b, 1, T0);
+    assert!(bytes < 6_000, "{bytes}");
+    assert_eq!((records, listing(&a, T0).len(), listing(&a, T0)), (3, 5_002, listing(&b, T0)));
+    let (bytes, records) = exchange_in_short(&mut b, &mut a, 2, T0);
+    assert!(bytes < 4_200 && records == 0, "{bytes}");
+}
+
+#[test]
+fn a_newcomer_gets_ten_thousand_nodes_in_one_exchange_and_brings_its_own() {
+    let (mut mesh, mut newcomer) = (table(1), table(2));
+    for number in 10..10_010 {
+        mesh.accept(&record(scattered(number), 5), 0, scattered(number), T0);
     }
-    for _ in 0..4 {
-        exchange(&mut a, &mut b, T0);
+    renewed(&mut newcomer, T0);
+    let Opening::Digest(digest) = newcomer.opening(Some(1), T0) else { panic!("a small table is told whole") };
+    let answer = mesh.answer(&digest, T0);
+    settle(&mut newcomer, &mut mesh, answer, T0);
+    assert_eq!((newcomer.len(), mesh.len()), (10_000, 10_001));
+    assert!(matches!(mesh.opening(Some(1), T0), Opening::Summary(_)));
+    assert!(matches!(mesh.opening(None, T0), Opening::Digest(_)), "for neighbours that know no summaries");
+}
+
+#[test]
+fn a_goodbye_that_was_missed_is_found_in_a_large_table_too() {
+    let (mut a, mut b) = (table(1), table(2));
+    for number in 10..2_010 {
+        for table in [&mut a, &mut b] {
+            table.accept(&record(scattered(number), 5), 0, scattered(number), T0);
+        }
     }
-    assert_eq!((a.len(), b.len()), (NODES as usize, NODES as usize));
+    for (number, by) in [(20, &mut a), (30, &mut b)] {
+        by.accept(&tombstone(scattered(number), 6), 0, scattered(number), T0);
+    }
+    exchange_in_short(&mut a, &mut b, 1, T0);
+    exchange_in_short(&mut b, &mut a, 2, T0);
+    assert_eq!((listing(&a, T0).len(), listing(&a, T0)), (1_998, listing(&b, T0)));
+}
+
+#[test]
+fn a_digest_of_a_part_of_a_table_is_not_taken_for_all_of_it() {
+    let mut table = crowd(3_000);
+    let part: Vec<(NodeId, u64)> =
+        (1_000..2_024).filter(|number| *number != 1_500).map(|number| (node(number), 1)).collect();
+    assert_eq!(table.answer(&part, T0).records.len(), 3_000 - 1_023, "a short one speaks for all");
+    let part: Vec<(NodeId, u64)> = part.into_iter().chain([(node(2_024), 1)]).collect();
+    let lacking: Vec<NodeId> = table.answer(&part, T0).records.iter().map(|aged| aged.verified.record().node).collect();
+    assert_eq!(lacking, [node(1_500)]);
+    renewed(&mut table, T0);
+    assert_eq!(table.digest(T0).len(), 3_001);
 }
 
 #[test]
@@ -327,6 +388,10 @@ fn what_is_known_is_not_news() {
 /// Few enough distinct records of one node that none comes too often.
 fn statements() -> impl Strategy<Value = Vec<(u32, u64)>> {
     prop::collection::vec((1..5_u32, 1..UPDATE_BURST), 0..40)
+}
+
+fn many_statements() -> impl Strategy<Value = Vec<(u32, u64)>> {
+    prop::collection::vec((1..500_u32, 1..UPDATE_BURST), 0..3 * DIGEST_NODES_MAX)
 }
 
 /// Every third statement of a node is its tombstone; the next one is of its next life.
@@ -395,6 +460,55 @@ proptest! {
     }
 
     #[test]
+    fn summaries_lead_to_the_same_tables_as_telling_each_other_everything(
+        at_a in many_statements(), at_b in many_statements(), common in many_statements(), salts in any::<[u64; 2]>(),
+    ) {
+        let tables = || {
+            let (mut a, mut b) = (table(100_000), table(100_001));
+            for (table, heard) in [(&mut a, &at_a), (&mut b, &at_b)] {
+                common.iter().chain(heard).for_each(|(number, sequence)| {
+                    hear(table, (number.reverse_bits(), *sequence), 0, T0);
+                });
+                renewed(table, T0);
+            }
+            (a, b)
+        };
+        let (mut a, mut b) = tables();
+        exchange(&mut a, &mut b, T0);
+        exchange(&mut b, &mut a, T0);
+        let (mut c, mut d) = tables();
+        exchange_in_short(&mut c, &mut d, salts[0], T0);
+        exchange_in_short(&mut d, &mut c, salts[1], T0);
+        prop_assert_eq!(listing(&c, T0), listing(&a, T0));
+        prop_assert_eq!(listing(&d, T0), listing(&b, T0));
+    }
+
+    #[test]
+    fn lies_about_where_tables_differ_cost_no_more_than_the_table_and_change_nothing(
+        ranges in prop::collection::vec(any::<u16>(), 0..100),
+        lies in prop::collection::vec((any::<u32>(), any::<u64>()), 0..200),
+        count_log2 in 0..11_u32,
+        heard in many_statements(),
+    ) {
+        let mut table = table(100_000);
+        heard.iter().for_each(|(number, sequence)| { hear(&mut table, (number.reverse_bits(), *sequence), 0, T0); });
+        renewed(&mut table, T0);
+        let before = listing(&table, T0);
+        let entries: Vec<(NodeId, u64)> = lies.into_iter().map(|(number, sequence)| (node(number), sequence)).collect();
+        let mut ranges = ranges;
+        ranges.sort_unstable();
+        ranges.dedup();
+        let differing = Differing { ranges, entries };
+        let answer = table.answer_differing(&differing, Ranges::new(1 << count_log2).unwrap(), T0);
+        prop_assert!(answer.want.len() <= differing.entries.len());
+        prop_assert!(answer.records.len() <= before.len() + 1 + differing.entries.len());
+        let everywhere = Differing { ranges: (0..RANGES_MAX as u16).collect(), entries: Vec::new() };
+        let answer = table.answer_differing(&everywhere, Ranges::new(RANGES_MAX).unwrap(), T0);
+        prop_assert_eq!(answer.records.len(), before.len() + 1);
+        prop_assert_eq!(listing(&table, T0), before);
+    }
+
+    #[test]
     fn a_digest_from_a_liar_never_asks_for_more_than_it_names(
         lies in prop::collection::vec((0..2_000_u32, any::<u64>()), 0..2_000), heard in statements(),
     ) {
@@ -403,7 +517,7 @@ proptest! {
         let before = listing(&table, T0);
         let lies: Vec<(NodeId, u64)> = lies.into_iter().map(|(number, sequence)| (node(number), sequence)).collect();
         let answer = table.answer(&lies, T0);
-        prop_assert!(answer.want.len() <= DIGEST_NODES_MAX);
+        prop_assert!(answer.want.len() <= lies.len());
         prop_assert!(answer.records.len() <= before.len() + 4);
         prop_assert_eq!(listing(&table, T0), before);
     }

@@ -65,8 +65,11 @@ impl Case {
             {
                 return None;
             }
-            let codecs = [Codec::F32].iter().chain(&self.ask.lossy).map(|codec| codec.row_bytes(self.model.width));
-            let exact = Codec::F32.row_bytes(self.model.width);
+            let codecs = [Codec::F32]
+                .iter()
+                .chain(&self.ask.lossy)
+                .map(|codec| codec.row_bytes(self.model.width as usize) as u64);
+            let exact = Codec::F32.row_bytes(self.model.width as usize) as u64;
             let smallest = codecs.min().unwrap();
             let pays = (exact - smallest) as f64 / there.bytes_per_s * 1e6 >= LOSSY_GAIN_US_MIN;
             let row_bytes = match i {

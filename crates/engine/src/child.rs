@@ -11,7 +11,7 @@ use std::{
 };
 
 use murmur_protocol::{
-    frame::{FLAG_FORGET, Frame, FrameError, Header, Kind},
+    frame::{FLAG_FORGET, FLAG_HOLD, Frame, FrameError, Header, Kind},
     stage::{Load, Role},
 };
 use rustix::net::RecvFlags;
@@ -236,6 +236,10 @@ fn receive_stage(stage: &mut Stage, schedule: &mut Schedule<Work>, frame: &Frame
             };
             Ok(Some(answer))
         }
+        Kind::Close if header.has(FLAG_HOLD) => {
+            stage.hold(&header);
+            Ok(None)
+        }
         Kind::Close => {
             stage.close(header.session, header.has(FLAG_FORGET));
             Ok(None)
@@ -246,6 +250,7 @@ fn receive_stage(stage: &mut Stage, schedule: &mut Schedule<Work>, frame: &Frame
             }
             Ok(None)
         }
+        Kind::Repeat => stage.repeat(&header),
         Kind::SaveState => {
             let payload = stage.save(header.session)?;
             Ok(Some(Frame { header: Header { kind: Kind::State, ..header }, payload }))

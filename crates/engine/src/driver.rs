@@ -4,9 +4,10 @@
 //! stages come out of [`Driver::take_output`], and every session hears its own events through a bounded channel.
 //!
 //! A session's truth is its list of tokens (prompt, then what was generated). Everything the stages hold can be computed
-//! from it again, so a lost stage costs time and nothing else: all sessions get a new epoch, are opened anew on every
-//! stage, and the rows that are missing go through the ring once more. Prompt rows are always cut at the same boundaries,
-//! so in exact mode the replay gives the same bits, and the stream goes on with the same tokens.
+//! from it again, so a lost stage costs time and nothing else: all sessions get a new epoch and are opened again on every
+//! stage. Each says how much it holds, and how much of that it can send on once more; each is then fed what it lacks, from as
+//! near as possible ([`Session::plan`]). Prompt rows are always cut at the same boundaries, so in exact mode the replay gives
+//! the same bits, and the stream goes on with the same tokens.
 //!
 //! A request may be what kills the stages. Those that were being computed at a death are charged with it, and a token
 //! clears a session. One that was charged twice is a suspect: suspects are run one at a time with nothing else beside
@@ -17,14 +18,15 @@ mod session;
 use std::collections::{BTreeMap, VecDeque};
 
 use murmur_protocol::{
-    frame::{FLAG_FORGET, FLAG_HANDED_ON, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
+    codec::Codec,
+    frame::{FLAG_FORGET, FLAG_HANDED_ON, FLAG_HOLD, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
     sampling::{SamplingParams, Token},
     stage::{NotOpened, Open, Opened, Step},
 };
 use tokio::sync::mpsc;
 
 pub use session::{Ending, SessionEvent, SessionRequest};
-use session::{Phase, Session};
+use session::{Phase, Rows, Session};
 
 /// Events a reader may lag behind before its session pauses.
 pub const EVENTS_MAX: usize = 64;
@@ -69,6 +71,8 @@ pub struct DriverOptions {
     pub vocabulary: usize,
     /// Stages have other drivers too, so that they may be full although nothing runs here.
     pub is_shared: bool,
+    /// How hidden states leave each stage; f32 where nothing is said.
+    pub codecs: Vec<Codec>,
 }
 
 impl DriverOptions {
@@ -103,6 +107,15 @@ impl Counters {
     }
 }
 
+/// What a stage has said of its work.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Account {
+    /// Its newest step.
+    pub last_step: Option<Step>,
+    /// Rows that it has computed.
+    pub computed_rows: u64,
+}
+
 /// Events and the room for them in their session's channel.
 type News = Vec<(mpsc::OwnedPermit<SessionEvent>, SessionEvent)>;
 
@@ -121,7 +134,7 @@ pub struct Driver {
     /// The engine ends: what sessions are told.
     stopped: Option<String>,
     counters: Counters,
-    last_step: Vec<Option<Step>>,
+    accounts: Vec<Account>,
 }
 
 impl Driver {
@@ -139,7 +152,7 @@ impl Driver {
             news: Vec::new(),
             stopped: None,
             counters: Counters::default(),
-            last_step: vec![None; stages],
+            accounts: vec![Account::default(); stages],
         }
     }
 
@@ -190,9 +203,9 @@ impl Driver {
         self.stopped.as_ref().or(failed).map(String::as_str)
     }
 
-    /// The newest step account of each stage.
-    pub fn last_steps(&self) -> &[Option<Step>] {
-        &self.last_step
+    /// What each stage has done.
+    pub fn accounts(&self) -> &[Account] {
+        &self.accounts
     }
 
     /// A session begins, or waits its turn.
@@ -241,19 +254,32 @@ impl Driver {
 
     /// A stage died with everything it held. True when a request is to blame, and was given up for it.
     pub fn on_lost(&mut self, stage: usize) -> bool {
+        self.lose(stage, Session::on_death)
+    }
+
+    /// The machine of a stage cannot be reached any more, for which no request is to blame. As [`on_lost`](Self::on_lost)
+    /// otherwise.
+    pub fn on_unreachable(&mut self, stage: usize) -> bool {
+        self.lose(stage, |session| {
+            session.requeue();
+            None
+        })
+    }
+
+    fn lose(&mut self, stage: usize, charge: impl Fn(&mut Session) -> Option<String>) -> bool {
         self.counters.stages_lost += 1;
         self.health[stage] = Health::Down;
         self.output.retain(|(to, _)| *to != stage);
         let mut given_up = Vec::new();
         let mut interrupted = Vec::new();
         for (&id, session) in self.sessions.iter_mut().filter(|(_, s)| !matches!(s.phase, Phase::Queued)) {
-            given_up.extend(session.on_death().map(|reason| (id, reason)));
+            given_up.extend(charge(session).map(|reason| (id, reason)));
             interrupted.push((!session.is_suspect(), id));
         }
         // Suspects first: now nothing else runs.
         interrupted.sort_unstable();
         for &(_, id) in interrupted.iter().rev() {
-            self.close_everywhere(id, 0);
+            self.hold(id);
             self.queue.push_front(id);
         }
         let is_explained = !given_up.is_empty();
@@ -289,6 +315,9 @@ impl Driver {
     /// A frame from a stage.
     pub fn on_frame(&mut self, stage: usize, frame: Frame) {
         let header = frame.header;
+        if let Kind::Done | Kind::Sampled = header.kind {
+            self.accounts[stage].computed_rows += u64::from(header.rows);
+        }
         let current = self.sessions.get(&header.session).is_some_and(|s| s.epoch == header.epoch);
         if !current {
             return;
@@ -335,8 +364,8 @@ impl Driver {
     fn open(&mut self, id: u64) {
         let stages = self.options.stages;
         let Some(session) = self.sessions.get_mut(&id) else { return };
-        session.phase =
-            Phase::Opening { missing: vec![true; stages], cached_tokens: u32::MAX, releases: self.releases };
+        session.is_held = false;
+        session.phase = Phase::Opening { opened: vec![None; stages], releases: self.releases };
         let mut header = Header::new(Kind::Open, id);
         header.epoch = session.epoch;
         for stage in 0..stages {
@@ -345,6 +374,7 @@ impl Driver {
                 generated: session.generated().to_vec(),
                 reserve_cells: session.prompt_tokens + session.max_tokens,
                 sampling: (stage + 1 == stages).then(|| session.sampling.clone()),
+                codec: self.options.codecs.get(stage).copied().unwrap_or_default(),
             };
             match Frame::message(header, &open) {
                 Ok(frame) => self.output.push((stage, frame)),
@@ -369,12 +399,12 @@ impl Driver {
         self.admit();
     }
 
-    /// Puts a running session back into the queue, behind the suspects and in the order of arrival. What the stages hold
-    /// of it stays in their prefix cache.
+    /// Puts a running session back into the queue, behind the suspects and in the order of arrival. The stages keep what they
+    /// hold of it.
     fn park(&mut self, id: u64) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.requeue();
-        self.close_everywhere(id, 0);
+        self.hold(id);
         let sessions = &self.sessions;
         let is_before = |other: &u64| *other < id || sessions.get(other).is_some_and(Session::is_suspect);
         let at = self.queue.iter().take_while(|other| is_before(other)).count();
@@ -383,18 +413,17 @@ impl Driver {
 
     fn on_opened(&mut self, stage: usize, id: u64, opened: Opened) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
-        let Phase::Opening { missing, cached_tokens, .. } = &mut session.phase else { return };
-        missing[stage] = false;
-        *cached_tokens = opened.cached_tokens.min(*cached_tokens);
-        if missing.iter().any(|&m| m) {
-            return;
-        }
-        let cached = (*cached_tokens).min(session.tokens.len() as u32 - 1);
-        if session.is_new() {
-            session.cached_tokens = cached.min(session.prompt_tokens);
+        let Phase::Opening { opened: all, .. } = &mut session.phase else { return };
+        all[stage] = Some(opened);
+        let Some(all) = all.iter().copied().collect::<Option<Vec<Opened>>>() else { return };
+        let is_first = session.starts.is_empty();
+        session.plan(&all, &self.options);
+        if is_first {
+            session.cached_tokens = session.starts[0].min(session.prompt_tokens);
             self.counters.cached_tokens += u64::from(session.cached_tokens);
         }
-        session.phase = Phase::Running { next: cached, in_flight: 0, prefill: false };
+        let feeding = all.len() - 1;
+        session.phase = Phase::Running { feeding, next: session.starts[feeding], in_flight: 0, prefill: false };
         self.advance(id);
         self.admit();
     }
@@ -404,6 +433,9 @@ impl Driver {
             NotOpened::Bad(reason) => self.fail(id, reason),
             NotOpened::Busy { .. } => {
                 let releases = self.releases;
+                // Who waits until others have ended holds nothing that they may wait for.
+                let held: Vec<u64> = self.sessions.iter().filter(|(_, s)| s.is_held).map(|(&id, _)| id).collect();
+                held.into_iter().for_each(|id| self.close_everywhere(id, 0));
                 let is_alone = self.admitted().count() == 1;
                 self.close_everywhere(id, 0);
                 let Some(session) = self.sessions.get_mut(&id) else { return };
@@ -427,7 +459,7 @@ impl Driver {
         if header.has(FLAG_WANT_OUTPUT) && !header.has(FLAG_PREFILL) {
             self.counters.token_compute_us += u64::from(step.compute_us);
         }
-        self.last_step[stage] = Some(step);
+        self.accounts[stage].last_step = Some(step);
     }
 
     fn on_step(&mut self, stage: usize, header: &Header, step: Step) {
@@ -451,7 +483,7 @@ impl Driver {
             self.counters.token_steps += 1;
             self.counters.token_compute_us += u64::from(step.compute_us);
         }
-        self.last_step[stage] = Some(step);
+        self.accounts[stage].last_step = Some(step);
         let Some(sampled) = sampled else { return self.advance(id) };
         let token = sampled.token;
         if !usize::try_from(token).is_ok_and(|token| token < self.options.vocabulary) {
@@ -484,16 +516,30 @@ impl Driver {
     /// Sends what may be sent: enough rows to keep every stage busy, and a wanted row only when its token will find room.
     fn advance(&mut self, id: u64) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
-        let Phase::Running { mut next, mut in_flight, prefill: mut prefill_before } = session.phase else { return };
+        let Phase::Running { mut feeding, mut next, mut in_flight, prefill: mut prefill_before } = session.phase else {
+            return;
+        };
         let length = session.tokens.len() as u32;
-        while next < length && in_flight <= self.options.stages {
-            let (end, prefill) = session.next_rows(next, &self.options);
-            let wanted = end == length;
+        while in_flight <= self.options.stages {
+            if feeding > 0 && next >= session.starts[feeding - 1] {
+                // What comes next reaches that stage on another way, and must find there what was sent so far.
+                if in_flight > 0 {
+                    break;
+                }
+                feeding -= 1;
+                next = session.starts[feeding];
+                continue;
+            }
+            if next >= length {
+                break;
+            }
+            let Rows { end, prefill, stages } = session.next_rows(feeding, next, &self.options);
+            let wanted = end == length && stages == 0;
             if wanted && session.events.capacity() < EVENTS_MARGIN {
                 // A suspect that waits for its reader has done all it may; others need not wait for that reader.
                 if in_flight == 0 && session.is_suspect() {
                     session.clear();
-                    session.phase = Phase::Running { next, in_flight, prefill: prefill_before };
+                    session.phase = Phase::Running { feeding, next, in_flight, prefill: prefill_before };
                     return self.on_cleared(id);
                 }
                 break;
@@ -504,10 +550,14 @@ impl Driver {
             }
             prefill_before = prefill;
             let mut header = Header::new(Kind::Tokens, id);
-            header.epoch = session.epoch;
-            header.position = next;
+            (header.epoch, header.position, header.rows, header.stages) = (session.epoch, next, end - next, stages);
             header.flags = if prefill { FLAG_PREFILL } else { 0 } | if wanted { FLAG_WANT_OUTPUT } else { 0 };
-            self.output.push((0, Frame::tokens(header, &session.tokens[next as usize..end as usize])));
+            self.output.push(match feeding.checked_sub(1) {
+                None => (0, Frame::tokens(header, &session.tokens[next as usize..end as usize])),
+                Some(before) => {
+                    (before, Frame { header: Header { kind: Kind::Repeat, ..header }, payload: Vec::new() })
+                }
+            });
             next = end;
             in_flight += 1;
         }
@@ -520,7 +570,7 @@ impl Driver {
             self.output.push((0, Frame { header, payload: Vec::new() }));
             (next, in_flight, prefill_before) = (next + 1, 2, false);
         }
-        session.phase = Phase::Running { next, in_flight, prefill: prefill_before };
+        session.phase = Phase::Running { feeding, next, in_flight, prefill: prefill_before };
     }
 
     fn fail(&mut self, id: u64, reason: String) {
@@ -538,8 +588,14 @@ impl Driver {
         self.admit();
     }
 
+    /// Stops a session, which goes on later where it is. New sessions queue up behind it, so there is room for it till then.
+    fn hold(&mut self, id: u64) {
+        self.close_everywhere(id, FLAG_HOLD);
+    }
+
     fn close_everywhere(&mut self, id: u64, flags: u16) {
-        let Some(session) = self.sessions.get(&id) else { return };
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        session.is_held = flags & FLAG_HOLD != 0;
         let mut header = Header::new(Kind::Close, id);
         (header.epoch, header.flags) = (session.epoch, flags);
         self.output.retain(|(_, frame)| frame.header.session != id || frame.header.kind == Kind::Close);
@@ -549,5 +605,7 @@ impl Driver {
     }
 }
 
+#[cfg(test)]
+mod replay_tests;
 #[cfg(test)]
 mod tests;

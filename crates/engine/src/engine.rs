@@ -15,9 +15,10 @@ use std::{
 
 use murmur_gguf::{Arch, Gguf, HiddenInput, LayerRange};
 use murmur_protocol::{
+    codec::Codec,
     frame::{Frame, Header, Kind, MAX_ROWS},
     sampling::Token,
-    stage::{Load, Loaded, Role, Step},
+    stage::{Keep, Load, Loaded, Role, Step},
 };
 use murmur_sampling::Vocabulary;
 use tokio::sync::mpsc;
@@ -81,6 +82,10 @@ pub struct EngineOptions {
     pub gpu_layers: i32,
     /// How long things are waited for.
     pub patience: Patience,
+    /// How much stages keep of what they have sent on, for the case that the next one is lost.
+    pub keep: Keep,
+    /// How hidden states leave each stage; f32 where nothing is said.
+    pub codecs: Vec<Codec>,
 }
 
 impl EngineOptions {
@@ -186,6 +191,8 @@ pub struct StageStatus {
     pub restarts: u32,
     /// Its newest step.
     pub last_step: Option<Step>,
+    /// Rows that it has computed for this engine, before restarts as well.
+    pub computed_rows: u64,
 }
 
 /// A model with its processes. Dropping it ends them.
@@ -238,6 +245,7 @@ impl Engine {
             end_of_generation: tokenizer.vocabulary().end_of_generation().to_vec(),
             vocabulary: tokenizer.vocabulary().len(),
             is_shared: !elsewhere.is_empty(),
+            codecs: options.codecs.clone(),
         });
         let shared = Arc::new(Shared {
             driver: Mutex::new(driver),
@@ -319,19 +327,20 @@ impl Engine {
 
     /// A look at the engine.
     pub fn status(&self) -> EngineStatus {
-        let (last_steps, running, queued, counters, unavailable) = {
+        let (accounts, running, queued, counters, unavailable) = {
             let driver = lock(&self.shared.driver);
             let unavailable = driver.unavailable().map(str::to_owned);
-            (driver.last_steps().to_vec(), driver.running(), driver.queued(), driver.counters().clone(), unavailable)
+            (driver.accounts().to_vec(), driver.running(), driver.queued(), driver.counters().clone(), unavailable)
         };
-        let stages = self.shared.stages.iter().zip(last_steps).map(|(cell, last_step)| {
+        let stages = self.shared.stages.iter().zip(accounts).map(|(cell, account)| {
             let state = lock(&cell.state);
             StageStatus {
                 range: cell.range,
                 process_id: state.link.as_ref().and_then(|link| link.process_id()),
                 loaded: state.loaded.clone(),
                 restarts: state.restarts,
-                last_step,
+                last_step: account.last_step,
+                computed_rows: account.computed_rows,
             }
         });
         EngineStatus { stages: stages.collect(), running, queued, counters, unavailable }
@@ -451,6 +460,7 @@ fn load_of(options: &EngineOptions, path: PathBuf, role: Role) -> Load {
         gpu_layers: options.gpu_layers,
         tap: None,
         inject: None,
+        keep: options.keep,
     }
 }
 

@@ -15,7 +15,7 @@ use std::{
 
 use murmur_gguf::{Gguf, LayerRange};
 use murmur_protocol::{
-    frame::{Frame, Header, Kind},
+    frame::{FLAG_HOLD, Frame, Header, Kind},
     stage::{Loaded, Step},
 };
 
@@ -125,7 +125,8 @@ impl Routes {
                 self.outward.insert(number, key);
                 Some(number)
             }
-            Kind::Open | Kind::Tokens | Kind::Hidden | Kind::Next => self.inward.get(&key).copied(),
+            Kind::Open | Kind::Tokens | Kind::Hidden | Kind::Next | Kind::Repeat => self.inward.get(&key).copied(),
+            Kind::Close if frame.header.has(FLAG_HOLD) => self.inward.get(&key).copied(),
             Kind::Close => {
                 let known = self.inward.remove(&key);
                 known.and_then(|number| self.outward.remove(&number).map(|_| number))

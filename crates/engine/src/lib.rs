@@ -8,7 +8,7 @@
 //! - parent: [`Engine`] (what the node holds; of models that others hold: [`Tokenizer`]) - `driver` (pure: which rows go where, what a death means) - `link` (process
 //!   and socket, or a way to another machine). [`Host`] is a stage for drivers of other machines;
 //! - child: `child` (the loop) - `stage` (rows in, tokens or hidden states out) - `schedule` and `slots` and `threads`
-//!   (pure: what is computed together, whose KV is where, how many threads) - `ffi` (the only unsafe code).
+//!   (pure: what is computed together, whose KV is where, how many threads) - `kept` (what was sent on) - `ffi` (the only unsafe code).
 
 mod build_id;
 pub mod child;
@@ -17,6 +17,7 @@ mod embedding;
 mod engine;
 mod ffi;
 mod host;
+mod kept;
 pub mod link;
 mod schedule;
 mod slots;
@@ -32,3 +33,4 @@ pub use engine::{
 };
 pub use host::{Guest, Host, HostError, Speed};
 pub use link::{CHILD_SUBCOMMAND, LinkError, RemoteStage};
+pub use murmur_protocol::stage::Keep;

@@ -75,6 +75,12 @@ pub trait RemoteStage: Send + Sync {
 
     /// Why the last connection ended, for people.
     fn lost_because(&self) -> String;
+
+    /// Whether it ended because the other machine could not be reached any more, and not because the stage there has ended:
+    /// no request is to blame for that.
+    fn is_unreachable(&self) -> bool {
+        false
+    }
 }
 
 /// A frame that cannot be sent, alone; the session it belongs to cannot go on.
@@ -316,6 +322,11 @@ impl Link {
         if let Far::Child { process, .. } = &self.far {
             let _ = lock(process).kill();
         }
+    }
+
+    /// Whether it has ended because another machine could not be reached any more.
+    pub fn is_unreachable(&self) -> bool {
+        matches!(&self.far, Far::Elsewhere(stage) if stage.is_unreachable())
     }
 
     /// How it ended; ends it if it has not, and waits for a child.

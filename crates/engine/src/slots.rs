@@ -59,6 +59,10 @@ struct Slot {
     used_at: u64,
 }
 
+fn common(a: &[Token], b: &[Token]) -> u32 {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count() as u32
+}
+
 /// The slots of one stage.
 pub(crate) struct Slots {
     /// Cells of each slot.
@@ -83,9 +87,8 @@ impl Slots {
     }
 
     fn reusable(&self, slot: &Slot, prompt: &[Token]) -> u32 {
-        let common = slot.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count() as u32;
         // The last token is always computed: its logits are what the session wants.
-        let common = common.min(prompt.len().saturating_sub(1) as u32);
+        let common = common(&slot.tokens, prompt).min(prompt.len().saturating_sub(1) as u32);
         if self.exact { common.min(slot.aligned) / self.chunk_rows * self.chunk_rows } else { common }
     }
 
@@ -167,6 +170,16 @@ impl Slots {
     /// Tokens in a sequence.
     pub(crate) fn length(&self, sequence: i32) -> u32 {
         self.slots[sequence as usize].tokens.len() as u32
+    }
+
+    /// How many of a sequence's first tokens are those given.
+    pub(crate) fn common(&self, sequence: i32, tokens: &[Token]) -> u32 {
+        common(&self.slots[sequence as usize].tokens, tokens)
+    }
+
+    /// `count` tokens of a sequence; `None`: it has fewer.
+    pub(crate) fn tokens(&self, sequence: i32, position: u32, count: u32) -> Option<&[Token]> {
+        self.slots[sequence as usize].tokens.get(position as usize..)?.get(..count as usize)
     }
 
     /// Ends a session; its tokens stay for reuse unless `forget`. True when the cache must forget them as well.

@@ -5,11 +5,13 @@
 
 use std::{
     collections::HashMap,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use murmur_protocol::{
+    codec::Codec,
     frame::{FLAG_HANDED_ON, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
     sampling::Token,
     stage::{Load, Loaded, NotOpened, Open, Opened, Role, Step},
@@ -18,6 +20,7 @@ use murmur_sampling::{Sampler, Vocabulary};
 
 use crate::{
     ffi::{Batch, Context, ContextOptions, LlamaError, Model, ModelOptions},
+    kept::Kept,
     schedule::Rows,
     slots::{KvOp, NotAdmitted, Slots},
     threads::ThreadGovernor,
@@ -60,6 +63,8 @@ struct Session {
     tail: Option<(u32, Token)>,
     /// The row that is to follow, once its token is sampled.
     next: Option<Header>,
+    /// How its hidden states go on.
+    codec: Codec,
 }
 
 impl Session {
@@ -78,6 +83,8 @@ pub(crate) struct Stage {
     last: bool,
     slots: Slots,
     sessions: HashMap<u64, Session>,
+    /// What went on to the next stage, if there is one.
+    kept: Option<Kept>,
     vocabulary: Option<Arc<Vocabulary>>,
     governor: ThreadGovernor,
     batch: Batch,
@@ -144,12 +151,15 @@ impl Stage {
         };
         let slots = Slots::new(context.kv_cells() / load.sequences.max(1), load.sequences, load.chunk_rows, load.exact);
         let governor = ThreadGovernor::new(load.threads_max, load.threads);
+        let folder = load.path.parent().unwrap_or(Path::new("."));
+        let kept = (!last).then(|| Kept::new(model.n_embd(), load.keep, folder));
         Ok(Stage {
             context,
             first,
             last,
             slots,
             sessions: HashMap::new(),
+            kept,
             vocabulary,
             governor,
             batch: Batch::default(),
@@ -168,64 +178,111 @@ impl Stage {
         self.context.batch_rows()
     }
 
-    /// Admits a session, or admits it again under a new epoch.
+    /// Admits a session, or goes on with one that was held.
     pub(crate) fn open(&mut self, header: &Header, open: &Open) -> Result<Opened, NotOpened> {
-        self.close(header.session, false);
-        let sampler = match (self.last, &open.sampling, &self.vocabulary) {
+        let sampler = self.sampler(open)?;
+        let mut tokens = open.prompt.clone();
+        tokens.extend_from_slice(&open.generated);
+        let held = self.sessions.get(&header.session).map(|session| session.sequence);
+        let (sequence, cached_tokens) = match held {
+            Some(sequence) => {
+                let length = self.slots.common(sequence, &tokens);
+                let is_cut = self.context.truncate(sequence, length);
+                (sequence, self.usable(sequence, is_cut, length))
+            }
+            None => self.admit(header.session, &tokens, open.reserve_cells)?,
+        };
+        let session = Session { epoch: header.epoch, sequence, sampler, tail: None, next: None, codec: open.codec };
+        self.sessions.insert(header.session, session);
+        let kept_tokens = self.kept.as_ref().map_or(0, |kept| kept.count(sequence, cached_tokens));
+        Ok(Opened { cached_tokens, kept_tokens })
+    }
+
+    fn sampler(&self, open: &Open) -> Result<Option<Sampler>, NotOpened> {
+        match (self.last, &open.sampling, &self.vocabulary) {
             (true, Some(params), Some(vocabulary)) => {
                 let bad = |error: murmur_sampling::SamplingError| NotOpened::Bad(error.to_string());
                 let mut sampler = Sampler::new(params.clone(), vocabulary.clone(), &open.prompt).map_err(bad)?;
                 for &token in &open.generated {
                     sampler.accept(token).map_err(bad)?;
                 }
-                Some(sampler)
+                Ok(Some(sampler))
             }
-            (true, ..) => return Err(NotOpened::Bad("the last stage needs sampling parameters".into())),
-            (false, ..) => None,
-        };
-        let mut tokens = open.prompt.clone();
-        tokens.extend_from_slice(&open.generated);
-        let admitted = self.slots.admit(header.session, &tokens, open.reserve_cells).map_err(|refused| match refused {
+            (true, ..) => Err(NotOpened::Bad("the last stage needs sampling parameters".into())),
+            (false, ..) => Ok(None),
+        }
+    }
+
+    /// A sequence for a new session, and how many of its tokens are in it already.
+    fn admit(&mut self, session: u64, tokens: &[Token], reserve_cells: u32) -> Result<(i32, u32), NotOpened> {
+        let admitted = self.slots.admit(session, tokens, reserve_cells).map_err(|refused| match refused {
             NotAdmitted::Busy => NotOpened::Busy { retry_ms: RETRY_MS },
             NotAdmitted::TooLarge => NotOpened::Bad(format!(
-                "the request needs {} KV cells and each has {} at this stage: shorten it, or give the server a larger --ctx",
-                open.reserve_cells,
+                "the request needs {reserve_cells} KV cells and each has {} at this stage: shorten it, or give the server a larger --ctx",
                 self.slots.cells()
             )),
         })?;
-        let mut cached_tokens = admitted.cached_tokens;
-        for op in admitted.kv {
-            let done = match op {
-                KvOp::Truncate { sequence, from } => self.context.truncate(sequence, from),
-                KvOp::Copy { from, to } => {
-                    self.context.copy_sequence(from, to);
-                    true
-                }
-            };
-            if !done {
-                // Memories that cannot forget a part (recurrent ones) begin anew.
-                self.context.truncate(admitted.sequence, 0);
-                self.slots.truncated(admitted.sequence, 0);
-                cached_tokens = 0;
+        let is_done = admitted.kv.into_iter().all(|op| match op {
+            KvOp::Truncate { sequence, from } => {
+                self.kept.iter_mut().for_each(|kept| kept.claim(sequence, from));
+                self.context.truncate(sequence, from)
             }
+            KvOp::Copy { from, to } => {
+                self.kept.iter_mut().for_each(|kept| kept.copy(from, to, admitted.cached_tokens));
+                self.context.copy_sequence(from, to);
+                true
+            }
+        });
+        Ok((admitted.sequence, self.usable(admitted.sequence, is_done, admitted.cached_tokens)))
+    }
+
+    /// How many of a sequence's first `length` tokens can be built on. A memory that could not forget a part (a recurrent one),
+    /// or has given one up (behind a window), begins anew.
+    fn usable(&mut self, sequence: i32, is_cut: bool, length: u32) -> u32 {
+        let is_usable = is_cut && (length == 0 || self.context.is_complete(sequence));
+        let length = if is_usable { length } else { 0 };
+        if !is_usable {
+            self.context.truncate(sequence, 0);
         }
-        if cached_tokens > 0 && !self.context.is_complete(admitted.sequence) {
-            self.context.truncate(admitted.sequence, 0);
-            self.slots.truncated(admitted.sequence, 0);
-            cached_tokens = 0;
-        }
-        let session = Session { epoch: header.epoch, sequence: admitted.sequence, sampler, tail: None, next: None };
-        self.sessions.insert(header.session, session);
-        Ok(Opened { cached_tokens })
+        self.kept.iter_mut().for_each(|kept| kept.claim(sequence, length));
+        self.slots.truncated(sequence, length);
+        length
     }
 
     /// Ends a session; its prefix stays unless `forget`.
     pub(crate) fn close(&mut self, session: u64, forget: bool) {
-        if let Some(session) = self.sessions.remove(&session)
-            && self.slots.release(session.sequence, forget)
-        {
-            self.context.truncate(session.sequence, 0);
+        let Some(Session { sequence, .. }) = self.sessions.remove(&session) else { return };
+        self.kept.iter_mut().for_each(|kept| kept.release(sequence));
+        if self.slots.release(sequence, forget) {
+            self.usable(sequence, false, 0);
         }
+    }
+
+    /// Drops what is queued of a session, and keeps the rest until it is opened again, which may be when another stage is back.
+    pub(crate) fn hold(&mut self, header: &Header) {
+        if let Some(session) = self.sessions.get_mut(&header.session) {
+            (session.epoch, session.next) = (header.epoch, None);
+        }
+    }
+
+    /// Rows that went to the next stage, once more; `None` when their session or epoch is over. If they are not kept after all,
+    /// the session has to begin anew.
+    pub(crate) fn repeat(&self, header: &Header) -> Result<Option<Frame>, StageError> {
+        let Some(session) = self.sessions.get(&header.session).filter(|s| s.epoch == header.epoch) else {
+            return Ok(None);
+        };
+        let kept = self.kept.as_ref().ok_or(StageError::Protocol("the last stage keeps nothing"))?;
+        let tokens = self.slots.tokens(session.sequence, header.position, header.rows);
+        let frame = match tokens.zip(kept.read(session.sequence, header.position, header.rows)) {
+            Some((tokens, hidden)) => {
+                hidden_frame(Header { codec: session.codec, ..*header }, tokens, &hidden, self.facts.n_embd)
+            }
+            None => {
+                let header = Header { kind: Kind::NotOpened, ..*header };
+                Frame::message(header, &NotOpened::Busy { retry_ms: RETRY_MS })?
+            }
+        };
+        Ok(Some(frame))
     }
 
     /// Turns a frame of rows into work; `None` when its session or epoch is over.
@@ -348,16 +405,18 @@ impl Stage {
         let mut row = 0;
         for work in works {
             let end = row + work.rows();
-            let header = Header { flags: work.header.flags, ..work.header };
-            let answer = if !self.last {
+            let header = work.header;
+            if let Some(kept) = &mut self.kept {
+                kept.append(work.sequence, header.position, &self.context.hidden()[row * width..end * width]);
+            }
+            let answer = if !self.last && header.stages != 1 {
                 let account = Header { kind: Kind::Done, flags: header.flags | FLAG_HANDED_ON, ..header };
                 answers.extend(Frame::message(account, &step));
+                let codec = self.sessions.get(&header.session).map_or(Codec::F32, |session| session.codec);
+                let header = Header { stages: header.stages.saturating_sub(1), codec, ..header };
                 let hidden = &self.context.hidden()[row * width..end * width];
-                let mut payload = Vec::with_capacity(work.rows() * 4 * (width + 1));
-                payload.extend_from_slice(bytemuck::cast_slice(&work.tokens));
-                payload.extend_from_slice(bytemuck::cast_slice(hidden));
-                Ok(Frame { header: Header { kind: Kind::Hidden, ..header }, payload })
-            } else if work.header.has(FLAG_WANT_OUTPUT) {
+                Ok(hidden_frame(header, &work.tokens, hidden, self.facts.n_embd))
+            } else if self.last && header.has(FLAG_WANT_OUTPUT) {
                 self.sample(work, end - 1).and_then(|sampled| {
                     let header = Header { kind: Kind::Sampled, ..header };
                     Ok(Frame::message(header, &Step { sampled: Some(sampled), ..step.clone() })?)
@@ -397,12 +456,20 @@ impl Stage {
     /// Puts a saved KV state of `tokens` into an open session.
     pub(crate) fn restore(&mut self, session: u64, tokens: &[Token], state: &[u8]) -> Result<(), StageError> {
         let sequence = self.sessions.get(&session).ok_or(StageError::Protocol("no such session"))?.sequence;
-        self.context.truncate(sequence, 0);
-        self.slots.truncated(sequence, 0);
+        self.usable(sequence, false, 0);
         self.context.restore(sequence, state)?;
         self.slots.extended(sequence, tokens, false);
         Ok(())
     }
+}
+
+/// Rows for the next stage: `hidden` has `[rows, n_embd]`.
+fn hidden_frame(header: Header, tokens: &[Token], hidden: &[f32], n_embd: u32) -> Frame {
+    let width = n_embd as usize;
+    let mut payload = Vec::with_capacity(size_of_val(tokens) + tokens.len() * header.codec.row_bytes(width));
+    payload.extend_from_slice(bytemuck::cast_slice(tokens));
+    header.codec.encode(hidden, width, &mut payload);
+    Frame { header: Header { kind: Kind::Hidden, ..header }, payload }
 }
 
 fn failure(work: &Work, error: &StageError) -> Frame {

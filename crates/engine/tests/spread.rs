@@ -8,15 +8,16 @@ use std::{
     io::Write,
     os::unix::net::UnixStream,
     path::Path,
-    sync::{Arc, Mutex, mpsc},
+    sync::{Arc, Mutex, Weak, mpsc},
     thread,
 };
 
 use common::*;
 use futures::future::join_all;
-use murmur_engine::{Engine, Guest, Host, HostError, RemoteStage, Stop};
+use murmur_engine::{Engine, Guest, Host, HostError, RemoteStage, SessionEvent, Stop};
 use murmur_gguf::{LayerRange, even_cuts, synth::Weights};
 use murmur_protocol::{
+    codec::Codec,
     frame::{Frame, Header, Kind},
     stage::{Open, Opened},
 };
@@ -37,17 +38,35 @@ impl Holder {
     }
 }
 
-impl RemoteStage for Holder {
+/// A stage of one driver's ring.
+struct Seat {
+    holder: Arc<Holder>,
+    /// The driver at the next stage's host, for hidden states that go there straight away.
+    next: Option<Arc<Place>>,
+    place: Arc<Place>,
+}
+
+/// A driver at a host, while there is one.
+type Place = Mutex<Weak<Guest>>;
+
+impl RemoteStage for Seat {
     fn connect(&self) -> Result<UnixStream, String> {
         let (engines, ours) = UnixStream::pair().unwrap();
-        let host = self.host();
+        let host = self.holder.host();
         let (answers, answered) = mpsc::channel::<Frame>();
-        let guest = host.enter(move |frame| drop(answers.send(frame)));
+        let guest = Arc::new(host.enter(move |frame| drop(answers.send(frame))));
+        *self.place.lock().unwrap() = Arc::downgrade(&guest);
+        let next = self.next.clone();
         let loaded = Frame::message(Header::new(Kind::Loaded, 0), host.loaded()).unwrap();
         let (mut from, mut to) = (ours.try_clone().unwrap(), ours);
         thread::spawn(move || {
             loaded.write_to(&mut to).unwrap();
             while let Ok(frame) = answered.recv() {
+                let next = next.as_ref().and_then(|next| next.lock().unwrap().upgrade());
+                if let (Kind::Hidden, Some(next)) = (frame.header.kind, next) {
+                    next.send(frame).unwrap();
+                    continue;
+                }
                 let mut bytes = Vec::new();
                 frame.append_to(&mut bytes).unwrap();
                 if to.write_all(&bytes).is_err() {
@@ -89,9 +108,19 @@ impl<'a> Spread<'a> {
         Spread { lab, model, ranges, holders }
     }
 
-    /// A driver of its own.
+    /// A driver of its own, to which all answers come back.
     fn engine(&self) -> Engine {
-        let stages: Vec<_> = self.holders.iter().map(|holder| holder.clone() as Arc<dyn RemoteStage>).collect();
+        self.engine_with(false)
+    }
+
+    /// A driver of its own. With `hops`, hidden states go from host to host.
+    fn engine_with(&self, hops: bool) -> Engine {
+        let places: Vec<Arc<Place>> = self.holders.iter().map(|_| Arc::default()).collect();
+        let seat = |(at, holder): (usize, &Arc<Holder>)| {
+            let next = places.get(at + 1).filter(|_| hops).cloned();
+            Arc::new(Seat { holder: holder.clone(), next, place: places[at].clone() }) as Arc<dyn RemoteStage>
+        };
+        let stages: Vec<_> = self.holders.iter().enumerate().map(seat).collect();
         let options = self.lab.options(self.model, self.ranges.clone(), true);
         Engine::load_spread(options, &stages, Stop::new(), |_, _| {}).unwrap()
     }
@@ -149,6 +178,54 @@ async fn a_stage_that_dies_is_found_elsewhere_and_no_token_changes() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn hosts_beside_a_dead_one_compute_nothing_twice_for_any_of_their_drivers() {
+    const TOKENS: u32 = 40;
+    let lab = Lab::new();
+    let model = lab.tiny("llama", Weights::Q8_0);
+    let whole = lab.engine(&model, vec![LayerRange::new(0, layers(&model))], true);
+    // Nothing comes back to these drivers but accounts and tokens.
+    for victim in 0..3 {
+        let spread = Spread::new(&lab, &model, 3);
+        let drivers = [spread.engine_with(true), spread.engine_with(true)];
+        let asked = |n: i32| request(prompt(30 + 40 * n as usize, n), TOKENS, sampled(n as u64));
+        let mut streams: Vec<_> = (0..6).map(|n| drivers[n as usize % 2].start(asked(n)).unwrap()).collect();
+        let mut watched = streams.pop().unwrap();
+        let others = join_all(streams.into_iter().map(read));
+        let last = async {
+            let mut tokens = Vec::new();
+            while let Some(event) = watched.next().await {
+                match event {
+                    SessionEvent::Token(sampled) => {
+                        tokens.push(sampled.token);
+                        if tokens.len() == 5 {
+                            kill(spread.holders[victim].host().process_id().unwrap());
+                        }
+                    }
+                    SessionEvent::Failed(reason) => panic!("{reason}"),
+                    _ => {}
+                }
+            }
+            tokens
+        };
+        let (others, last) = tokio::join!(others, last);
+        let answers: Vec<_> = others.into_iter().map(|answer| answer.unwrap().tokens).chain([last]).collect();
+        for (n, answer) in (0..).zip(answers) {
+            assert_eq!(answer, run(&whole, asked(n)).await.tokens, "{victim} dies, request {n}");
+        }
+        for (which, driver) in drivers.iter().enumerate() {
+            let sessions = (0..6).filter(|n| n % 2 == which);
+            let once: u64 = sessions.map(|n| 30 + 40 * n as u64 + u64::from(TOKENS) - 1).sum();
+            for (at, stage) in driver.status().stages.iter().enumerate().filter(|(at, _)| *at != victim) {
+                // Tokens that were on their way to the driver are chosen again.
+                let again = if at == 2 { 3 } else { 0 };
+                let rows = stage.computed_rows;
+                assert!((once..=once + again).contains(&rows), "{victim} dies, stage {at}: {rows} of {once}");
+            }
+        }
+    }
+}
+
 /// A driver that is spoken to directly.
 fn enter(host: &Host) -> (Guest, mpsc::Receiver<Frame>) {
     let (answers, answered) = mpsc::channel();
@@ -156,7 +233,7 @@ fn enter(host: &Host) -> (Guest, mpsc::Receiver<Frame>) {
 }
 
 fn open(session: u64) -> Frame {
-    let open = Open { prompt: prompt(10, 1), generated: vec![], reserve_cells: 512, sampling: None };
+    let open = Open { prompt: prompt(10, 1), generated: vec![], reserve_cells: 512, sampling: None, codec: Codec::F32 };
     Frame::message(Header::new(Kind::Open, session), &open).unwrap()
 }
 
@@ -168,7 +245,8 @@ fn a_driver_says_what_drivers_say_and_nothing_else() {
     let (guest, answered) = enter(&host);
     for &kind in Kind::ALL {
         let refused = guest.send(Frame { header: Header::new(kind, 1), payload: vec![] }).is_err();
-        let is_a_drivers = matches!(kind, Kind::Open | Kind::Close | Kind::Tokens | Kind::Hidden | Kind::Next);
+        let is_a_drivers =
+            matches!(kind, Kind::Open | Kind::Close | Kind::Tokens | Kind::Hidden | Kind::Next | Kind::Repeat);
         assert_eq!(refused, !is_a_drivers, "{kind:?}");
     }
     assert_eq!(

@@ -10,6 +10,7 @@ use common::*;
 use murmur_engine::link::{Link, Receiver};
 use murmur_gguf::synth::Weights;
 use murmur_protocol::{
+    codec::Codec,
     frame::{FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
     sampling::Token,
     stage::{NotOpened, Open, Role, Step},
@@ -38,6 +39,7 @@ impl Stage {
             generated: generated.to_vec(),
             reserve_cells: 200,
             sampling: Some(greedy()),
+            codec: Codec::F32,
         };
         self.ask(Frame::message(Header::new(Kind::Open, session), &open).unwrap())
     }
@@ -146,7 +148,13 @@ fn bad_frames_are_answered_and_the_stage_lives_on() {
 fn a_session_larger_than_its_share_of_the_cache_is_refused_with_the_numbers() {
     let lab = Lab::new();
     let mut stage = Stage::new(&lab.tiny("llama", Weights::F32));
-    let open = Open { prompt: prompt(20, 1), generated: vec![], reserve_cells: 5000, sampling: Some(greedy()) };
+    let open = Open {
+        prompt: prompt(20, 1),
+        generated: vec![],
+        reserve_cells: 5000,
+        sampling: Some(greedy()),
+        codec: Codec::F32,
+    };
     let answer = stage.ask(Frame::message(Header::new(Kind::Open, 1), &open).unwrap());
     let NotOpened::Bad(reason) = answer.decode().unwrap() else { panic!("{answer:?}") };
     assert!(reason.contains("5000") && reason.contains("256"), "{reason}");

@@ -52,6 +52,8 @@ pub(crate) mod close {
     pub(crate) const LEAVING: VarInt = VarInt::from_u32(3);
     /// The peer broke the protocol, or its membership ended.
     pub(crate) const SHUT_OUT: VarInt = VarInt::from_u32(4);
+    /// The peer is no neighbour in the overlay.
+    pub(crate) const STRANGER: VarInt = VarInt::from_u32(6);
 }
 
 #[derive(Debug, Default)]
@@ -136,14 +138,26 @@ impl Admission {
         self.inner().expel(node);
     }
 
+    /// Nodes that have a gossip connection with this one.
+    pub(crate) fn connected_to_overlay(&self) -> Vec<NodeId> {
+        let lives = |connection: &WeakConnectionHandle| {
+            connection.upgrade().is_some_and(|connection| connection.close_reason().is_none())
+        };
+        let mut inner = self.inner();
+        inner.gossip.retain(|_, connections| connections.iter().any(lives));
+        inner.gossip.keys().copied().collect()
+    }
+
+    /// Closes the gossip connections with a peer.
+    pub(crate) fn hang_up(&self, node: &NodeId) {
+        self.inner().close_gossip(node, close::STRANGER, b"no neighbour");
+    }
+
     fn add_gossip(&self, node: NodeId, connection: WeakConnectionHandle) {
         let mut inner = self.inner();
         let connections = inner.gossip.entry(node).or_default();
         connections.retain(|known| known.upgrade().is_some_and(|known| known.close_reason().is_none()));
         connections.push(connection);
-        if inner.gossip.len() > ADMITTED_MAX {
-            inner.gossip.retain(|_, connections| connections.iter().any(|known| known.upgrade().is_some()));
-        }
     }
 }
 
@@ -156,9 +170,13 @@ impl Inner {
 
     fn expel(&mut self, node: &NodeId) {
         self.admitted.remove(node);
+        self.close_gossip(node, close::SHUT_OUT, b"shut out");
+    }
+
+    fn close_gossip(&mut self, node: &NodeId, code: VarInt, reason: &[u8]) {
         for connection in self.gossip.remove(node).unwrap_or_default() {
             if let Some(connection) = connection.upgrade() {
-                connection.close(close::SHUT_OUT, b"shut out");
+                connection.close(code, reason);
             }
         }
     }

@@ -1,26 +1,30 @@
 //! Neighbours compare what they know, and hand each other what is lacking.
 //!
 //! ```text
-//! one that asks                      the other
-//!   Digest ────────────────────────>
-//!          <──────────  Records ... Want
-//!   Records ... end ───────────────>
-//!          <──────────────────  end
+//! of a small table                         of a large one, to a peer that knows summaries
+//!
+//! one that asks            the other       one that asks            the other
+//!   Digest ───────────────>                  Summary ──────────────>
+//!          <──── Records ... Want                   <───────────── Differing
+//!   Records ... end ──────>                  Records ... Want ─────>
+//!          <────────────────  end                   <───── Records ... end
+//!                                            end ──────────────────>
 //! ```
 //!
-//! The last records are those that the other wants, and whatever is newer here than what it has just handed over: it may
-//! not have heard that a node is gone. After one exchange both know what either knew, up to the bounds of `murmur_core::membership`. Each exchange is one
-//! stream with a deadline. Signatures are checked before a record is taken, on the stream's own task, so that a flood
-//! of forgeries costs the one who checks and not the table; each one that fails is an offence of the peer that handed
-//! it over.
+//! `Differing` is a digest of the ranges of ids in which the tables differ: from there on it is the same with the parts
+//! exchanged. The last records are those that are wanted, and whatever is newer here than what the other has just handed over: it
+//! may not have heard that a node is gone. After one exchange both know what either knew, up to the bounds of
+//! `murmur_core::membership`. Each exchange is one stream with a deadline. Signatures are checked before a record is taken, on
+//! the stream's own task, so that a flood of forgeries costs the one who checks and not the table; each one that fails is an
+//! offence of the peer that handed it over.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use iroh::endpoint::SendStream;
-use murmur_core::membership::{Aged, Answer, Digest, Verified};
+use murmur_core::membership::{Aged, Answer, Digest, Opening, Verified};
 use murmur_protocol::mesh::control::RECORDS_MAX;
-use murmur_protocol::mesh::{AgedRecord, Control, NodeId};
+use murmur_protocol::mesh::{AgedRecord, Capabilities, Control, NodeId, Summary};
 use tokio::time::timeout;
 
 use crate::NetError;
@@ -38,21 +42,27 @@ const RECORD_MESSAGES_MAX: usize = 512;
 /// Compares with the neighbour at the other end.
 pub(crate) async fn exchange(shared: &Arc<Shared>, link: &Link) -> Result<(), NetError> {
     let exchanging = async {
-        let digest: Digest = shared.ask(|reply| Command::Digest { reply }).await?;
+        let salt = link.greeted.capabilities.contains(Capabilities::SUMMARIES).then(rand::random);
+        let opening = shared.ask(|reply| Command::Opening { salt, reply }).await?;
         let (mut send, recv) =
             link.connection.open_bi().await.map_err(|error| NetError::unreachable(link.node, error))?;
-        stream::write(&mut send, &Control::Digest(digest)).await?;
         let mut reader = Reader::new(recv);
-        let (mut outdated, Some(wanted)) = take_records(shared, link, &mut reader).await? else {
-            return Err(NetError::protocol("a digest was not answered"));
-        };
-        outdated.extend(wanted);
-        let records = shared.ask(|reply| Command::Wanted { nodes: outdated, reply }).await?;
-        hand_over(&mut send, &records).await?;
-        stream::finish(&mut send);
-        match reader.next().await? {
-            None => Ok(()),
-            Some(_) => Err(NetError::protocol("something came after the end of an exchange")),
+        match opening {
+            Opening::Digest(digest) => {
+                stream::write(&mut send, &Control::Digest(digest)).await?;
+                take_and_give(shared, link, &mut send, &mut reader).await
+            }
+            Opening::Summary(summary) => {
+                let ranges = summary.ranges();
+                stream::write(&mut send, &Control::Summary(summary)).await?;
+                let Control::Differing(differing) = reader.expect().await? else {
+                    return Err(NetError::protocol("a summary was answered by another message"));
+                };
+                let answer = shared.ask(|reply| Command::AnswerDiffering { differing, ranges, reply }).await?;
+                give_and_take(shared, link, answer, &mut send, &mut reader).await?;
+                stream::finish(&mut send);
+                Ok(())
+            }
         }
     };
     deadline(exchanging).await
@@ -68,14 +78,61 @@ pub(crate) async fn respond(
 ) -> Result<(), NetError> {
     let responding = async {
         let answer: Answer = shared.ask(|reply| Command::Answer { digest, reply }).await?;
-        hand_over(send, &answer.records).await?;
-        stream::write(send, &Control::Want(answer.want)).await?;
-        match take_records(shared, link, reader).await? {
-            (_, None) => Ok(()),
-            (_, Some(_)) => Err(NetError::protocol("records were asked for twice")),
-        }
+        give_and_take(shared, link, answer, send, reader).await
     };
     deadline(responding).await
+}
+
+/// Answers a neighbour's summary.
+pub(crate) async fn respond_in_short(
+    shared: &Arc<Shared>,
+    link: &Link,
+    summary: Summary,
+    send: &mut SendStream,
+    reader: &mut Reader<Control>,
+) -> Result<(), NetError> {
+    let responding = async {
+        let differing = shared.ask(|reply| Command::Differing { summary, reply }).await?;
+        stream::write(send, &Control::Differing(differing)).await?;
+        take_and_give(shared, link, send, reader).await
+    };
+    deadline(responding).await
+}
+
+/// The part of the one whose entries the other knows: it takes what it lacks, and gives what is wanted.
+async fn take_and_give(
+    shared: &Arc<Shared>,
+    link: &Link,
+    send: &mut SendStream,
+    reader: &mut Reader<Control>,
+) -> Result<(), NetError> {
+    let (mut outdated, Some(wanted)) = take_records(shared, link, reader).await? else {
+        return Err(NetError::protocol("a digest was not answered"));
+    };
+    outdated.extend(wanted);
+    let records = shared.ask(|reply| Command::Wanted { nodes: outdated, reply }).await?;
+    hand_over(send, &records).await?;
+    stream::finish(send);
+    match reader.next().await? {
+        None => Ok(()),
+        Some(_) => Err(NetError::protocol("something came after the end of an exchange")),
+    }
+}
+
+/// The part of the one that knows what both have: it gives what the other lacks, and takes what it wants.
+async fn give_and_take(
+    shared: &Arc<Shared>,
+    link: &Link,
+    answer: Answer,
+    send: &mut SendStream,
+    reader: &mut Reader<Control>,
+) -> Result<(), NetError> {
+    hand_over(send, &answer.records).await?;
+    stream::write(send, &Control::Want(answer.want)).await?;
+    match take_records(shared, link, reader).await? {
+        (_, None) => Ok(()),
+        (_, Some(_)) => Err(NetError::protocol("records were asked for twice")),
+    }
 }
 
 async fn hand_over(send: &mut SendStream, records: &[Aged]) -> Result<(), NetError> {

@@ -11,8 +11,8 @@ use murmur_core::membership::{
 };
 use murmur_protocol::mesh::record::TTL_MS_MAX;
 use murmur_protocol::mesh::{
-    Admission as TicketAdmission, BearerSecret, Control, MeshId, NodeId, NodeRecord, Revocation, SignedTicket, Ticket,
-    TicketId,
+    Admission as TicketAdmission, BearerSecret, Capabilities, Control, MeshId, NodeId, NodeRecord, Revocation,
+    SignedTicket, Ticket, TicketId,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -200,7 +200,7 @@ impl Mesh {
         };
         let shared = Arc::new(Shared {
             identity,
-            capabilities: options.own.capabilities,
+            capabilities: options.own.capabilities.with(Capabilities::SUMMARIES),
             endpoint: bound.endpoint,
             addresses: bound.addresses,
             gossip,

@@ -184,6 +184,7 @@ async fn connection(
             }
         }
         Ok(Answered::Greeted(greeted)) if connection.alpn() == WORK_ALPN => {
+            bury_earlier_life(&shared, peer).await;
             intake(&shared, Guest { node: peer, connection, greeted }).await;
         }
         Ok(Answered::Greeted(_)) => connection.close(close::REFUSED, b"no such protocol"),
@@ -212,7 +213,8 @@ async fn bury_earlier_life(shared: &Shared, peer: NodeId) {
     let Some(old) = shared.links.get(&peer) else { return };
     let ping = Control::Ping(rand::random());
     let answer = timeout(Duration::from_millis(SIGN_OF_LIFE_MS), ask(&old, &ping)).await;
-    if !matches!(answer, Ok(Ok(Some(_)))) {
+    // Of several connections of the new life the first has buried the old one.
+    if !matches!(answer, Ok(Ok(Some(_)))) && old.connection.close_reason().is_none() {
         tracing::info!(node = %peer.short(), "a node has come back");
         shared.disconnect(&peer);
     }
@@ -257,6 +259,9 @@ async fn control_stream(
     let first = timeout(deadline, reader.next()).await.map_err(|_| NetError::Late("message"))?;
     let dealt = match first {
         Ok(Some(Control::Digest(digest))) => anti_entropy::respond(shared, link, digest, &mut send, &mut reader).await,
+        Ok(Some(Control::Summary(summary))) => {
+            anti_entropy::respond_in_short(shared, link, summary, &mut send, &mut reader).await
+        }
         Ok(Some(Control::Goodbye(tombstone))) => goodbye(shared, link, tombstone).await,
         Ok(Some(Control::Revocations(list))) => revocations(shared, list).await,
         Ok(Some(Control::Redeemed(prolonged))) => prolong(shared, prolonged).await,

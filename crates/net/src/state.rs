@@ -15,10 +15,11 @@ use bytes::Bytes;
 use futures::StreamExt;
 use iroh::Watcher;
 use iroh::endpoint::Connection;
-use murmur_core::membership::{Aged, Answer, Digest, Membership, Outcome, Verified};
+use murmur_core::membership::{Aged, Answer, Digest, Membership, Opening, Outcome, Verified};
 use murmur_core::overlay::{Join, Overlay};
 use murmur_protocol::mesh::{
-    Addresses, Capabilities, Control, NodeId, NodeRecord, RecordError, Role, ServedModel, ServedStage, SignedRecord,
+    Addresses, Capabilities, Control, Differing, NodeId, NodeRecord, Ranges, RecordError, Role, ServedModel,
+    ServedStage, SignedRecord, Summary,
 };
 use rand::seq::{IteratorRandom, SliceRandom};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -78,8 +79,12 @@ pub(crate) enum Command {
     LinkUp(Arc<Link>),
     /// A control connection has ended.
     LinkDown(Arc<Link>),
-    /// A digest for a neighbour.
-    Digest { reply: oneshot::Sender<Digest> },
+    /// The beginning of a comparison; `salt`: for a neighbour that knows summaries.
+    Opening { salt: Option<u64>, reply: oneshot::Sender<Opening> },
+    /// A neighbour's summary.
+    Differing { summary: Summary, reply: oneshot::Sender<Differing> },
+    /// A neighbour's answer to a summary of these ranges.
+    AnswerDiffering { differing: Differing, ranges: Ranges, reply: oneshot::Sender<Answer> },
     /// A neighbour's digest.
     Answer { digest: Digest, reply: oneshot::Sender<Answer> },
     /// Records that a neighbour asks for.
@@ -243,7 +248,11 @@ impl State {
                     self.shared.admission.lapse(&link.node);
                 }
             }
-            Command::Digest { reply } => drop(reply.send(self.membership.digest(now))),
+            Command::Opening { salt, reply } => drop(reply.send(self.membership.opening(salt, now))),
+            Command::Differing { summary, reply } => drop(reply.send(self.membership.differing(&summary, now))),
+            Command::AnswerDiffering { differing, ranges, reply } => {
+                drop(reply.send(self.membership.answer_differing(&differing, ranges, now)));
+            }
             Command::Answer { digest, reply } => drop(reply.send(self.membership.answer(&digest, now))),
             Command::Wanted { nodes, reply } => drop(reply.send(self.membership.wanted(&nodes, now))),
             Command::Update(own) => {
@@ -285,8 +294,14 @@ impl State {
         self.dial_more();
     }
 
-    /// Has the overlay join somebody, if there is a reason to.
+    /// Hangs up on strangers in the overlay, and has it join somebody, if there is a reason to.
     fn heal(&mut self) {
+        for connected in self.shared.admission.connected_to_overlay() {
+            self.overlay.connected(connected, clock::now());
+        }
+        for stranger in self.overlay.strangers(clock::now()) {
+            self.shared.admission.hang_up(&stranger);
+        }
         match self.overlay.join(self.known.len(), clock::now()) {
             Join::Nobody => {}
             Join::Peer(peer) => self.topic.join([peer]),
@@ -300,8 +315,7 @@ impl State {
         let checked = SignedRecord::from_bytes(content).map_err(RecordError::from).and_then(|record| {
             // Most of what is heard is known already; that is seen without checking a signature.
             let claim = record.claim()?;
-            let known = self.known.get(&claim.node).map(|known| known.verified.record().sequence);
-            if known.is_some_and(|known| known >= claim.sequence) {
+            if !self.membership.is_news(&claim.node, claim.sequence) {
                 return Ok(None);
             }
             Verified::check(record, self.shared.identity.mesh).map(Some)

@@ -11,14 +11,16 @@ use iroh::address_lookup::memory::MemoryLookup;
 use iroh::endpoint::{Connection, ConnectionError, RecvStream, presets};
 use iroh::{Endpoint, EndpointAddr, EndpointId, RelayMode};
 use iroh_gossip::net::Gossip;
+use murmur_core::membership::DIGEST_NODES_MAX;
 use murmur_net::Mesh;
 use murmur_net::admission::STRIKES_MAX;
 use murmur_net::endpoint::{GOSSIP_ALPN, MESH_ALPN, WORK_ALPN};
 use murmur_net::hello::HELLO_DEADLINE_MS;
 use murmur_net::serve::{CONNECTIONS_PER_PEER_MAX, STREAM_DEADLINE_MS};
+use murmur_protocol::mesh::summary::RANGES_MAX;
 use murmur_protocol::mesh::{
-    AgedRecord, BearerSecret, Capabilities, Control, Decoder, Hello, MeshId, Message, NodeId, NodeKey, NodeRecord,
-    PROTOCOL_VERSIONS, Redeem, RefusalCode, Role, SignedRecord, TicketId, Work, encode,
+    AgedRecord, BearerSecret, Capabilities, Control, Decoder, Differing, Hello, MeshId, Message, NodeId, NodeKey,
+    NodeRecord, PROTOCOL_VERSIONS, Redeem, RefusalCode, Role, SignedRecord, TicketId, Work, encode,
 };
 
 /// An endpoint without manners.
@@ -493,4 +495,77 @@ async fn copies_of_a_departed_nodes_record_bring_it_back_nowhere() {
     }
     assert!(!common::lists(&nodes[0].mesh.watch().borrow(), gone));
     common::until(&nodes[1].mesh, "the copy is seen through", |table| !common::lists(table, gone)).await;
+}
+
+/// A node and one that has joined it, with tables so large that they are compared by their summaries; and who filled them.
+async fn large_meshes() -> (Vec<Node>, Rogue, Connection) {
+    let first = start(public()).await;
+    let rogue = Rogue::against(&first).await;
+    let connection = rogue.greeted(MESH_ALPN).await;
+    let crowd = (0..=DIGEST_NODES_MAX as u8).map(|number| fresh(record(&key(100 + number)))).collect();
+    hand_over(&connection, &[], crowd).await;
+    let joined = join(&first.mesh.invite(&open_invitation()).await.unwrap()).await;
+    for node in [&first, &joined] {
+        common::until(&node.mesh, "the crowd is listed", |table| table.len() > DIGEST_NODES_MAX + 1).await;
+    }
+    (vec![first, joined], rogue, connection)
+}
+
+#[tokio::test]
+async fn what_a_neighbour_alone_knows_is_found_by_the_summaries_of_large_tables() {
+    let (nodes, _rogue, connection) = large_meshes().await;
+    // Handed over, it is not broadcast: only a comparison brings it to the other node.
+    let third = key(3);
+    hand_over(&connection, &[], vec![fresh(record(&third))]).await;
+    for node in &nodes {
+        common::until(&node.mesh, "the third node", |table| common::lists(table, third.node_id())).await;
+    }
+}
+
+#[tokio::test]
+async fn answers_to_summaries_that_lie_or_are_none_do_no_harm() {
+    let (nodes, ..) = large_meshes().await;
+    let rogue = Rogue::against(&nodes[0]).await;
+    let hello = Control::Hello(Hello { capabilities: Capabilities::SUMMARIES, ..rogue.hello() });
+    let connection = rogue.connect(MESH_ALPN).await;
+    assert!(matches!(say(&connection, &encode(&hello).unwrap()).await.as_slice(), [Control::Hello(_)]));
+    let lies: Vec<(NodeId, u64)> = (0..200).map(|number| (NodeId::from_bytes([number; 32]), u64::MAX)).collect();
+    let everything = Differing { ranges: (0..RANGES_MAX as u16).collect(), entries: lies.clone() };
+    for answer in [Control::Differing(everything), Control::Pong(1), Control::Differing(Differing::default())] {
+        let (mut send, recv) = soon("a comparison", connection.accept_bi()).await.unwrap();
+        send.write_all(&encode(&answer).unwrap()).await.unwrap();
+        let _ = send.finish();
+        let said = answers(recv).await;
+        let [Control::Summary(summary), rest @ ..] = said.as_slice() else { panic!("{said:?}") };
+        assert!(summary.ranges().count() < RANGES_MAX);
+        let handed: usize =
+            rest.iter().map(|part| if let Control::Records(part) = part { part.len() } else { 0 }).sum();
+        match answer {
+            // Told that nothing of its table is known, it hands it over once, and asks what it cannot believe.
+            Control::Differing(differing) if !differing.ranges.is_empty() => {
+                assert!(handed > DIGEST_NODES_MAX);
+                assert_eq!(rest.last(), Some(&Control::Want(lies.iter().map(|(node, _)| *node).collect())));
+            }
+            Control::Differing(_) => assert_eq!(rest, [Control::Want(Vec::new())]),
+            _ => assert!(rest.is_empty()),
+        }
+    }
+    let newcomer = join(&nodes[0].mesh.invite(&open_invitation()).await.unwrap()).await;
+    for node in &nodes {
+        common::until(&node.mesh, "the newcomer", |table| common::lists(table, newcomer.mesh.node_id())).await;
+    }
+}
+
+#[tokio::test]
+async fn who_is_connected_with_the_overlay_and_is_no_neighbour_is_hung_up_on() {
+    let node = start(public()).await;
+    let rogue = Rogue::against(&node).await;
+    let control = rogue.greeted(MESH_ALPN).await;
+    let overlay = rogue.connect(GOSSIP_ALPN).await;
+    let end = soon("the end of the connection", overlay.closed()).await;
+    assert!(matches!(end, ConnectionError::ApplicationClosed(_)), "{end}");
+    answers_pings(&control).await;
+    // It may come back, as a neighbour for instance.
+    let again = rogue.connect(GOSSIP_ALPN).await;
+    assert!(again.close_reason().is_none());
 }

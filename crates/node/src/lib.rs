@@ -25,6 +25,7 @@ use std::{
 
 pub use murmur_engine::{CHILD_SUBCOMMAND, child};
 pub use murmur_net as net;
+use murmur_protocol::codec::Codec;
 use tokio::task::JoinSet;
 
 use crate::{
@@ -61,6 +62,9 @@ pub struct NodeOptions {
     pub layers_max: Option<u32>,
     /// A model that is too large for this node is spread over the nodes of its mesh, instead of being refused.
     pub spread: bool,
+    /// Forms beside f32 in which hidden states may travel between the nodes of a spread model, where a link is slow. Empty with
+    /// `exact`.
+    pub lossy: Vec<Codec>,
     /// Bit-equal results whatever shares a batch.
     pub exact: bool,
     /// How long a request waits, at a stretch, for another node that would take it.

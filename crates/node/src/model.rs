@@ -12,9 +12,9 @@ use std::{
 
 use murmur_api::backend::{ModelCard, ModelKind, ModelState};
 use murmur_core::planner::ModelFacts;
-use murmur_engine::{Engine, EngineError, EngineOptions, Host, Patience, RemoteStage, Stop};
+use murmur_engine::{Engine, EngineError, EngineOptions, Host, Keep, Patience, RemoteStage, Stop};
 use murmur_gguf::{Facts, Gguf, LayerRange, Manifest};
-use murmur_protocol::mesh::NodeId;
+use murmur_protocol::{codec::Codec, mesh::NodeId};
 use murmur_sampling::Vocabulary;
 use tokio::sync::watch;
 
@@ -115,6 +115,8 @@ pub(crate) struct Plan {
     context_tokens: u32,
     /// Who finds the stages; empty: they are here.
     elsewhere: Vec<Arc<dyn RemoteStage>>,
+    /// How hidden states leave each stage; f32 where nothing is said.
+    codecs: Vec<Codec>,
     stop: Stop,
 }
 
@@ -420,7 +422,7 @@ impl Model {
         let parallel = if file.embedding { 1 } else { options.parallel };
         let (demand, context_tokens) = self.fit(&file, options, (parallel, ranges.len() as u32), models)?;
         let stop = self.begin(demand.bytes(context_tokens)).ok_or(NodeError::Interrupted)?;
-        Ok(Some(Plan { file, ranges, parallel, context_tokens, elsewhere: Vec::new(), stop }))
+        Ok(Some(Plan { file, ranges, parallel, context_tokens, elsewhere: Vec::new(), codecs: Vec::new(), stop }))
     }
 
     /// A load of which all stages are in the mesh. `None`: it is loaded, or somebody loads it.
@@ -430,9 +432,10 @@ impl Model {
         context_tokens: u32,
         parallel: u32,
         elsewhere: Vec<Arc<dyn RemoteStage>>,
+        codecs: Vec<Codec>,
     ) -> Result<Option<Plan>, NodeError> {
         let file = ModelFile::read(&self.spec.path)?;
-        Ok(self.begin(0).map(|stop| Plan { file, ranges, parallel, context_tokens, elsewhere, stop }))
+        Ok(self.begin(0).map(|stop| Plan { file, ranges, parallel, context_tokens, elsewhere, codecs, stop }))
     }
 
     /// Notes that a load begins, unless one has begun or the node ends.
@@ -501,9 +504,10 @@ impl Model {
         options: &NodeOptions,
         progress: &dyn Fn(LoadProgress),
     ) -> Result<Engine, NodeError> {
-        let Plan { file, ranges, parallel, context_tokens, elsewhere, stop } = plan;
+        let Plan { file, ranges, parallel, context_tokens, elsewhere, codecs, stop } = plan;
         let engine_options = EngineOptions {
             embedding: file.embedding,
+            codecs,
             ..self.engine_options(options, ranges, context_tokens, parallel)
         };
         let stages = engine_options.ranges.len();
@@ -544,6 +548,8 @@ impl Model {
             exact: options.exact,
             gpu_layers: options.gpu_layers,
             patience: Patience::default(),
+            keep: Keep::default(),
+            codecs: Vec::new(),
         }
     }
 

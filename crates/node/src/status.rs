@@ -34,9 +34,9 @@
 //! | `decode_tokens_per_s` | measured speed of a lone answer; null: not measured |
 //! | `generated_tokens`, `prompt_tokens`, `cached_tokens` | since it was loaded; prompt tokens computed, and those that need not be |
 //! | `token_steps`, `token_compute_us` | steps with a token for each sequence, and their time |
-//! | `stages[]` | `layers` from and to; `process_id`, or the `node` that holds it; `restarts`, `load_ms`, `weight_bytes`, `kv_cells` |
+//! | `stages[]` | `layers` from and to; `process_id`, or the `node` that holds it; `restarts`, `load_ms`, `weight_bytes`, `kv_cells`; `computed_rows` for requests of this node; `codec` in which hidden states go on to the next node |
 //! | `stages[].last_step` | `compute_us`, `batch_rows`, `threads` of its last batch |
-//! | `ring` | of a model that is spread over the mesh: `because` of what, what it is `waiting` for, which layers are `held` here |
+//! | `ring` | of a model that is spread over the mesh: `because` of what, what it is `waiting` for, which layers are `held` here, by which `process_id` |
 
 use std::time::{Duration, Instant};
 
@@ -69,7 +69,8 @@ fn model(model: &Model) -> Value {
     let status = loaded.engine.status();
     let counters = &status.counters;
     let hosts = model.ring().1.map(|ring| ring.view()).unwrap_or_default();
-    let stages = status.stages.iter().map(|stage| {
+    let codecs = &loaded.engine.options().codecs;
+    let stages = status.stages.iter().enumerate().map(|(at, stage)| {
         let host = hosts.iter().find(|(range, _)| *range == stage.range).and_then(|(_, host)| *host);
         json!({
             "layers": [stage.range.first, stage.range.end],
@@ -79,6 +80,8 @@ fn model(model: &Model) -> Value {
             "load_ms": stage.loaded.as_ref().map(|l| l.load_ms),
             "weight_bytes": stage.loaded.as_ref().map(|l| l.weight_bytes),
             "kv_cells": stage.loaded.as_ref().map(|l| l.kv_cells),
+            "computed_rows": stage.computed_rows,
+            "codec": codecs.get(at).filter(|_| at + 1 < status.stages.len()).map(|codec| codec.name()),
             "last_step": stage.last_step.as_ref().map(|step| json!({
                 "compute_us": step.compute_us, "batch_rows": step.batch_rows, "threads": step.threads,
             })),
@@ -109,10 +112,14 @@ fn model(model: &Model) -> Value {
 /// Of a model that is spread over the mesh: why it is, what is waited for, which layers of it are held here.
 fn ring(model: &Model) -> Option<Value> {
     let spread = model.spread()?;
+    let waiting = model.ring().0;
+    let held = model.holding().held();
+    let held = held.as_ref();
     Some(json!({
         "because": spread.reason,
-        "waiting": model.ring().0,
-        "held": model.holding().held().as_ref().map(|held| [held.terms.range.first, held.terms.range.end]),
+        "waiting": waiting,
+        "held": held.map(|held| [held.terms.range.first, held.terms.range.end]),
+        "process_id": held.and_then(|held| held.host.as_ref()?.process_id()),
     }))
 }
 

@@ -6,9 +6,9 @@
 //!      0     1  magic 0x4D
 //!      1     1  version
 //!      2     1  kind
-//!      3     1  dtype of the hidden states in the payload
+//!      3     1  codec of the hidden states in the payload
 //!      4     2  flags
-//!      6     2  reserved, 0
+//!      6     2  stages that compute these rows from here on; 0: all that follow
 //!      8     8  session
 //!     16     4  epoch: counts the driver's rollbacks of a session
 //!     20     4  position of the first row in the sequence
@@ -20,10 +20,12 @@
 
 use std::io::{self, Read, Write};
 
+use crate::codec::Codec;
+
 /// First byte of every frame.
 pub const MAGIC: u8 = 0x4D;
 /// Version of the frame layout.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 /// Header size.
 pub const HEADER_BYTES: usize = 32;
 /// Largest payload: 4,096 rows of 16,384 f32.
@@ -39,6 +41,8 @@ pub const FLAG_PREFILL: u16 = 2;
 pub const FLAG_FORGET: u16 = 4;
 /// On [`Kind::Done`]: the account of rows whose hidden states go to the next stage, in a frame of their own.
 pub const FLAG_HANDED_ON: u16 = 8;
+/// On [`Kind::Close`]: drop queued work and keep the rest. The session is opened again under the epoch of this frame.
+pub const FLAG_HOLD: u16 = 16;
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $name:ident = $value:literal,)*) => {
@@ -67,7 +71,7 @@ kinds! {
     Loaded = 0x03,
     /// Could not load. Payload: UTF-8 message.
     LoadFailed = 0x04,
-    /// A session begins (or begins again under a new epoch). Payload: `stage::Open`.
+    /// A session begins, or goes on under a new epoch with what the stage holds of it. Payload: `stage::Open`.
     Open = 0x10,
     /// Admitted. Payload: `stage::Opened`.
     Opened = 0x11,
@@ -79,7 +83,7 @@ kinds! {
     Route = 0x14,
     /// Rows as token ids. Payload: rows x i32.
     Tokens = 0x20,
-    /// Rows as hidden states. Payload: rows x i32 token ids, then rows x n_embd of `dtype`.
+    /// Rows as hidden states. Payload: rows x i32 token ids, then rows x n_embd values in `codec`.
     Hidden = 0x21,
     /// A sampled token. Payload: `stage::Step`.
     Sampled = 0x22,
@@ -90,6 +94,9 @@ kinds! {
     /// One row as `Tokens`, with the token that this stage samples for `position`. Sent before that token is known, so that
     /// a stage that is the whole model need not wait for the driver between two steps.
     Next = 0x25,
+    /// Driver to stage: to the next one once more the rows from `position` on, as they were kept. No payload. Answered by `Hidden`,
+    /// or by `NotOpened` when they are not there after all.
+    Repeat = 0x26,
     /// Text to tokens. Payload: `stage::Tokenize`.
     Tokenize = 0x30,
     /// Answer to `Tokenize`. Payload: rows x i32.
@@ -106,21 +113,13 @@ kinds! {
     Restored = 0x42,
 }
 
-/// Element type of hidden states in a payload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Dtype {
-    /// 32-bit floats: exact.
-    F32 = 0,
-}
-
 /// A frame's header, payload length excluded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     /// What the frame says.
     pub kind: Kind,
-    /// Element type of hidden states.
-    pub dtype: Dtype,
+    /// How hidden states in the payload are written.
+    pub codec: Codec,
     /// `FLAG_*`.
     pub flags: u16,
     /// Which session.
@@ -131,12 +130,15 @@ pub struct Header {
     pub position: u32,
     /// Number of rows.
     pub rows: u32,
+    /// How many stages compute these rows from here on, the first of them included; the last of them answers with
+    /// [`Kind::Done`]. 0: all that follow.
+    pub stages: u16,
 }
 
 impl Header {
     /// A header with everything but the kind and the session at zero.
     pub fn new(kind: Kind, session: u64) -> Header {
-        Header { kind, dtype: Dtype::F32, flags: 0, session, epoch: 0, position: 0, rows: 0 }
+        Header { kind, codec: Codec::F32, flags: 0, session, epoch: 0, position: 0, rows: 0, stages: 0 }
     }
 
     /// True when `flag` is set.
@@ -208,11 +210,10 @@ impl Frame {
     /// The hidden states of a [`Kind::Hidden`] frame, `[rows, n_embd]` row-major.
     pub fn hidden_rows(&self, n_embd: usize) -> Result<Vec<f32>, FrameError> {
         let rows = self.header.rows as usize;
-        let expected = rows.checked_mul(4 + 4 * n_embd);
-        if expected != Some(self.payload.len()) {
-            return Err(FrameError::Malformed("payload length does not match rows x n_embd"));
-        }
-        Ok(bytemuck::pod_collect_to_vec(&self.payload[rows * 4..]))
+        let expected = rows.checked_mul(4 + self.header.codec.row_bytes(n_embd));
+        let values = if expected == Some(self.payload.len()) { self.payload.get(rows * 4..) } else { None };
+        let decoded = values.and_then(|values| self.header.codec.decode(values, n_embd));
+        decoded.ok_or(FrameError::Malformed("payload length does not match rows x n_embd"))
     }
 
     /// Writes header and payload.
@@ -237,8 +238,9 @@ impl Frame {
         out[0] = MAGIC;
         out[1] = VERSION;
         out[2] = h.kind as u8;
-        out[3] = h.dtype as u8;
+        out[3] = h.codec as u8;
         out[4..6].copy_from_slice(&h.flags.to_le_bytes());
+        out[6..8].copy_from_slice(&h.stages.to_le_bytes());
         out[8..16].copy_from_slice(&h.session.to_le_bytes());
         out[16..20].copy_from_slice(&h.epoch.to_le_bytes());
         out[20..24].copy_from_slice(&h.position.to_le_bytes());
@@ -298,12 +300,7 @@ fn parse_header(bytes: &[u8; HEADER_BYTES]) -> Result<(Header, u32), FrameError>
         return Err(FrameError::Malformed("unknown frame version"));
     }
     let kind = Kind::parse(bytes[2]).ok_or(FrameError::Malformed("unknown kind"))?;
-    if bytes[3] != Dtype::F32 as u8 {
-        return Err(FrameError::Malformed("unknown dtype"));
-    }
-    if u16_at(6) != 0 {
-        return Err(FrameError::Malformed("reserved bits set"));
-    }
+    let codec = Codec::parse(bytes[3]).ok_or(FrameError::Malformed("unknown codec"))?;
     let rows = u32_at(24);
     // Tokenized text may be longer than any batch: it is bounded by its payload instead.
     if rows > MAX_ROWS && !matches!(kind, Kind::Tokenized | Kind::Embed) {
@@ -314,9 +311,8 @@ fn parse_header(bytes: &[u8; HEADER_BYTES]) -> Result<(Header, u32), FrameError>
         return Err(FrameError::Malformed("payload above the limit"));
     }
     let session = u64::from(u32_at(8)) | u64::from(u32_at(12)) << 32;
-    let header =
-        Header { kind, dtype: Dtype::F32, flags: u16_at(4), session, epoch: u32_at(16), position: u32_at(20), rows };
-    Ok((header, length))
+    let (flags, stages, epoch, position) = (u16_at(4), u16_at(6), u32_at(16), u32_at(20));
+    Ok((Header { kind, codec, flags, session, epoch, position, rows, stages }, length))
 }
 
 #[cfg(test)]
@@ -330,12 +326,13 @@ mod tests {
     fn any_frame() -> impl Strategy<Value = Frame> {
         (
             proptest::sample::select(Kind::ALL),
-            any::<(u16, u64, u32, u32)>(),
+            proptest::sample::select(Codec::ALL.as_slice()),
+            any::<(u16, u64, u32, u32, u16)>(),
             0..=MAX_ROWS,
             proptest::collection::vec(any::<u8>(), 0..600),
         )
-            .prop_map(|(kind, (flags, session, epoch, position), rows, payload)| Frame {
-                header: Header { kind, dtype: Dtype::F32, flags, session, epoch, position, rows },
+            .prop_map(|(kind, codec, (flags, session, epoch, position, stages), rows, payload)| Frame {
+                header: Header { kind, codec, flags, session, epoch, position, rows, stages },
                 payload,
             })
     }
@@ -368,6 +365,7 @@ mod tests {
             let _ = (frame.token_rows(), frame.hidden_rows(width), frame.as_text());
             let _ = (frame.decode::<stage::Load>(), frame.decode::<stage::Open>(), frame.decode::<stage::Step>());
             let _ = (frame.decode::<stage::Loaded>(), frame.decode::<stage::NotOpened>(), frame.decode::<stage::Route>());
+            let _ = frame.decode::<stage::Opened>();
         }
 
         #[test]
@@ -404,6 +402,17 @@ mod tests {
     }
 
     #[test]
+    fn what_replays_kept_rows_is_pinned() {
+        let mut header = Header::new(Kind::Repeat, 7);
+        (header.epoch, header.position, header.rows, header.stages) = (2, 256, 64, 0x0102);
+        let repeat = Frame { header, payload: vec![] }.header_bytes().unwrap();
+        assert_eq!(repeat[2..8], [0x26, 0, 0, 0, 2, 1]);
+        assert_eq!(repeat[8..], [7, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 1, 0, 0, 64, 0, 0, 0, 0, 0, 0, 0]);
+        let opened = stage::Opened { cached_tokens: 300, kept_tokens: 5 };
+        assert_eq!(Frame::message(header, &opened).unwrap().payload, [0xac, 2, 5]);
+    }
+
+    #[test]
     fn the_layout_is_pinned() {
         let mut header = Header::new(Kind::Tokens, 0x0102_0304_0506_0708);
         (header.flags, header.epoch, header.position) = (FLAG_WANT_OUTPUT, 3, 500);
@@ -412,7 +421,7 @@ mod tests {
         let hex: String = wire.iter().map(|b| format!("{b:02x}")).collect();
         assert_eq!(
             hex,
-            "4d012000010000000807060504030201\
+            "4d022000010000000807060504030201\
                          03000000f401000002000000080000000100 0000ffffffff"
                 .replace(' ', "")
         );

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::codec::Codec;
 use crate::mesh::{NodeId, RingId};
 use crate::sampling::{Sampled, SamplingParams, Token};
 
@@ -50,6 +51,25 @@ pub struct Load {
     pub tap: Option<String>,
     /// Tensor to overwrite with what enters a stage which is not the first (see `murmur_gguf::HiddenInput`).
     pub inject: Option<String>,
+    /// How much to keep of what leaves a stage which is not the last.
+    pub keep: Keep,
+}
+
+/// How much a stage keeps of the hidden states that it has sent on, over all its sessions. Sessions for which there is no more
+/// room are not kept; losing the next stage then costs computing them again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Keep {
+    /// In memory, bytes.
+    pub memory_bytes: u64,
+    /// In a file beside the one it was loaded from, bytes. It has no name there, and is gone with the process.
+    pub file_bytes: u64,
+}
+
+impl Default for Keep {
+    /// 4,096 rows of 4,096 f32 in memory, and 64 times as many on disk.
+    fn default() -> Self {
+        Keep { memory_bytes: 64 << 20, file_bytes: 4 << 30 }
+    }
 }
 
 /// What was loaded.
@@ -95,6 +115,8 @@ pub struct Open {
     pub reserve_cells: u32,
     /// How to sample; only the last stage needs it.
     pub sampling: Option<SamplingParams>,
+    /// How hidden states travel from this stage to the next.
+    pub codec: Codec,
 }
 
 /// A session was admitted.
@@ -102,6 +124,8 @@ pub struct Open {
 pub struct Opened {
     /// Leading tokens whose KV the stage already holds.
     pub cached_tokens: u32,
+    /// The newest of them, in number, whose hidden states it can send on once more.
+    pub kept_tokens: u32,
 }
 
 /// A session was not admitted.

@@ -49,6 +49,8 @@ pub(crate) struct Node {
     pub(crate) began_ms: u64,
     /// When it was no longer to be listed: from when it said goodbye, or from when its last record had run out.
     pub(crate) ended_ms: u64,
+    /// When nobody has a connection with it any more, while it does not run.
+    pub(crate) disconnected_ms: u64,
     /// When its present record runs out.
     pub(crate) valid_until_ms: u64,
 }

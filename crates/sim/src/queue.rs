@@ -1,30 +1,53 @@
 //! What happens when.
 //!
 //! A simulated minute of a thousand nodes has some ten million events, most of them a few milliseconds ahead. A ring with
-//! one bucket per millisecond takes and gives them in constant time; what lies further ahead than the ring waits in a
+//! one line per millisecond takes and gives them in constant time; what lies further ahead than the ring waits in a
 //! tree. Events of one millisecond come out in the order in which they went in, so a run depends on its seed alone.
+//!
+//! All events are in one block of memory, linked to lines: it is as large as there were events at once. (Lines with memory
+//! of their own keep what the busiest moments took, and were most of the memory of four thousand nodes.)
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
 /// Length of the ring in milliseconds.
 const RING_MS: u64 = 1 << 15;
+
+/// No place.
+const NONE: usize = usize::MAX;
+
+/// A place for an event; empty ones are linked as well.
+#[derive(Debug)]
+struct Place<E> {
+    event: Option<E>,
+    next: usize,
+}
+
+/// Events of one moment, in order.
+#[derive(Debug, Clone, Copy)]
+struct Line {
+    first: usize,
+    last: usize,
+}
+
+const EMPTY: Line = Line { first: NONE, last: NONE };
 
 /// Events by time.
 #[derive(Debug)]
 pub(crate) struct Queue<E> {
     now_ms: u64,
-    ring: Vec<VecDeque<E>>,
-    /// The memory of buckets that were emptied, for those that are filled next: what is worked on fits into few pages.
-    spare: Vec<VecDeque<E>>,
+    places: Vec<Place<E>>,
+    /// The first empty place.
+    empty: usize,
+    ring: Vec<Line>,
     in_ring: usize,
-    far: BTreeMap<u64, VecDeque<E>>,
+    far: BTreeMap<u64, Line>,
 }
 
 impl<E> Queue<E> {
     /// An empty queue at time 0.
     pub(crate) fn new() -> Self {
-        let ring = std::iter::repeat_with(VecDeque::new).take(RING_MS as usize).collect();
-        Queue { now_ms: 0, ring, spare: Vec::new(), in_ring: 0, far: BTreeMap::new() }
+        let ring = vec![EMPTY; RING_MS as usize];
+        Queue { now_ms: 0, places: Vec::new(), empty: NONE, ring, in_ring: 0, far: BTreeMap::new() }
     }
 
     /// Milliseconds since the beginning.
@@ -35,39 +58,50 @@ impl<E> Queue<E> {
     /// `event` happens in `delay_ms` milliseconds.
     pub(crate) fn after(&mut self, delay_ms: u64, event: E) {
         let at_ms = self.now_ms.saturating_add(delay_ms);
-        if delay_ms < RING_MS {
-            let bucket = &mut self.ring[(at_ms % RING_MS) as usize];
-            if bucket.capacity() == 0 {
-                *bucket = self.spare.pop().unwrap_or_default();
-            }
-            bucket.push_back(event);
-            self.in_ring += 1;
+        let place = Place { event: Some(event), next: NONE };
+        let at = if self.empty == NONE {
+            self.places.push(place);
+            self.places.len() - 1
         } else {
-            self.far.entry(at_ms).or_default().push_back(event);
+            let at = self.empty;
+            self.empty = std::mem::replace(&mut self.places[at], place).next;
+            at
+        };
+        let line = if delay_ms < RING_MS {
+            self.in_ring += 1;
+            &mut self.ring[(at_ms % RING_MS) as usize]
+        } else {
+            self.far.entry(at_ms).or_insert(EMPTY)
+        };
+        if line.first == NONE {
+            line.first = at;
+        } else {
+            self.places[line.last].next = at;
         }
+        line.last = at;
     }
 
     /// The next event before `until_ms`; afterwards it is `until_ms`, and there is none.
     pub(crate) fn next(&mut self, until_ms: u64) -> Option<E> {
         loop {
             // What was far when it went in went in before whatever the ring has for the same moment.
-            if let Some(mut events) = self.far.remove(&self.now_ms) {
-                let event = events.pop_front();
-                if !events.is_empty() {
-                    self.far.insert(self.now_ms, events);
+            if let Some(line) = self.far.get_mut(&self.now_ms) {
+                let at = line.first;
+                line.first = self.places[at].next;
+                if line.first == NONE {
+                    self.far.remove(&self.now_ms);
                 }
-                return event;
+                return self.take(at);
             }
-            if let Some(event) = self.ring[(self.now_ms % RING_MS) as usize].pop_front() {
+            let line = &mut self.ring[(self.now_ms % RING_MS) as usize];
+            if line.first != NONE {
+                let at = line.first;
+                line.first = self.places[at].next;
                 self.in_ring -= 1;
-                return Some(event);
+                return self.take(at);
             }
             if self.now_ms >= until_ms {
                 return None;
-            }
-            let emptied = std::mem::take(&mut self.ring[(self.now_ms % RING_MS) as usize]);
-            if emptied.capacity() > 0 {
-                self.spare.push(emptied);
             }
             self.now_ms = if self.in_ring > 0 {
                 self.now_ms + 1
@@ -75,6 +109,12 @@ impl<E> Queue<E> {
                 self.far.first_key_value().map_or(until_ms, |(at_ms, _)| (*at_ms).min(until_ms))
             };
         }
+    }
+
+    fn take(&mut self, at: usize) -> Option<E> {
+        let place = &mut self.places[at];
+        place.next = std::mem::replace(&mut self.empty, at);
+        place.event.take()
     }
 }
 

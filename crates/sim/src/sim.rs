@@ -11,10 +11,10 @@ use iroh_gossip::proto::{
     topic::{Command, Event as GossipEvent, InEvent, Message, OutEvent, Timer},
 };
 use murmur_core::{
-    membership::{Aged, Membership, MembershipOptions, Outcome, Unwelcome, Verified},
+    membership::{Aged, Answer, Digest, Membership, MembershipOptions, Opening, Outcome, Unwelcome, Verified},
     overlay::Join,
 };
-use murmur_protocol::mesh::{MeshId, MessageError, NodeId};
+use murmur_protocol::mesh::{Differing, MeshId, MessageError, NodeId, Ranges, Summary};
 use n0_future::time::{Duration, Instant};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
@@ -89,7 +89,10 @@ impl Default for Scenario {
 /// What neighbours say to each other beside broadcasts.
 #[derive(Debug, Clone)]
 enum Direct {
-    Digest(Vec<(NodeId, u64)>),
+    Digest(Digest),
+    Summary(Summary),
+    /// The answer to a summary, with the ranges that the other has asked about.
+    Differing(Differing, Ranges),
     Want(Vec<NodeId>),
     /// Records with the age in milliseconds that the sender states, and whether they are genuine.
     Records(Vec<(Arc<Verified>, u32, bool)>),
@@ -169,6 +172,7 @@ impl Sim {
                 lived_ms: 0,
                 began_ms: 0,
                 ended_ms: 0,
+                disconnected_ms: 0,
                 valid_until_ms: 0,
             });
             let delay_ms = rng.random_range(0..=scenario.starting_ms);
@@ -258,10 +262,12 @@ impl Sim {
     /// Switches a node off.
     pub fn crash(&mut self, index: Index) {
         let lived_ms = self.lived_ms(&self.nodes[index as usize]);
+        let disconnected_ms = self.queue.now_ms() + self.network.dead_connection_ms();
         let node = &mut self.nodes[index as usize];
         if node.life.take().is_some() {
             node.lived_ms = lived_ms;
             node.ended_ms = node.valid_until_ms;
+            node.disconnected_ms = disconnected_ms;
         }
     }
 
@@ -281,7 +287,8 @@ impl Sim {
         }
         self.command(index, Command::Quit);
         self.crash(index);
-        self.nodes[index as usize].ended_ms = now_ms;
+        let node = &mut self.nodes[index as usize];
+        (node.ended_ms, node.disconnected_ms) = (now_ms, now_ms);
     }
 
     /// Splits the network into groups, by number of node; or heals it with `None`.
@@ -295,6 +302,7 @@ impl Sim {
             Event::Gossip { from, message } => {
                 self.report.messages += 1;
                 self.report.copies += u64::from(send::is_record(&message));
+                self.connected(at, from, &message);
                 self.overlay(at, InEvent::RecvMessage(from, message));
             }
             Event::Direct { from, message } => {
@@ -404,12 +412,26 @@ impl Sim {
         self.wanted = wanted;
     }
 
-    /// Has the overlay join somebody, if there is a reason to.
+    /// Who sends along the tree has a connection.
+    fn connected(&mut self, at: Index, from: Index, message: &Message<Index>) {
+        let now_ms = self.queue.now_ms();
+        let node = &mut self.nodes[at as usize];
+        if let (Some(life), Message::Gossip(_)) = (&mut node.life, message) {
+            life.overlay.connected(from, node.clock.at(now_ms));
+        }
+    }
+
+    /// Hangs up on strangers, and has the overlay join somebody, if there is a reason to.
     fn heal(&mut self, at: Index) {
         let now_ms = self.queue.now_ms();
         let node = &mut self.nodes[at as usize];
         let now = node.clock.at(now_ms);
         let Some(life) = &mut node.life else { return };
+        for stranger in life.overlay.strangers(now) {
+            self.overlay(at, InEvent::PeerDisconnected(stranger));
+            self.hang_up(at, stranger);
+        }
+        let Some(life) = &mut self.nodes[at as usize].life else { return };
         // Discovery names nodes that are not listed yet, so one is known if any is there.
         let known = life.membership.len().max(1);
         match life.overlay.join(known, now) {
@@ -434,22 +456,28 @@ impl Sim {
         }
     }
 
-    /// Somebody to compare with: any node on the list. Real nodes keep connections to some of those.
+    /// Somebody to compare with: any node on the list. Real nodes keep connections to some of those, and choose among them.
     fn somebody_listed(&mut self, at: Index) -> Option<Index> {
+        let now_ms = self.queue.now_ms();
         (0..CHOICES_MAX).find_map(|_| {
             let other = self.rng.random_range(0..self.scenario.nodes);
-            self.lists(at, other).then_some(other)
+            let node = &self.nodes[other as usize];
+            let connected = node.life.is_some() || now_ms < node.disconnected_ms;
+            (connected && self.lists(at, other)).then_some(other)
         })
     }
 
     /// Tells a neighbour what is known here; it answers with what is lacking.
     fn compare(&mut self, at: Index, neighbour: Index) {
         let now_ms = self.queue.now_ms();
-        let node = &mut self.nodes[at as usize];
+        let node = &self.nodes[at as usize];
         let now = node.clock.at(now_ms);
-        let Some(life) = &mut node.life else { return };
-        let digest = life.membership.digest(now);
-        self.send_direct(at, neighbour, Direct::Digest(digest));
+        let Some(life) = &node.life else { return };
+        let opening = match life.membership.opening(Some(self.rng.random()), now) {
+            Opening::Digest(digest) => Direct::Digest(digest),
+            Opening::Summary(summary) => Direct::Summary(summary),
+        };
+        self.send_direct(at, neighbour, opening);
     }
 
     fn hear_broadcast(&mut self, at: Index, from: Index, bytes: &[u8]) {
@@ -487,24 +515,37 @@ impl Sim {
 
     fn hear_direct(&mut self, at: Index, from: Index, message: Direct) {
         let now_ms = self.queue.now_ms();
-        let node = &mut self.nodes[at as usize];
+        let node = &self.nodes[at as usize];
         let now = node.clock.at(now_ms);
-        let Some(life) = &mut node.life else { return };
+        let Some(life) = &node.life else { return };
+        let table = &life.membership;
         match message {
             Direct::Digest(digest) => {
-                let answer = life.membership.answer(&digest, now);
-                if !answer.records.is_empty() {
-                    self.send_direct(at, from, handed(answer.records));
-                }
-                if !answer.want.is_empty() {
-                    self.send_direct(at, from, Direct::Want(answer.want));
-                }
+                let answer = table.answer(&digest, now);
+                self.send_answer(at, from, answer);
+            }
+            Direct::Summary(summary) => {
+                let differing = Direct::Differing(table.differing(&summary, now), summary.ranges());
+                self.send_direct(at, from, differing);
+            }
+            Direct::Differing(differing, ranges) => {
+                let answer = table.answer_differing(&differing, ranges, now);
+                self.send_answer(at, from, answer);
             }
             Direct::Want(nodes) => {
-                let records = life.membership.wanted(&nodes, now);
+                let records = table.wanted(&nodes, now);
                 self.send_direct(at, from, handed(records));
             }
             Direct::Records(records) => self.take_handed(at, from, records),
+        }
+    }
+
+    fn send_answer(&mut self, at: Index, to: Index, answer: Answer) {
+        if !answer.records.is_empty() {
+            self.send_direct(at, to, handed(answer.records));
+        }
+        if !answer.want.is_empty() {
+            self.send_direct(at, to, Direct::Want(answer.want));
         }
     }
 

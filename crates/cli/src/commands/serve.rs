@@ -1,6 +1,7 @@
 //! `murmur serve`: models behind the API, offered to a mesh where one is named.
 
 use murmur_node::{ModelSpec, NodeOptions};
+use murmur_protocol::codec::Codec;
 use murmur_store::ModelRef;
 
 use super::{
@@ -34,6 +35,15 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
             ),
         ));
     }
+    if args.engine.exact && args.codec != Codec::F32 {
+        return Err(Failure::because(
+            Code::Usage,
+            format!(
+                "--codec {} rounds hidden states, and --exact allows no rounding. Leave one of them out",
+                args.codec.name()
+            ),
+        ));
+    }
     let plan = async {
         let models = models(session, &args).await?;
         let on_demand = if args.on_demand { others(session, &models)? } else { Vec::new() };
@@ -42,6 +52,7 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
             idle: args.idle.into(),
             sharing: args.limits.sharing(),
             layers_max: args.limits.max_layers,
+            lossy: Codec::ALL.into_iter().filter(|codec| (Codec::F16..=args.codec).contains(codec)).collect(),
             spread: mesh.is_some(),
             peer_wait: args.mesh.wait.into(),
             ..launch::node_options(session, models, &args.engine)?

@@ -5,9 +5,12 @@
 use std::{
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
+    time::Instant,
 };
 
 use serde_json::{Value, json};
+
+use super::PATIENCE;
 
 /// Status and JSON of an answer.
 pub fn get(address: &str, path: &str) -> (u16, Value) {
@@ -31,6 +34,8 @@ pub fn complete(address: &str, request: &Value) -> String {
 pub struct Completion {
     lines: BufReader<TcpStream>,
     pub text: String,
+    /// When each piece of the text came.
+    pub arrivals: Vec<Instant>,
 }
 
 /// How a stream ended.
@@ -45,13 +50,18 @@ pub enum End {
 }
 
 impl Completion {
-    /// Starts one and waits for its first text.
-    pub fn begin(address: &str, request: &Value) -> Self {
+    /// Starts one, and waits for nothing.
+    pub fn start(address: &str, request: &Value) -> Self {
         let mut request = request.clone();
         request["stream"] = json!(true);
-        let lines = send(address, "POST", "/v1/completions", &request.to_string());
-        let mut stream = Self { lines, text: String::new() };
-        assert_eq!(head(&mut stream.lines), 200);
+        let mut lines = send(address, "POST", "/v1/completions", &request.to_string());
+        assert_eq!(head(&mut lines), 200);
+        Self { lines, text: String::new(), arrivals: Vec::new() }
+    }
+
+    /// Starts one and waits for its first text.
+    pub fn begin(address: &str, request: &Value) -> Self {
+        let mut stream = Self::start(address, request);
         stream.read(1);
         stream
     }
@@ -60,7 +70,7 @@ impl Completion {
     pub fn read(&mut self, bytes: usize) {
         while self.text.len() < bytes {
             let event = self.event().unwrap();
-            self.text.push_str(event["choices"][0]["text"].as_str().unwrap());
+            self.take(&event["choices"][0]);
         }
     }
 
@@ -69,7 +79,7 @@ impl Completion {
         let (mut reason, mut error) = (None, None);
         while let Some(event) = self.event() {
             let choice = &event["choices"][0];
-            self.text.push_str(choice["text"].as_str().unwrap_or_default());
+            self.take(choice);
             reason = reason.or_else(|| choice["finish_reason"].as_str().map(str::to_owned));
             error = error.or_else(|| event["error"]["message"].as_str().map(str::to_owned));
             if event == json!("[DONE]") {
@@ -80,6 +90,13 @@ impl Completion {
         match (reason, error) {
             (None, Some(message)) => End::Failed(message),
             _ => End::CutOff,
+        }
+    }
+
+    fn take(&mut self, choice: &Value) {
+        if let Some(text) = choice["text"].as_str().filter(|text| !text.is_empty()) {
+            self.text.push_str(text);
+            self.arrivals.push(Instant::now());
         }
     }
 
@@ -101,6 +118,7 @@ impl Completion {
 
 fn send(address: &str, method: &str, path: &str, body: &str) -> BufReader<TcpStream> {
     let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let length = body.len();
     write!(
         stream,

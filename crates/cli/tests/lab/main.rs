@@ -13,4 +13,6 @@ mod join;
 mod many;
 mod meshes;
 mod ring;
+mod ring_architectures;
+mod ring_matrix;
 mod world;

@@ -3,7 +3,7 @@
 use murmur_lab::{Lab, Topology};
 
 use crate::{
-    common::{Home, http::End, until},
+    common::{Home, http::End},
     world::{Node, STORY_BYTES_BEFORE_FAULT, UNAIDED, lab, long_story, short_story, with},
 };
 
@@ -29,17 +29,12 @@ fn whole(lab: &Lab) -> Node<'_> {
     Node::serving(lab.host("whole").unwrap(), Home::new(), &[])
 }
 
-fn waits_for_ring(node: &Node<'_>) {
-    let is_ready = || (node.model_status()["state"] == "ready").then_some(());
-    until(&format!("{} has a ring", node.host.name()), is_ready);
-}
-
 #[test]
 fn three_machines_that_hold_a_part_each_give_the_text_of_one_that_holds_all() {
     let Some(lab) = lab(&Topology::of_hosts(["one", "two", "three", "client", "whole"])) else { return };
     let machines = mesh(&lab, ["one", "two", "three"]);
     let whole = whole(&lab);
-    machines.iter().for_each(waits_for_ring);
+    machines.iter().for_each(Node::waits_for_its_models);
     for machine in &machines {
         let held = machine.model_status()["ring"]["held"].clone();
         let layers = held[1].as_u64().unwrap() - held[0].as_u64().unwrap();
@@ -57,7 +52,7 @@ fn a_machine_that_dies_in_mid_stream_is_replaced_by_one_that_has_room_and_no_tok
     let Some(lab) = lab(&Topology::of_hosts(["one", "two", "three", "four", "whole"])) else { return };
     let machines = mesh(&lab, ["one", "two", "three", "four"]);
     let whole = whole(&lab);
-    machines.iter().for_each(waits_for_ring);
+    machines.iter().for_each(Node::waits_for_its_models);
     let (driver, others) = machines.split_first().unwrap();
     let mut stream = driver.begin(&long_story());
     stream.read(STORY_BYTES_BEFORE_FAULT);

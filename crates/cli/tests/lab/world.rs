@@ -2,6 +2,7 @@
 
 use std::{
     ffi::OsStr,
+    path::PathBuf,
     process::{Command, Stdio},
 };
 
@@ -80,6 +81,13 @@ impl<'a> Node<'a> {
         Self::start(host, home, &[&serve, arguments].concat())
     }
 
+    /// One that serves these models, each by the name of its file, likewise.
+    pub fn serving_files(host: HostHandle<'a>, home: Home, files: &[PathBuf], arguments: &[&str]) -> Self {
+        let files = files.iter().map(|file| file.to_str().unwrap());
+        let serve: Vec<&str> = ["serve", "--exact", "--threads=1"].into_iter().chain(files).collect();
+        Self::start(host, home, &[&serve, arguments].concat())
+    }
+
     /// The founder of a private mesh, which serves.
     pub fn founder(host: HostHandle<'a>, home: Home, arguments: &[&str]) -> Self {
         run(host, &home, ["mesh", "create", "home"]).succeeds();
@@ -102,9 +110,23 @@ impl<'a> Node<'a> {
         self.host.enter(|| http::get(&self.server.address, path)).unwrap()
     }
 
+    /// What it chooses to say to a request for a completion.
+    #[track_caller]
+    pub fn choices(&self, request: &Value) -> Value {
+        let (status, mut answer) =
+            self.host.enter(|| http::post(&self.server.address, "/v1/completions", request)).unwrap();
+        assert_eq!(status, 200, "{request}: {answer}");
+        answer["choices"].take()
+    }
+
     /// Text of a completion, to its end.
     pub fn complete(&self, request: &Value) -> String {
         self.host.enter(|| http::complete(&self.server.address, request)).unwrap()
+    }
+
+    /// A streamed completion of which nothing has come yet.
+    pub fn start_stream(&self, request: &Value) -> Completion {
+        self.host.enter(|| Completion::start(&self.server.address, request)).unwrap()
     }
 
     /// A streamed completion whose first text has come.
@@ -173,9 +195,23 @@ impl<'a> Node<'a> {
         until(&format!("{} is connected to a relay", self.host.name()), connected);
     }
 
+    /// What it says of itself.
+    pub fn status(&self) -> Value {
+        self.get("/api/status").1["node"].take()
+    }
+
     /// What it says of the model that it serves.
     pub fn model_status(&self) -> Value {
-        self.get("/api/status").1["node"]["models"][0].take()
+        self.status()["models"][0].take()
+    }
+
+    /// All models that it serves are ready.
+    #[track_caller]
+    pub fn waits_for_its_models(&self) {
+        until(&format!("{} has its models", self.host.name()), || {
+            let status = self.status();
+            status["models"].as_array().unwrap().iter().all(|model| model["state"] == "ready").then_some(())
+        });
     }
 
     /// Sends a signal to the processes that compute its model.

@@ -1,48 +1,29 @@
 //! The table itself. See [the module above](super).
 
-use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
+use std::{
+    cmp::Ordering,
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use murmur_protocol::mesh::record::TTL_MS_MAX;
 use murmur_protocol::mesh::{MeshId, NodeId, NodeRecord};
 
 use super::{
-    ANSWER_RECORDS_MAX, Aged, Answer, CHANGE_BURST, DIGEST_NODES_MAX, Digest, MembershipOptions, Outcome,
-    RECORDS_PER_SECOND, RENEW_PAUSE_MS, RENEWALS_PER_TTL, UPDATE_BURST, Unwelcome, Verified, graves::Graves,
+    CHANGE_BURST, MembershipOptions, Outcome, RECORDS_PER_SECOND, RENEW_PAUSE_MS, RENEWALS_PER_TTL, UPDATE_BURST,
+    Unwelcome, Verified,
+    entry::{Entry, Peer},
+    graves::Graves,
 };
 use crate::time::Now;
 
 /// Graves of nodes of which nothing but their tombstone was ever seen. Anybody can make up such nodes, so they have few.
 const STRANGER_GRAVES_MAX: usize = 1_024;
 
-#[derive(Debug)]
-struct Entry {
-    verified: Arc<Verified>,
-    valid_until: Now,
-    /// When this very record was first heard. However new a copy calls itself, it is valid from here on at most.
-    first_heard: Now,
-    /// The peer that first brought it: the node itself, as soon as it was heard directly. See [`Membership::make_room`].
-    introducer: NodeId,
-    listed: Now,
-    /// Each record taken moves this on by [`RENEW_PAUSE_MS`]; it may be [`UPDATE_BURST`] of them ahead of the time.
-    paced_until: Now,
-}
-
-impl Entry {
-    fn sequence(&self) -> u64 {
-        self.verified.record.sequence
-    }
-
-    fn aged(&self, now: Now) -> Aged {
-        let left_ms = self.valid_until.since_ms(now);
-        let age_ms = u64::from(self.verified.record.ttl_ms).saturating_sub(left_ms);
-        Aged { verified: Arc::clone(&self.verified), age_ms: u32::try_from(age_ms).unwrap_or(u32::MAX) }
-    }
-}
-
 /// When the own record was signed, and what was right for the size of the mesh then.
 #[derive(Debug, Clone, Copy)]
-struct Renewed {
-    at: Now,
+pub(super) struct Renewed {
+    pub(super) at: Now,
     every_ms: u64,
     ttl_ms: u32,
 }
@@ -53,23 +34,21 @@ struct Renewed {
 /// number ([`Membership::renew`]), signs with the validity that fits ([`Membership::ttl_ms`]), gives the record back ([`Membership::set_own`]) and broadcasts it.
 #[derive(Debug)]
 pub struct Membership {
-    own: NodeId,
+    pub(super) own: NodeId,
     mesh: MeshId,
     options: MembershipOptions,
-    own_record: Option<Arc<Verified>>,
-    next_sequence: u64,
-    renewed: Option<Renewed>,
+    pub(super) own_record: Option<Arc<Verified>>,
+    pub(super) next_sequence: u64,
+    pub(super) renewed: Option<Renewed>,
     /// Each own record moves this on by the node's share of the time; see [`Membership::next_renewal`].
     spent_until: Now,
     changed: bool,
     left: bool,
-    nodes: BTreeMap<NodeId, Entry>,
+    pub(super) nodes: BTreeSet<Entry>,
     graves: Graves,
     stranger_graves: Graves,
     /// No entry runs out before: entries are looked through only when this has come.
     next_expiry: Option<Now>,
-    /// Where the next digest begins when one does not hold all nodes.
-    digest_from: NodeId,
     version: u64,
 }
 
@@ -91,9 +70,8 @@ impl Membership {
             spent_until: Now::ZERO,
             changed: false,
             left: false,
-            nodes: BTreeMap::new(),
+            nodes: BTreeSet::new(),
             next_expiry: None,
-            digest_from: NodeId::from_bytes([0; 32]),
             version: 0,
         }
     }
@@ -110,12 +88,12 @@ impl Membership {
 
     /// The other nodes' records, by id.
     pub fn nodes(&self, now: Now) -> impl Iterator<Item = &NodeRecord> {
-        self.nodes.values().filter(move |entry| entry.valid_until > now).map(|entry| &entry.verified.record)
+        self.nodes.iter().filter(move |entry| entry.is_valid(now)).map(|entry| &entry.verified.record)
     }
 
     /// The record of a node that is in the mesh.
     pub fn get(&self, node: &NodeId, now: Now) -> Option<&NodeRecord> {
-        self.nodes.get(node).filter(|entry| entry.valid_until > now).map(|entry| &entry.verified.record)
+        self.nodes.get(node).filter(|entry| entry.is_valid(now)).map(|entry| &entry.verified.record)
     }
 
     /// How many other nodes are listed. Some may have expired since [`Membership::expire`] was called last.
@@ -191,11 +169,17 @@ impl Membership {
         if *node == self.own {
             return sequence >= self.next_sequence;
         }
-        let known = self.nodes.get(node).map(Entry::sequence);
-        known
-            .max(self.graves.sequence(node))
-            .max(self.stranger_graves.sequence(node))
-            .is_none_or(|known| known < sequence)
+        self.nodes.get(node).map(Entry::sequence).max(self.buried(node)).is_none_or(|known| known < sequence)
+    }
+
+    /// The highest sequence number seen of a node that is gone.
+    pub(super) fn buried(&self, node: &NodeId) -> Option<u64> {
+        self.graves.sequence(node).max(self.stranger_graves.sequence(node))
+    }
+
+    /// The last word of a node that is gone since lately, with its age in milliseconds.
+    pub(super) fn last_word(&self, node: &NodeId, now: Now) -> Option<(&Arc<Verified>, u64)> {
+        self.graves.last_word(node, now).or_else(|| self.stranger_graves.last_word(node, now))
     }
 
     /// Takes a record.
@@ -209,63 +193,57 @@ impl Membership {
         if record.node == self.own {
             return self.heard_of_own(record.sequence);
         }
-        let buried = self.graves.sequence(&record.node).max(self.stranger_graves.sequence(&record.node));
-        if buried.is_some_and(|buried| record.sequence <= buried) {
+        if self.buried(&record.node).is_some_and(|buried| record.sequence <= buried) {
             return Outcome::Old;
         }
         if record.tombstone {
             return self.bury(verified, now);
         }
         let valid_until = now.plus_ms(u64::from(record.ttl_ms).saturating_sub(age_ms));
-        match self.nodes.get_mut(&record.node) {
-            Some(entry) => {
-                if from == record.node {
-                    entry.introducer = from;
-                }
-                match record.sequence.cmp(&entry.sequence()) {
-                    Ordering::Less => return Outcome::Old,
-                    Ordering::Equal => {
-                        let at_most = entry.first_heard.plus_ms(record.ttl_ms.into());
-                        entry.valid_until = entry.valid_until.max(valid_until.min(at_most));
-                        return Outcome::Known;
-                    }
-                    Ordering::Greater => {}
-                }
-                let paced_until = entry.paced_until.max(now);
-                if paced_until > now.plus_ms(UPDATE_BURST * RENEW_PAUSE_MS) {
-                    return Outcome::Refused(Unwelcome::TooOften);
-                }
-                entry.paced_until = paced_until.plus_ms(RENEW_PAUSE_MS);
-                entry.verified = Arc::clone(verified);
-                entry.first_heard = now;
-                // A newer record shows that the one before does not count, even if it has run out itself. That it has
-                // run out is hearsay: the entry lives on as long as it would have.
-                entry.valid_until = entry.valid_until.max(valid_until);
-                let valid_until = entry.valid_until;
-                self.noted(Some(valid_until));
+        let Some(known) = self.nodes.get(&record.node) else {
+            return self.list(verified, valid_until, from, now);
+        };
+        let mut entry = known.clone();
+        if from == record.node {
+            entry.introducer = Peer::from(from);
+        }
+        let outcome = match record.sequence.cmp(&entry.sequence()) {
+            Ordering::Less => Outcome::Old,
+            Ordering::Equal => {
+                entry.prolong(valid_until);
+                Outcome::Known
+            }
+            Ordering::Greater if entry.paced_until().since_ms(now) > UPDATE_BURST * RENEW_PAUSE_MS => {
+                Outcome::Refused(Unwelcome::TooOften)
+            }
+            Ordering::Greater => {
+                entry.renew(verified, valid_until, now);
                 Outcome::Newer
             }
-            None if valid_until <= now => Outcome::Old,
-            None => {
-                let displaced = match self.make_room(from, record.node, now) {
-                    Ok(displaced) => displaced,
-                    Err(unwelcome) => return Outcome::Refused(unwelcome),
-                };
-                self.graves.fill(&record.node);
-                self.stranger_graves.fill(&record.node);
-                let entry = Entry {
-                    verified: Arc::clone(verified),
-                    valid_until,
-                    first_heard: now,
-                    introducer: from,
-                    listed: now,
-                    paced_until: now.plus_ms(RENEW_PAUSE_MS),
-                };
-                self.nodes.insert(record.node, entry);
-                self.noted(Some(valid_until));
-                Outcome::New { displaced }
-            }
+        };
+        let valid_until = entry.valid_until();
+        self.nodes.replace(entry);
+        if outcome == Outcome::Newer {
+            self.noted(Some(valid_until));
         }
+        outcome
+    }
+
+    /// Takes the record of a node that is not listed.
+    fn list(&mut self, verified: &Arc<Verified>, valid_until: Now, from: NodeId, now: Now) -> Outcome {
+        if valid_until <= now {
+            return Outcome::Old;
+        }
+        let node = verified.record.node;
+        let displaced = match self.make_room(from, node, now) {
+            Ok(displaced) => displaced,
+            Err(unwelcome) => return Outcome::Refused(unwelcome),
+        };
+        self.graves.fill(&node);
+        self.stranger_graves.fill(&node);
+        self.nodes.insert(Entry::new(verified, valid_until, from, now));
+        self.noted(Some(valid_until));
+        Outcome::New { displaced }
     }
 
     /// The next moment at which a node may expire. To be asked again after [`Membership::expire`].
@@ -278,12 +256,20 @@ impl Membership {
         if self.next_expiry.is_none_or(|next| next > now) {
             return Vec::new();
         }
-        let expired = self.nodes.extract_if(.., |_, entry| entry.valid_until <= now);
-        let expired: Vec<Arc<Verified>> = expired.map(|(_, entry)| entry.verified).collect();
+        let mut next_expiry: Option<Now> = None;
+        let expired = self.nodes.extract_if(.., |entry| {
+            let valid = entry.is_valid(now);
+            if valid {
+                let valid_until = entry.valid_until();
+                next_expiry = Some(next_expiry.map_or(valid_until, |next| next.min(valid_until)));
+            }
+            !valid
+        });
+        let expired: Vec<Arc<Verified>> = expired.map(|entry| entry.verified).collect();
+        self.next_expiry = next_expiry;
         for last_word in &expired {
             self.graves.dig(Arc::clone(last_word), now);
         }
-        self.next_expiry = self.nodes.values().map(|entry| entry.valid_until).min();
         if !expired.is_empty() {
             self.noted(None);
         }
@@ -292,95 +278,10 @@ impl Membership {
 
     /// Takes a node off the list that does not belong to the mesh any more. No copy of what it has said brings it back.
     pub fn expel(&mut self, node: &NodeId, now: Now) {
-        if let Some(entry) = self.nodes.remove(node) {
+        if let Some(entry) = self.nodes.take(node) {
             self.graves.dig(entry.verified, now);
             self.noted(None);
         }
-    }
-
-    /// What to tell a neighbour about what is known here, by id. A table larger than [`DIGEST_NODES_MAX`] is told part by
-    /// part, the next with the next call.
-    pub fn digest(&mut self, now: Now) -> Digest {
-        let live = |(node, entry): (&NodeId, &Entry)| (entry.valid_until > now).then(|| (*node, entry.sequence()));
-        let mut digest: Digest = self.nodes.range(self.digest_from..).filter_map(live).take(DIGEST_NODES_MAX).collect();
-        if digest.len() < DIGEST_NODES_MAX {
-            // The end of the table. A part has to be of full length: a shorter one would say that this is all.
-            digest = self.nodes.iter().rev().filter_map(live).take(DIGEST_NODES_MAX).collect();
-            digest.reverse();
-            self.digest_from = NodeId::from_bytes([0; 32]);
-        } else if let Some((last, _)) = digest.last() {
-            self.digest_from = *last;
-        }
-        if digest.len() + 1 < DIGEST_NODES_MAX {
-            let at = digest.partition_point(|(node, _)| *node < self.own);
-            let own = self.own_record.as_ref().map(|own| (self.own, own.record.sequence));
-            digest.splice(at..at, own);
-        }
-        digest
-    }
-
-    /// Compares a neighbour's digest with what is known here.
-    pub fn answer(&mut self, digest: &[(NodeId, u64)], now: Now) -> Answer {
-        let digest = digest.get(..DIGEST_NODES_MAX).unwrap_or(digest);
-        let mut theirs: BTreeMap<NodeId, u64> = BTreeMap::new();
-        for (node, sequence) in digest {
-            let known = theirs.entry(*node).or_insert(*sequence);
-            *known = (*known).max(*sequence);
-        }
-        let covers =
-            if digest.len() < DIGEST_NODES_MAX { None } else { theirs.keys().next().zip(theirs.keys().next_back()) };
-        let covered = |node: &NodeId| covers.is_none_or(|(first, last)| (first..=last).contains(&node));
-        let mut answer = Answer::default();
-        for (node, sequence) in &theirs {
-            if *node == self.own {
-                // Asked for, not believed: the number that the own records go on from has to bear the own signature.
-                answer.want.extend((*sequence >= self.next_sequence).then_some(self.own));
-                continue;
-            }
-            let ours = self.nodes.get(node).map(Entry::sequence);
-            let buried = self.graves.sequence(node).max(self.stranger_graves.sequence(node));
-            if ours.max(buried).is_none_or(|known| known < *sequence) {
-                answer.want.push(*node);
-            } else if ours.is_none() && buried.is_some_and(|buried| buried > *sequence) {
-                answer.records.extend(self.last_word(node, now));
-            }
-        }
-        let own = self
-            .own_aged(now)
-            .filter(|own| theirs.get(&self.own).is_none_or(|known| *known < own.verified.record.sequence));
-        answer.records.extend(own);
-        let lacking = self.nodes.iter().filter(|(node, entry)| {
-            entry.valid_until > now && covered(node) && theirs.get(node).is_none_or(|known| *known < entry.sequence())
-        });
-        let room = ANSWER_RECORDS_MAX.saturating_sub(answer.records.len());
-        answer.records.extend(lacking.take(room).map(|(_, entry)| entry.aged(now)));
-        answer
-    }
-
-    /// The records that a neighbour asks for, as far as they are here.
-    pub fn wanted(&self, nodes: &[NodeId], now: Now) -> Vec<Aged> {
-        let wanted = nodes.iter().take(DIGEST_NODES_MAX).filter_map(|node| {
-            if *node == self.own {
-                return self.own_aged(now);
-            }
-            match self.nodes.get(node) {
-                Some(entry) => (entry.valid_until > now).then(|| entry.aged(now)),
-                None => self.last_word(node, now),
-            }
-        });
-        wanted.collect()
-    }
-
-    fn own_aged(&self, now: Now) -> Option<Aged> {
-        let verified = Arc::clone(self.own_record.as_ref()?);
-        let age_ms = self.renewed.map_or(0, |renewed| now.since_ms(renewed.at));
-        Some(Aged { verified, age_ms: u32::try_from(age_ms).unwrap_or(u32::MAX) })
-    }
-
-    fn last_word(&self, node: &NodeId, now: Now) -> Option<Aged> {
-        let last_word = self.graves.last_word(node, now).or_else(|| self.stranger_graves.last_word(node, now));
-        let (verified, age_ms) = last_word?;
-        Some(Aged { verified: Arc::clone(verified), age_ms: u32::try_from(age_ms).unwrap_or(u32::MAX) })
     }
 
     fn heard_of_own(&mut self, sequence: u64) -> Outcome {
@@ -427,17 +328,19 @@ impl Membership {
         if !expired.is_empty() {
             return Ok(expired);
         }
-        let mut introduced: BTreeMap<NodeId, usize> = BTreeMap::new();
-        for entry in self.nodes.values() {
+        let introducer = Peer::from(introducer);
+        let mut introduced: BTreeMap<Peer, usize> = BTreeMap::new();
+        for entry in &self.nodes {
             *introduced.entry(entry.introducer).or_default() += 1;
         }
-        let own_share = if introducer == newcomer { 0 } else { introduced.get(&introducer).copied().unwrap_or(0) };
+        let own_share =
+            if introducer == Peer::from(newcomer) { 0 } else { introduced.get(&introducer).copied().unwrap_or(0) };
         let largest = introduced.into_iter().max_by_key(|(_, count)| *count);
         let Some((greediest, _)) = largest.filter(|(_, count)| *count > own_share + 1) else {
             return Err(Unwelcome::Full);
         };
-        let of_greediest = self.nodes.iter().filter(|(_, entry)| entry.introducer == greediest);
-        let newest = of_greediest.max_by_key(|(node, entry)| (entry.listed, **node)).map(|(node, _)| *node);
+        let of_greediest = self.nodes.iter().filter(|entry| entry.introducer == greediest);
+        let newest = of_greediest.max_by_key(|entry| (entry.listed_s, entry.node())).map(|entry| *entry.node());
         if let Some(node) = newest {
             // No grave: it has not gone anywhere.
             self.nodes.remove(&node);

@@ -2,11 +2,11 @@
 //! rings are found to be equal.
 
 use murmur_gguf::LayerRange;
-use murmur_protocol::mesh::NodeId;
+use murmur_protocol::{codec::Codec, mesh::NodeId};
 
 use super::{
     Planner,
-    facts::{Ask, Codec, Link, NodeFacts, Placement},
+    facts::{Ask, Link, NodeFacts, Placement},
 };
 
 /// Nanoseconds.
@@ -103,7 +103,7 @@ impl Planner<'_> {
             Payload::Answer => (None, ANSWER_BYTES),
             Payload::Hidden => {
                 let codec = self.codec(&link, ask);
-                (Some(codec), TOKEN_BYTES + codec.row_bytes(self.model.width))
+                (Some(codec), TOKEN_BYTES + codec.row_bytes(self.model.width as usize) as u64)
             }
         };
         Some(Hop { link, codec, row_bytes })
@@ -111,7 +111,7 @@ impl Planner<'_> {
 
     /// The codec of the smallest predicted time; exact unless loss pays.
     fn codec(&self, link: &Link, ask: &Ask) -> Codec {
-        let row_us = |codec: Codec| codec.row_bytes(self.model.width) as f64 / link.bytes_per_s * 1e6;
+        let row_us = |codec: Codec| codec.row_bytes(self.model.width as usize) as f64 / link.bytes_per_s * 1e6;
         let lossy = ask.lossy.iter().copied().min_by(|a, b| row_us(*a).total_cmp(&row_us(*b)));
         lossy.filter(|codec| row_us(Codec::F32) - row_us(*codec) >= LOSSY_GAIN_US_MIN).unwrap_or(Codec::F32)
     }

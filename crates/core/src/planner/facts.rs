@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use murmur_gguf::{LayerRange, Manifest};
-use murmur_protocol::mesh::NodeId;
+use murmur_protocol::{codec::Codec, mesh::NodeId};
 
 /// One way of a link that was never measured, in microseconds: pessimistic, so that measured links go first.
 pub const ONE_WAY_US_UNKNOWN: f64 = 100_000.0;
@@ -184,38 +184,6 @@ impl Links {
     /// The direction from `from` to `to`; [`Link::default`] where it was never measured.
     pub fn get(&self, from: NodeId, to: NodeId) -> Link {
         self.0.get(&(from, to)).copied().unwrap_or_default()
-    }
-}
-
-/// How hidden states travel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Codec {
-    /// Exact.
-    F32,
-    /// Half precision.
-    F16,
-    /// Blocks of 32 int8 with an f16 scale.
-    Q8,
-}
-
-impl Codec {
-    /// In one word, for people and programs.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Codec::F32 => "f32",
-            Codec::F16 => "f16",
-            Codec::Q8 => "q8",
-        }
-    }
-
-    /// Bytes of one row of `width` values.
-    pub fn row_bytes(self, width: u32) -> u64 {
-        let width = u64::from(width);
-        match self {
-            Codec::F32 => 4 * width,
-            Codec::F16 => 2 * width,
-            Codec::Q8 => width + 2 * width.div_ceil(32),
-        }
     }
 }
 

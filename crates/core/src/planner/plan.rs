@@ -3,12 +3,12 @@
 use std::fmt;
 
 use murmur_gguf::LayerRange;
-use murmur_protocol::mesh::NodeId;
+use murmur_protocol::{codec::Codec, mesh::NodeId};
 
 use super::{
     Planner,
     cost::{Hop, Ns, Payload, us},
-    facts::{Ask, Codec, NodeFacts, Placement},
+    facts::{Ask, NodeFacts, Placement},
     rejected::Rejected,
 };
 

@@ -4,21 +4,28 @@
 //! |---|---|
 //! | `boundary CHILD MODEL SCRATCH_DIR` | the cost of the process boundary per step, and how often the default mode chooses another token in company |
 //! | `rates CHILD MODEL SCRATCH_DIR THREADS PROMPT TOKENS` | tokens per second of prompt and answer, again for each line on stdin |
+//! | `resume CHILD MODEL SCRATCH_DIR THREADS STAGES CONTEXT` | the pause of an answer of which a stage dies, behind so many tokens |
+//! | `codecs CHILD MODEL SCRATCH_DIR THREADS STAGES TEXT_FILE POSITIONS` | how far lossy codecs between stages move the next token's distribution |
 //! | `requests CHILD MODEL SCRATCH_DIR CONCURRENCY REQUESTS ROUNDS [ADDRESS...]` | requests per second, into the engine and through APIs |
 #![allow(clippy::expect_used, clippy::panic, clippy::print_stdout)] // a tool for its developers
 
 mod boundary;
+mod codecs;
 mod rates;
 mod requests;
+mod resume;
 
 use std::{
     path::PathBuf,
     time::{Duration, Instant},
 };
 
-use murmur_engine::{Engine, EngineOptions, Patience, SessionEvent, SessionRequest, Stop};
-use murmur_gguf::{Gguf, LayerRange};
-use murmur_protocol::sampling::{SamplingParams, Token};
+use murmur_engine::{Engine, EngineOptions, Keep, Patience, SessionEvent, SessionRequest, Stop};
+use murmur_gguf::{Gguf, even_cuts};
+use murmur_protocol::{
+    codec::Codec,
+    sampling::{SamplingParams, Token},
+};
 
 const CONTEXT_TOKENS: u32 = 2048;
 
@@ -35,14 +42,18 @@ struct Place<'a> {
 impl Place<'_> {
     /// The whole model in one stage.
     fn load(&self, parallel: u32, threads: u32, exact: bool) -> Engine {
+        self.load_cut(1, parallel, threads, exact, Keep::default(), Codec::F32)
+    }
+
+    fn load_cut(&self, stages: u32, parallel: u32, threads: u32, exact: bool, keep: Keep, codec: Codec) -> Engine {
         let model = PathBuf::from(self.model);
-        let layers = Gguf::open(&model).expect("the model opens").layer_count().expect("the model has layers");
+        let gguf = Gguf::open(&model).expect("the model opens");
         let options = EngineOptions {
             program: PathBuf::from(self.child),
             model,
             slices_dir: PathBuf::from(self.scratch),
             embedding: false,
-            ranges: vec![LayerRange::new(0, layers)],
+            ranges: even_cuts(&gguf, stages).expect("the model has so many layers"),
             context_tokens: CONTEXT_TOKENS,
             parallel,
             queue_max: 64,
@@ -51,6 +62,8 @@ impl Place<'_> {
             exact,
             gpu_layers: 0,
             patience: Patience::default(),
+            keep,
+            codecs: vec![codec; stages as usize],
         };
         Engine::load(options, Stop::new(), |_, _| {}).expect("the model loads")
     }
@@ -103,13 +116,20 @@ async fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let [what, child, model, scratch, rest @ ..] = args.as_slice() else {
-        panic!("usage: engine_bench boundary|rates|requests CHILD MODEL SCRATCH_DIR ...");
+        panic!("usage: engine_bench boundary|rates|resume|codecs|requests CHILD MODEL SCRATCH_DIR ...");
     };
     let place = Place { child, model, scratch };
     match (*what, rest) {
         ("boundary", []) => boundary::measure(&place).await,
         ("rates", [threads, prompt, tokens]) => {
             rates::measure(&place, number(threads), number(prompt), number(tokens)).await;
+        }
+        ("resume", [threads, stages, context]) => {
+            resume::measure(&place, number(threads), number(stages), number(context)).await;
+        }
+        ("codecs", [threads, stages, text, positions]) => {
+            let text = std::fs::read_to_string(text).expect("the text can be read");
+            codecs::measure(&place, number(threads), number(stages), &text, number(positions)).await;
         }
         ("requests", [concurrency, requests, rounds, addresses @ ..]) => {
             requests::measure(&place, number(concurrency), number(requests), number(rounds), addresses).await;

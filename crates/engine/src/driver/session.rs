@@ -1,6 +1,9 @@
 //! One session as the driver sees it: what it asked for, what it has, and how often stages died under it.
 
-use murmur_protocol::sampling::{Sampled, SamplingParams, Token};
+use murmur_protocol::{
+    sampling::{Sampled, SamplingParams, Token},
+    stage::Opened,
+};
 use tokio::sync::mpsc;
 
 use super::DriverOptions;
@@ -57,19 +60,31 @@ pub(super) enum Phase {
     /// Waiting for room, or for stages to come (back).
     Queued,
     /// `Open` is on its way, sent when `releases` sessions had ended.
-    Opening { missing: Vec<bool>, cached_tokens: u32, releases: u64 },
-    /// Rows are on their way. `next`: first position not sent. `in_flight`: frames sent and not answered; `prefill`:
-    /// whether these are prompt rows.
-    Running { next: u32, in_flight: usize, prefill: bool },
+    Opening { opened: Vec<Option<Opened>>, releases: u64 },
+    /// Rows are on their way, for the stage `feeding` and those behind it. `next`: first position not sent. `in_flight`: frames
+    /// sent and not answered; `prefill`: whether these are prompt rows.
+    Running { feeding: usize, next: u32, in_flight: usize, prefill: bool },
+}
+
+/// Rows to send.
+pub(super) struct Rows {
+    /// Position behind the last.
+    pub(super) end: u32,
+    /// Prompt rows?
+    pub(super) prefill: bool,
+    /// How many stages compute them; 0: all that follow.
+    pub(super) stages: u16,
 }
 
 pub(super) struct Session {
     pub(super) epoch: u32,
     pub(super) phase: Phase,
+    /// Queued, while stages keep what they hold of it.
+    pub(super) is_held: bool,
     pub(super) tokens: Vec<Token>,
+    /// The first position that each stage computes, of those that it was opened with: see [`Session::plan`].
+    pub(super) starts: Vec<u32>,
     pub(super) prompt_tokens: u32,
-    /// Tokens of the answer that another engine generated.
-    given_tokens: u32,
     pub(super) cached_tokens: u32,
     pub(super) max_tokens: u32,
     pub(super) sampling: SamplingParams,
@@ -88,9 +103,10 @@ impl Session {
         Session {
             epoch: 0,
             phase: Phase::Queued,
+            is_held: false,
             prompt_tokens,
-            given_tokens: request.generated.len() as u32,
             tokens,
+            starts: Vec::new(),
             cached_tokens: 0,
             max_tokens: request.max_tokens,
             sampling: request.sampling,
@@ -104,19 +120,42 @@ impl Session {
         &self.tokens[self.prompt_tokens as usize..]
     }
 
-    /// True before the first token of its own.
-    pub(super) fn is_new(&self) -> bool {
-        self.generated().len() == self.given_tokens as usize
+    /// Decides where each stage begins: behind what it holds, if the one before it can send on all rows from there, be it that it
+    /// computes them or that it has kept them; otherwise that one computes them again. The last stage computes the last row in
+    /// any case, in exact mode with the chunk of the prompt that it is in: its token is wanted.
+    ///
+    /// A stage that begins before the one in front of it is fed what that one has kept, the hindmost first. So none lacks a row
+    /// that comes before those it gets.
+    pub(super) fn plan(&mut self, opened: &[Opened], options: &DriverOptions) {
+        let length = self.tokens.len() as u32;
+        let mut wanted = length.saturating_sub(1);
+        if options.exact && wanted < self.prompt_tokens {
+            wanted -= wanted % options.chunk_rows;
+        }
+        self.starts = vec![0; opened.len()];
+        for (start, opened) in self.starts.iter_mut().zip(opened).rev() {
+            let held = opened.cached_tokens.min(length);
+            let is_kept = wanted >= held.saturating_sub(opened.kept_tokens);
+            *start = if is_kept { held } else { wanted };
+            wanted = *start;
+        }
     }
 
-    /// The next frame's rows: positions `start..end`, and whether they are prompt rows.
-    pub(super) fn next_rows(&self, start: u32, options: &DriverOptions) -> (u32, bool) {
+    /// The next frame's rows for the stage `feeding`, from position `start` on.
+    pub(super) fn next_rows(&self, feeding: usize, start: u32, options: &DriverOptions) -> Rows {
+        // Up to the first stage that has them.
+        let has_them = (feeding + 1..self.starts.len()).find(|&stage| self.starts[stage] > start);
+        let before = feeding.checked_sub(1).map(|before| self.starts[before]);
+        let limit = has_them.map(|stage| self.starts[stage]).into_iter().chain(before);
+        let limit = limit.fold(self.tokens.len() as u32, u32::min);
+        let stages = has_them.map_or(0, |stage| (stage - feeding) as u16);
         let chunk = options.chunk_rows;
         if start < self.prompt_tokens {
-            return (((start / chunk + 1) * chunk).min(self.prompt_tokens), true);
+            let end = ((start / chunk + 1) * chunk).min(self.prompt_tokens).min(limit);
+            return Rows { end, prefill: true, stages };
         }
-        let left = self.tokens.len() as u32 - start;
-        (start + left.min(chunk), left > 1 && !options.exact)
+        let left = limit - start;
+        Rows { end: start + left.min(chunk), prefill: left > 1 && !options.exact, stages }
     }
 
     /// True when only its own run can tell whether it kills stages.

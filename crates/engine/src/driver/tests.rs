@@ -19,9 +19,14 @@ fn driver_of(stages: usize, is_shared: bool) -> Driver {
         end_of_generation: vec![0],
         vocabulary: 1000,
         is_shared,
+        codecs: Vec::new(),
     });
     (0..stages).for_each(|stage| driver.on_ready(stage));
     driver
+}
+
+fn holds(cached_tokens: u32) -> Opened {
+    Opened { cached_tokens, kept_tokens: 0 }
 }
 
 fn request() -> SessionRequest {
@@ -49,7 +54,7 @@ fn answer<T: serde::Serialize>(driver: &mut Driver, stage: usize, kind: Kind, at
 fn room_made_while_a_busy_answer_was_on_its_way_is_not_forgotten() {
     let mut driver = driver(1);
     let (first, _events) = driver.start(request()).unwrap();
-    answer(&mut driver, 0, Kind::Opened, (first, 0), &Opened { cached_tokens: 0 });
+    answer(&mut driver, 0, Kind::Opened, (first, 0), &holds(0));
     let (second, _events) = driver.start(request()).unwrap();
     driver.cancel(first);
     sent(&mut driver);
@@ -62,7 +67,7 @@ fn room_made_while_a_busy_answer_was_on_its_way_is_not_forgotten() {
 fn a_stage_that_other_drivers_have_filled_is_asked_again() {
     let mut driver = driver_of(2, true);
     let (id, mut events) = driver.start(request()).unwrap();
-    answer(&mut driver, 0, Kind::Opened, (id, 0), &Opened { cached_tokens: 0 });
+    answer(&mut driver, 0, Kind::Opened, (id, 0), &holds(0));
     answer(&mut driver, 1, Kind::NotOpened, (id, 0), &NotOpened::Busy { retry_ms: 1 });
     sent(&mut driver);
     assert_eq!(heard(&mut driver, &mut events), None);
@@ -74,7 +79,7 @@ fn a_stage_that_other_drivers_have_filled_is_asked_again() {
 fn a_token_that_does_not_exist_ends_the_session_and_says_so() {
     let mut driver = driver(1);
     let (id, mut events) = driver.start(request()).unwrap();
-    answer(&mut driver, 0, Kind::Opened, (id, 0), &Opened { cached_tokens: 0 });
+    answer(&mut driver, 0, Kind::Opened, (id, 0), &holds(0));
     for token in [1000, -1] {
         let sampled = Some(Sampled { token, logprob: None, top: vec![], grammar_ended: false });
         let step = Step { sampled, compute_us: 1, batch_rows: 1, threads: 1 };
@@ -88,7 +93,7 @@ fn a_token_that_does_not_exist_ends_the_session_and_says_so() {
 fn accounts_of_rows_that_go_on_to_the_next_stage_are_noted_and_no_more() {
     let mut driver = driver(2);
     let (id, mut events) = driver.start(request()).unwrap();
-    (0..2).for_each(|stage| answer(&mut driver, stage, Kind::Opened, (id, 0), &Opened { cached_tokens: 0 }));
+    (0..2).for_each(|stage| answer(&mut driver, stage, Kind::Opened, (id, 0), &holds(0)));
     sent(&mut driver);
     let step = Step { sampled: None, compute_us: 9, batch_rows: 4, threads: 1 };
     let mut header = Header::new(Kind::Done, id);
@@ -99,7 +104,8 @@ fn accounts_of_rows_that_go_on_to_the_next_stage_are_noted_and_no_more() {
     header.flags = FLAG_HANDED_ON | FLAG_WANT_OUTPUT;
     driver.on_frame(0, Frame::message(header, &step).unwrap());
     assert_eq!(driver.counters().token_compute_us, 9);
-    assert_eq!(driver.last_steps(), [Some(step), None]);
+    assert_eq!(driver.accounts()[0].last_step, Some(step));
+    assert_eq!(driver.accounts()[1], Account::default());
     assert_eq!((sent(&mut driver), heard(&mut driver, &mut events)), (vec![], None));
 }
 
@@ -119,9 +125,9 @@ fn the_ring_starts_where_every_stage_has_the_prefix() {
     let mut driver = driver(2);
     let (id, _events) = driver.start(request()).unwrap();
     sent(&mut driver);
-    answer(&mut driver, 0, Kind::Opened, (id, 0), &Opened { cached_tokens: 9 });
+    answer(&mut driver, 0, Kind::Opened, (id, 0), &holds(9));
     assert!(sent(&mut driver).is_empty());
-    answer(&mut driver, 1, Kind::Opened, (id, 0), &Opened { cached_tokens: 5 });
+    answer(&mut driver, 1, Kind::Opened, (id, 0), &holds(5));
     // Rows 5..8 end at the chunk boundary, 8..10 are the rest.
     assert_eq!(sent(&mut driver), [(0, Kind::Tokens, id, 0, 5), (0, Kind::Tokens, id, 0, 8)]);
 }
@@ -131,7 +137,7 @@ fn a_whole_model_is_asked_for_one_token_more_before_it_has_answered_and_never_fo
     let mut driver = driver(1);
     let (id, _events) = driver.start(request()).unwrap();
     sent(&mut driver);
-    answer(&mut driver, 0, Kind::Opened, (id, 0), &Opened { cached_tokens: 9 });
+    answer(&mut driver, 0, Kind::Opened, (id, 0), &holds(9));
     assert_eq!(sent(&mut driver), [(0, Kind::Tokens, id, 0, 9), (0, Kind::Next, id, 0, 10)]);
     gets_a_token(&mut driver, id);
     assert_eq!(sent(&mut driver), [(0, Kind::Next, id, 0, 11)]);
@@ -149,7 +155,7 @@ fn an_answer_begun_elsewhere_is_opened_with_what_it_has_and_reports_its_cached_p
     let (_, frame) = driver.take_output().remove(0);
     let open: Open = frame.decode().unwrap();
     assert_eq!((open.prompt.len(), open.generated, open.reserve_cells), (10, vec![11, 12], 13));
-    answer(&mut driver, 0, Kind::Opened, (id, 0), &Opened { cached_tokens: 8 });
+    answer(&mut driver, 0, Kind::Opened, (id, 0), &holds(8));
     assert_eq!(driver.counters().cached_tokens, 8);
     gets_a_token(&mut driver, id);
     // Two of three were there.
@@ -176,7 +182,7 @@ fn a_lost_stage_opens_every_session_anew_and_old_answers_are_ignored() {
     let mut driver = driver(2);
     let (id, mut events) = driver.start(request()).unwrap();
     for stage in 0..2 {
-        answer(&mut driver, stage, Kind::Opened, (id, 0), &Opened { cached_tokens: 0 });
+        answer(&mut driver, stage, Kind::Opened, (id, 0), &holds(0));
     }
     driver.on_lost(1);
     sent(&mut driver);
@@ -200,7 +206,7 @@ fn open_all(driver: &mut Driver) -> Vec<u64> {
         for (_, open) in frames {
             let at = (open.header.session, open.header.epoch);
             opened.push(at.0);
-            answer(driver, 0, Kind::Opened, at, &Opened { cached_tokens: 0 });
+            answer(driver, 0, Kind::Opened, at, &holds(0));
         }
     }
 }
@@ -226,6 +232,18 @@ fn gets_a_token(driver: &mut Driver, id: u64) {
 fn dies(driver: &mut Driver) {
     driver.on_lost(0);
     driver.on_ready(0);
+}
+
+#[test]
+fn no_request_is_charged_with_machines_that_cannot_be_reached() {
+    let mut driver = driver(1);
+    let (id, mut events) = driver.start(request()).unwrap();
+    for _ in 0..=DEATHS_MAX {
+        assert_eq!(open_all(&mut driver), [id]);
+        assert!(!driver.on_unreachable(0));
+        driver.on_ready(0);
+    }
+    assert!(!driver.sessions[&id].is_suspect() && heard(&mut driver, &mut events).is_none());
 }
 
 #[test]
@@ -277,13 +295,13 @@ fn a_session_that_is_not_being_computed_is_charged_with_nothing() {
     gets_a_token(&mut driver, waiting);
     // Its reader sleeps, so no row of it is in flight.
     let Some(session) = driver.sessions.get_mut(&waiting) else { panic!() };
-    session.phase = Phase::Running { next: 11, in_flight: 0, prefill: false };
+    session.phase = Phase::Running { feeding: 0, next: 11, in_flight: 0, prefill: false };
     for _ in 0..DEATHS_MAX {
         dies(&mut driver);
         open_all(&mut driver);
         let Some(session) = driver.sessions.get_mut(&waiting) else { panic!("given up") };
         assert!(!session.is_suspect());
-        session.phase = Phase::Running { next: 11, in_flight: 0, prefill: false };
+        session.phase = Phase::Running { feeding: 0, next: 11, in_flight: 0, prefill: false };
     }
     assert!(matches!(heard(&mut driver, &mut events), Some(SessionEvent::Token(_))));
     assert!(heard(&mut driver, &mut events).is_none());

@@ -142,12 +142,16 @@ impl Shared {
             self.receive(stage, &mut receiver);
             // Taken out first: waiting for the process must not hold the lock that sending needs.
             let link = lock(&self.stages[stage].state).link.take();
+            let is_unreachable = link.as_ref().is_some_and(|link| link.is_unreachable());
             let died = link.map(|link| link.died().to_string()).unwrap_or_default();
             if self.stop.is_stopped() {
                 return self.drive(|driver| driver.stop(ENDING));
             }
             tracing::warn!(stage, "{died}; starting it again");
-            let is_explained = self.drive(|driver| driver.on_lost(stage));
+            let is_explained = self.drive(|driver| match is_unreachable {
+                true => driver.on_unreachable(stage),
+                false => driver.on_lost(stage),
+            });
             let is_proven = is_explained || loaded_at.elapsed() >= PROVEN_AFTER;
             failures = if is_proven { 0 } else { failures + 1 };
             let Some(again) = self.bring_back(stage, died, &mut failures) else {

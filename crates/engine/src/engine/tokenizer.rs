@@ -13,7 +13,7 @@ use murmur_gguf::Gguf;
 use murmur_protocol::{
     frame::{Frame, Header, Kind},
     sampling::Token,
-    stage::{Load, Role, Tokenize},
+    stage::{Keep, Load, Role, Tokenize},
 };
 use murmur_sampling::Vocabulary;
 
@@ -92,5 +92,6 @@ pub(super) fn vocabulary_of(path: &Path) -> Load {
         gpu_layers: 0,
         tap: None,
         inject: None,
+        keep: Keep::default(),
     }
 }

@@ -13,7 +13,7 @@ use murmur_gguf::{
 };
 use murmur_protocol::{
     sampling::{SamplingParams, Token},
-    stage::{Load, Role},
+    stage::{Keep, Load, Role},
 };
 
 /// Tests use their own chunk size, so that small prompts have several chunks.
@@ -50,6 +50,8 @@ impl Lab {
             exact,
             gpu_layers: 0,
             patience: Patience::default(),
+            keep: Keep::default(),
+            codecs: Vec::new(),
         }
     }
 
@@ -179,6 +181,7 @@ pub fn load(path: &Path, role: Role) -> Load {
         gpu_layers: 0,
         tap: None,
         inject: None,
+        keep: Keep::default(),
     }
 }
 

@@ -3,7 +3,8 @@
 //! Each side begins with [`Control::Hello`]; a node that is not a member yet begins with [`Control::Redeem`] instead. Then:
 //!
 //! - anti-entropy: [`Control::Digest`] says what a side has, [`Control::Want`] what it lacks of the other's,
-//!   [`Control::Records`] brings it;
+//!   [`Control::Records`] brings it; [`Control::Summary`] says in short what a side with many nodes has, and
+//!   [`Control::Differing`] is the digest of what the other has otherwise;
 //! - [`Control::Revocations`] when a side's list is newer or not known to the other;
 //! - [`Control::Goodbye`] when a side leaves; [`Control::Ping`] and [`Control::Pong`] to measure.
 
@@ -16,6 +17,7 @@ use super::member::{REVOCATION_LIST_BYTES_MAX, SignedCertificate, SignedRevocati
 use super::proto;
 use super::record::{RECORD_BYTES_MAX, SignedRecord};
 use super::secret::{BearerSecret, MeshSecret};
+use super::summary::{Differing, RANGES_MAX, Summary};
 use super::ticket::MESH_NAME_BYTES_MAX;
 use super::wire::{Message, UNKNOWN_BODY_BYTES_MAX};
 use std::collections::{BTreeMap, BTreeSet};
@@ -55,6 +57,10 @@ pub enum Control {
     Ping(u64),
     /// Answer, with the ping's number.
     Pong(u64),
+    /// What the sender knows, in short. For peers with [`Capabilities::SUMMARIES`](super::Capabilities::SUMMARIES).
+    Summary(Summary),
+    /// Answer to a summary: a digest of the ranges in which the sender knows something else.
+    Differing(Differing),
     /// A message that this version does not know: to be ignored. Encodes as an empty one.
     Unknown {
         /// Its kind.
@@ -106,6 +112,8 @@ const REDEEMED: u16 = 8;
 const GOODBYE: u16 = 9;
 const PING: u16 = 10;
 const PONG: u16 = 11;
+const SUMMARY: u16 = 12;
+const DIFFERING: u16 = 13;
 
 impl Message for Control {
     fn kind(&self) -> u16 {
@@ -121,6 +129,8 @@ impl Message for Control {
             Control::Goodbye(_) => GOODBYE,
             Control::Ping(_) => PING,
             Control::Pong(_) => PONG,
+            Control::Summary(_) => SUMMARY,
+            Control::Differing(_) => DIFFERING,
             Control::Unknown { kind } => *kind,
         }
     }
@@ -137,6 +147,8 @@ impl Message for Control {
             REDEEMED => Redeemed::BYTES_MAX,
             GOODBYE => SignedRecord::BYTES_MAX,
             PING | PONG => Ping::BYTES_MAX,
+            SUMMARY => Summary::BYTES_MAX,
+            DIFFERING => Differing::BYTES_MAX,
             _ => UNKNOWN_BODY_BYTES_MAX,
         }
     }
@@ -153,6 +165,8 @@ impl Message for Control {
             Control::Redeemed(redeemed) => redeemed.encode(),
             Control::Goodbye(record) => record.encode(),
             Control::Ping(nonce) | Control::Pong(nonce) => Ping(*nonce).encode(),
+            Control::Summary(summary) => summary.encode(),
+            Control::Differing(differing) => differing.encode(),
             Control::Unknown { kind } if is_known(*kind) => {
                 Err(MessageError::Invalid { what: "kind", why: "it is known, and its message is not given" })
             }
@@ -173,13 +187,15 @@ impl Message for Control {
             GOODBYE => Control::Goodbye(Body::decode(body)?),
             PING => Control::Ping(Ping::decode(body)?.0),
             PONG => Control::Pong(Ping::decode(body)?.0),
+            SUMMARY => Control::Summary(Body::decode(body)?),
+            DIFFERING => Control::Differing(Body::decode(body)?),
             kind => Control::Unknown { kind },
         })
     }
 }
 
 fn is_known(kind: u16) -> bool {
-    (HELLO..=PONG).contains(&kind)
+    (HELLO..=DIFFERING).contains(&kind)
 }
 
 struct Digest(BTreeMap<NodeId, u64>);
@@ -215,6 +231,50 @@ impl Body for Digest {
         }
         let entries: Vec<_> = nodes.zip(proto.sequences).collect();
         Ok(Digest::of(&entries))
+    }
+}
+
+impl Body for Summary {
+    type Proto = proto::Summary;
+    const WHAT: &'static str = "summary";
+    const BYTES_MAX: usize = RANGES_MAX * size_of::<u32>() + SLACK_BYTES;
+
+    fn to_proto(&self) -> Result<proto::Summary, MessageError> {
+        Ok(proto::Summary { salt: self.salt(), fingerprints: self.fingerprints().to_vec() })
+    }
+
+    fn from_proto(proto: proto::Summary) -> Result<Summary, MessageError> {
+        Summary::new(proto.salt, proto.fingerprints)
+    }
+}
+
+impl Body for Differing {
+    type Proto = proto::Differing;
+    const WHAT: &'static str = "differing ranges";
+    // A number below `RANGES_MAX` has two bytes.
+    const BYTES_MAX: usize = RANGES_MAX * 2 + Digest::BYTES_MAX + SLACK_BYTES;
+
+    fn to_proto(&self) -> Result<proto::Differing, MessageError> {
+        let ranges: BTreeSet<u32> = self.ranges.iter().copied().map(u32::from).collect();
+        check_ranges(ranges.last().copied())?;
+        let entries = Digest::of(&self.entries).to_proto()?;
+        Ok(proto::Differing { ranges: ranges.into_iter().collect(), entries: Some(entries) })
+    }
+
+    fn from_proto(proto: proto::Differing) -> Result<Differing, MessageError> {
+        check_ranges(proto.ranges.iter().max().copied())?;
+        let ranges: BTreeSet<u16> = proto.ranges.into_iter().filter_map(|range| range.try_into().ok()).collect();
+        let entries = Digest::from_proto(proto.entries.unwrap_or_default())?.0;
+        Ok(Differing { ranges: ranges.into_iter().collect(), entries: entries.into_iter().collect() })
+    }
+}
+
+fn check_ranges(last: Option<u32>) -> Result<(), MessageError> {
+    match last {
+        Some(last) if last as usize >= RANGES_MAX => {
+            Err(MessageError::Invalid { what: Differing::WHAT, why: "there is no range of this number" })
+        }
+        _ => Ok(()),
     }
 }
 

@@ -35,6 +35,8 @@ impl Capabilities {
     pub const CARDS: Capabilities = Capabilities(1 << 2);
     /// Loads an available model when a request for it comes.
     pub const LOADS_ON_DEMAND: Capabilities = Capabilities(1 << 3);
+    /// Compares tables by their summaries. Said in greetings; in a record it means nothing.
+    pub const SUMMARIES: Capabilities = Capabilities(1 << 4);
 
     /// Both sets together.
     pub const fn with(self, other: Capabilities) -> Capabilities {

@@ -13,7 +13,7 @@
 //! unknown enum values become `Unknown`, unknown kinds of messages are skipped. Only what must not be ignored without
 //! changing the outcome, such as an unknown kind of grammar, is an error.
 //!
-//! Start with [`record`], then [`hello`] and [`control`] (neighbours), [`ticket`] and [`member`] (private meshes), [`work`]
+//! Start with [`record`], then [`hello`], [`control`] and [`summary`] (neighbours), [`ticket`] and [`member`] (private meshes), [`work`]
 //! and [`open`] (requests), [`ring`] (stages on several machines), [`wire`] (all of them on a stream).
 
 mod body;
@@ -31,6 +31,7 @@ pub mod open;
 pub mod record;
 pub mod ring;
 pub mod secret;
+pub mod summary;
 pub mod ticket;
 pub mod wire;
 pub mod work;
@@ -54,6 +55,7 @@ pub use open::Open;
 pub use record::{Addresses, Claim, NodeRecord, RECORD_BYTES_MAX, RecordError, Role, SignedRecord};
 pub use ring::StageOpen;
 pub use secret::{BearerSecret, MeshSecret};
+pub use summary::{Differing, Ranges, Summary};
 pub use ticket::{Admission, SignedTicket, Ticket, TicketError};
 pub use wire::{Decoder, Message, encode};
 pub use work::{Admitted, Card, Failed, FailureCode, FinishReason, Finished, Prefill, Refused, Tokens, Work};

@@ -27,7 +27,7 @@ use super::proto;
 /// Longest signed record: with gossip's own overhead it fits the 4,096 bytes that gossip carries.
 pub const RECORD_BYTES_MAX: usize = 3_800;
 /// Longest validity of a record: in a mesh so large that everybody's renewals would be too much for everybody.
-pub const TTL_MS_MAX: u32 = 300_000;
+pub const TTL_MS_MAX: u32 = 600_000;
 /// Socket addresses of one node.
 pub const DIRECT_ADDRESSES_MAX: usize = 16;
 /// Length of a relay's URL.

@@ -2,6 +2,7 @@
 
 use murmur_protocol::mesh::control::{DIGEST_ENTRIES_MAX, RECORDS_MAX};
 use murmur_protocol::mesh::open::REQUEST_TOKENS_MAX;
+use murmur_protocol::mesh::summary::RANGES_MAX;
 use murmur_protocol::mesh::wire::{HEADER_BYTES, UNKNOWN_BODY_BYTES_MAX};
 use murmur_protocol::mesh::*;
 use murmur_protocol::sampling::{Grammar, SamplingParams};
@@ -29,7 +30,7 @@ fn settles<M: Message>(message: &M) {
 
 proptest! {
     #[test]
-    fn arbitrary_bytes_never_panic(kind in 0u16..14, bytes in vec(any::<u8>(), 0..400)) {
+    fn arbitrary_bytes_never_panic(kind in 0u16..18, bytes in vec(any::<u8>(), 0..400)) {
         let _ = decode::<Control>(&bytes);
         let _ = decode::<Work>(&bytes);
         if let Ok(Some(message)) = decode::<Control>(&framed(kind, &bytes)) {
@@ -220,6 +221,10 @@ fn lists_arrive_at_their_limit_and_not_above() {
         [
             Control::Digest(ids(DIGEST_ENTRIES_MAX + more).map(|id| (id, u64::MAX)).collect()),
             Control::Want(ids(DIGEST_ENTRIES_MAX + more).collect()),
+            Control::Differing(Differing {
+                ranges: (0..RANGES_MAX as u16).collect(),
+                entries: ids(DIGEST_ENTRIES_MAX + more).map(|id| (id, u64::MAX)).collect(),
+            }),
             Control::Records(vec![record.clone(); RECORDS_MAX + more]),
         ]
     };
@@ -252,6 +257,37 @@ fn a_digest_with_duplicates_keeps_the_highest_number() {
     body.truncate(body.len() - 8);
     body[99] = 16;
     assert!(matches!(decode::<Control>(&framed(kind, &body)), Err(MessageError::Invalid { .. })));
+}
+
+#[test]
+fn summaries_of_no_sensible_number_of_ranges_and_ranges_beyond_all_summaries_are_refused() {
+    let kind = Control::Summary(samples::summary()).kind();
+    let body = |ranges: usize| {
+        let mut body = vec![0x12]; // packed fingerprints (field 2)
+        let mut length = 4 * ranges;
+        while length > 0x7f {
+            body.push(0x80 | (length & 0x7f) as u8);
+            length >>= 7;
+        }
+        body.push(length as u8);
+        body.extend(vec![0xff; 4 * ranges]);
+        body
+    };
+    for ranges in [1, 64, RANGES_MAX] {
+        let Ok(Some(Control::Summary(read))) = decode::<Control>(&framed(kind, &body(ranges))) else { panic!() };
+        assert_eq!(read.fingerprints(), vec![u32::MAX; ranges]);
+    }
+    for ranges in [0, 3, RANGES_MAX - 1] {
+        assert!(matches!(decode::<Control>(&framed(kind, &body(ranges))), Err(MessageError::Invalid { .. })));
+    }
+    assert!(decode::<Control>(&framed(kind, &body(2 * RANGES_MAX))).is_err());
+    let differing = |range| Control::Differing(Differing { ranges: vec![range], entries: Vec::new() });
+    let last = differing(RANGES_MAX as u16 - 1);
+    assert_eq!(decode::<Control>(&encode(&last).unwrap()), Ok(Some(last)));
+    assert!(encode(&differing(RANGES_MAX as u16)).is_err());
+    // Field 1, packed: 70,000 must not be cut to a number that there is.
+    let beyond = framed(differing(0).kind(), &[0x0a, 3, 0xf0, 0xa2, 0x04]);
+    assert!(matches!(decode::<Control>(&beyond), Err(MessageError::Invalid { .. })));
 }
 
 #[test]

@@ -26,13 +26,19 @@ fn decoded<M: Message>(bytes: &[u8], pieces: &[usize]) -> Vec<M> {
 
 /// As the decoder gives it: sorted, without duplicates.
 fn normalised(control: Control) -> Control {
+    let highest = |mut entries: Vec<(NodeId, u64)>| {
+        entries.sort();
+        entries.reverse();
+        entries.dedup_by_key(|(node, _)| *node);
+        entries.reverse();
+        entries
+    };
     match control {
-        Control::Digest(mut entries) => {
-            entries.sort();
-            entries.reverse();
-            entries.dedup_by_key(|(node, _)| *node);
-            entries.reverse();
-            Control::Digest(entries)
+        Control::Digest(entries) => Control::Digest(highest(entries)),
+        Control::Differing(Differing { mut ranges, entries }) => {
+            ranges.sort();
+            ranges.dedup();
+            Control::Differing(Differing { ranges, entries: highest(entries) })
         }
         Control::Want(mut nodes) => {
             nodes.sort();

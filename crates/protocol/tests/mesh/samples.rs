@@ -164,8 +164,17 @@ pub(crate) fn controls() -> Vec<(&'static str, Control)> {
         ("goodbye", Control::Goodbye(tombstone().sign(&node_key(1)).unwrap())),
         ("ping", Control::Ping(0x0102_0304_0506_0708)),
         ("pong", Control::Pong(0x0102_0304_0506_0708)),
+        ("summary", Control::Summary(summary())),
+        ("differing", Control::Differing(Differing { ranges: vec![1, 3], entries: vec![(ids[1], 8)] })),
         ("unknown", Control::Unknown { kind: 999 }),
     ]
+}
+
+/// Of a table of two nodes, one of them twice.
+pub(crate) fn summary() -> Summary {
+    let entries = [(1, 7), (2, 8), (2, 9)].map(|(number, sequence)| (node_key(number).node_id(), sequence));
+    let entries = entries.iter().map(|(node, sequence)| (*node, summary::mark(node, *sequence)));
+    Summary::of(0x0102_0304_0506_0708, Ranges::new(4).unwrap(), entries)
 }
 
 pub(crate) fn open() -> Open {
@@ -436,6 +445,11 @@ pub(crate) fn any_control() -> impl Strategy<Value = Control> {
         signed().prop_map(Control::Goodbye),
         any::<u64>().prop_map(Control::Ping),
         any::<u64>().prop_map(Control::Pong),
+        (any::<u64>(), 0..1_000usize, vec((any_id(), any::<u64>()), 0..50)).prop_map(|(salt, nodes, entries)| {
+            Control::Summary(Summary::of(salt, Ranges::for_nodes(nodes), entries.into_iter()))
+        }),
+        (vec(0..summary::RANGES_MAX as u16, 0..50), vec((any_id(), any::<u64>()), 0..50))
+            .prop_map(|(ranges, entries)| Control::Differing(Differing { ranges, entries })),
         (100..=u16::MAX).prop_map(|kind| Control::Unknown { kind }),
     ]
 }

@@ -15,6 +15,12 @@ const TOPIC_BYTES: u64 = 32;
 /// Bytes of an entry of a digest.
 const DIGEST_ENTRY_BYTES: u64 = 40;
 
+/// Bytes of a fingerprint of a summary.
+const FINGERPRINT_BYTES: u64 = 4;
+
+/// Bytes of the number of a range.
+const RANGE_BYTES: u64 = 2;
+
 impl Sim {
     /// Sends a message of the overlay.
     pub(super) fn send_gossip(&mut self, from: Index, to: Index, message: Message<Index>) {
@@ -29,12 +35,23 @@ impl Sim {
     pub(super) fn send_direct(&mut self, from: Index, to: Index, message: Direct) {
         let bytes = match &message {
             Direct::Digest(digest) => digest.len() as u64 * DIGEST_ENTRY_BYTES,
+            Direct::Summary(summary) => summary.fingerprints().len() as u64 * FINGERPRINT_BYTES,
+            Direct::Differing(differing, _) => {
+                differing.ranges.len() as u64 * RANGE_BYTES + differing.entries.len() as u64 * DIGEST_ENTRY_BYTES
+            }
             Direct::Want(nodes) => nodes.len() as u64 * DIGEST_ENTRY_BYTES,
             Direct::Records(records) => records.len() as u64 * notary::RECORD_BYTES as u64,
         };
         self.report.exchange_bytes += ENVELOPE_BYTES + bytes;
         self.nodes[from as usize].sent_bytes += ENVELOPE_BYTES + bytes;
         self.send(from, to, Event::Direct { from, message });
+    }
+
+    /// Closes a connection: the other end finds out.
+    pub(super) fn hang_up(&mut self, from: Index, to: Index) {
+        self.report.gossip_bytes += ENVELOPE_BYTES;
+        self.nodes[from as usize].sent_bytes += ENVELOPE_BYTES;
+        self.send(from, to, Event::ConnectionLost(from));
     }
 
     /// Puts a message on its way.

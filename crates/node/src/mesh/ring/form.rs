@@ -41,7 +41,13 @@ impl Offer {
         LayerRange::new(self.stage.first, self.stage.end)
     }
 
-    fn is_ready(&self) -> bool {
+    /// What its layers are held for.
+    pub(super) fn terms(&self) -> Terms {
+        let ServedStage { context_tokens, parallel, exact, .. } = self.stage;
+        Terms { range: self.range(), context_tokens, parallel, exact }
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
         self.stage.state == ModelState::Ready && self.stage.first < self.stage.end
     }
 }
@@ -104,7 +110,8 @@ fn form(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
     let exact = node.options().exact;
     let mut offers = matching_offers(node, mesh, &identity.digest, spread.facts.whole().end);
     offers.retain(|offer| !model.is_avoided(offer.node));
-    let ask = Ask { streams: node.options().parallel, ..Ask::new(mesh.mesh().node_id(), spread.context_tokens) };
+    let (streams, lossy) = (node.options().parallel, node.options().lossy.clone());
+    let ask = Ask { streams, lossy, ..Ask::new(mesh.mesh().node_id(), spread.context_tokens) };
     let wanted = Wanted { offers: &offers, facts: &spread.facts, ask };
     let ring = match wanted.loaded(|_| true) {
         Some(ring) => Ok(ring),
@@ -127,6 +134,7 @@ fn form(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
         planned: stage.node,
         taken: None,
         lost: None,
+        is_unreachable: false,
     };
     let ring = Arc::new(Ring {
         node: Arc::downgrade(node),
@@ -141,9 +149,11 @@ fn form(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
         refused: Mutex::default(),
     });
     let ranges: Vec<LayerRange> = plan.stages.iter().map(|stage| stage.layers).collect();
+    // The edges begin at the driver, which sends tokens.
+    let codecs = plan.edges.iter().skip(1).map(|edge| edge.codec.unwrap_or_default()).collect();
     let node = Arc::clone(node);
     // It ends with the model: Model::stop.
-    let planned = model.plan_ring(ranges, terms.context_tokens, terms.parallel, ring.stages());
+    let planned = model.plan_ring(ranges, terms.context_tokens, terms.parallel, ring.stages(), codecs);
     tokio::task::spawn_blocking(move || {
         let model = &node.models[at];
         let plan = match planned {

@@ -20,9 +20,16 @@ use murmur_protocol::{
     mesh::{RingId, StageOpen, Work},
     stage::Route,
 };
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
 
-use super::carry::{self, Drain, FrameReader};
+use super::{
+    SIGN_OF_LIFE,
+    carry::{self, Drain, FrameReader},
+    form,
+};
 use crate::{
     Node,
     mesh::MeshNode,
@@ -35,6 +42,9 @@ pub(super) const UNUSED_MAX: Duration = Duration::from_secs(60);
 const ANSWERS_MAX: usize = 1024;
 /// Answers that are written at once.
 const ANSWERS_AT_ONCE: usize = 64;
+/// When the way to the next host breaks, its driver mostly loses that host as well, and names another way. If it has not within
+/// this, it does not know: this stage ends, and so it does.
+const WAY_BROKEN_MAX: Duration = Duration::from_secs(2);
 /// How often a driver hears that its stage is there, or is being loaded.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 
@@ -61,6 +71,13 @@ pub(crate) struct Held {
     last_used: Instant,
 }
 
+impl Held {
+    /// Whether drivers use it, or one is about to.
+    fn is_used(&self) -> bool {
+        self.host.as_ref().is_some_and(|host| host.guests() > 0 || Arc::strong_count(host) > 1)
+    }
+}
+
 /// The place for them in a model.
 #[derive(Default)]
 pub(crate) struct Holding {
@@ -82,13 +99,12 @@ impl Holding {
     /// Lets go what died, or was not used for so long. What is returned is to be dropped where one may wait.
     pub(super) fn let_go(&self, unused_for: Duration) -> Option<Held> {
         let mut held = self.held();
-        let gone = held.as_mut().is_some_and(|held| match &held.host {
-            None => false,
-            Some(host) if host.guests() > 0 => {
+        let gone = held.as_mut().is_some_and(|held| {
+            if held.is_used() {
                 held.last_used = Instant::now();
-                false
             }
-            Some(host) => host.is_dead() || held.last_used.elapsed() >= unused_for,
+            let is_over = |host: &Arc<Host>| host.is_dead() || held.last_used.elapsed() >= unused_for;
+            held.host.as_ref().is_some_and(is_over)
         });
         if gone { held.take() } else { None }
     }
@@ -117,17 +133,25 @@ impl Drop for Listed<'_> {
 }
 
 /// The range for a driver, loaded if needed. Errors are for people.
-async fn hold(node: &Arc<Node>, at: usize, terms: Terms) -> Result<Arc<Host>, String> {
+async fn hold(node: &Arc<Node>, mesh: &MeshNode, at: usize, terms: Terms) -> Result<Arc<Host>, String> {
     let model = &node.models[at];
+    let refused =
+        |there: Terms| Err(format!("this node holds layers {} of it for others, on other terms", there.range));
+    let other = || model.holding().held().as_ref().map(|held| (held.terms, held.host.is_some()));
+    // Another one need not wait for that load.
+    if let Some((there, false)) = other().filter(|(there, _)| *there != terms) {
+        return refused(there);
+    }
     let turn = Arc::clone(&model.holding().loading).lock_owned().await;
+    let is_spare = match other() {
+        Some((there, _)) if there != terms => is_spare(node, mesh, model, there).await,
+        _ => false,
+    };
     let unwanted = {
         let mut held = model.holding().held();
-        let usable = held.as_ref().and_then(|held| held.host.clone()).filter(|host| !host.is_dead());
-        match (held.as_ref().map(|held| held.terms), usable) {
-            (Some(there), Some(host)) if there == terms => return Ok(host),
-            (Some(there), Some(host)) if host.guests() > 0 => {
-                return Err(format!("this node holds layers {} of it for others, on other terms", there.range));
-            }
+        match held.as_ref().and_then(|held| Some((held, held.host.as_ref().filter(|host| !host.is_dead())?))) {
+            Some((there, host)) if there.terms == terms => return Ok(host.clone()),
+            Some((there, _)) if there.is_used() && !is_spare => return refused(there.terms),
             _ => held.take(),
         }
     };
@@ -140,6 +164,21 @@ async fn hold(node: &Arc<Node>, at: usize, terms: Terms) -> Result<Arc<Host>, St
         load(&node, at, terms)
     });
     loading.await.map_err(|_| "this node is stopping".to_owned())?
+}
+
+/// Whether another node holds the same layers as this one, so that they can be given up for some that nobody holds. Of those
+/// that hold the same, the one with the lowest id keeps them.
+async fn is_spare(node: &Node, mesh: &MeshNode, model: &Model, there: Terms) -> bool {
+    let Some(identity) = model.identity() else { return false };
+    let own = mesh.mesh().node_id();
+    for other in form::offers(node, mesh, &identity.digest).iter().filter(|other| other.node < own) {
+        // A node that died a moment ago is still listed.
+        let answer = || timeout(SIGN_OF_LIFE, mesh.mesh().ping(other.node));
+        if other.is_ready() && other.terms() == there && matches!(answer().await, Ok(Ok(_))) {
+            return true;
+        }
+    }
+    false
 }
 
 fn load(node: &Node, at: usize, terms: Terms) -> Result<Arc<Host>, String> {
@@ -191,7 +230,7 @@ pub(crate) async fn serve(
     mut drain: Drain,
 ) -> Result<(), FrameError> {
     let host = match admit(&node, &open) {
-        Ok((at, terms)) => held_while_told(&node, at, terms, &mut drain).await,
+        Ok((at, terms)) => held_while_told(&node, &mesh, at, terms, &mut drain).await,
         Err(reason) => Err(reason),
     };
     let host = match host {
@@ -211,18 +250,27 @@ pub(crate) async fn serve(
     }));
     mesh.rings.rings().insert(open.ring, guest.clone());
     let _listed = Listed { rings: &mesh.rings, ring: open.ring };
-    carry::write(&mut drain, &[Frame::message(Header::new(Kind::Loaded, 0), host.loaded())?]).await?;
+    let loaded = Frame::message(Header::new(Kind::Loaded, 0), host.loaded())?;
+    // The stage may be given up while it is used: then this ends.
+    drop(host);
+    carry::write(&mut drain, &[loaded]).await?;
     let (routes, route) = watch::channel(None);
     tokio::select! {
         ended = inward(reader, &guest, &routes) => ended,
-        ended = outward(answered, drain, Hop { mesh: Arc::downgrade(&mesh), route, open: None }) => ended,
+        ended = outward(answered, drain, Hop { mesh: Arc::downgrade(&mesh), route, way: Way::Driver }) => ended,
     }
 }
 
 /// Loads what the driver wants, and tells it meanwhile that it is worked on.
-async fn held_while_told(node: &Arc<Node>, at: usize, terms: Terms, drain: &mut Drain) -> Result<Arc<Host>, String> {
+async fn held_while_told(
+    node: &Arc<Node>,
+    mesh: &MeshNode,
+    at: usize,
+    terms: Terms,
+    drain: &mut Drain,
+) -> Result<Arc<Host>, String> {
     let mut ticks = tokio::time::interval(HEARTBEAT);
-    let holding = hold(node, at, terms);
+    let holding = hold(node, mesh, at, terms);
     tokio::pin!(holding);
     loop {
         tokio::select! {
@@ -269,10 +317,8 @@ async fn outward(mut answers: mpsc::Receiver<Frame>, mut drain: Drain, mut hop: 
         }
         hop.renew().await;
         let (onward, back): (Vec<Frame>, Vec<Frame>) =
-            frames.drain(..).partition(|frame| frame.header.kind == Kind::Hidden && hop.open.is_some());
-        if let Some(next) = hop.open.as_mut().filter(|_| !onward.is_empty()) {
-            carry::write(next, &onward).await?;
-        }
+            frames.drain(..).partition(|frame| frame.header.kind == Kind::Hidden && hop.is_another());
+        hop.write(&onward).await?;
         if !back.is_empty() {
             carry::write(&mut drain, &back).await?;
             said = Instant::now();
@@ -284,36 +330,80 @@ async fn outward(mut answers: mpsc::Receiver<Frame>, mut drain: Drain, mut hop: 
 struct Hop {
     mesh: Weak<MeshNode>,
     route: watch::Receiver<Option<murmur_protocol::stage::RouteTo>>,
-    open: Option<Drain>,
+    way: Way,
+}
+
+enum Way {
+    /// Through the driver, which hands on what comes back to it.
+    Driver,
+    Open(Drain),
+    /// What goes there is lost.
+    Broken(Instant),
 }
 
 impl Hop {
-    /// Takes another way if the driver has named one. One that cannot be had is as good as none: the driver itself hands on
-    /// what comes back to it.
+    fn is_another(&self) -> bool {
+        !matches!(self.way, Way::Driver)
+    }
+
+    /// Takes another way if the driver has named one. One that cannot be had is as good as none.
     async fn renew(&mut self) {
         if !self.route.has_changed().unwrap_or(false) {
             return;
         }
         let to = *self.route.borrow_and_update();
-        self.open = None;
+        self.way = Way::Driver;
         let (Some(to), Some(mesh)) = (to, self.mesh.upgrade()) else { return };
         let opened = async {
-            let (mut send, _) = mesh.mesh().open_work(to.node).await?;
-            stream::write(&mut send, &Work::Hop(to.ring)).await?;
-            Ok::<_, murmur_net::NetError>(send)
+            let (mut send, recv) = mesh.mesh().open_work(to.node).await.ok()?;
+            stream::write(&mut send, &Work::Hop(to.ring)).await.ok()?;
+            // Without an answer nobody may be there: a connection outlives the node at its other end by some seconds.
+            FrameReader::new(Box::pin(recv), &[]).next().await.ok()??;
+            Some(send)
         };
-        match opened.await {
-            Ok(send) => self.open = Some(Box::pin(send)),
-            Err(error) => tracing::debug!(node = %to.node.short(), %error, "the next host cannot be reached"),
+        match timeout(SIGN_OF_LIFE, opened).await {
+            Ok(Some(send)) => self.way = Way::Open(Box::pin(send)),
+            _ => tracing::debug!(node = %to.node.short(), "the next host cannot be reached"),
+        }
+    }
+
+    /// Hands hidden states on. A host that takes no more is waited for until the driver names another way: then sessions are
+    /// opened again, and what was lost on the way goes once more.
+    async fn write(&mut self, frames: &[Frame]) -> Result<(), FrameError> {
+        if let Way::Open(drain) = &mut self.way
+            && !frames.is_empty()
+        {
+            let is_written = tokio::select! {
+                written = carry::write(drain, frames) => written.is_ok(),
+                Ok(()) = self.route.changed() => {
+                    self.route.mark_changed();
+                    false
+                }
+            };
+            if !is_written {
+                self.way = Way::Broken(Instant::now());
+            }
+        }
+        match self.way {
+            Way::Broken(since) if since.elapsed() > WAY_BROKEN_MAX => {
+                Err(FrameError::Io(std::io::Error::new(std::io::ErrorKind::BrokenPipe, "the next host takes nothing")))
+            }
+            _ => Ok(()),
         }
     }
 }
 
 /// Takes hidden states of another host for a driver's ring.
-pub(crate) async fn hop(mesh: &MeshNode, ring: RingId, mut reader: FrameReader) -> Result<(), FrameError> {
+pub(crate) async fn hop(
+    mesh: &MeshNode,
+    ring: RingId,
+    mut reader: FrameReader,
+    mut drain: Drain,
+) -> Result<(), FrameError> {
     let Some(guest) = mesh.rings.rings().get(&ring).map(Arc::downgrade) else {
         return Err(FrameError::Malformed("nobody here has a ring of this name"));
     };
+    carry::write(&mut drain, &[heartbeat()]).await?;
     while let Some(frame) = reader.next().await? {
         let Some(guest) = guest.upgrade() else { break };
         if frame.header.kind != Kind::Hidden || guest.send(frame).is_err() {
@@ -330,4 +420,40 @@ pub(crate) fn held(model: &Model) -> Option<(Terms, bool, Speed)> {
         let speed = held.host.as_ref().map(|host| host.speed()).unwrap_or_default();
         (held.terms, held.host.is_some(), speed)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_host_that_takes_nothing_is_waited_for_until_the_driver_names_another_way() {
+        let (routes, route) = watch::channel(None);
+        let (way, next) = tokio::io::duplex(16);
+        let mut hop = Hop { mesh: Weak::new(), route, way: Way::Open(Box::pin(way)) };
+        let frames = vec![Frame { header: Header::new(Kind::Hidden, 1), payload: vec![0; 1000] }];
+        {
+            let writing = hop.write(&frames);
+            tokio::pin!(writing);
+            assert!(tokio::time::timeout(HEARTBEAT, &mut writing).await.is_err());
+            routes.send_replace(None);
+            writing.await.unwrap();
+        }
+        assert!(matches!(hop.way, Way::Broken(_)));
+        hop.renew().await;
+        assert!(matches!(hop.way, Way::Driver));
+        drop(next);
+    }
+
+    #[tokio::test]
+    async fn a_way_that_breaks_is_no_error_at_once_and_one_if_the_driver_does_not_know() {
+        let (_routes, route) = watch::channel(None);
+        let (way, next) = tokio::io::duplex(16);
+        drop(next);
+        let mut hop = Hop { mesh: Weak::new(), route, way: Way::Open(Box::pin(way)) };
+        hop.write(&[Frame { header: Header::new(Kind::Hidden, 1), payload: vec![0; 1000] }]).await.unwrap();
+        assert!(hop.is_another(), "the driver does not get what it has named a way for");
+        hop.way = Way::Broken(Instant::now().checked_sub(2 * WAY_BROKEN_MAX).unwrap());
+        assert!(hop.write(&[]).await.is_err());
+    }
 }

@@ -35,6 +35,7 @@ use crate::{
 };
 use carry::Drain;
 pub(crate) use carry::FrameReader;
+use form::Offer;
 pub(crate) use form::{Spread, run};
 
 /// A host that says nothing for so long is asked whether it is there: it says so twice as often.
@@ -43,6 +44,8 @@ const SILENCE_MAX: Duration = Duration::from_millis(500);
 const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
 /// A host that was lost is not asked again before others for so long.
 const AVOIDED: Duration = Duration::from_secs(30);
+/// Nodes at round trips of less than this, in us, are equally near; beyond, those that differ by a factor of less than two.
+const NEAR_US: f64 = 20_000.0;
 /// Bytes on their way within this process.
 const PIPE_BYTES: usize = 256 << 10;
 
@@ -64,12 +67,14 @@ pub(crate) struct Ring {
 /// A stage of it.
 struct Seat {
     range: LayerRange,
-    /// Who is to hold it.
+    /// Who is to hold it, or held it last.
     planned: NodeId,
     /// Who holds it, under which name of the ring, and how to tell them.
     taken: Option<(NodeId, RingId, mpsc::UnboundedSender<Frame>)>,
     /// Who was lost last, and when.
     lost: Option<(NodeId, Instant)>,
+    /// That one could not be reached any more; its stage did not end before.
+    is_unreachable: bool,
 }
 
 /// A host that has its layers ready.
@@ -135,18 +140,12 @@ impl Ring {
             .filter(|other| other.range != seat.range)
             .filter_map(|other| Some(other.taken.as_ref()?.0))
             .collect();
-        let mut ranked: Vec<_> = offers
-            .iter()
-            .filter(|offer| !others.contains(&offer.node))
-            .map(|offer| {
-                let is_avoided = seat.lost.is_some_and(|(lost, at)| lost == offer.node && at.elapsed() < AVOIDED);
-                let holds = offer.range() == seat.range;
-                let is_free = offer.stage.first == offer.stage.end;
-                ((is_avoided, offer.node != seat.planned, !holds, !is_free, offer.rtt_us as u64), offer.node)
-            })
-            .collect();
-        ranked.sort_unstable();
-        (seat.range, ranked.into_iter().map(|(_, node)| node).collect())
+        let mut asked: Vec<&Offer> = offers.iter().filter(|offer| !others.contains(&offer.node)).collect();
+        asked.sort_by_cached_key(|offer| {
+            let is_avoided = seat.lost.is_some_and(|(lost, at)| lost == offer.node && at.elapsed() < AVOIDED);
+            (is_avoided, offer.node != seat.planned, order(offer, seat.range))
+        });
+        (seat.range, asked.into_iter().map(|offer| offer.node).collect())
     }
 
     /// Asks a host for a stage, and waits until it is loaded there. Errors are for people.
@@ -182,7 +181,9 @@ impl Ring {
                 stream::write(&mut send, &Work::Stage(Box::new(open))).await?;
                 Ok::<_, NetError>((send, recv))
             };
-            let (send, recv) = asking.await.map_err(|error| error.to_string())?;
+            // To reach one that died a moment ago would be tried for ten seconds.
+            let asked = while_alive(mesh, holder, asking).await.map_err(|error| error.to_string())?;
+            let (send, recv) = asked.map_err(|error| error.to_string())?;
             (FrameReader::new(Box::pin(recv), &[]), Box::pin(send))
         };
         loop {
@@ -211,19 +212,15 @@ impl Ring {
         {
             let mut seats = self.seats();
             seats[index].taken = Some((holder, ring, words));
-            for at in [index.checked_sub(1), Some(index)].into_iter().flatten() {
-                let next = seats.get(at + 1).and_then(|next| next.taken.as_ref());
-                let next = next.map(|(node, ring, _)| RouteTo { node: *node, ring: *ring });
-                let frame = Frame::message(Header::new(Kind::Route, 0), &Route { next });
-                if let (Some((.., words)), Ok(frame)) = (&seats[at].taken, frame) {
-                    // A host that is gone need not know.
-                    let _ = words.send(frame);
-                }
-            }
+            seats[index].planned = holder;
+            index.checked_sub(1).into_iter().chain([index]).for_each(|at| show_the_way(&seats, at));
         }
         let seat = Arc::clone(self);
         tokio::spawn(async move {
-            let ended = carry_both(&seat.mesh, holder, ours, opened, told).await;
+            let (source, drain) = ours.into_split();
+            // The engine learns of the end when these are dropped, and then asks for its reason.
+            let (mut engine, mut questions): (Drain, _) = (Box::pin(drain), FrameReader::new(Box::pin(source), &[]));
+            let ended = carry_both(&seat.mesh, holder, (&mut engine, &mut questions), opened, told).await;
             seat.lose(index, ring, ended);
         });
         Ok(engines)
@@ -233,17 +230,47 @@ impl Ring {
         let mut seats = self.seats();
         let seat = &mut seats[index];
         if let Some((holder, ..)) = seat.taken.take_if(|taken| taken.1 == ring) {
-            seat.lost = Some((holder, Instant::now()));
+            (seat.lost, seat.is_unreachable) = (Some((holder, Instant::now())), ended.is_err());
             tracing::debug!(node = %holder.short(), layers = %seat.range, ?ended, "a stage of a ring is lost");
+            index.checked_sub(1).into_iter().for_each(|at| show_the_way(&seats, at));
         }
     }
 }
 
-/// The next frame of a host. One that is silent for longer than it should be is asked for a sign of life.
+/// In which order nodes are asked for layers: who has them loaded, who has nothing loaded, who is near. Among those that are
+/// about as near, all drivers ask the same one first: if each had another one load the same layers, no room would be left for
+/// others. For each range that is another one, since several may be lost at once.
+fn order(offer: &Offer, range: LayerRange) -> impl Ord + use<> {
+    let (holds, is_free) = (offer.range() == range, offer.stage.first == offer.stage.end);
+    let distance = (offer.rtt_us / NEAR_US).max(1.0).log2() as u32;
+    let mut id = *offer.node.as_bytes();
+    let turned = range.first as usize % id.len();
+    id.rotate_left(turned);
+    (!holds, !is_free, distance, id)
+}
+
+/// Tells the host of a stage who holds the next one, if anybody does.
+fn show_the_way(seats: &[Seat], at: usize) {
+    let next = seats.get(at + 1).and_then(|next| next.taken.as_ref());
+    let next = next.map(|(node, ring, _)| RouteTo { node: *node, ring: *ring });
+    let frame = Frame::message(Header::new(Kind::Route, 0), &Route { next });
+    if let (Some((.., words)), Ok(frame)) = (&seats[at].taken, frame) {
+        // A host that is gone need not know.
+        let _ = words.send(frame);
+    }
+}
+
+/// The next frame of a host.
 async fn hear(mesh: &MeshNode, host: NodeId, reader: &mut FrameReader) -> Result<Option<Frame>, FrameError> {
+    while_alive(mesh, host, reader.next()).await?
+}
+
+/// Waits for what a host is to do. One that is silent for longer than it should be is asked for a sign of life.
+async fn while_alive<T>(mesh: &MeshNode, host: NodeId, doing: impl Future<Output = T>) -> Result<T, FrameError> {
+    tokio::pin!(doing);
     loop {
-        if let Ok(heard) = timeout(SILENCE_MAX, reader.next()).await {
-            return heard;
+        if let Ok(done) = timeout(SILENCE_MAX, &mut doing).await {
+            return Ok(done);
         }
         let is_own = host == mesh.mesh().node_id();
         let answer = timeout(SIGN_OF_LIFE, mesh.mesh().ping(host));
@@ -257,14 +284,12 @@ async fn hear(mesh: &MeshNode, host: NodeId, reader: &mut FrameReader) -> Result
 async fn carry_both(
     mesh: &Weak<MeshNode>,
     holder: NodeId,
-    engine: tokio::net::UnixStream,
+    (engine, questions): (&mut Drain, &mut FrameReader),
     opened: Opened,
     mut told: mpsc::UnboundedReceiver<Frame>,
 ) -> Result<(), FrameError> {
     let Opened { reader: mut answers, drain: mut host, loaded } = opened;
-    let (source, drain) = engine.into_split();
-    let (mut engine, mut questions): (Drain, _) = (Box::pin(drain), FrameReader::new(Box::pin(source), &[]));
-    carry::write(&mut engine, &[loaded]).await?;
+    carry::write(engine, &[loaded]).await?;
     let outward = async {
         loop {
             let frame = tokio::select! {
@@ -283,7 +308,7 @@ async fn carry_both(
             let Some(frame) = hear(&mesh, holder, &mut answers).await? else { break };
             // A sign of life is no answer.
             if frame.header.kind != Kind::Progress {
-                carry::write(&mut engine, &[frame]).await?;
+                carry::write(engine, &[frame]).await?;
             }
         }
         Ok(())
@@ -312,5 +337,73 @@ impl RemoteStage for Stage {
             Some((node, _)) => format!("node {}, which held layers {}, is lost", node.short(), seat.range),
             None => format!("the connection to layers {} has ended", seat.range),
         }
+    }
+
+    fn is_unreachable(&self) -> bool {
+        self.ring.seats()[self.index].is_unreachable
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use murmur_protocol::mesh::{ModelState, ServedStage};
+
+    use super::*;
+
+    fn offer(node: u8, held: LayerRange, rtt_us: f64) -> Offer {
+        let stage = ServedStage {
+            digest: ModelDigest::from_bytes([0; 32]),
+            name: "model".to_owned(),
+            layers: 12,
+            first: held.first,
+            end: held.end,
+            state: ModelState::Ready,
+            context_tokens: 512,
+            parallel: 1,
+            exact: false,
+            build: String::new(),
+            memory_bytes: 0,
+            decode_us_per_layer: 0,
+            prefill_us_per_layer: 0,
+            layers_max: 0,
+        };
+        // An id whose bytes are in no order.
+        let bytes = std::array::from_fn(|at| (node + 1).wrapping_mul(at as u8 * 2 + 77).wrapping_mul(151));
+        Offer { node: NodeId::from_bytes(bytes), stage, rtt_us }
+    }
+
+    fn asked(mut offers: Vec<Offer>, range: LayerRange) -> Vec<NodeId> {
+        offers.sort_by_cached_key(|offer| order(offer, range));
+        offers.into_iter().map(|offer| offer.node).collect()
+    }
+
+    #[test]
+    fn all_drivers_ask_the_same_free_node_for_a_range_and_another_one_for_another_range() {
+        let free = LayerRange::new(0, 0);
+        let ranges = [LayerRange::new(0, 4), LayerRange::new(4, 8), LayerRange::new(8, 12)];
+        // What six drivers see: each is nearest to itself.
+        let seen =
+            |driver: u8| (0..6).map(|node| offer(node, free, 300.0 * f64::from(driver.abs_diff(node)))).collect();
+        let firsts = ranges.map(|range| {
+            let asked_by = [0, 1, 2, 3, 4, 5].map(|driver| asked(seen(driver), range));
+            assert!(asked_by.iter().all(|order| *order == asked_by[0]));
+            asked_by[0][0]
+        });
+        assert_ne!(firsts[0], firsts[1]);
+        assert_ne!(firsts[1], firsts[2]);
+    }
+
+    #[test]
+    fn who_holds_the_layers_is_asked_first_then_who_holds_none_and_the_near_before_the_far() {
+        let (free, range) = (LayerRange::new(0, 0), LayerRange::new(4, 8));
+        let offers = [
+            offer(0, range, 90_000.0),
+            offer(1, free, 100.0),
+            offer(2, free, 50_000.0),
+            offer(3, free, f64::MAX),
+            offer(4, LayerRange::new(0, 4), 0.0),
+        ];
+        let ids: Vec<NodeId> = offers.iter().map(|offer| offer.node).collect();
+        assert_eq!(asked(offers.into_iter().rev().collect(), range), ids);
     }
 }

@@ -54,7 +54,7 @@ pub(crate) async fn answer(node: &Node, mesh: &MeshNode, question: PlanQuestion)
             .map_err(|error| Refusal::Failed { message: with_causes(&error) })?;
         let (facts, context_tokens_max) = facts.ok_or_else(|| cannot_be_cut(&question.model))?;
         let context_tokens = context_tokens(&question, options.ctx_tokens, context_tokens_max)?;
-        let ask = ask(&question, own, (context_tokens, streams), pins, excluded);
+        let ask = ask(&question, own, (context_tokens, streams), pins, excluded, options.lossy.clone());
         let wanted = Wanted { offers: &offers, facts: &facts, ask };
         let found = match is_spread {
             true => as_made(&wanted, &question, options.ctx_tokens.is_some(), &mut remarks),
@@ -194,6 +194,7 @@ fn ask(
     (context_tokens, streams): (u32, u32),
     pins: Vec<Pin>,
     excluded: Vec<NodeId>,
+    lossy: Vec<Codec>,
 ) -> Ask {
     let plain = Ask::new(own, context_tokens);
     Ask {
@@ -202,6 +203,7 @@ fn ask(
         keep_ends: question.keep_ends,
         pins,
         excluded,
+        lossy,
         rtt_us_max: question.rtt_max.map(|rtt| 1e6 * rtt.as_secs_f64()),
         prompt_tokens: question.prompt_tokens.unwrap_or(plain.prompt_tokens.min(context_tokens)),
         ..plain

@@ -1,0 +1,105 @@
+"""Hosts of the lab, entered from Python: programs run there, and connections begin there."""
+
+import contextlib
+import ctypes
+import http.client
+import os
+import pathlib
+import signal
+import subprocess
+import tempfile
+
+CLONE_NEWNET = 0x40000000
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Host:
+    """A network namespace. `entry`: the words that start a program in it."""
+
+    def __init__(self, name, address, entry):
+        self.name, self.address, self.entry = name, address, entry
+        # ip netns exec NAMESPACE
+        self.namespace = pathlib.Path("/run/netns") / entry[-1]
+
+    def connection(self, port, timeout):
+        """An HTTP connection from this host to itself."""
+        return _Connection(self.namespace, port, timeout)
+
+
+class Here:
+    """This machine, outside of any lab."""
+
+    entry = ()
+
+    def connection(self, port, timeout):
+        return http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, namespace, port, timeout):
+        super().__init__("127.0.0.1", port, timeout=timeout)
+        self.namespace = namespace
+
+    def connect(self):
+        # A socket stays where it was made.
+        with _inside(self.namespace):
+            super().connect()
+
+
+@contextlib.contextmanager
+def _inside(namespace):
+    """The calling thread, and no other, is in the namespace."""
+
+    def enter(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            if LIBC.setns(descriptor, CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), f"entering {path}")
+        finally:
+            os.close(descriptor)
+
+    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    try:
+        enter(namespace)
+        try:
+            yield
+        finally:
+            enter(f"/proc/self/fd/{own}")
+    finally:
+        os.close(own)
+
+
+class Lab:
+    """Lone hosts with links between them; a context manager: (itself, its hosts)."""
+
+    def __init__(self, binary, count):
+        self.binary, self.count = binary, count
+
+    def __enter__(self):
+        self.folder = tempfile.TemporaryDirectory(prefix="murmur-bench-")
+        topology = pathlib.Path(self.folder.name) / "topology.toml"
+        topology.write_text("".join(f'[[host]]\nname = "h{number}"\n' for number in range(1, self.count + 1)))
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([str(self.binary), str(topology)], **pipes)
+        self.hosts = []
+        for _ in range(self.count):
+            words = self.process.stdout.readline().split()
+            if len(words) < 4:
+                self.__exit__()
+                raise SystemExit("the lab did not start: it needs root, and /dev/net/tun")
+            self.hosts.append(Host(words[0], words[1], words[2:-1]))
+        return self, self.hosts
+
+    def __exit__(self, *_):
+        self.process.send_signal(signal.SIGINT)
+        self.process.communicate()
+        self.folder.cleanup()
+
+    def links(self, round_trip_ms, rate_mbit_s=None):
+        """From now on, between any two hosts."""
+        rate = f", rate_mbit_s = {rate_mbit_s:.1f}" if rate_mbit_s else ""
+        for host in self.hosts:
+            print(f"up {host.name} {{ delay_ms = {round_trip_ms / 2:.3f}{rate} }}", file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline().strip()
+            if answer != "done":
+                raise SystemExit(f"the lab did not change a link: {answer}")

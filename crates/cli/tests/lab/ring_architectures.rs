@@ -38,7 +38,7 @@ fn model(home: &Home, preset: &str, machines: u32) -> PathBuf {
 /// A request whose prompt is longer than the windows of the models that have any, and than a chunk if `n` is even.
 fn request(preset: &str, n: u64, temperature: f32) -> Value {
     let words = ["ba", "ce", "di", "fo", "gu", "hel", "jim", "kor"];
-    let length = if n % 2 == 0 { 150 } else { 20 };
+    let length = if n.is_multiple_of(2) { 150 } else { 20 };
     let prompt: Vec<_> = (0..length).map(|i| words[((i * i + n * (i + 1)) % 8) as usize]).collect();
     json!({
         "model": preset, "prompt": prompt.join(" "), "max_tokens": 12, "temperature": temperature, "seed": n, "logprobs": 3,

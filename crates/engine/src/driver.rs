@@ -6,7 +6,7 @@
 //! A session's truth is its list of tokens (prompt, then what was generated). Everything the stages hold can be computed
 //! from it again, so a lost stage costs time and nothing else: all sessions get a new epoch and are opened again on every
 //! stage. Each says how much it holds, and how much of that it can send on once more; each is then fed what it lacks, from as
-//! near as possible ([`Session::plan`]). Prompt rows are always cut at the same boundaries, so in exact mode the replay gives
+//! near as possible (`Session::plan`). Prompt rows are always cut at the same boundaries, so in exact mode the replay gives
 //! the same bits, and the stream goes on with the same tokens.
 //!
 //! A request may be what kills the stages. Those that were being computed at a death are charged with it, and a token

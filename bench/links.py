@@ -58,7 +58,7 @@ class Ring:
             for host in self.hosts[1:]:
                 self.nodes.append(self.node(host, ("--join", ticket)))
                 self.nodes[-1].launch()
-            first.wait(lambda: first.ask("GET", "/v1/models")["data"])
+            first.wait(lambda: first.answers("/health"))
         except BaseException:
             self.__exit__()
             raise
@@ -109,7 +109,7 @@ def streams(options, model, table):
             ring.generate(servers.unique_prompt(64), 8)
             network.links(FAR_MS)
             pair = in_turns(options.rounds, lambda: together_rate(ring, STREAMS), lambda: together_rate(ring, 1))
-            stages = ring.ask("GET", "/api/status")["models"][0]["stages"]
+            stages = ring.ask("GET", "/api/status")["node"]["models"][0]["stages"]
             slowest_ms = max(stage["last_step"]["compute_us"] for stage in stages) / 1000
             alone_ms = token_ms(ring)
             most = min(STREAMS, alone_ms / slowest_ms)

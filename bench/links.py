@@ -16,14 +16,13 @@ could use them up to eight times as well, but no better than the slowest stage a
 """
 
 import argparse
-import json
 import pathlib
 import statistics
-import subprocess
 
 import lab
 import servers
-from bench import Table, bench_models, decode_rate, first_token_s, in_turns, machine, together_rate
+from bench import Table, decode_rate, first_token_s, in_turns, machine, together_rate
+from mesh import layers_of, spread_over, synthetic, ticket_of
 
 PARTS = ("tokens", "streams", "prefill")
 SHAPE = "bench-1b"
@@ -38,7 +37,7 @@ class Ring:
     """A model over the hosts of a lab; a context manager whose value is the node on the first of them."""
 
     def __init__(self, options, model, hosts, layers, parallel=1):
-        limit = ("--max-layers", str(-(-layers // len(hosts))))
+        limit = spread_over(layers, len(hosts))
         shape = {"threads": 1, "context": CONTEXT, "parallel": parallel}
 
         def node(host, joining):
@@ -54,7 +53,7 @@ class Ring:
         try:
             first.launch()
             first.wait(lambda: first.answers("/api/mesh"))
-            ticket = first.ask("POST", "/api/mesh/invite", {"valid_s": 24 * 3600, "role": "worker"})["ticket"]
+            ticket = ticket_of(first)
             for host in self.hosts[1:]:
                 self.nodes.append(self.node(host, ("--join", ticket)))
                 self.nodes[-1].launch()
@@ -68,11 +67,6 @@ class Ring:
     def __exit__(self, *_):
         for node in reversed(self.nodes):
             node.__exit__()
-
-
-def layers_of(options, model):
-    shown = subprocess.run([options.murmur, "models", "show", model, "--json"], capture_output=True, check=True)
-    return len(json.loads(shown.stdout)["layers"])
 
 
 def token_ms(server):
@@ -147,7 +141,7 @@ def arguments():
 def main():
     options, table = arguments(), Table()
     print(machine())
-    model = next(bench_models(argparse.Namespace(murmur=options.murmur, models=options.models, shapes=[SHAPE])))
+    model = next(synthetic(options, [SHAPE]))
     for part, measure in (("tokens", tokens), ("streams", streams), ("prefill", prefill)):
         if part in options.only:
             measure(options, model, table)

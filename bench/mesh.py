@@ -55,6 +55,16 @@ def synthetic(options, shapes):
     return bench_models(argparse.Namespace(murmur=options.murmur, models=options.models, shapes=shapes))
 
 
+def layers_of(options, model):
+    shown = subprocess.run([options.murmur, "models", "show", model, "--json"], capture_output=True, check=True)
+    return len(json.loads(shown.stdout)["layers"])
+
+
+def spread_over(layers, count):
+    """Arguments of each of `count` nodes that share a model evenly."""
+    return ("--max-layers", str(-(-layers // count)))
+
+
 def ticket_of(client):
     return client.ask("POST", "/api/mesh/invite", {"valid_s": 24 * 3600, "role": "worker"})["ticket"]
 
@@ -213,11 +223,10 @@ def overhead(options, table):
 
 def ring(options, table):
     model = next(synthetic(options, [RING_SHAPE]))
-    shown = subprocess.run([options.murmur, "models", "show", model, "--json"], capture_output=True, check=True)
-    layers = len(json.loads(shown.stdout)["layers"])
+    layers = layers_of(options, model)
     shape = {"threads": 1, "context": CONTEXT, "parallel": 1}
     for stages in RING_STAGES:
-        limit = ("--max-layers", str(-(-layers // stages)))
+        limit = spread_over(layers, stages)
         with servers.murmur(options.murmur, model, **shape) as whole, Mesh(options, model, stages, limit, **shape) as mesh:
             driver = mesh.servers[0]
             driver.model = whole.model

@@ -150,9 +150,7 @@ impl Ranking {
         });
         until.min()
     }
-}
 
-impl Ranking {
     fn exclude(&mut self, node: NodeId, why: Excluded) {
         if self.excluded.len() < EXCLUDED_MAX {
             self.excluded.push((node, why));

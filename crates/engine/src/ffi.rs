@@ -268,8 +268,7 @@ pub(crate) struct ContextOptions {
     pub(crate) sequences: u32,
     /// Rows of one computation at most.
     pub(crate) batch_rows: u32,
-    /// Results that do not depend on threads, and for [`Batch::is_exact`] not on company: no flash attention, whose kernel splits
-    /// the KV cache of a lone row over the threads.
+    /// Results of batches with [`Batch::is_exact`] depend neither on company nor on the number of threads.
     pub(crate) exact: bool,
     /// Pooled embeddings instead of logits.
     pub(crate) embeddings: bool,

@@ -81,7 +81,7 @@ fn model(model: &Model) -> Value {
             "weight_bytes": stage.loaded.as_ref().map(|l| l.weight_bytes),
             "kv_cells": stage.loaded.as_ref().map(|l| l.kv_cells),
             "computed_rows": stage.computed_rows,
-            "codec": codecs.get(at).filter(|_| at + 1 < status.stages.len()).map(|codec| codec.name()),
+            "codec": codecs.get(at).map(|codec| codec.name()),
             "last_step": stage.last_step.as_ref().map(|step| json!({
                 "compute_us": step.compute_us, "batch_rows": step.batch_rows, "threads": step.threads,
             })),

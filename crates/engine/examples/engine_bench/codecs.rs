@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 
-use murmur_engine::{Engine, Keep, SessionEvent, SessionRequest};
+use murmur_engine::{Engine, Keep, SessionRequest};
 use murmur_protocol::{
     codec::Codec,
     sampling::{SamplingParams, Token},
 };
 
-use super::Place;
+use super::{Place, next_token};
 
 /// The likeliest tokens of a distribution; all others count as one.
 type Top = HashMap<Token, f64>;
@@ -47,17 +47,8 @@ async fn top(engine: &Engine, prompt: &[Token]) -> Top {
         SamplingParams { temperature: 0.0, ignore_eos: true, top_logprobs: Some(u8::MAX), ..SamplingParams::default() };
     let request = SessionRequest { prompt: prompt.to_vec(), generated: Vec::new(), max_tokens: 1, sampling };
     let mut stream = engine.start(request).expect("there is room");
-    let mut top = Top::new();
-    while let Some(event) = stream.next().await {
-        match event {
-            SessionEvent::Token(sampled) => {
-                top = sampled.top.iter().map(|&(token, log)| (token, f64::from(log).exp())).collect()
-            }
-            SessionEvent::Failed(reason) => panic!("{reason}"),
-            _ => {}
-        }
-    }
-    top
+    let sampled = next_token(&mut stream).await.expect("an answer has a token");
+    sampled.top.iter().map(|&(token, log)| (token, f64::from(log).exp())).collect()
 }
 
 /// KL divergence of `top` from `exact` over the tokens that both name and the rest as one: at most that of all tokens.

@@ -20,11 +20,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use murmur_engine::{Engine, EngineOptions, Keep, Patience, SessionEvent, SessionRequest, Stop};
+use murmur_engine::{Engine, EngineOptions, Keep, Patience, SessionEvent, SessionRequest, SessionStream, Stop};
 use murmur_gguf::{Gguf, even_cuts};
 use murmur_protocol::{
     codec::Codec,
-    sampling::{SamplingParams, Token},
+    sampling::{Sampled, SamplingParams, Token},
 };
 
 const CONTEXT_TOKENS: u32 = 2048;
@@ -83,18 +83,23 @@ async fn answer(engine: &Engine, prompt: Vec<Token>, max_tokens: u32, sampling: 
     let request = SessionRequest { prompt, generated: Vec::new(), max_tokens, sampling };
     let mut stream = engine.start(request).expect("there is room");
     let (mut tokens, mut first) = (Vec::new(), None);
-    while let Some(event) = stream.next().await {
-        match event {
-            SessionEvent::Token(sampled) => {
-                first.get_or_insert_with(Instant::now);
-                tokens.push(sampled.token);
-            }
+    while let Some(sampled) = next_token(&mut stream).await {
+        first.get_or_insert_with(Instant::now);
+        tokens.push(sampled.token);
+    }
+    let first = first.expect("an answer has a token");
+    Answer { tokens, until_first: first - begin, since_first: first.elapsed() }
+}
+
+/// The next token of an answer; `None` after the last.
+async fn next_token(stream: &mut SessionStream) -> Option<Sampled> {
+    loop {
+        match stream.next().await? {
+            SessionEvent::Token(sampled) => return Some(sampled),
             SessionEvent::Failed(reason) => panic!("{reason}"),
             _ => {}
         }
     }
-    let first = first.expect("an answer has a token");
-    Answer { tokens, until_first: first - begin, since_first: first.elapsed() }
 }
 
 /// So many tokens, other ones for every number.

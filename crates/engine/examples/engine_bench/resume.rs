@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use murmur_engine::{Engine, Keep, SessionEvent, SessionRequest, SessionStream};
+use murmur_engine::{Engine, Keep, SessionRequest};
 use murmur_protocol::{
     codec::Codec,
     sampling::{SamplingParams, Token},
 };
 
-use super::{Place, prompt};
+use super::{Place, next_token, prompt};
 
 /// Tokens of the answer before a stage is killed.
 const TOKENS_BEFORE: usize = 8;
@@ -38,22 +38,12 @@ fn rows(engine: &Engine) -> Vec<u64> {
     engine.status().stages.iter().map(|stage| stage.computed_rows).collect()
 }
 
-async fn token(stream: &mut SessionStream) -> Option<Token> {
-    loop {
-        match stream.next().await? {
-            SessionEvent::Token(sampled) => return Some(sampled.token),
-            SessionEvent::Failed(reason) => panic!("{reason}"),
-            _ => {}
-        }
-    }
-}
-
 async fn pause(engine: &Engine, prompt: Vec<Token>, victim: usize) -> (Duration, Duration) {
     let sampling = SamplingParams { ignore_eos: true, ..SamplingParams::default() };
     let request = SessionRequest { prompt, generated: Vec::new(), max_tokens: TOKENS, sampling };
     let mut stream = engine.start(request).expect("there is room");
     for _ in 0..TOKENS_BEFORE {
-        token(&mut stream).await.expect("the answer goes on");
+        next_token(&mut stream).await.expect("the answer goes on");
     }
     let stage = || engine.status().stages.swap_remove(victim);
     let restarts = stage().restarts;
@@ -61,7 +51,7 @@ async fn pause(engine: &Engine, prompt: Vec<Token>, victim: usize) -> (Duration,
     let killed = Instant::now();
     rustix::process::kill_process(process, rustix::process::Signal::KILL).expect("it can be killed");
     let mut loaded = None;
-    let mut next = Box::pin(token(&mut stream));
+    let mut next = Box::pin(next_token(&mut stream));
     loop {
         match tokio::time::timeout(Duration::from_millis(1), &mut next).await {
             Err(_) if stage().restarts > restarts => drop(loaded.get_or_insert_with(|| killed.elapsed())),
@@ -69,7 +59,7 @@ async fn pause(engine: &Engine, prompt: Vec<Token>, victim: usize) -> (Duration,
             // Tokens that were on their way when it died.
             Ok(Some(_)) if stage().restarts == restarts => {
                 drop(next);
-                next = Box::pin(token(&mut stream));
+                next = Box::pin(next_token(&mut stream));
             }
             Ok(token) => {
                 token.expect("the answer goes on");

@@ -149,8 +149,8 @@ fn form(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
         refused: Mutex::default(),
     });
     let ranges: Vec<LayerRange> = plan.stages.iter().map(|stage| stage.layers).collect();
-    // The edges begin at the driver, which sends tokens.
-    let codecs = plan.edges.iter().skip(1).map(|edge| edge.codec.unwrap_or_default()).collect();
+    // Edges from and to the driver carry tokens.
+    let codecs = plan.edges.iter().filter_map(|edge| edge.codec).collect();
     let node = Arc::clone(node);
     // It ends with the model: Model::stop.
     let planned = model.plan_ring(ranges, terms.context_tokens, terms.parallel, ring.stages(), codecs);

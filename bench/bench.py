@@ -113,6 +113,20 @@ def together_rate(server, count):
     return count * STREAM_TOKENS / (time.perf_counter() - begin)
 
 
+def started_anew(server, *measures):
+    """A process keeps the memory that it got when it started, and that alone makes some per cent."""
+    with server as running:
+        running.generate(servers.unique_prompt(64), 8)
+        return [measure(running) for measure in measures]
+
+
+def decode_against_llama_server(options, model, table):
+    shape = {"threads": options.threads, "context": CONTEXT, "parallel": max(STREAMS)}
+    ours = lambda: started_anew(servers.murmur(options.murmur, model, **shape), decode_rate)[0]
+    theirs = lambda: started_anew(servers.llama_server(options.llama, model, **shape), decode_rate)[0]
+    table.pairs(f"{model.stem}: decode, 1 stream", "tok/s", *in_turns(options.rounds, ours, theirs), bar=0.98)
+
+
 def against_llama_server(options, model, table):
     label = model.stem
     shape = {"threads": options.threads, "context": CONTEXT, "parallel": max(STREAMS)}
@@ -127,8 +141,6 @@ def against_llama_server(options, model, table):
             pair = in_turns(rounds, lambda: measure(ours), lambda: measure(theirs))
             table.pairs(f"{label}: {what}", unit, *pair, bar=bar, lower_is_better=lower_is_better)
 
-        if "decode" in options.only:
-            compare("decode, 1 stream", "tok/s", decode_rate, bar=0.98)
         if "prefill" in options.only:
             for length in PREFILL_TOKENS:
                 rounds = options.rounds if length < 1000 else max(2, options.rounds // 2)
@@ -157,14 +169,8 @@ def against_llama_server(options, model, table):
 
 def three_stages_against_one(options, model, table):
     shape = {"threads": 1, "context": CONTEXT, "parallel": 1}
-
-    def started_anew(stages):
-        """A process keeps the memory that it got when it started, and that alone makes some per cent."""
-        with servers.murmur(options.murmur, model, **shape, stages=stages) as server:
-            server.generate(servers.unique_prompt(64), 8)
-            return [decode_rate(server), prefill_rate(server)]
-
-    pair = in_turns(options.rounds, lambda: started_anew(3), lambda: started_anew(1))
+    run = lambda stages: started_anew(servers.murmur(options.murmur, model, **shape, stages=stages), decode_rate, prefill_rate)
+    pair = in_turns(options.rounds, lambda: run(3), lambda: run(1))
     for index, what in enumerate(("decode", "prefill")):
         columns = [[value[index] for value in side] for side in pair]
         table.pairs(f"{model.stem}: {what}, 3 stages / 1, 1 thread", "tok/s", *columns, bar=0.97)
@@ -275,7 +281,9 @@ def main():
     if "engine" in options.only:
         engine_alone(options, table)
     for model in models:
-        if {"decode", "prefill", "streams", "cache", "memory", "status"} & set(options.only):
+        if "decode" in options.only:
+            decode_against_llama_server(options, model, table)
+        if {"prefill", "streams", "cache", "memory", "status"} & set(options.only):
             against_llama_server(options, model, table)
         if "llama-bench" in options.only:
             against_llama_bench(options, model, table)

@@ -95,10 +95,11 @@ class Lab:
         self.process.communicate()
         self.folder.cleanup()
 
-    def links(self, round_trip_ms):
+    def links(self, round_trip_ms, rate_mbit_s=None):
         """From now on, between any two hosts."""
+        rate = f", rate_mbit_s = {rate_mbit_s:.1f}" if rate_mbit_s else ""
         for host in self.hosts:
-            print(f"up {host.name} {{ delay_ms = {round_trip_ms / 2:.3f} }}", file=self.process.stdin, flush=True)
+            print(f"up {host.name} {{ delay_ms = {round_trip_ms / 2:.3f}{rate} }}", file=self.process.stdin, flush=True)
             answer = self.process.stdout.readline().strip()
             if answer != "done":
                 raise SystemExit(f"the lab did not change a link: {answer}")

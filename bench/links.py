@@ -10,7 +10,10 @@ with half of the layers on an `ggml-rpc-server`, and on one machine alone. What 
 *streams*: eight streams together against one, at 20 ms. One stream leaves the stages idle while its rows travel; eight
 could use them up to eight times as well, but no better than the slowest stage allows.
 
-*prefill*: a prompt of 4,096 tokens over four machines at 20 ms against one machine alone.
+*prefill*: a prompt of 4,096 tokens over four machines at 20 ms against one machine alone, and against its chunks going around one
+after the other.
+
+*codecs*: hidden states as f16 and q8 against f32 over two machines, on links of 20 and 100 Mbit/s.
 
 `./x bench links` builds everything and runs this.
 """
@@ -24,20 +27,22 @@ import servers
 from bench import Table, decode_rate, first_token_s, in_turns, machine, together_rate
 from mesh import layers_of, spread_over, synthetic, ticket_of
 
-PARTS = ("tokens", "streams", "prefill")
+PARTS = ("tokens", "streams", "prefill", "codecs")
 SHAPE = "bench-1b"
 CONTEXT = 4608
 ROUND_TRIPS_MS = (0, 5, 20, 50)
 FAR_MS = 20
 STREAMS = 8
 PROMPT_TOKENS, PREFILL_STAGES = 4096, 4
+CHUNK_TOKENS = 256
+CODECS, RATES_MBIT_S = ("f16", "q8"), (20, 100)
 
 
 class Ring:
     """A model over the hosts of a lab; a context manager whose value is the node on the first of them."""
 
-    def __init__(self, options, model, hosts, layers, parallel=1):
-        limit = spread_over(layers, len(hosts))
+    def __init__(self, options, model, hosts, layers, parallel=1, arguments=()):
+        limit = (*spread_over(layers, len(hosts)), *arguments)
         shape = {"threads": 1, "context": CONTEXT, "parallel": parallel}
 
         def node(host, joining):
@@ -124,7 +129,32 @@ def prefill(options, model, table):
             network.links(FAR_MS)
             rate = lambda server: PROMPT_TOKENS / first_token_s(server, PROMPT_TOKENS)
             pair = in_turns(max(2, options.rounds // 2), lambda: rate(ring), lambda: rate(whole))
-            table.pairs(f"prefill of {PROMPT_TOKENS} tokens at {FAR_MS} ms, ring of {PREFILL_STAGES} / whole", "tok/s", *pair)
+            what = f"prefill of {PROMPT_TOKENS} tokens at {FAR_MS} ms, ring of {PREFILL_STAGES}"
+            table.pairs(f"{what} / whole", "tok/s", *pair)
+            # The later chunks of a prompt take longer, so this is less than they would take one after the other.
+            one_by_one = lambda: CHUNK_TOKENS / first_token_s(ring, CHUNK_TOKENS)
+            table.pairs(f"{what} / chunk by chunk", "tok/s", *in_turns(len(pair[0]), lambda: rate(ring), one_by_one))
+
+
+def codecs(options, model, table):
+    layers = layers_of(options, model)
+    with lab.Lab(options.lab, 4) as (network, hosts):
+        for rate_mbit_s in RATES_MBIT_S:
+            network.links(FAR_MS, rate_mbit_s)
+            for codec in CODECS:
+                with (
+                    Ring(options, model, list(hosts[:2]), layers) as exact,
+                    Ring(options, model, list(hosts[2:]), layers, arguments=("--codec", codec)) as smaller,
+                ):
+                    for server in (exact, smaller):
+                        server.generate(servers.unique_prompt(64), 8)
+                    chosen = smaller.ask("GET", "/api/status")["node"]["models"][0]["stages"][0]["codec"]
+                    what = f"at {rate_mbit_s} Mbit/s and {FAR_MS} ms, {codec} allowed and {chosen} chosen / f32"
+                    pair = in_turns(options.rounds, lambda: token_ms(smaller), lambda: token_ms(exact))
+                    table.pairs(f"token {what}", "ms", *pair, lower_is_better=True)
+                    first = lambda server: 1000 * first_token_s(server, 2 * CHUNK_TOKENS)
+                    pair = in_turns(options.rounds, lambda: first(smaller), lambda: first(exact))
+                    table.pairs(f"first token of {2 * CHUNK_TOKENS} {what}", "ms", *pair, lower_is_better=True)
 
 
 def arguments():
@@ -142,7 +172,7 @@ def main():
     options, table = arguments(), Table()
     print(machine())
     model = next(synthetic(options, [SHAPE]))
-    for part, measure in (("tokens", tokens), ("streams", streams), ("prefill", prefill)):
+    for part, measure in (("tokens", tokens), ("streams", streams), ("prefill", prefill), ("codecs", codecs)):
         if part in options.only:
             measure(options, model, table)
 

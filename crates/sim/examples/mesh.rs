@@ -31,6 +31,9 @@ struct Options {
     /// Simulated seconds in which the nodes start, before half a minute of rest.
     #[arg(long, default_value_t = 30)]
     starting: u64,
+    /// The nodes know each other from the beginning.
+    #[arg(long)]
+    settled: bool,
     /// Simulated minutes after that.
     #[arg(long, default_value_t = 10)]
     minutes: u64,
@@ -50,6 +53,7 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
         seed: options.seed,
         network: NetworkOptions { loss: options.loss / 100.0, ..NetworkOptions::default() },
         starting_ms: options.starting * 1_000,
+        settled: options.settled,
         ..Scenario::default()
     })?;
     println!(

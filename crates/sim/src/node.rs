@@ -65,6 +65,8 @@ pub(crate) struct Life {
     /// For each node, by number, the last of its lives that this node has listed: what was found out before is not
     /// found out again.
     pub(crate) found: Vec<u16>,
+    /// It has broadcast its record.
+    pub(crate) has_broadcast: bool,
     /// Peers that have not answered, and will be given up.
     pub(crate) giving_up: Vec<Index>,
 }
@@ -84,6 +86,7 @@ impl Life {
             overlay: Overlay::default(),
             met: HashSet::new(),
             found: vec![0; nodes],
+            has_broadcast: false,
             giving_up: Vec::new(),
         }
     }

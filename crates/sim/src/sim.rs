@@ -3,6 +3,7 @@
 mod count;
 mod liar;
 mod send;
+mod settle;
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -65,6 +66,9 @@ pub struct Scenario {
     pub membership: MembershipOptions,
     /// The nodes start within this time, in milliseconds.
     pub starting_ms: u64,
+    /// The nodes run from the beginning, and each knows all others: what a mesh that is too large to be watched while it
+    /// starts would have become.
+    pub settled: bool,
     /// Wall clocks are off by so much at most, in milliseconds.
     pub wall_skew_ms_max: u64,
     /// Monotonic clocks are fast or slow by so many parts per million at most.
@@ -80,6 +84,7 @@ impl Default for Scenario {
             network: NetworkOptions::default(),
             membership: MembershipOptions::default(),
             starting_ms: 5_000,
+            settled: false,
             wall_skew_ms_max: 600_000,
             drift_ppm_max: 500,
         }
@@ -175,10 +180,12 @@ impl Sim {
                 disconnected_ms: 0,
                 valid_until_ms: 0,
             });
-            let delay_ms = rng.random_range(0..=scenario.starting_ms);
-            queue.after(delay_ms, Happening { at: index, life: 0, event: Event::Start(index) });
+            if !scenario.settled {
+                let delay_ms = rng.random_range(0..=scenario.starting_ms);
+                queue.after(delay_ms, Happening { at: index, life: 0, event: Event::Start(index) });
+            }
         }
-        Ok(Sim {
+        let mut sim = Sim {
             mesh: MeshId::public("simulated"),
             epoch: Instant::now(),
             queue,
@@ -192,7 +199,11 @@ impl Sim {
             counting_from_ms: 0,
             rng,
             scenario,
-        })
+        };
+        if sim.scenario.settled {
+            sim.settle();
+        }
+        Ok(sim)
     }
 
     /// Simulated milliseconds since the beginning.
@@ -235,6 +246,12 @@ impl Sim {
         if self.nodes[index as usize].life.is_some() {
             return;
         }
+        self.begin(index);
+        self.renew(index);
+    }
+
+    /// Begins a life of a node, of which nobody has heard yet. Its first record is to have the number that is returned.
+    fn begin(&mut self, index: Index) -> u64 {
         let now_ms = self.queue.now_ms();
         let contacts = self.contacts(index, CONTACTS);
         // As `iroh-gossip` makes one for a topic out of the node's.
@@ -248,7 +265,6 @@ impl Sim {
         let membership = Membership::new(node.id, self.mesh, first_sequence, self.scenario.membership.clone());
         node.life = Some(Life::new(index, membership, count, overlay_rng));
         self.command(index, Command::Join(contacts));
-        self.renew(index);
         let first_exchange_ms = self.rng.random_range(0..ROUND_MS);
         self.after(first_exchange_ms, index, Event::Exchange);
         self.after(HEAL_MS, index, Event::Heal);
@@ -257,6 +273,7 @@ impl Sim {
         if self.nodes[index as usize].liar {
             self.after(LIE_MS, index, Event::Lie);
         }
+        first_sequence
     }
 
     /// Switches a node off.
@@ -372,6 +389,7 @@ impl Sim {
         let record = notary::record(node.id, self.mesh, sequence, ttl_ms, false);
         let (verified, bytes) = self.notary.put_down(record, true);
         life.membership.set_own(Arc::clone(&verified));
+        life.has_broadcast = true;
         if self.scenario.liars > 0 && self.rng.random_ratio(1, 8) {
             self.hoard.push(verified);
         }
@@ -447,7 +465,7 @@ impl Sim {
     fn neighbour_up(&mut self, at: Index, peer: Index) {
         let Some(life) = &mut self.nodes[at as usize].life else { return };
         self.report.new_neighbours += 1;
-        if life.overlay.up(peer) {
+        if life.overlay.up(peer) && life.has_broadcast {
             life.membership.note_change();
         }
         let before = life.met.len() as u64;

@@ -52,6 +52,19 @@ fn the_same_seed_gives_the_same_run_and_another_seed_another() {
 }
 
 #[test]
+fn a_mesh_that_begins_settled_stays_so() {
+    for seed in seeds() {
+        let mut sim = Sim::new(Scenario { settled: true, ..mesh(seed) }).unwrap();
+        assert_eq!(sim.unknown_pairs(), 0, "seed {seed}");
+        // Longer than any record of the beginning counts.
+        sim.run_for(700 * SECOND_MS);
+        assert_eq!(sim.unknown_pairs(), 0, "seed {seed}");
+        let report = sim.report();
+        assert_eq!((report.false_departures, report.discovery.count()), (0, 0), "seed {seed}: {report}");
+    }
+}
+
+#[test]
 fn nodes_find_each_other_within_ten_seconds_though_packets_are_lost_and_wall_clocks_are_wrong() {
     for seed in seeds() {
         let sim = started(mesh(seed));

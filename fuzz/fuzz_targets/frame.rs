@@ -4,7 +4,7 @@
 use libfuzzer_sys::fuzz_target;
 use murmur_protocol::{
     frame::Frame,
-    stage::{Load, Loaded, NotOpened, Open, Opened, Route, Step, Tokenize},
+    stage::{Load, Loaded, NotOpened, Open, Opened, Route, RouteTo, Sessions, Step, Tokenize},
 };
 
 fuzz_target!(|bytes: &[u8]| {
@@ -18,6 +18,6 @@ fuzz_target!(|bytes: &[u8]| {
         let _ = (frame.token_rows(), frame.hidden_rows(64), frame.as_text());
         let _ = (frame.decode::<Load>(), frame.decode::<Loaded>(), frame.decode::<Open>(), frame.decode::<Opened>());
         let _ = (frame.decode::<NotOpened>(), frame.decode::<Step>(), frame.decode::<Tokenize>());
-        let _ = frame.decode::<Route>();
+        let _ = (frame.decode::<Route>(), frame.decode::<RouteTo>(), frame.decode::<Sessions>());
     }
 });

@@ -1,6 +1,7 @@
 """A model split into stages says exactly what the whole model says, in exact mode; in the default mode it says it all."""
 
 import concurrent.futures
+import json
 
 import murmur_server
 import pytest
@@ -43,6 +44,16 @@ def test_answers_alone_and_together_are_the_same(whole):
 def test_the_number_of_stages_changes_nothing(whole, stages):
     with murmur_server.Server(stages=stages, args=["--exact"]) as server:
         assert answers(server) == whole
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_guesses_change_nothing(whole, stages):
+    with murmur_server.Server(stages=stages, args=["--exact", "--draft", "lookup"]) as server:
+        assert answers(server) == whole
+        _, _, body = server.request("GET", "/api/status")
+    [model] = json.loads(body)["node"]["models"]
+    assert 0 < model["guessed_tokens"]
+    assert model["right_tokens"] <= model["guessed_tokens"]
 
 
 def test_more_stages_than_layers_are_refused():

@@ -1,11 +1,12 @@
 //! What the HTTP layer needs from a node. The node implements [`Backend`]; tests implement it with a fake.
 
-use std::{future::Future, ops::Range, pin::Pin, sync::Arc, time::Duration};
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use murmur_protocol::sampling::{SamplingParams, Token};
 use tokio::sync::mpsc;
 
 use crate::limits::{FAILED_RETRY_AFTER, LOADING_RETRY_AFTER};
+pub use crate::wishes::{PlanPin, RingWishes, node_digits};
 
 /// A boxed future, so that [`Backend`] can be a trait object.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -328,25 +329,8 @@ pub struct PlanQuestion {
     pub streams: Option<u32>,
     /// Prompt for which the time of the first token is predicted.
     pub prompt_tokens: Option<u32>,
-    /// So many layers at either end stay on the node that is asked; 0: any node may hold them.
-    pub keep_ends: u32,
-    /// Most tokens per second of all streams together, instead of least time per token of one.
-    pub many_streams: bool,
-    /// First digits, in lower case, of the ids of nodes that must not be used.
-    pub exclude: Vec<String>,
-    /// Nodes that must be used.
-    pub pin: Vec<PlanPin>,
-    /// Longest round trip between neighbours in the ring.
-    pub rtt_max: Option<Duration>,
-}
-
-/// A node that must be in a ring.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PlanPin {
-    /// The first digits of its id, in lower case.
-    pub node: String,
-    /// The layers that it must hold; `None`: any. Not empty.
-    pub layers: Option<Range<u32>>,
+    /// What it is to be like.
+    pub wishes: RingWishes,
 }
 
 /// A node, as the HTTP layer sees it.

@@ -34,6 +34,7 @@ mod server;
 mod sse;
 mod stall;
 mod timings;
+mod wishes;
 
 pub use backend::Backend;
 pub use options::{ApiOptions, OptionsError};

@@ -9,7 +9,7 @@ use axum::{Json, extract::State};
 use serde_json::Value;
 
 use crate::{
-    backend::{MeshAction, PlanPin, PlanQuestion, Refusal},
+    backend::{MeshAction, PlanQuestion, Refusal, RingWishes, node_digits},
     body::JsonObject,
     errors::ApiError,
     fields::{Fields, shorten, too_long, too_many, wrong_type},
@@ -24,8 +24,6 @@ use crate::{
 const ROLES: [&str; 2] = ["worker", "client"];
 /// What a ring can be best at.
 const OBJECTIVES: [&str; 2] = ["one_stream", "many_streams"];
-/// Digits of a node's id.
-const NODE_DIGITS: usize = 64;
 
 /// `GET /api/mesh`: the mesh and its peers. 404 where the node is in none.
 pub(crate) async fn show(State(state): State<Arc<AppState>>) -> Result<Json<Value>, ApiError> {
@@ -40,7 +38,7 @@ pub(crate) async fn invite(
 ) -> Result<Json<Value>, ApiError> {
     let mut fields = Fields::new(map);
     let valid_s = fields.integer("valid_s", 1..=MAX_INVITE_VALID_S)?.unwrap_or(DEFAULT_INVITE_VALID_S);
-    let role = one_of(&mut fields, "role", ROLES)?;
+    let role = word(&mut fields, "role", ROLES)?.unwrap_or(ROLES[0]);
     let uses = count(&mut fields, "uses", 1..=MAX_INVITE_USES)?;
     fields.finish()?;
     let action = MeshAction::Invite { valid_s: valid_s.unsigned_abs(), role: role.to_owned(), uses };
@@ -67,24 +65,26 @@ pub(crate) async fn revoke(
 }
 
 /// `POST /api/mesh/plan`: `{"model"}`, and optionally `"context_tokens"`, `"streams"`, `"prompt_tokens"`, `"keep_ends"`,
-/// `"objective"`, `"exclude"`, `"pin"` and `"max_rtt_ms"`, to the ring that the node would make. 503 where there is none.
+/// `"objective"`, `"exclude"`, `"pin"` and `"max_rtt_ms"`, to the ring that the node would make. What is left out is as the node
+/// has it. 503 where there is no ring.
 pub(crate) async fn plan(
     State(state): State<Arc<AppState>>,
     JsonObject(map): JsonObject,
 ) -> Result<Json<Value>, ApiError> {
     let mut fields = Fields::new(map);
-    let exclude = texts(&mut fields, "exclude")?;
-    let pin = texts(&mut fields, "pin")?;
+    let wishes = RingWishes {
+        keep_ends: count(&mut fields, "keep_ends", 0..=MAX_PLAN_KEEP_ENDS)?,
+        many_streams: word(&mut fields, "objective", OBJECTIVES)?.map(|objective| objective == OBJECTIVES[1]),
+        exclude: each(&mut fields, "exclude", node_digits)?,
+        pin: each(&mut fields, "pin", str::parse)?,
+        rtt_max: fields.number("max_rtt_ms", 0.0..=MAX_PLAN_RTT_MS)?.map(|ms| Duration::from_secs_f64(ms / 1e3)),
+    };
     let question = PlanQuestion {
         model: required_text(&mut fields, "model")?,
         context_tokens: count(&mut fields, "context_tokens", 1..=MAX_PLAN_TOKENS)?,
         streams: count(&mut fields, "streams", 1..=MAX_PLAN_STREAMS)?,
         prompt_tokens: count(&mut fields, "prompt_tokens", 1..=MAX_PLAN_TOKENS)?,
-        keep_ends: count(&mut fields, "keep_ends", 0..=MAX_PLAN_KEEP_ENDS)?.unwrap_or(0),
-        many_streams: one_of(&mut fields, "objective", OBJECTIVES)? == OBJECTIVES[1],
-        exclude: exclude.iter().map(|(path, text)| node_digits(path, text)).collect::<Result<_, _>>()?,
-        pin: pin.iter().map(|(path, text)| plan_pin(path, text)).collect::<Result<_, _>>()?,
-        rtt_max: fields.number("max_rtt_ms", 0.0..=MAX_PLAN_RTT_MS)?.map(|ms| Duration::from_secs_f64(ms / 1e3)),
+        wishes,
     };
     fields.finish()?;
     act(&state, MeshAction::Plan(question)).await
@@ -117,56 +117,29 @@ fn count(fields: &mut Fields, key: &str, range: RangeInclusive<i64>) -> Result<O
     Ok(fields.integer(key, range)?.and_then(|count| count.try_into().ok()))
 }
 
-/// One of these words; the first where none is given.
-fn one_of(fields: &mut Fields, key: &str, words: [&'static str; 2]) -> Result<&'static str, ApiError> {
-    let Some(text) = fields.string(key)? else { return Ok(words[0]) };
-    words.into_iter().find(|word| *word == text).ok_or_else(|| {
-        let message = format!("Invalid value for `{key}`: `{}`. Use `{}`.", shorten(&text), words.join("` or `"));
-        ApiError::param(key, message).code("invalid_value")
-    })
+/// One of these words.
+fn word(fields: &mut Fields, key: &str, words: [&'static str; 2]) -> Result<Option<&'static str>, ApiError> {
+    let Some(text) = fields.string(key)? else { return Ok(None) };
+    let found = words.into_iter().find(|word| *word == text);
+    let refused = || invalid(key, &format!("`{}`. Use `{}`.", shorten(&text), words.join("` or `")));
+    found.map(Some).ok_or_else(refused)
 }
 
-/// Each with the path where it stands.
-fn texts(fields: &mut Fields, key: &str) -> Result<Vec<(String, String)>, ApiError> {
+/// What is written in the texts of a list.
+fn each<T>(fields: &mut Fields, key: &str, read: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, ApiError> {
     let items = fields.array(key)?.unwrap_or_default();
     if items.len() > MAX_PLAN_NODES {
         return Err(too_many(key, "nodes", items.len(), MAX_PLAN_NODES));
     }
-    let text = |(at, item)| match (format!("{key}[{at}]"), item) {
-        (path, Value::String(text)) => Ok((path, text)),
+    let item = |(at, item)| match (format!("{key}[{at}]"), item) {
+        (path, Value::String(text)) => read(&text).map_err(|why| invalid(&path, &why)),
         (path, other) => Err(wrong_type(&path, "a string", &other)),
     };
-    items.into_iter().enumerate().map(text).collect()
+    items.into_iter().enumerate().map(item).collect()
 }
 
-/// The first digits of a node's id, in lower case.
-fn node_digits(path: &str, text: &str) -> Result<String, ApiError> {
-    if (1..=NODE_DIGITS).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return Ok(text.to_ascii_lowercase());
-    }
-    let message = format!(
-        "Invalid value for `{path}`: `{}` is not how a node's id begins. Give up to {NODE_DIGITS} hex digits of it; \
-         GET /api/mesh has the ids.",
-        shorten(text)
-    );
-    Err(ApiError::param(path, message).code("invalid_value"))
-}
-
-/// `ID` or `ID:FIRST-END`.
-fn plan_pin(path: &str, text: &str) -> Result<PlanPin, ApiError> {
-    let Some((node, range)) = text.split_once(':') else {
-        return Ok(PlanPin { node: node_digits(path, text)?, layers: None });
-    };
-    let layers = range.split_once('-').and_then(|(first, end)| Some(first.parse().ok()?..end.parse().ok()?));
-    let layers = layers.filter(|layers: &std::ops::Range<u32>| !layers.is_empty()).ok_or_else(|| {
-        let message = format!(
-            "Invalid value for `{path}`: `{}` are no layers. Write them as 0-8, the second number being the layer \
-             after the last.",
-            shorten(range)
-        );
-        ApiError::param(path, message).code("invalid_value")
-    })?;
-    Ok(PlanPin { node: node_digits(path, node)?, layers: Some(layers) })
+fn invalid(path: &str, why: &str) -> ApiError {
+    ApiError::param(path, format!("Invalid value for `{path}`: {why}")).code("invalid_value")
 }
 
 async fn act(state: &AppState, action: MeshAction) -> Result<Json<Value>, ApiError> {

@@ -10,6 +10,7 @@ pub(crate) mod mesh;
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueHint, value_parser};
+use murmur_node::Draft;
 use murmur_protocol::codec::Codec;
 use murmur_store::{ModelName, ModelRef};
 
@@ -78,7 +79,7 @@ pub(crate) struct Global {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Offer models over the API on this machine
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Use the models of a mesh over the API on this machine, without offering any
     Client(mesh::Client),
     /// Chat with a model in the terminal, or continue a prompt
@@ -137,6 +138,9 @@ pub(crate) struct EngineArgs {
     /// Bit-equal results whatever the batch and the number of stages, at some cost in speed
     #[arg(long, env = "MURMUR_EXACT", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
     pub(crate) exact: bool,
+    /// Guess the next tokens where that makes answers faster, and compare: off, or lookup (what has followed the same words before)
+    #[arg(long, env = "MURMUR_DRAFT", value_name = "HOW", default_value = "off", value_parser = draft)]
+    pub(crate) draft: Draft,
 }
 
 /// `murmur serve`.
@@ -162,10 +166,21 @@ pub(crate) struct Serve {
     /// f16 or q8. Answers to this node's own requests may then differ from those of the whole model
     #[arg(long, env = "MURMUR_CODEC", value_name = "CODEC", default_value = "f32", value_parser = codec, help_heading = "Mesh options")]
     pub(crate) codec: Codec,
+    /// Have another node stand by for each part of a model that is spread over the mesh, where one has room for it: when a node is
+    /// lost, this node's answers then go on after a moment. It takes the memory of that part a second time
+    #[arg(long, env = "MURMUR_STANDBY", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, help_heading = "Mesh options")]
+    pub(crate) standby: bool,
+    #[command(flatten)]
+    pub(crate) ring: mesh::RingArgs,
     #[command(flatten)]
     pub(crate) limits: mesh::LimitArgs,
     #[command(flatten)]
     pub(crate) server: ServerArgs,
+}
+
+fn draft(text: &str) -> Result<Draft, String> {
+    let named = Draft::ALL.into_iter().find(|draft| draft.name() == text);
+    named.ok_or_else(|| format!("there is no such way to guess; there are {}", Draft::ALL.map(Draft::name).join(", ")))
 }
 
 fn codec(text: &str) -> Result<Codec, String> {

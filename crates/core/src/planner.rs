@@ -81,6 +81,12 @@ impl Planner<'_> {
         Ok(self.explained(&kept, ask, Origin::Kept, (best != kept).then_some(moving)))
     }
 
+    /// A ring that is better than the previous one by enough to move layers for it.
+    pub fn improve(&self, ask: &Ask) -> Option<Plan> {
+        let plan = self.plan(ask).ok()?;
+        matches!(plan.rejected.first(), Some(Rejected::Previous { .. })).then_some(plan)
+    }
+
     /// A ring after the death of nodes of [`Ask::previous`]. Layers that nobody lost stay where they are: the
     /// lost ones go to nodes that hold them loaded; else to the fastest, which may be neighbours in the ring; and only if
     /// there is no such ring, other layers move too.

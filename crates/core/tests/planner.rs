@@ -38,6 +38,7 @@ fn model(count: u32) -> ModelFacts {
         width: 2048,
         stage_bytes: 50 * MIB,
         stage_bytes_per_token: 0,
+        kept_bytes: 0,
     }
 }
 
@@ -300,6 +301,56 @@ fn a_ring_stays_as_it_is_until_another_is_better_by_the_margin() {
     let moved = plan(&nodes);
     assert_eq!((moved.origin, order(&moved)), (Origin::Best, vec![node(1)]));
     assert!(matches!(moved.rejected[0], Rejected::Previous { slower_us, .. } if slower_us > 7_000.0), "{moved}");
+}
+
+/// A ring of three nodes, and a fourth node that has room for `count` layers.
+fn ring_and_newcomer(count: u32, us_per_layer: f64) -> ([NodeFacts; 4], Ask) {
+    let used = |number: u32| {
+        let held = layers(6 * number - 6, 6 * number);
+        NodeFacts { only: Some(held), loaded: vec![held], ..peer(number, 8, 1_000.0) }
+    };
+    let nodes = [used(1), used(2), used(3), NodeFacts { layers_max: Some(count), ..peer(4, 8, us_per_layer) }];
+    let previous = nodes[..3].iter().map(|node| Placement { node: node.node, layers: node.loaded[0] }).collect();
+    (nodes, Ask { previous, ..ask() })
+}
+
+fn improved(nodes: &[NodeFacts], ask: &Ask) -> Option<Plan> {
+    Planner { model: &model(18), nodes, links: &links(5, 5_000.0) }.improve(ask)
+}
+
+#[test]
+fn a_newcomer_takes_over_ranges_as_they_are() {
+    let shares = |plan: &Plan| {
+        let mut shares = held(plan);
+        shares.sort_by_key(|&(node, count)| (count, node));
+        shares
+    };
+    // It could hold eight layers; but whoever gave up two of its six would have to hold four others at the same time.
+    let (nodes, ask) = ring_and_newcomer(8, 200.0);
+    let plan = improved(&nodes, &ask).unwrap();
+    assert!(plan.stages.len() == 3 && shares(&plan).contains(&(node(4), 6)), "{plan}");
+    // Twelve are two ranges: one hop less.
+    let (mut nodes, ask) = ring_and_newcomer(12, 1_000.0);
+    let plan = improved(&nodes, &ask).unwrap();
+    assert!(plan.stages.len() == 2 && shares(&plan)[1] == (node(4), 12), "{plan}");
+    let loaded_only = Ask { loaded_only: true, ..ask };
+    assert_eq!(improved(&nodes, &loaded_only), None);
+    nodes[3].loaded = vec![layers(6, 18)];
+    nodes[3].only = Some(layers(6, 18));
+    let plan = improved(&nodes, &loaded_only).unwrap();
+    assert_eq!((held(&plan), plan.load_us()), (vec![(node(1), 6), (node(4), 12)], 0.0), "{plan}");
+    // Cuts that the model does not have.
+    nodes[3].only = Some(layers(7, 30));
+    assert_eq!(improved(&nodes, &loaded_only), None);
+}
+
+#[test]
+fn speeds_that_drift_by_a_tenth_move_nothing() {
+    for (drift, of_newcomer) in [(0.9, 1.1), (1.0, 0.9), (1.1, 0.9)] {
+        let (mut nodes, ask) = ring_and_newcomer(6, 1_000.0 * of_newcomer);
+        nodes[1].decode_us_per_layer *= drift;
+        assert_eq!(improved(&nodes, &ask), None, "{drift} {of_newcomer}");
+    }
 }
 
 #[test]

@@ -42,7 +42,8 @@ impl Case {
         let cells = u64::from(self.ask.context_tokens * self.ask.streams);
         let bytes: u64 = layers.iter().map(|layer| layer.weight_bytes + layer.kv_bytes_per_token * cells).sum();
         let head = if range.end == self.count() { self.model.head_bytes } else { 0 };
-        bytes + head + self.model.stage_bytes + self.model.stage_bytes_per_token * cells
+        let kept = if range.end == self.count() { 0 } else { self.model.kept_bytes };
+        bytes + head + kept + self.model.stage_bytes + self.model.stage_bytes_per_token * cells
     }
 
     fn compute_us(&self, stage: &Placement) -> f64 {
@@ -136,6 +137,9 @@ impl Case {
     /// A node holds one stage; with kept ends the driver holds the whole model, or the first layers and the last.
     fn may(&self, ring: &[Placement], node: &NodeFacts, layers: LayerRange) -> bool {
         let keep = self.ask.keep_ends;
+        if node.only.is_some_and(|only| only != layers) {
+            return false;
+        }
         let (first, last) = (layers.first == 0, layers.end == self.count());
         if keep == 0 {
             return ring.iter().all(|stage| stage.node != node.node);
@@ -157,8 +161,8 @@ fn cases() -> impl Strategy<Value = Case> {
         kv_bytes_per_token,
         cost: cost.into(),
     });
-    let model = (prop::collection::vec(layer, 1..=8), any::<u8>(), 0..=3u32, 0..=2u64).prop_map(
-        |(layers, cuts, head, stage)| {
+    let model = (prop::collection::vec(layer, 1..=8), any::<u8>(), 0..=3u32, 0..=2u64, 0..=3u64).prop_map(
+        |(layers, cuts, head, stage, kept)| {
             let cut = |il: &u32| cuts & 1 << (il % 8) != 0 || cuts % 3 != 0;
             ModelFacts {
                 cuts: (1..layers.len() as u32).filter(cut).collect(),
@@ -168,6 +172,7 @@ fn cases() -> impl Strategy<Value = Case> {
                 width: 512,
                 stage_bytes: stage * 500,
                 stage_bytes_per_token: stage,
+                kept_bytes: kept * 500,
             }
         },
     );
@@ -199,7 +204,16 @@ fn cases() -> impl Strategy<Value = Case> {
         any::<[bool; 2]>(),
         any::<[u8; 4]>(),
     );
-    (model, peers, links, asked).prop_map(|(model, nodes, links, (driver, streams, many, keep_ends, lossy, dice))| {
+    (model, peers, links, asked, any::<[u8; 5]>()).prop_map(|(model, mut nodes, links, asked, held)| {
+        let (driver, streams, many, keep_ends, lossy, dice) = asked;
+        let bounds: Vec<u32> =
+            [0].into_iter().chain(model.cuts.iter().copied()).chain([model.layers.len() as u32]).collect();
+        // A few hold layers for others. Once in a while such as no ring of this model can have.
+        for (node, die) in nodes.iter_mut().zip(held.map(usize::from)).filter(|(_, die)| die % 4 == 0) {
+            let first = die / 4 % (bounds.len() - 1);
+            let end = first + 1 + die / 32 % (bounds.len() - 1 - first);
+            node.only = Some(LayerRange::new(bounds[first], bounds[end] + u32::from(die == 0)));
+        }
         let driver_serves = nodes.iter().any(|it| it.node == node(driver));
         let mut ask = Ask::new(node(driver), 100);
         ask.streams = streams;
@@ -211,8 +225,6 @@ fn cases() -> impl Strategy<Value = Case> {
         let [pinned, excluded] = [dice[1], dice[2]].map(|die| node(u32::from(die) % 10));
         let known = |it| nodes.iter().any(|node| node.node == it);
         if known(pinned) && (ask.keep_ends == 0 || pinned != ask.driver) {
-            let bounds: Vec<u32> =
-                [0].into_iter().chain(model.cuts.iter().copied()).chain([model.layers.len() as u32]).collect();
             let at = usize::from(dice[3]) % (bounds.len() - 1);
             let layers = LayerRange::new(bounds[at], bounds[at + 1]);
             ask.pins = vec![match dice[3] % 5 {

@@ -236,7 +236,7 @@ fn receive_stage(stage: &mut Stage, schedule: &mut Schedule<Work>, frame: &Frame
             };
             Ok(Some(answer))
         }
-        Kind::Close if header.has(FLAG_HOLD) => {
+        Kind::Close | Kind::Rewind if header.kind == Kind::Rewind || header.has(FLAG_HOLD) => {
             stage.hold(&header);
             Ok(None)
         }

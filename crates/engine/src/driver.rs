@@ -9,23 +9,28 @@
 //! near as possible (`Session::plan`). Prompt rows are always cut at the same boundaries, so in exact mode the replay gives
 //! the same bits, and the stream goes on with the same tokens.
 //!
+//! While one session runs alone, rows of guessed tokens are sent before the tokens are known (`driver::draft`). A wrong guess begins a new
+//! epoch in place: stages drop what is queued of the old one, and the position of the next row says what to forget.
+//!
 //! A request may be what kills the stages. Those that were being computed at a death are charged with it, and a token
 //! clears a session. One that was charged twice is a suspect: suspects are run one at a time with nothing else beside
 //! them, and only a suspect that dies alone is given up, so a poisonous request takes no other with it.
 
+mod draft;
 mod session;
 
 use std::collections::{BTreeMap, VecDeque};
 
 use murmur_protocol::{
     codec::Codec,
-    frame::{FLAG_FORGET, FLAG_HANDED_ON, FLAG_HOLD, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
-    sampling::{SamplingParams, Token},
-    stage::{NotOpened, Open, Opened, Step},
+    frame::{FLAG_FORGET, FLAG_GUESS, FLAG_HANDED_ON, FLAG_HOLD, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
+    sampling::{Sampled, SamplingParams, Token},
+    stage::{NotOpened, Open, Opened, Sessions, Step},
 };
 use tokio::sync::mpsc;
 
-pub use session::{Ending, SessionEvent, SessionRequest};
+use draft::RowCosts;
+pub use session::{Draft, Ending, SessionEvent, SessionRequest};
 use session::{Phase, Rows, Session};
 
 /// Events a reader may lag behind before its session pauses.
@@ -73,6 +78,10 @@ pub struct DriverOptions {
     pub is_shared: bool,
     /// How hidden states leave each stage; f32 where nothing is said.
     pub codecs: Vec<Codec>,
+    /// Who guesses.
+    pub draft: Draft,
+    /// How long a frame is on its way around the stages, as far as known, us.
+    pub travel_us: u64,
 }
 
 impl DriverOptions {
@@ -90,11 +99,15 @@ pub struct Counters {
     pub cached_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
+    /// Tokens guessed.
+    pub guessed_tokens: u64,
+    /// Of these, those that were right.
+    pub right_tokens: u64,
     /// Sessions begun.
     pub sessions: u64,
     /// Stages lost.
     pub stages_lost: u64,
-    /// Steps of the last stage that gave tokens, by session: one batch of eight streams counts eight times.
+    /// Steps of the last stage on a single row, which gave a token, by session: one batch of eight streams counts eight times.
     pub token_steps: u64,
     /// Time the batches of these steps took to compute in all stages, us.
     pub token_compute_us: u64,
@@ -135,6 +148,8 @@ pub struct Driver {
     stopped: Option<String>,
     counters: Counters,
     accounts: Vec<Account>,
+    /// Of the last stage.
+    costs: RowCosts,
 }
 
 impl Driver {
@@ -153,6 +168,7 @@ impl Driver {
             stopped: None,
             counters: Counters::default(),
             accounts: vec![Account::default(); stages],
+            costs: RowCosts::default(),
         }
     }
 
@@ -225,7 +241,7 @@ impl Driver {
             let _ = events.try_send(SessionEvent::Ended(Ending::EndOfText));
             return Ok((id, receiver));
         }
-        self.sessions.insert(id, Session::new(request, events));
+        self.sessions.insert(id, Session::new(request, events, self.options.draft));
         self.queue.push_back(id);
         self.admit();
         Ok((id, receiver))
@@ -246,9 +262,15 @@ impl Driver {
         self.admit();
     }
 
-    /// A stage is loaded and empty.
+    /// A stage is loaded. It is empty, or has stood by for the one that was lost and holds what that one held, or a part of it.
     pub fn on_ready(&mut self, stage: usize) {
         self.health[stage] = Health::Up;
+        if self.options.is_shared {
+            // Who stood by was not told of sessions that have ended in the meantime.
+            let sessions = Sessions { open: self.sessions.keys().copied().collect() };
+            let frame = Frame::message(Header::new(Kind::Sessions, 0), &sessions);
+            self.output.extend(frame.map(|frame| (stage, frame)));
+        }
         self.admit();
     }
 
@@ -270,6 +292,20 @@ impl Driver {
         self.counters.stages_lost += 1;
         self.health[stage] = Health::Down;
         self.output.retain(|(to, _)| *to != stage);
+        self.interrupt(charge)
+    }
+
+    /// Rows were lost between two stages, and the way that they took is not used any more.
+    pub fn on_rows_lost(&mut self) {
+        self.interrupt(|session| {
+            session.requeue();
+            None
+        });
+        self.admit();
+    }
+
+    /// Puts every session that was admitted back to the head of the queue, under a new epoch. True when one is given up instead.
+    fn interrupt(&mut self, charge: impl Fn(&mut Session) -> Option<String>) -> bool {
         let mut given_up = Vec::new();
         let mut interrupted = Vec::new();
         for (&id, session) in self.sessions.iter_mut().filter(|(_, s)| !matches!(s.phase, Phase::Queued)) {
@@ -315,6 +351,9 @@ impl Driver {
     /// A frame from a stage.
     pub fn on_frame(&mut self, stage: usize, frame: Frame) {
         let header = frame.header;
+        if header.kind == Kind::RouteLost {
+            return self.on_rows_lost();
+        }
         if let Kind::Done | Kind::Sampled = header.kind {
             self.accounts[stage].computed_rows += u64::from(header.rows);
         }
@@ -456,7 +495,7 @@ impl Driver {
 
     /// A stage has computed rows that are now on their way to the next.
     fn on_handed_on(&mut self, stage: usize, header: &Header, step: Step) {
-        if header.has(FLAG_WANT_OUTPUT) && !header.has(FLAG_PREFILL) {
+        if header.has(FLAG_WANT_OUTPUT) && !header.has(FLAG_PREFILL) && header.rows == 1 {
             self.counters.token_compute_us += u64::from(step.compute_us);
         }
         self.accounts[stage].last_step = Some(step);
@@ -479,42 +518,74 @@ impl Driver {
             }
         }
         let sampled = step.sampled.clone();
-        if sampled.is_some() && !header.has(FLAG_PREFILL) {
-            self.counters.token_steps += 1;
-            self.counters.token_compute_us += u64::from(step.compute_us);
+        if !sampled.is_empty() && !header.has(FLAG_PREFILL) {
+            self.costs.note(header.rows, &step);
+            if header.rows == 1 {
+                self.counters.token_steps += 1;
+                self.counters.token_compute_us += u64::from(step.compute_us);
+            }
         }
         self.accounts[stage].last_step = Some(step);
-        let Some(sampled) = sampled else { return self.advance(id) };
+        for sampled in sampled {
+            if !self.on_token(id, sampled) {
+                return;
+            }
+        }
+        self.advance(id);
+    }
+
+    /// A token was chosen. Whether the session goes on.
+    fn on_token(&mut self, id: u64, sampled: Sampled) -> bool {
+        let Some(session) = self.sessions.get_mut(&id) else { return false };
         let token = sampled.token;
         if !usize::try_from(token).is_ok_and(|token| token < self.options.vocabulary) {
-            return self.fail(id, format!("a stage has chosen token {token}, which the vocabulary does not have"));
+            self.fail(id, format!("a stage has chosen token {token}, which the vocabulary does not have"));
+            return false;
         }
-        let grammar_ended = sampled.grammar_ended;
         let was_suspect = session.is_suspect();
-        let ends = self.options.ends(token, &session.sampling);
+        let ended = self.options.ends(token, &session.sampling) || sampled.grammar_ended;
         session.clear();
-        session.tokens.push(token);
         self.counters.generated_tokens += 1;
+        let guess = session.push(token);
+        self.counters.right_tokens += u64::from(guess == Some(true));
+        if guess == Some(false) {
+            self.rewind(id);
+        }
+        let Some(session) = self.sessions.get_mut(&id) else { return false };
         let full = session.generated().len() as u32 >= session.max_tokens;
-        let ended = ends || grammar_ended;
         let heard = Self::tell(&mut self.news, session, SessionEvent::Token(sampled));
         if ended || full {
             let ending = if ended { Ending::EndOfText } else { Ending::Length };
             Self::tell(&mut self.news, session, SessionEvent::Ended(ending));
+        }
+        // The reader is gone if it has not heard (a full channel cannot be: a step is sent only when there is room for its tokens).
+        if ended || full || !heard {
             self.remove(id, false);
-        } else if !heard {
-            // The reader is gone (a full channel cannot be: a step is sent only when there is room for its token).
-            self.remove(id, false);
-        } else {
-            if was_suspect {
-                self.on_cleared(id);
-            }
-            self.advance(id);
+            return false;
+        }
+        if was_suspect {
+            self.on_cleared(id);
+        }
+        true
+    }
+
+    /// A guess was wrong: what is on its way is in vain, and the row of the newest token is the next.
+    fn rewind(&mut self, id: u64) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let Phase::Running { next, in_flight, .. } = &mut session.phase else { return };
+        *next = session.tokens.len() as u32 - 1;
+        if std::mem::take(in_flight) > 0 {
+            session.epoch += 1;
+            let header = Header { epoch: session.epoch, ..Header::new(Kind::Rewind, id) };
+            self.tell_stages(header);
         }
     }
 
     /// Sends what may be sent: enough rows to keep every stage busy, and a wanted row only when its token will find room.
     fn advance(&mut self, id: u64) {
+        // Others would wait for rows that may be in vain.
+        let may_guess = self.sessions.len() == 1;
+        let travel = self.counters.us_per_token().map_or(0.0, |us| self.options.travel_us as f64 / us.max(1) as f64);
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Phase::Running { mut feeding, mut next, mut in_flight, prefill: mut prefill_before } = session.phase else {
             return;
@@ -549,11 +620,21 @@ impl Driver {
                 break;
             }
             prefill_before = prefill;
+            let mut rows = session.tokens[next as usize..end as usize].to_vec();
+            // Behind the newest token: rows that are computed again give no token.
+            if wanted && rows.len() == 1 && !prefill && feeding == 0 && may_guess {
+                rows.extend(session.guess(end, &self.costs, travel));
+            }
+            let end = next + rows.len() as u32;
+            let is_guess = end > length;
+            self.counters.guessed_tokens += u64::from(end.saturating_sub(length));
             let mut header = Header::new(Kind::Tokens, id);
             (header.epoch, header.position, header.rows, header.stages) = (session.epoch, next, end - next, stages);
-            header.flags = if prefill { FLAG_PREFILL } else { 0 } | if wanted { FLAG_WANT_OUTPUT } else { 0 };
+            header.flags = if prefill { FLAG_PREFILL } else { 0 }
+                | if wanted { FLAG_WANT_OUTPUT } else { 0 }
+                | if is_guess { FLAG_GUESS } else { 0 };
             self.output.push(match feeding.checked_sub(1) {
-                None => (0, Frame::tokens(header, &session.tokens[next as usize..end as usize])),
+                None => (0, Frame::tokens(header, &rows)),
                 Some(before) => {
                     (before, Frame { header: Header { kind: Kind::Repeat, ..header }, payload: Vec::new() })
                 }
@@ -561,8 +642,28 @@ impl Driver {
             next = end;
             in_flight += 1;
         }
+        // What is guessed need not wait for the tokens before it.
+        // Not before the prompt is done: generated rows are computed first.
+        let may_guess = may_guess && feeding == 0 && !prefill_before;
+        while may_guess
+            && (1..=self.options.stages).contains(&in_flight)
+            && next as usize == session.tokens.len() + session.guessed.len()
+        {
+            let guess = session.guess(next, &self.costs, travel);
+            if guess.is_empty() {
+                break;
+            }
+            self.counters.guessed_tokens += guess.len() as u64;
+            let mut header = Header::new(Kind::Tokens, id);
+            (header.epoch, header.position) = (session.epoch, next);
+            header.flags = FLAG_WANT_OUTPUT | FLAG_GUESS;
+            next += guess.len() as u32;
+            in_flight += 1;
+            self.output.push((0, Frame::tokens(header, &guess)));
+        }
         // A stage that is the whole model need not wait for us to tell it the token that it has sampled itself.
-        let goes_on = next == length && next + 1 < session.prompt_tokens + session.max_tokens;
+        let goes_on =
+            session.guessed.is_empty() && next == length && next + 1 < session.prompt_tokens + session.max_tokens;
         if self.options.stages == 1 && in_flight == 1 && goes_on && session.events.capacity() >= EVENTS_MARGIN {
             let mut header = Header::new(Kind::Next, id);
             (header.epoch, header.position, header.rows) = (session.epoch, next, 1);
@@ -596,9 +697,14 @@ impl Driver {
     fn close_everywhere(&mut self, id: u64, flags: u16) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.is_held = flags & FLAG_HOLD != 0;
-        let mut header = Header::new(Kind::Close, id);
-        (header.epoch, header.flags) = (session.epoch, flags);
-        self.output.retain(|(_, frame)| frame.header.session != id || frame.header.kind == Kind::Close);
+        let header = Header { epoch: session.epoch, flags, ..Header::new(Kind::Close, id) };
+        self.tell_stages(header);
+    }
+
+    /// Tells all stages something that makes what was to be sent of a session superfluous.
+    fn tell_stages(&mut self, header: Header) {
+        let is_word = |kind| matches!(kind, Kind::Close | Kind::Rewind);
+        self.output.retain(|(_, frame)| frame.header.session != header.session || is_word(frame.header.kind));
         for stage in (0..self.options.stages).filter(|&s| self.health[s] == Health::Up) {
             self.output.push((stage, Frame { header, payload: Vec::new() }));
         }

@@ -28,7 +28,7 @@ pub use stop::Stop;
 pub use tokenizer::Tokenizer;
 
 use crate::{
-    driver::{Counters, Driver, DriverOptions, EVENTS_MAX, NotStarted, SessionEvent, SessionRequest},
+    driver::{Counters, Draft, Driver, DriverOptions, EVENTS_MAX, NotStarted, SessionEvent, SessionRequest},
     engine::supervisor::{ENDING, Place, Shared, StageCell},
     link::{LinkError, RemoteStage},
 };
@@ -86,6 +86,10 @@ pub struct EngineOptions {
     pub keep: Keep,
     /// How hidden states leave each stage; f32 where nothing is said.
     pub codecs: Vec<Codec>,
+    /// Who guesses what the model will say.
+    pub draft: Draft,
+    /// How long a frame is on its way around stages elsewhere, as far as known, us: the longer, the more is guessed at once.
+    pub travel_us: u64,
 }
 
 impl EngineOptions {
@@ -215,10 +219,10 @@ impl Engine {
     }
 
     /// The same for a model whose stages are somewhere in the mesh: `elsewhere` has, in the order of the ranges, who finds
-    /// them. `progress` hears nothing.
+    /// them; `None` for those that are here. `progress` hears nothing.
     pub fn load_spread(
         options: EngineOptions,
-        elsewhere: &[Arc<dyn RemoteStage>],
+        elsewhere: &[Option<Arc<dyn RemoteStage>>],
         stop: Stop,
         progress: impl Fn(usize, f32),
     ) -> Result<Engine, EngineError> {
@@ -228,7 +232,7 @@ impl Engine {
 
     fn start_processes(
         options: EngineOptions,
-        elsewhere: &[Arc<dyn RemoteStage>],
+        elsewhere: &[Option<Arc<dyn RemoteStage>>],
         stop: Stop,
         progress: &dyn Fn(usize, f32),
     ) -> Result<Engine, EngineError> {
@@ -246,6 +250,8 @@ impl Engine {
             vocabulary: tokenizer.vocabulary().len(),
             is_shared: !elsewhere.is_empty(),
             codecs: options.codecs.clone(),
+            draft: options.draft,
+            travel_us: options.travel_us,
         });
         let shared = Arc::new(Shared {
             driver: Mutex::new(driver),
@@ -411,12 +417,12 @@ fn start_tokenizer(
 fn stage_cells(
     options: &EngineOptions,
     gguf: &Gguf,
-    elsewhere: &[Arc<dyn RemoteStage>],
+    elsewhere: &[Option<Arc<dyn RemoteStage>>],
 ) -> Result<Vec<StageCell>, EngineError> {
     let cell = |(stage, &range): (usize, &LayerRange)| {
         let place = match elsewhere.get(stage) {
-            Some(remote) => Place::Elsewhere(remote.clone()),
-            None => Place::Here(Box::new(stage_load(options, gguf, range)?)),
+            Some(Some(remote)) => Place::Elsewhere(remote.clone()),
+            _ => Place::Here(Box::new(stage_load(options, gguf, range)?)),
         };
         Ok(StageCell { place, range, state: Mutex::default() })
     };

@@ -13,7 +13,7 @@ use std::{
 };
 
 use llama_cpp_sys_2 as sys;
-use murmur_protocol::{sampling::Token, stage::VocabularyFacts};
+use murmur_protocol::{frame::GUESS_ROWS_MAX, sampling::Token, stage::VocabularyFacts};
 
 /// Why llama.cpp would not do something.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +34,9 @@ pub(crate) enum LlamaError {
         /// llama.cpp's own words.
         reason: String,
     },
+    /// Bit-equal results need a switch of the CPU back end.
+    #[error("llama.cpp computes without its CPU back end here, so results cannot be exact: serve without --exact")]
+    NotExact,
     /// `llama_decode` failed.
     #[error("llama.cpp could not compute a batch of {rows} rows (code {code}): {reason}")]
     Decode {
@@ -106,6 +109,18 @@ const CELLS_MULTIPLE: u32 = 256;
 /// enough that an idle model costs nothing.
 const POLL_LEVEL: u32 = 1;
 
+/// Begin and end of a mapping that cannot be written to, from a line of `/proc/self/maps`, if it is of this file: addresses, rights,
+/// place in the file, device, inode, path.
+#[cfg(target_os = "linux")]
+fn read_only_mapping(line: &str, path: &Path) -> Option<(usize, usize)> {
+    let mut fields = line.splitn(6, ' ');
+    let (start, end) = fields.next()?.split_once('-')?;
+    let is_read_only = fields.next()?.starts_with("r--");
+    let is_it = Path::new(fields.nth(3)?.trim_start()) == path;
+    let [start, end] = [start, end].map(|address| usize::from_str_radix(address, 16).ok());
+    start.zip(end).filter(|_| is_it && is_read_only)
+}
+
 /// How to load weights.
 pub(crate) struct ModelOptions {
     /// Load the vocabulary and no weights.
@@ -162,6 +177,20 @@ impl Model {
             sys::llama_model_load_from_file(c_path.as_ptr(), params)
         };
         NonNull::new(model).map(Model).ok_or_else(|| LlamaError::Load { path: shown, reason: take_last_error() })
+    }
+
+    /// Takes the model's file out of memory again; what is used of it comes back. llama.cpp maps the whole file and has it read,
+    /// the embedding as well, of which a few rows are used, and weights that it has then rearranged elsewhere.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn let_go(&self, path: &Path) {
+        // What cannot be found stays in memory, where it does no harm.
+        let (Ok(path), Ok(maps)) = (path.canonicalize(), std::fs::read_to_string("/proc/self/maps")) else { return };
+        for (start, end) in maps.lines().filter_map(|line| read_only_mapping(line, &path)) {
+            // SAFETY: the pages are of a mapping of a file that nobody writes to through it: what is dropped is the same when it
+            // is read again. Failing to drop it changes nothing.
+            let _ =
+                unsafe { rustix::mm::madvise(start as *mut c_void, end - start, rustix::mm::Advice::LinuxDontNeed) };
+        }
     }
 
     /// Width of the hidden state.
@@ -412,7 +441,7 @@ impl Context {
             params.no_perf = true;
             params.embeddings = options.embeddings;
             if hooks.tap.is_none() && !options.embeddings {
-                params.n_outputs_max = options.sequences;
+                params.n_outputs_max = options.sequences.max(GUESS_ROWS_MAX);
             }
             let is_needed = hooks.is_needed();
             let hooks = NonNull::from(Box::leak(Box::new(hooks)));
@@ -432,8 +461,11 @@ impl Context {
                 return Err(failed());
             };
             sys::llama_attach_threadpool(context.as_ptr(), pool.as_ptr(), pool.as_ptr());
-            let exact_cpu = options.exact.then(|| cpu_back_end(context)).flatten();
-            Ok(Context { context, pool, hooks, exact_cpu, model })
+            let mut context = Context { context, pool, hooks, exact_cpu: None, model };
+            if options.exact {
+                context.exact_cpu = Some(cpu_back_end(context.context).ok_or(LlamaError::NotExact)?);
+            }
+            Ok(context)
         }
     }
 

@@ -2,9 +2,13 @@
 //!
 //! Every driver counts its sessions for itself. Here each gets a number of its own towards the child, and answers find the
 //! way back. A driver says only what drivers may say: whatever else it sends is refused before the child sees it.
+//!
+//! A driver that has somebody stand by for a stage waits for the stage and not for who stands by. To the latter, hidden states may
+//! come sooner than the word that opens their session: they wait for it.
 
 use std::{
-    collections::HashMap,
+    cmp,
+    collections::{HashMap, VecDeque},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -16,7 +20,7 @@ use std::{
 use murmur_gguf::{Gguf, LayerRange};
 use murmur_protocol::{
     frame::{FLAG_HOLD, Frame, Header, Kind},
-    stage::{Loaded, Step},
+    stage::{Loaded, Sessions, Step},
 };
 
 use crate::{
@@ -27,6 +31,8 @@ use crate::{
 
 /// Sessions that one driver may have open at a stage.
 const SESSIONS_PER_GUEST_MAX: usize = 1024;
+/// Hidden states of one driver that may wait for the word that opens their session: then the oldest are of no more use.
+const EARLY_BYTES_MAX: usize = 16 << 20;
 
 /// Why a frame of a driver is not passed on. The driver is of no more use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -89,11 +95,48 @@ struct Routes {
     next: u64,
     /// Drivers, by number.
     guests: HashMap<u64, Sink>,
-    /// What the child calls a session of a driver, by both their numbers.
-    inward: HashMap<(u64, u64), u64>,
+    /// Sessions of drivers, by both their numbers.
+    inward: HashMap<(u64, u64), Session>,
     /// The reverse.
     outward: HashMap<u64, (u64, u64)>,
+    /// Hidden states of sessions that a driver has not opened yet, by driver.
+    early: HashMap<u64, Early>,
     speed: Speed,
+}
+
+#[derive(Clone, Copy)]
+struct Session {
+    /// What the child calls it.
+    number: u64,
+    epoch: u32,
+}
+
+/// Frames that came too soon, the oldest first.
+#[derive(Default)]
+struct Early {
+    frames: VecDeque<Frame>,
+    bytes: usize,
+}
+
+impl Early {
+    fn push(&mut self, frame: Frame) {
+        self.bytes += frame.payload.len();
+        self.frames.push_back(frame);
+        while self.bytes > EARLY_BYTES_MAX
+            && let Some(oldest) = self.frames.pop_front()
+        {
+            self.bytes -= oldest.payload.len();
+        }
+    }
+
+    /// Takes out those of a session.
+    fn take(&mut self, session: u64) -> Vec<Frame> {
+        let (taken, left): (Vec<Frame>, Vec<Frame>) =
+            self.frames.drain(..).partition(|frame| frame.header.session == session);
+        self.frames = left.into();
+        self.bytes = self.frames.iter().map(|frame| frame.payload.len()).sum();
+        taken
+    }
 }
 
 impl Inner {
@@ -112,31 +155,80 @@ impl Routes {
         self.inward.keys().filter(move |(other, _)| *other == guest).map(|(_, session)| *session)
     }
 
-    /// A frame of a driver as the child knows it; `None`: it is about a session that is over.
-    fn inward(&mut self, guest: u64, mut frame: Frame) -> Result<Option<Frame>, HostError> {
-        let key = (guest, frame.header.session);
-        let known = match frame.header.kind {
-            Kind::Open if !self.inward.contains_key(&key) => {
-                if self.of(guest).count() >= SESSIONS_PER_GUEST_MAX {
-                    return Err(HostError::TooManySessions);
-                }
-                let number = self.number();
-                self.inward.insert(key, number);
-                self.outward.insert(number, key);
-                Some(number)
+    /// What becomes of a frame of a driver: frames as the child knows them, none if it is about a session that is over.
+    fn inward(&mut self, guest: u64, mut frame: Frame) -> Result<Vec<Frame>, HostError> {
+        let Header { session, epoch, .. } = frame.header;
+        let key = (guest, session);
+        let known = self.inward.get(&key).copied();
+        let number = match frame.header.kind {
+            Kind::Open => return self.open(guest, frame),
+            Kind::Sessions => {
+                let open = frame.decode::<Sessions>().map(|sessions| sessions.open).unwrap_or_default();
+                return Ok(self.close_all_but(guest, &open));
             }
-            Kind::Open | Kind::Tokens | Kind::Hidden | Kind::Next | Kind::Repeat => self.inward.get(&key).copied(),
-            Kind::Close if frame.header.has(FLAG_HOLD) => self.inward.get(&key).copied(),
-            Kind::Close => {
+            Kind::Rewind => {
+                let begin = |known: &mut Session| {
+                    known.epoch = epoch;
+                    known.number
+                };
+                let number = self.inward.get_mut(&key).map(begin);
+                return Ok(number.map(|number| self.with_early(guest, number, frame)).unwrap_or_default());
+            }
+            Kind::Hidden if known.is_none_or(|known| known.epoch < epoch) => {
+                self.early.entry(guest).or_default().push(frame);
+                return Ok(Vec::new());
+            }
+            Kind::Close if !frame.header.has(FLAG_HOLD) => {
+                self.early.entry(guest).and_modify(|early| drop(early.take(session)));
                 let known = self.inward.remove(&key);
-                known.and_then(|number| self.outward.remove(&number).map(|_| number))
+                known.and_then(|known| self.outward.remove(&known.number).map(|_| known.number))
             }
+            Kind::Tokens | Kind::Hidden | Kind::Next | Kind::Repeat | Kind::Close => known.map(|known| known.number),
             kind => return Err(HostError::Kind(kind)),
         };
-        Ok(known.map(|number| {
+        let frame = number.map(|number| {
             frame.header.session = number;
             frame
-        }))
+        });
+        Ok(frame.into_iter().collect())
+    }
+
+    /// A session begins or goes on, and with it what came too soon.
+    fn open(&mut self, guest: u64, open: Frame) -> Result<Vec<Frame>, HostError> {
+        let Header { session, epoch, .. } = open.header;
+        let key = (guest, session);
+        let number = match self.inward.get(&key) {
+            Some(known) => known.number,
+            None if self.of(guest).count() >= SESSIONS_PER_GUEST_MAX => return Err(HostError::TooManySessions),
+            None => self.number(),
+        };
+        self.inward.insert(key, Session { number, epoch });
+        self.outward.insert(number, key);
+        Ok(self.with_early(guest, number, open))
+    }
+
+    /// A word that begins an epoch of a session, and what came too soon for it.
+    fn with_early(&mut self, guest: u64, number: u64, begin: Frame) -> Vec<Frame> {
+        let Header { session, epoch, .. } = begin.header;
+        let mut frames = vec![begin];
+        if let Some(early) = self.early.get_mut(&guest) {
+            for frame in early.take(session) {
+                match frame.header.epoch.cmp(&epoch) {
+                    cmp::Ordering::Less => {}
+                    cmp::Ordering::Equal => frames.push(frame),
+                    cmp::Ordering::Greater => early.push(frame),
+                }
+            }
+        }
+        frames.iter_mut().for_each(|frame| frame.header.session = number);
+        frames
+    }
+
+    /// Ends the sessions of a driver but these.
+    fn close_all_but(&mut self, guest: u64, open: &[u64]) -> Vec<Frame> {
+        let over: Vec<u64> = self.of(guest).filter(|session| !open.contains(session)).collect();
+        let close = |session| Frame { header: Header::new(Kind::Close, session), payload: Vec::new() };
+        over.into_iter().flat_map(|session| self.inward(guest, close(session)).unwrap_or_default()).collect()
     }
 
     fn outward(&mut self, mut frame: Frame) {
@@ -255,10 +347,9 @@ impl Guest {
     pub fn send(&self, frame: Frame) -> Result<(), HostError> {
         // Under the lock, so that what two threads pass on for one session keeps its order.
         let mut routes = self.inner.routes();
-        if let Some(frame) = routes.inward(self.number, frame)? {
-            // What cannot be sent was too large to have been received.
-            self.inner.link.send(&[frame]);
-        }
+        let frames = routes.inward(self.number, frame)?;
+        // What cannot be sent was too large to have been received.
+        self.inner.link.send(&frames);
         Ok(())
     }
 }
@@ -267,12 +358,8 @@ impl Drop for Guest {
     fn drop(&mut self) {
         let mut routes = self.inner.routes();
         routes.guests.remove(&self.number);
-        let open: Vec<u64> = routes.of(self.number).collect();
-        for session in open {
-            let close = Frame { header: Header::new(Kind::Close, session), payload: Vec::new() };
-            if let Ok(Some(close)) = routes.inward(self.number, close) {
-                self.inner.link.send(&[close]);
-            }
-        }
+        let closed = routes.close_all_but(self.number, &[]);
+        routes.early.remove(&self.number);
+        self.inner.link.send(&closed);
     }
 }

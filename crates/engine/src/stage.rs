@@ -12,8 +12,8 @@ use std::{
 
 use murmur_protocol::{
     codec::Codec,
-    frame::{FLAG_HANDED_ON, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
-    sampling::Token,
+    frame::{FLAG_GUESS, FLAG_HANDED_ON, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, GUESS_ROWS_MAX, Header, Kind},
+    sampling::{Sampled, Token},
     stage::{Load, Loaded, NotOpened, Open, Opened, Role, Step},
 };
 use murmur_sampling::{Sampler, Vocabulary};
@@ -59,18 +59,43 @@ struct Session {
     epoch: u32,
     sequence: i32,
     sampler: Option<Sampler>,
-    /// The newest token and its position, unless the answer ends with it.
-    tail: Option<(u32, Token)>,
+    tail: Tail,
     /// The row that is to follow, once its token is sampled.
     next: Option<Header>,
     /// How its hidden states go on.
     codec: Codec,
 }
 
+/// The newest token of an answer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Tail {
+    /// It was sampled before the session was opened here.
+    Elsewhere,
+    /// Its position, and the token.
+    At(u32, Token),
+    /// The answer ends with it.
+    End,
+}
+
 impl Session {
+    /// Whether a row can be computed from: whether its token is the newest of the answer.
+    fn is_right(&self, position: u32, token: Token) -> bool {
+        self.tail == Tail::Elsewhere || self.tail == Tail::At(position, token)
+    }
+
+    /// The token for `position`, which becomes the newest.
+    fn sample(&mut self, logits: &mut [f32], position: u32) -> Result<Sampled, StageError> {
+        let sampler = self.sampler.as_mut().ok_or(StageError::Protocol("no sampler"))?;
+        let sampled = sampler.sample(logits, position)?;
+        sampler.accept(sampled.token)?;
+        let is_end = sampled.grammar_ended || sampler.ends(sampled.token);
+        self.tail = if is_end { Tail::End } else { Tail::At(position, sampled.token) };
+        Ok(sampled)
+    }
+
     /// The row that follows, when its token is there.
     fn follow(&mut self) -> Option<Work> {
-        let (position, token) = self.tail?;
+        let Tail::At(position, token) = self.tail else { return None };
         let header = self.next.take_if(|next| next.position == position)?;
         Some(Work { header, sequence: self.sequence, tokens: vec![token], hidden: Vec::new() })
     }
@@ -141,6 +166,8 @@ impl Stage {
                 inject: load.inject.clone(),
             },
         )?;
+        #[cfg(target_os = "linux")]
+        model.let_go(&load.path);
         let facts = Loaded {
             n_embd: model.n_embd() as u32,
             n_layer: model.n_layer(),
@@ -192,7 +219,8 @@ impl Stage {
             }
             None => self.admit(header.session, &tokens, open.reserve_cells)?,
         };
-        let session = Session { epoch: header.epoch, sequence, sampler, tail: None, next: None, codec: open.codec };
+        let session =
+            Session { epoch: header.epoch, sequence, sampler, tail: Tail::Elsewhere, next: None, codec: open.codec };
         self.sessions.insert(header.session, session);
         let kept_tokens = self.kept.as_ref().map_or(0, |kept| kept.count(sequence, cached_tokens));
         Ok(Opened { cached_tokens, kept_tokens })
@@ -258,7 +286,7 @@ impl Stage {
         }
     }
 
-    /// Drops what is queued of a session, and keeps the rest until it is opened again, which may be when another stage is back.
+    /// Drops what is queued of a session, and keeps the rest until it goes on: when it is opened again, or at once if it is rewound.
     pub(crate) fn hold(&mut self, header: &Header) {
         if let Some(session) = self.sessions.get_mut(&header.session) {
             (session.epoch, session.next) = (header.epoch, None);
@@ -302,6 +330,9 @@ impl Stage {
         let expected = if self.first { Kind::Tokens } else { Kind::Hidden };
         if header.rows as usize > batch_rows {
             return Err(StageError::Protocol("more rows in one frame than this stage computes at once"));
+        }
+        if header.has(FLAG_GUESS) && header.rows > GUESS_ROWS_MAX {
+            return Err(StageError::Protocol("more guesses in one frame than may be"));
         }
         if header.kind != expected || header.rows == 0 {
             return Err(StageError::Protocol("this stage takes other rows (token ids first, hidden states later)"));
@@ -375,7 +406,8 @@ impl Stage {
             batch.positions.extend((work.header.position as i32..).take(rows));
             batch.sequences.extend(std::iter::repeat_n(work.sequence, rows));
             let wants = self.last && work.header.has(FLAG_WANT_OUTPUT);
-            batch.wants_output.extend((0..rows).map(|row| wants && row + 1 == rows));
+            let is_guess = work.header.has(FLAG_GUESS);
+            batch.wants_output.extend((0..rows).map(|row| wants && (is_guess || row + 1 == rows)));
         }
         let rows = batch.positions.len();
         // Generated rows may have other company when they are computed again; prompt rows come in the same chunks. The kernel
@@ -400,7 +432,8 @@ impl Stage {
 
     fn harvest(&mut self, works: &[&Work], took: Duration, threads: u32, answers: &mut Vec<Frame>) {
         let batch_rows = works.iter().map(|w| w.rows()).sum::<usize>();
-        let step = Step { sampled: None, compute_us: took.as_micros() as u32, batch_rows: batch_rows as u32, threads };
+        let step =
+            Step { sampled: Vec::new(), compute_us: took.as_micros() as u32, batch_rows: batch_rows as u32, threads };
         let width = self.facts.n_embd as usize;
         let mut row = 0;
         for work in works {
@@ -417,9 +450,9 @@ impl Stage {
                 let hidden = &self.context.hidden()[row * width..end * width];
                 Ok(hidden_frame(header, &work.tokens, hidden, self.facts.n_embd))
             } else if self.last && header.has(FLAG_WANT_OUTPUT) {
-                self.sample(work, end - 1).and_then(|sampled| {
+                self.sample_all(work, row).and_then(|sampled| {
                     let header = Header { kind: Kind::Sampled, ..header };
-                    Ok(Frame::message(header, &Step { sampled: Some(sampled), ..step.clone() })?)
+                    Ok(Frame::message(header, &Step { sampled, ..step.clone() })?)
                 })
             } else {
                 Frame::message(Header { kind: Kind::Done, ..header }, &step).map_err(StageError::from)
@@ -429,15 +462,18 @@ impl Stage {
         }
     }
 
-    fn sample(&mut self, work: &Work, row: usize) -> Result<murmur_protocol::sampling::Sampled, StageError> {
+    /// The tokens that are wanted after rows, the first of which is row `first` of the batch.
+    fn sample_all(&mut self, work: &Work, first: usize) -> Result<Vec<Sampled>, StageError> {
+        let is_guess = work.header.has(FLAG_GUESS);
         let session = self.sessions.get_mut(&work.header.session).ok_or(StageError::Protocol("no such session"))?;
-        let sampler = session.sampler.as_mut().ok_or(StageError::Protocol("no sampler"))?;
-        let position = work.header.position + work.header.rows;
-        let sampled = sampler.sample(self.context.logits(row)?, position)?;
-        sampler.accept(sampled.token)?;
-        let ends = !sampler.params().ignore_eos
-            && self.vocabulary.as_ref().is_some_and(|vocabulary| vocabulary.is_end_of_generation(sampled.token));
-        session.tail = (!ends && !sampled.grammar_ended).then_some((position, sampled.token));
+        let mut sampled = Vec::new();
+        for (at, &token) in work.tokens.iter().enumerate().skip(if is_guess { 0 } else { work.tokens.len() - 1 }) {
+            let position = work.header.position + at as u32;
+            if is_guess && !session.is_right(position, token) {
+                break;
+            }
+            sampled.push(session.sample(self.context.logits(first + at)?, position + 1)?);
+        }
         self.following.extend(session.follow());
         Ok(sampled)
     }

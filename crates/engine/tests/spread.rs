@@ -19,7 +19,7 @@ use murmur_gguf::{LayerRange, even_cuts, synth::Weights};
 use murmur_protocol::{
     codec::Codec,
     frame::{Frame, Header, Kind},
-    stage::{Open, Opened},
+    stage::{Open, Opened, Sessions},
 };
 
 /// Who holds a range: a host in this process, another one once it is dead.
@@ -118,7 +118,7 @@ impl<'a> Spread<'a> {
         let places: Vec<Arc<Place>> = self.holders.iter().map(|_| Arc::default()).collect();
         let seat = |(at, holder): (usize, &Arc<Holder>)| {
             let next = places.get(at + 1).filter(|_| hops).cloned();
-            Arc::new(Seat { holder: holder.clone(), next, place: places[at].clone() }) as Arc<dyn RemoteStage>
+            Some(Arc::new(Seat { holder: holder.clone(), next, place: places[at].clone() }) as Arc<dyn RemoteStage>)
         };
         let stages: Vec<_> = self.holders.iter().enumerate().map(seat).collect();
         let options = self.lab.options(self.model, self.ranges.clone(), true);
@@ -245,8 +245,8 @@ fn a_driver_says_what_drivers_say_and_nothing_else() {
     let (guest, answered) = enter(&host);
     for &kind in Kind::ALL {
         let refused = guest.send(Frame { header: Header::new(kind, 1), payload: vec![] }).is_err();
-        let is_a_drivers =
-            matches!(kind, Kind::Open | Kind::Close | Kind::Tokens | Kind::Hidden | Kind::Next | Kind::Repeat);
+        use Kind::{Close, Hidden, Next, Open, Repeat, Rewind, Sessions, Tokens};
+        let is_a_drivers = matches!(kind, Open | Close | Tokens | Hidden | Next | Repeat | Rewind | Sessions);
         assert_eq!(refused, !is_a_drivers, "{kind:?}");
     }
     assert_eq!(
@@ -277,4 +277,42 @@ fn a_driver_that_leaves_makes_room_and_hears_nothing_of_the_others() {
     assert_eq!((frame.header.kind, frame.header.session), (Kind::Opened, 3));
     assert!(frame.decode::<Opened>().is_ok() && heard.try_recv().is_err());
     assert_eq!(host.guests(), 1);
+}
+
+#[test]
+fn hidden_states_that_come_before_their_session_is_opened_wait_for_that() {
+    let lab = Lab::new();
+    let model = lab.tiny("llama", Weights::F32);
+    let host = Spread::new(&lab, &model, 4).holders[1].host();
+    let (guest, answered) = enter(&host);
+    let rows = |epoch, position| {
+        let header = Header { epoch, position, rows: 2, ..Header::new(Kind::Hidden, 1) };
+        Frame { header, payload: vec![0; 2 * 4 * (1 + host.loaded().n_embd as usize)] }
+    };
+    for position in [0, 2] {
+        guest.send(rows(1, position)).unwrap();
+    }
+    // Of an epoch that is over when its word comes.
+    guest.send(rows(0, 0)).unwrap();
+    guest.send(Frame { header: Header { epoch: 1, ..Header::new(Kind::Open, 1) }, ..open(1) }).unwrap();
+    let heard: Vec<_> = answered.iter().take(5).map(|frame| (frame.header.kind, frame.header.position)).collect();
+    assert_eq!(heard[0], (Kind::Opened, 0));
+    assert_eq!(heard[1..], [(Kind::Done, 0), (Kind::Hidden, 0), (Kind::Done, 2), (Kind::Hidden, 2)]);
+}
+
+#[test]
+fn sessions_that_a_driver_does_not_have_any_more_make_room() {
+    let lab = Lab::new();
+    let model = lab.tiny("llama", Weights::F32);
+    let host = Spread::new(&lab, &model, 2).holders[0].host();
+    let (guest, answered) = enter(&host);
+    // As many as the stage holds.
+    (0..8).for_each(|session| guest.send(open(session)).unwrap());
+    assert!(answered.iter().take(8).all(|frame| frame.header.kind == Kind::Opened));
+    let some = Frame::message(Header::new(Kind::Sessions, 0), &Sessions { open: vec![2, 3, 100] }).unwrap();
+    guest.send(some).unwrap();
+    (10..16).for_each(|session| guest.send(open(session)).unwrap());
+    assert!(answered.iter().take(6).all(|frame| frame.header.kind == Kind::Opened));
+    guest.send(open(16)).unwrap();
+    assert_eq!(answered.recv().unwrap().header.kind, Kind::NotOpened);
 }

@@ -52,8 +52,8 @@ impl Stage {
     /// The token sampled after `tokens`, and the bits of the best log-probability.
     fn step(&mut self, session: u64, position: u32, tokens: &[Token], flags: u16) -> (Token, u32) {
         let frame = self.rows(session, position, tokens, flags | FLAG_WANT_OUTPUT);
-        let step: Step = frame.decode().unwrap_or_else(|_| panic!("{}", frame.as_text()));
-        let sampled = step.sampled.unwrap();
+        let mut step: Step = frame.decode().unwrap_or_else(|_| panic!("{}", frame.as_text()));
+        let sampled = step.sampled.remove(0);
         (sampled.token, sampled.top[0].1.to_bits())
     }
 }
@@ -109,7 +109,7 @@ fn a_whole_model_goes_on_with_the_token_it_has_sampled_itself() {
     alone.open(1, &prompt, &[]);
     let header = Header { flags: FLAG_WANT_OUTPUT, ..Header::new(Kind::Next, 1) };
     let next = |position| Frame { header: Header { position, rows: 1, ..header }, payload: Vec::new() };
-    let token = |frame: Frame| frame.decode::<Step>().unwrap().sampled.unwrap().token;
+    let token = |frame: Frame| frame.decode::<Step>().unwrap().sampled[0].token;
     // Asked before the token is known, and afterwards.
     let rows = Frame::tokens(Header { kind: Kind::Tokens, flags: FLAG_PREFILL | FLAG_WANT_OUTPUT, ..header }, &prompt);
     assert!(alone.link.send(&[rows, next(20)]).is_empty());

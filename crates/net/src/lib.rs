@@ -51,7 +51,7 @@ pub use credentials::Credentials;
 pub use endpoint::{Dht, EndpointOptions, Relays, node_key};
 pub use error::NetError;
 pub use iroh::endpoint::{RecvStream, SendStream};
-pub use links::Path;
+pub use links::{Flow, Path};
 pub use mesh::{Mesh, MeshChoice, MeshOptions, PeerView, Timing, Work};
 pub use seed::{Seed, SeedOptions};
 pub use state::{Known, LINKS_WANTED, OwnRecord, Table};

@@ -96,6 +96,24 @@ impl Links {
     }
 }
 
+/// What has gone over a connection from here, and what could.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Flow {
+    /// Bytes of packets that were sent so far and are not known to be lost.
+    pub sent_bytes: u64,
+    /// What congestion control would let go at present in a second: its window per round trip. Where little is sent that says
+    /// little.
+    pub bytes_per_s_max: f64,
+}
+
+/// What has gone over a connection on the path that it takes now.
+pub(crate) fn flow(connection: &Connection) -> Option<Flow> {
+    let paths = connection.paths();
+    let stats = paths.iter().find(|path| path.is_selected())?.stats();
+    let bytes_per_s_max = stats.cwnd as f64 / stats.rtt.as_secs_f64();
+    Some(Flow { sent_bytes: stats.sent_bytes.saturating_sub(stats.lost_bytes), bytes_per_s_max })
+}
+
 /// Round-trip time, in milliseconds, and path of a connection, as QUIC sees them.
 pub(crate) fn path(connection: &Connection) -> (Option<f64>, Path) {
     let paths = connection.paths();

@@ -25,7 +25,7 @@ use crate::credentials::Credentials;
 use crate::dialler::DIAL_DEADLINE_MS;
 use crate::endpoint::{self, Bound, EndpointOptions, MESH_ALPN, causes};
 use crate::identity::Identity;
-use crate::links::{self, Links, Path};
+use crate::links::{self, Flow, Links, Path};
 use crate::nostr::Publisher;
 use crate::shared::Shared;
 use crate::state::{COMMANDS_MAX, Command, OwnRecord, State, Table};
@@ -127,6 +127,8 @@ pub struct PeerView {
     pub verified: Arc<Verified>,
     /// Round-trip time to it in milliseconds, as QUIC measures it, where there is a connection.
     pub rtt_ms: Option<f64>,
+    /// What goes there over the connection for work, where there is one.
+    pub flow: Option<Flow>,
     /// How packets to it travel.
     pub path: Path,
     /// Since when it is listed.
@@ -284,12 +286,14 @@ impl Mesh {
     /// The other nodes, by id.
     pub fn peers(&self) -> Vec<PeerView> {
         let table = Arc::clone(&self.table.borrow());
+        let workers = self.workers();
         let view = |(node, known): (&NodeId, &crate::state::Known)| {
             let link = self.shared.links.get(node);
             let (rtt_ms, path) = link.as_ref().map_or((None, Path::Unknown), |link| links::path(&link.connection));
             PeerView {
                 verified: Arc::clone(&known.verified),
                 rtt_ms,
+                flow: workers.get(node).and_then(links::flow),
                 path,
                 since: known.since,
                 clock_ahead_ms: link.map(|link| link.greeted.clock_ahead_ms),

@@ -18,8 +18,8 @@ use iroh::endpoint::Connection;
 use murmur_core::membership::{Aged, Answer, Digest, Membership, Opening, Outcome, Verified};
 use murmur_core::overlay::{Join, Overlay};
 use murmur_protocol::mesh::{
-    Addresses, Capabilities, Control, Differing, NodeId, NodeRecord, Ranges, RecordError, Role, ServedModel,
-    ServedStage, SignedRecord, Summary,
+    Addresses, Capabilities, Control, Differing, MachineSpeed, MeasuredLink, NodeId, NodeRecord, Ranges, RecordError,
+    Role, ServedModel, ServedStage, SignedRecord, Summary,
 };
 use rand::seq::{IteratorRandom, SliceRandom};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -109,6 +109,10 @@ pub struct OwnRecord {
     pub models: Vec<ServedModel>,
     /// Layers that it holds or would hold.
     pub stages: Vec<ServedStage>,
+    /// What it has measured of its ways to others, those that matter most first.
+    pub links: Vec<MeasuredLink>,
+    /// How fast its machine is, once that is measured.
+    pub machine: Option<MachineSpeed>,
     /// What it can do.
     pub capabilities: Capabilities,
     /// Memory in which it could load models, in bytes.
@@ -122,9 +126,20 @@ impl Default for OwnRecord {
             role: Role::Client,
             models: Vec::new(),
             stages: Vec::new(),
+            links: Vec::new(),
+            machine: None,
             capabilities: Capabilities::NONE,
             memory_free_bytes: 0,
         }
+    }
+}
+
+impl OwnRecord {
+    /// Whether others are to hear of this before the next record is due. Ways that are longer or shorter than they were told to
+    /// be can wait, and so can those that are gone: round trips change all the time.
+    fn is_news_after(&self, told: &OwnRecord) -> bool {
+        let is_told = |link: &MeasuredLink| told.links.iter().any(|known| known.is_to_same(link));
+        OwnRecord { links: told.links.clone(), ..self.clone() } != *told || !self.links.iter().all(is_told)
     }
 }
 
@@ -145,6 +160,8 @@ pub(crate) struct State {
     membership: Membership,
     timing: Timing,
     own: OwnRecord,
+    /// What did not fit into the own record.
+    left_out: usize,
     own_addresses: watch::Sender<Addresses>,
     known: BTreeMap<NodeId, Known>,
     table: watch::Sender<Table>,
@@ -177,6 +194,7 @@ impl State {
             membership,
             timing,
             own,
+            left_out: 0,
             own_addresses,
             known: BTreeMap::new(),
             table,
@@ -256,10 +274,10 @@ impl State {
             Command::Answer { digest, reply } => drop(reply.send(self.membership.answer(&digest, now))),
             Command::Wanted { nodes, reply } => drop(reply.send(self.membership.wanted(&nodes, now))),
             Command::Update(own) => {
-                if own != self.own {
-                    self.own = own;
+                if own.is_news_after(&self.own) {
                     self.membership.note_change();
                 }
+                self.own = own;
             }
             Command::Revoked => self.drop_revoked(),
             Command::Prolonged => self.membership.note_change(),
@@ -411,15 +429,18 @@ impl State {
             addresses: self.own_addresses.borrow().clone(),
             models: if tombstone { Vec::new() } else { self.own.models.clone() },
             stages: if tombstone { Vec::new() } else { self.own.stages.clone() },
+            links: if tombstone { Vec::new() } else { self.own.links.clone() },
+            machine: self.own.machine,
             software: identity.software.clone(),
             capabilities: self.own.capabilities,
             memory_free_bytes: self.own.memory_free_bytes,
             certificate: identity.certificate(),
         };
         let left_out = record.shorten();
-        if left_out > 0 {
+        if left_out > 0 && left_out != self.left_out {
             tracing::warn!(left_out, "not all models fit into the record of this node");
         }
+        self.left_out = left_out;
         match record.sign(&identity.key) {
             Ok(signed) => {
                 self.membership.set_own(Verified::trusted(record, signed.clone()));
@@ -595,5 +616,25 @@ impl State {
         let tombstone = self.sign(sequence, true)?;
         self.topic.broadcast(&tombstone);
         Some(tombstone)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_way_to_another_node_is_news_and_another_round_trip_is_none() {
+        let [near, far] = [1, 2].map(|number| NodeId::from_bytes([number; 32]));
+        let with = |links: &[MeasuredLink]| OwnRecord { links: links.to_vec(), ..OwnRecord::default() };
+        let (first, second) = (MeasuredLink::to(&near, 800, 0), MeasuredLink::to(&far, 40_000, 0));
+        let told = with(&[first, second]);
+        assert!(told.is_news_after(&with(&[])) && told.is_news_after(&with(&[first])));
+        let faster = MeasuredLink::to(&near, 80, 5_000_000);
+        for later in [with(&[second, faster]), with(&[second]), with(&[])] {
+            assert!(!later.is_news_after(&told));
+        }
+        let more = OwnRecord { memory_free_bytes: 1, ..told.clone() };
+        assert!(more.is_news_after(&told));
     }
 }

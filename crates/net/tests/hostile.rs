@@ -190,6 +190,8 @@ fn unsigned(key: &NodeKey) -> NodeRecord {
         memory_free_bytes: 0,
         certificate: None,
         stages: Vec::new(),
+        links: Vec::new(),
+        machine: None,
     }
 }
 

@@ -6,7 +6,7 @@ mod common;
 
 use common::{QUICK, all_know_all, join, lists, meet, open_invitation, options, public, soon, start, until};
 use murmur_net::{Mesh, MeshChoice, NetError, Path};
-use murmur_protocol::mesh::{Capabilities, NodeId, NodeKey};
+use murmur_protocol::mesh::{Capabilities, MeasuredLink, NodeId, NodeKey};
 
 #[tokio::test]
 async fn two_nodes_find_each_other_by_ticket_and_see_each_other_directly() {
@@ -59,6 +59,22 @@ async fn what_a_node_says_anew_reaches_everybody() {
         };
         until(&node.mesh, "the news", said).await;
     }
+}
+
+#[tokio::test]
+async fn a_way_that_is_measured_anew_is_told_with_the_next_news() {
+    let nodes = meet(start(public()).await, 2).await;
+    let (from, to) = (nodes[0].mesh.node_id(), nodes[1].mesh.node_id());
+    let way = |rtt_us| MeasuredLink::to(&to, rtt_us, 0);
+    let said = |table: &murmur_net::Table, rtt_us: u32, memory_free_bytes: u64| {
+        let record = table.get(&from).map(|known| known.verified.record().clone());
+        record.is_some_and(|said| said.links == [way(rtt_us)] && said.memory_free_bytes == memory_free_bytes)
+    };
+    nodes[0].mesh.update(|own| own.links = vec![way(900)]).await.unwrap();
+    until(&nodes[1].mesh, "a way", |table| said(table, 900, 0)).await;
+    nodes[0].mesh.update(|own| own.links = vec![way(200)]).await.unwrap();
+    nodes[0].mesh.update(|own| own.memory_free_bytes = 7).await.unwrap();
+    until(&nodes[1].mesh, "the way as it is now", |table| said(table, 200, 7)).await;
 }
 
 #[tokio::test]

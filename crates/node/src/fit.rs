@@ -2,6 +2,7 @@
 //! better than an out-of-memory kill in the middle of an answer.
 
 use murmur_core::planner::size;
+use murmur_engine::Keep;
 use murmur_gguf::Facts;
 
 /// Context per request when the user does not say.
@@ -34,13 +35,17 @@ impl Demand {
         let per_layer = facts.kv_bytes_per_token_per_layer();
         let width = 8 * u64::from(facts.embedding_length) + 4 * u64::from(facts.feed_forward_length);
         let logits = u64::from(facts.vocabulary) * u64::from(parallel) * 4;
+        // Stages keep what they have handed on, for one that comes after another that died; the last hands nothing on.
+        let rows_bytes = 4 * u64::from(facts.embedding_length) * u64::from(facts.context_length) * u64::from(parallel);
+        let kept = Keep::default().memory_bytes.min(rows_bytes) * u64::from(stages.saturating_sub(1));
         Demand {
             weights_bytes,
             // With the attention mask: two bytes for each row of a batch, twice where some layers have a window.
             kv_bytes_per_token: per_layer * u64::from(facts.layers)
                 + 4 * u64::from(batch_rows) * u64::from(stages.max(1)),
             score_bytes_per_token: 0,
-            compute_bytes: (u64::from(batch_rows) * width * 4 + logits + PROCESS_BYTES) * u64::from(stages.max(1)),
+            compute_bytes: (u64::from(batch_rows) * width * 4 + logits + PROCESS_BYTES) * u64::from(stages.max(1))
+                + kept,
             parallel,
             trained_context_tokens: facts.context_length,
         }

@@ -9,6 +9,7 @@ mod activity;
 mod backend;
 pub mod fit;
 mod generate;
+mod measure;
 mod mesh;
 mod model;
 mod models;
@@ -23,9 +24,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use murmur_engine::{CHILD_SUBCOMMAND, child};
+pub use murmur_api::backend::RingWishes;
+pub use murmur_engine::{CHILD_SUBCOMMAND, Draft, child};
 pub use murmur_net as net;
-use murmur_protocol::codec::Codec;
+use murmur_protocol::{codec::Codec, mesh::MachineSpeed};
 use tokio::task::JoinSet;
 
 use crate::{
@@ -65,6 +67,12 @@ pub struct NodeOptions {
     /// Forms beside f32 in which hidden states may travel between the nodes of a spread model, where a link is slow. Empty with
     /// `exact`.
     pub lossy: Vec<Codec>,
+    /// What rings that this node makes are to be like.
+    pub ring: RingWishes,
+    /// Has another node stand by for each stage of the rings that this one drives, where there is one.
+    pub standby: bool,
+    /// Who guesses what models will say.
+    pub draft: Draft,
     /// Bit-equal results whatever shares a batch.
     pub exact: bool,
     /// How long a request waits, at a stretch, for another node that would take it.
@@ -183,6 +191,8 @@ pub struct Node {
     mesh: mesh::MeshCell,
     requests: Arc<Requests>,
     gate: Gate,
+    /// Where models may be spread over a mesh.
+    machine: Option<MachineSpeed>,
     /// Lets models go that nobody uses.
     tending: Mutex<JoinSet<()>>,
     started: Instant,
@@ -195,6 +205,7 @@ impl Node {
         if options.sharing.pause_when_active && !activity::can_be_seen() {
             return Err(NodeError::ActivityUnseen);
         }
+        let machine = (options.spread && !options.models.is_empty()).then(|| measure::machine(options.threads));
         let (gate, readers) = (Gate::new(options.sharing.clone()), Readers::new(options.engine_program.clone()));
         Ok(Node {
             models: Arc::new(Models::open(options)?),
@@ -202,6 +213,7 @@ impl Node {
             mesh: mesh::MeshCell::new(),
             requests: Arc::default(),
             gate,
+            machine,
             tending: Mutex::default(),
             started: Instant::now(),
         })
@@ -255,6 +267,11 @@ impl Node {
         tending.shutdown().await;
         // Dropping an engine waits for its processes.
         let _ = tokio::task::spawn_blocking(move || drop(self)).await;
+    }
+
+    /// How fast this machine is, if that matters to others.
+    fn machine(&self) -> Option<MachineSpeed> {
+        self.machine
     }
 
     fn options(&self) -> &NodeOptions {

@@ -13,8 +13,8 @@ use std::{
 use murmur_api::backend::{ModelCard, ModelKind, ModelState};
 use murmur_core::planner::ModelFacts;
 use murmur_engine::{Engine, EngineError, EngineOptions, Host, Keep, Patience, RemoteStage, Stop};
-use murmur_gguf::{Facts, Gguf, LayerRange, Manifest};
-use murmur_protocol::{codec::Codec, mesh::NodeId};
+use murmur_gguf::{Facts, Gguf, LayerRange, Manifest, TensorType};
+use murmur_protocol::codec::Codec;
 use murmur_sampling::Vocabulary;
 use tokio::sync::watch;
 
@@ -23,7 +23,7 @@ use crate::{
     mesh::{
         ModelIdentity,
         ring::{
-            Ring, Spread,
+            Ring, Search, Spread,
             host::{Holding, Terms},
         },
     },
@@ -69,6 +69,8 @@ pub(crate) struct Model {
     /// Why and how it is spread over the mesh, if it is.
     spread: OnceLock<Spread>,
     ring: Mutex<RingState>,
+    /// For a ring, or a better one.
+    search: Mutex<Search>,
     /// Layers of it that this node holds for rings.
     holding: Holding,
     /// Of what is held.
@@ -81,13 +83,13 @@ struct RingState {
     /// Why there is no ring yet.
     waiting: Option<String>,
     ring: Option<Arc<Ring>>,
-    /// Who did not hold what it said, and until when it is not believed.
-    avoided: Vec<(NodeId, Instant)>,
 }
 
 /// Where a model is between its file and its engine.
 struct Life {
     loaded: Option<Arc<LoadedModel>>,
+    /// Engines of rings that were left for better ones: what runs on them ends there.
+    left: Vec<Arc<LoadedModel>>,
     is_loading: bool,
     /// What loading it takes, from its beginning to the end of the engine; else 0.
     planned_bytes: u64,
@@ -98,6 +100,18 @@ struct Life {
     /// Why the last load failed.
     failure: Option<String>,
     last_used: Instant,
+}
+
+impl Life {
+    fn engines(&self) -> Vec<Arc<LoadedModel>> {
+        self.loaded.iter().chain(&self.left).cloned().collect()
+    }
+
+    /// Memory that is set aside for engines.
+    fn claimed_bytes(&self) -> u64 {
+        let replaced = self.loaded.iter().filter(|_| self.is_loading);
+        replaced.chain(&self.left).map(|loaded| loaded.memory_bytes).sum::<u64>() + self.planned_bytes
+    }
 }
 
 /// A file that was checked.
@@ -114,10 +128,31 @@ pub(crate) struct Plan {
     parallel: u32,
     context_tokens: u32,
     /// Who finds the stages; empty: they are here.
-    elsewhere: Vec<Arc<dyn RemoteStage>>,
+    elsewhere: Vec<Option<Arc<dyn RemoteStage>>>,
     /// How hidden states leave each stage; f32 where nothing is said.
     codecs: Vec<Codec>,
+    /// How long a frame is on its way around them, us.
+    travel_us: u64,
     stop: Stop,
+}
+
+/// What an engine is to be whose stages are in the mesh.
+pub(crate) struct RingOptions {
+    pub(crate) context_tokens: u32,
+    pub(crate) parallel: u32,
+    /// The layers of the stages, and who finds those that are not here.
+    pub(crate) stages: Vec<(LayerRange, Option<Arc<dyn RemoteStage>>)>,
+    /// How hidden states leave each stage.
+    pub(crate) codecs: Vec<Codec>,
+    /// How long a frame is on its way around them, as predicted, us.
+    pub(crate) travel_us: u64,
+}
+
+impl RingOptions {
+    /// Layers that are here.
+    pub(crate) fn here(&self) -> impl Iterator<Item = LayerRange> {
+        self.stages.iter().filter(|(_, elsewhere)| elsewhere.is_none()).map(|(range, _)| *range)
+    }
 }
 
 /// A model that is loaded. It is not let go while anybody holds it.
@@ -169,6 +204,7 @@ impl Model {
             load_ms: AtomicU32::new(0),
             life: Mutex::new(Life {
                 loaded: None,
+                left: Vec::new(),
                 is_loading: false,
                 planned_bytes: 0,
                 stop: Stop::new(),
@@ -180,6 +216,7 @@ impl Model {
             identity: OnceLock::new(),
             spread: OnceLock::new(),
             ring: Mutex::default(),
+            search: Mutex::new(Search::new()),
             holding: Holding::default(),
             holding_stop: Stop::new(),
         })
@@ -293,16 +330,14 @@ impl Model {
 
     /// Ends what runs or loads, for good and without waiting.
     pub(crate) fn stop(&self) {
-        let (stop, loaded) = {
+        let (stop, engines) = {
             let mut life = self.life();
             life.is_ended = true;
-            (life.stop.clone(), life.loaded.clone())
+            (life.stop.clone(), life.engines())
         };
         stop.stop();
         self.holding_stop.stop();
-        if let Some(loaded) = loaded {
-            loaded.engine.stop();
-        }
+        engines.iter().for_each(|loaded| loaded.engine.stop());
     }
 
     /// Spreads it over the mesh from now on. False: its layers cannot be cut apart, or it gives no text.
@@ -330,6 +365,11 @@ impl Model {
         &self.holding
     }
 
+    /// What its search for a ring remembers.
+    pub(crate) fn search(&self) -> MutexGuard<'_, Search> {
+        self.search.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn ring_state(&self) -> MutexGuard<'_, RingState> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -338,6 +378,12 @@ impl Model {
     pub(crate) fn needs_ring(&self) -> bool {
         let life = self.life();
         self.is_spread() && !life.is_loading && !life.is_ended && life.loaded.is_none()
+    }
+
+    /// Its engine, while all stages of that are up and no other is being loaded.
+    pub(crate) fn in_use(&self) -> Option<Arc<LoadedModel>> {
+        let life = self.life();
+        life.loaded.clone().filter(|loaded| !life.is_loading && loaded.engine.is_ready())
     }
 
     /// Notes why there is none.
@@ -355,18 +401,6 @@ impl Model {
         (state.waiting, state.ring) = (None, Some(ring));
     }
 
-    /// Makes rings without these nodes for a while.
-    pub(crate) fn avoid(&self, nodes: Vec<NodeId>, until: Instant) {
-        self.ring_state().avoided.extend(nodes.into_iter().map(|node| (node, until)));
-    }
-
-    /// Whether rings are made without this node now.
-    pub(crate) fn is_avoided(&self, node: NodeId) -> bool {
-        let mut state = self.ring_state();
-        state.avoided.retain(|(_, until)| *until > Instant::now());
-        state.avoided.iter().any(|(avoided, _)| *avoided == node)
-    }
-
     /// Why there is no ring for it, and the ring if there is one.
     pub(crate) fn ring(&self) -> (Option<String>, Option<Arc<Ring>>) {
         let state = self.ring_state();
@@ -377,7 +411,19 @@ impl Model {
     pub(crate) fn let_go_failed(&self) -> Option<Arc<LoadedModel>> {
         let mut life = self.life();
         let failed = life.loaded.as_ref().is_some_and(|loaded| loaded.engine.status().unavailable.is_some());
-        if failed && !life.is_ended { life.loaded.take() } else { None }
+        if !failed || life.is_ended {
+            return None;
+        }
+        // While another one is loaded, it is that one's.
+        if !life.is_loading {
+            life.planned_bytes = 0;
+        }
+        life.loaded.take()
+    }
+
+    /// Takes out engines that were left for others and on which nothing runs any more.
+    pub(crate) fn let_go_left(&self) -> Vec<Arc<LoadedModel>> {
+        self.life().left.extract_if(.., |loaded| Arc::strong_count(loaded) == 1).collect()
     }
 
     /// Takes the model out if nobody holds it, and nobody has asked for it for so long.
@@ -422,27 +468,33 @@ impl Model {
         let parallel = if file.embedding { 1 } else { options.parallel };
         let (demand, context_tokens) = self.fit(&file, options, (parallel, ranges.len() as u32), models)?;
         let stop = self.begin(demand.bytes(context_tokens)).ok_or(NodeError::Interrupted)?;
-        Ok(Some(Plan { file, ranges, parallel, context_tokens, elsewhere: Vec::new(), codecs: Vec::new(), stop }))
+        Ok(Some(Plan {
+            file,
+            ranges,
+            parallel,
+            context_tokens,
+            elsewhere: Vec::new(),
+            codecs: Vec::new(),
+            travel_us: 0,
+            stop,
+        }))
     }
 
-    /// A load of which all stages are in the mesh. `None`: it is loaded, or somebody loads it.
-    pub(crate) fn plan_ring(
-        &self,
-        ranges: Vec<LayerRange>,
-        context_tokens: u32,
-        parallel: u32,
-        elsewhere: Vec<Arc<dyn RemoteStage>>,
-        codecs: Vec<Codec>,
-    ) -> Result<Option<Plan>, NodeError> {
+    /// A load of stages in the mesh, beside the engine that there is. `None`: it is being loaded. `planned_bytes`: for stages that
+    /// are here.
+    pub(crate) fn plan_ring(&self, ring: RingOptions, planned_bytes: u64) -> Result<Option<Plan>, NodeError> {
+        let RingOptions { context_tokens, parallel, stages, codecs, travel_us } = ring;
         let file = ModelFile::read(&self.spec.path)?;
-        Ok(self.begin(0).map(|stop| Plan { file, ranges, parallel, context_tokens, elsewhere, codecs, stop }))
+        let (ranges, elsewhere) = stages.into_iter().unzip();
+        let plan = |stop| Plan { file, ranges, parallel, context_tokens, elsewhere, codecs, travel_us, stop };
+        Ok(self.begin(planned_bytes).map(plan))
     }
 
-    /// Notes that a load begins, unless one has begun or the node ends.
+    /// Notes that a load begins, unless one goes on or the node ends.
     fn begin(&self, planned_bytes: u64) -> Option<Stop> {
         let stop = Stop::new();
         let mut life = self.life();
-        if life.is_ended || life.is_loading || life.loaded.is_some() {
+        if life.is_ended || life.is_loading {
             return None;
         }
         life.is_loading = true;
@@ -479,12 +531,13 @@ impl Model {
                 let card = Arc::new(self.loaded_card(&engine));
                 let loaded = LoadedModel { card, engine, memory_bytes: life.planned_bytes };
                 self.load_ms.store(u32::try_from(started.elapsed().as_millis()).unwrap_or(u32::MAX), Ordering::Relaxed);
-                life.loaded = Some(Arc::new(loaded));
+                let before = life.loaded.replace(Arc::new(loaded));
+                life.left.extend(before);
                 // Stopped in the last moment, before there was an engine to tell.
                 if life.is_ended { Err(NodeError::Interrupted) } else { Ok(()) }
             }
             Err(error) => {
-                life.planned_bytes = 0;
+                life.planned_bytes = life.loaded.as_ref().map_or(0, |loaded| loaded.memory_bytes);
                 life.failure = Some(with_causes(&error));
                 Err(error)
             }
@@ -504,10 +557,11 @@ impl Model {
         options: &NodeOptions,
         progress: &dyn Fn(LoadProgress),
     ) -> Result<Engine, NodeError> {
-        let Plan { file, ranges, parallel, context_tokens, elsewhere, codecs, stop } = plan;
+        let Plan { file, ranges, parallel, context_tokens, elsewhere, codecs, travel_us, stop } = plan;
         let engine_options = EngineOptions {
             embedding: file.embedding,
             codecs,
+            travel_us,
             ..self.engine_options(options, ranges, context_tokens, parallel)
         };
         let stages = engine_options.ranges.len();
@@ -550,33 +604,36 @@ impl Model {
             patience: Patience::default(),
             keep: Keep::default(),
             codecs: Vec::new(),
+            draft: options.draft,
+            travel_us: 0,
         }
     }
 
     /// Memory that is set aside for it, and of that, what does not yet show as taken.
     fn claim_bytes(&self) -> (u64, u64) {
-        let (loaded, planned) = {
+        let (engines, planned) = {
             let life = self.life();
-            (life.loaded.clone(), life.planned_bytes)
+            (life.engines(), life.claimed_bytes())
         };
         let (held_bytes, host) = {
             let held = self.holding.held();
             held.as_ref().map_or((0, None), |held| (held.memory_bytes, held.host.clone()))
         };
-        let mut processes = loaded.map(|loaded| loaded.engine.process_ids()).unwrap_or_default();
+        let mut processes: Vec<u32> = engines.iter().flat_map(|loaded| loaded.engine.process_ids()).collect();
         processes.extend(host.and_then(|host| host.process_id()));
         (planned + held_bytes, fit::outstanding_bytes(planned + held_bytes, &processes))
     }
 
-    /// Memory for this model, beside what the others have.
+    /// Memory for this model, beside what the others have; for layers of one that is spread, beside what its own ring has here.
     pub(crate) fn available_bytes(&self, options: &NodeOptions, models: &[Model]) -> u64 {
         let own = std::ptr::from_ref(self);
         let claims = models.iter().filter(|other| !std::ptr::eq(*other, own)).map(Model::claim_bytes);
         let (planned, outstanding) = claims.fold((0, 0), |sum, claim| (sum.0 + claim.0, sum.1 + claim.1));
         // What it has already is its own.
         let (taken, unshown) = self.claim_bytes();
-        let free = fit::available_bytes().map(|free| (free + taken - unshown).saturating_sub(outstanding));
-        let limit = options.max_memory_bytes.map(|max| max.saturating_sub(planned));
+        let kept = if self.is_spread() { self.life().claimed_bytes() } else { 0 };
+        let free = fit::available_bytes().map(|free| (free + taken - unshown).saturating_sub(outstanding + kept));
+        let limit = options.max_memory_bytes.map(|max| max.saturating_sub(planned + kept));
         match (free, limit) {
             (Some(free), Some(limit)) => free.min(limit),
             (free, limit) => free.or(limit).unwrap_or(u64::MAX),
@@ -637,7 +694,16 @@ pub(crate) fn layer_facts(path: &Path, exact: bool, parallel: u32) -> Result<Opt
         demand.exact(&file.facts, batch_rows, 1);
     }
     let per_token = demand.kv_bytes_per_token - outline.kv_bytes_per_token_per_layer * u64::from(file.facts.layers);
-    let facts = ModelFacts::of(&outline, demand.compute_bytes, per_token + demand.score_bytes_per_token);
+    let mut facts = ModelFacts::of(&outline, demand.compute_bytes, per_token + demand.score_bytes_per_token);
+    facts.kept_bytes = Keep::default().memory_bytes;
+    let is_rearranged = |embedding: &&murmur_gguf::TensorInfo| {
+        !exact && !matches!(embedding.ty, TensorType::F32 | TensorType::F16 | TensorType::BF16 | TensorType::Q8_0)
+    };
+    // Weights of some types are rearranged in memory for faster computing, the embedding with them. Else it stays in the file.
+    if file.gguf.tensor("token_embd.weight").filter(is_rearranged).is_some() {
+        let embedding_bytes = outline.embedding.as_ref().map_or(0, |embedding| embedding.bytes);
+        facts.layers.iter_mut().take(1).for_each(|layer| layer.weight_bytes += embedding_bytes);
+    }
     Ok(Some((facts, file.facts.context_length)))
 }
 

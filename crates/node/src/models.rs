@@ -16,7 +16,7 @@ use tokio::{sync::watch, time::MissedTickBehavior};
 use crate::{
     LoadProgress, NodeError, NodeOptions,
     mesh::ring::host::Terms,
-    model::{self, LoadedModel, Model, with_causes},
+    model::{self, LoadedModel, Model, RingOptions, with_causes},
 };
 
 /// How often it is looked whether a model was not used for a while.
@@ -120,6 +120,27 @@ impl Models {
             });
         }
         Ok(needed_bytes)
+    }
+
+    /// Sets memory aside for the stages of a ring that are here. `None`: the model is being loaded.
+    pub(crate) fn plan_ring(&self, at: usize, ring: RingOptions) -> Result<Option<model::Plan>, NodeError> {
+        let _planning = self.planning.lock().unwrap_or_else(PoisonError::into_inner);
+        let model = &self.list[at];
+        let (context_tokens, parallel, exact) = (ring.context_tokens, ring.parallel, self.options.exact);
+        let bytes = |range| {
+            let spread = model.spread().ok_or(NodeError::Interrupted)?;
+            Ok((range, spread.stage_bytes(Terms { range, context_tokens, parallel, exact })))
+        };
+        let here = ring.here().map(bytes).collect::<Result<Vec<_>, NodeError>>()?;
+        let needed_bytes = here.iter().map(|(_, bytes)| bytes).sum();
+        let held_bytes = model.holding().held().as_ref().map_or(0, |held| held.memory_bytes);
+        let available_bytes = model.available_bytes(&self.options, &self.list).saturating_sub(held_bytes);
+        match here.first() {
+            Some(&(layers, _)) if needed_bytes > available_bytes => {
+                Err(NodeError::StageFit { model: model.id().to_owned(), layers, needed_bytes, available_bytes })
+            }
+            _ => model.plan_ring(ring, needed_bytes),
+        }
     }
 
     /// Makes room for a model and sets it aside. Blocks.

@@ -83,6 +83,7 @@ pub(crate) struct Gate {
 struct State {
     activity: Activity,
     paused: Option<String>,
+    is_closed: bool,
 }
 
 impl Gate {
@@ -103,6 +104,9 @@ impl Gate {
             true => state.activity.note(Instant::now(), activity::sample(own_processes)),
             false => None,
         };
+        if state.is_closed {
+            return;
+        }
         let closed = (!self.is_open_at(minute)).then(|| format!("outside its hours ({})", self.hours()));
         let paused = closed.or(in_use);
         if paused.is_some() != state.paused.is_some() {
@@ -117,6 +121,17 @@ impl Gate {
 
     fn hours(&self) -> String {
         self.sharing.hours.iter().map(Window::to_string).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Nothing of others is taken any more: the node is about to end.
+    pub(crate) fn close(&self) {
+        let mut state = self.state();
+        (state.is_closed, state.paused) = (true, Some("it is being stopped".to_owned()));
+    }
+
+    /// Whether the node is about to end.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.state().is_closed
     }
 
     /// Why nothing of others is taken now, if so.

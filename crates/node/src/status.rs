@@ -33,8 +33,10 @@
 //! | `requests_running`, `requests_queued` | now |
 //! | `decode_tokens_per_s` | measured speed of a lone answer; null: not measured |
 //! | `generated_tokens`, `prompt_tokens`, `cached_tokens` | since it was loaded; prompt tokens computed, and those that need not be |
-//! | `token_steps`, `token_compute_us` | steps with a token for each sequence, and their time |
+//! | `guessed_tokens`, `right_tokens` | tokens that were guessed (`--draft`), and those of them that were right |
+//! | `token_steps`, `token_compute_us` | steps on one row of a sequence that gave its next token, and their time |
 //! | `stages[]` | `layers` from and to; `process_id`, or the `node` that holds it; `restarts`, `load_ms`, `weight_bytes`, `kv_cells`; `computed_rows` for requests of this node; `codec` in which hidden states go on to the next node |
+//! | `stages[].standby` | who stands by for it: `node`, and the `computed_rows` of this node's requests that it has computed as well; null: nobody |
 //! | `stages[].last_step` | `compute_us`, `batch_rows`, `threads` of its last batch |
 //! | `ring` | of a model that is spread over the mesh: `because` of what, what it is `waiting` for, which layers are `held` here, by which `process_id` |
 
@@ -68,13 +70,18 @@ fn model(model: &Model) -> Value {
     };
     let status = loaded.engine.status();
     let counters = &status.counters;
-    let hosts = model.ring().1.map(|ring| ring.view()).unwrap_or_default();
+    let around = model.ring().1;
+    let hosts = around.as_ref().map(|ring| ring.view()).unwrap_or_default();
     let codecs = &loaded.engine.options().codecs;
     let stages = status.stages.iter().enumerate().map(|(at, stage)| {
         let host = hosts.iter().find(|(range, _)| *range == stage.range).and_then(|(_, host)| *host);
+        let standby = around.as_ref().and_then(|ring| ring.standby(stage.range));
         json!({
             "layers": [stage.range.first, stage.range.end],
             "node": host.map(|node| node.to_string()),
+            "standby": standby.map(|standby| json!({
+                "node": standby.node.to_string(), "computed_rows": standby.computed_rows,
+            })),
             "process_id": stage.process_id,
             "restarts": stage.restarts,
             "load_ms": stage.loaded.as_ref().map(|l| l.load_ms),
@@ -100,6 +107,8 @@ fn model(model: &Model) -> Value {
         "requests_queued": status.queued,
         "decode_tokens_per_s": counters.us_per_token().and_then(per_second),
         "generated_tokens": counters.generated_tokens,
+        "guessed_tokens": counters.guessed_tokens,
+        "right_tokens": counters.right_tokens,
         "token_steps": counters.token_steps,
         "token_compute_us": counters.token_compute_us,
         "prompt_tokens": counters.prompt_tokens,

@@ -32,6 +32,8 @@ pub const HEADER_BYTES: usize = 32;
 pub const MAX_PAYLOAD_BYTES: u32 = 256 << 20;
 /// Most rows in one frame.
 pub const MAX_ROWS: u32 = 4096;
+/// Most rows in one frame with [`FLAG_GUESS`].
+pub const GUESS_ROWS_MAX: u32 = 16;
 
 /// The driver wants a token sampled from the last row.
 pub const FLAG_WANT_OUTPUT: u16 = 1;
@@ -43,6 +45,10 @@ pub const FLAG_FORGET: u16 = 4;
 pub const FLAG_HANDED_ON: u16 = 8;
 /// On [`Kind::Close`]: drop queued work and keep the rest. The session is opened again under the epoch of this frame.
 pub const FLAG_HOLD: u16 = 16;
+
+/// On rows whose output is wanted: they are guesses. A row counts if its token is the one that was sampled for its place; a token
+/// is wanted of each row that counts, and those behind one that does not are in vain.
+pub const FLAG_GUESS: u16 = 32;
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $name:ident = $value:literal,)*) => {
@@ -81,11 +87,15 @@ kinds! {
     Close = 0x13,
     /// Driver to the host of a stage: where its hidden states go from now on. Payload: `stage::Route`.
     Route = 0x14,
+    /// Driver to the host of a stage: the sessions that it has; all others are over. Payload: `stage::Sessions`.
+    Sessions = 0x15,
+    /// Host of a stage to its driver: what goes to this host does not arrive there any more. Payload: `stage::RouteTo`.
+    RouteLost = 0x16,
     /// Rows as token ids. Payload: rows x i32.
     Tokens = 0x20,
     /// Rows as hidden states. Payload: rows x i32 token ids, then rows x n_embd values in `codec`.
     Hidden = 0x21,
-    /// A sampled token. Payload: `stage::Step`.
+    /// Sampled tokens. Payload: `stage::Step`.
     Sampled = 0x22,
     /// Rows were computed and no token was wanted, or they go on to the next stage. Payload: `stage::Step`.
     Done = 0x23,
@@ -97,6 +107,9 @@ kinds! {
     /// Driver to stage: to the next one once more the rows from `position` on, as they were kept. No payload. Answered by `Hidden`,
     /// or by `NotOpened` when they are not there after all.
     Repeat = 0x26,
+    /// Driver to stage: the session goes on under the epoch of this frame, with what the stage holds of it; queued rows are in vain, and the
+    /// position of the next says what to forget. No payload.
+    Rewind = 0x27,
     /// Text to tokens. Payload: `stage::Tokenize`.
     Tokenize = 0x30,
     /// Answer to `Tokenize`. Payload: rows x i32.
@@ -365,7 +378,7 @@ mod tests {
             let _ = (frame.token_rows(), frame.hidden_rows(width), frame.as_text());
             let _ = (frame.decode::<stage::Load>(), frame.decode::<stage::Open>(), frame.decode::<stage::Step>());
             let _ = (frame.decode::<stage::Loaded>(), frame.decode::<stage::NotOpened>(), frame.decode::<stage::Route>());
-            let _ = frame.decode::<stage::Opened>();
+            let _ = (frame.decode::<stage::Opened>(), frame.decode::<stage::Sessions>(), frame.decode::<stage::RouteTo>());
         }
 
         #[test]
@@ -392,13 +405,26 @@ mod tests {
     #[test]
     fn the_encoding_of_a_route_is_pinned() {
         let to = stage::RouteTo { node: NodeId::from_bytes([0xab; 32]), ring: RingId::from_bytes([0xcd; 16]) };
-        for (next, payload) in
-            [(None, "\x00".to_owned()), (Some(to), format!("\x01@{}\x20{}", "ab".repeat(32), "cd".repeat(16)))]
-        {
-            let frame = Frame::message(Header::new(Kind::Route, 0), &stage::Route { next }).unwrap();
+        let place = format!("@{}\x20{}", "ab".repeat(32), "cd".repeat(16));
+        for (route, payload) in [
+            (stage::Route::default(), "\x00\x00\x00".to_owned()),
+            (stage::Route { next: Some(to), ..stage::Route::default() }, format!("\x01{place}\x00\x00")),
+            (stage::Route { next: None, standby: Some(to), is_standby: true }, format!("\x00\x01{place}\x01")),
+        ] {
+            let frame = Frame::message(Header::new(Kind::Route, 0), &route).unwrap();
             assert_eq!((frame.header_bytes().unwrap()[2], frame.as_text()), (0x14, payload));
-            assert_eq!(frame.decode::<stage::Route>().unwrap().next, next);
+            assert_eq!(frame.decode::<stage::Route>().unwrap(), route);
         }
+        let lost = Frame::message(Header::new(Kind::RouteLost, 0), &to).unwrap();
+        assert_eq!((lost.header_bytes().unwrap()[2], lost.as_text()), (0x16, place));
+    }
+
+    #[test]
+    fn the_encoding_of_a_list_of_sessions_is_pinned() {
+        let sessions = stage::Sessions { open: vec![1, 300] };
+        let frame = Frame::message(Header::new(Kind::Sessions, 0), &sessions).unwrap();
+        assert_eq!((frame.header_bytes().unwrap()[2], frame.payload.as_slice()), (0x15, &[2, 1, 0xac, 2][..]));
+        assert_eq!(frame.decode::<stage::Sessions>().unwrap(), sessions);
     }
 
     #[test]

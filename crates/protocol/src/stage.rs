@@ -140,11 +140,22 @@ pub enum NotOpened {
     Bad(String),
 }
 
+/// The sessions that a driver has, by its own numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sessions {
+    /// Begun and not ended.
+    pub open: Vec<u64>,
+}
+
 /// Where a stage's hidden states go from now on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
     /// The next stage, on another machine; `None`: back to the driver.
     pub next: Option<RouteTo>,
+    /// Who stands by for the next stage and gets the same, but is never waited for.
+    pub standby: Option<RouteTo>,
+    /// This host is itself one that stands by: it computes and keeps what it is given, and sends nothing on.
+    pub is_standby: bool,
 }
 
 /// A stage of a ring on another machine.
@@ -156,11 +167,12 @@ pub struct RouteTo {
     pub ring: RingId,
 }
 
-/// The account of one step, with the token if one was wanted.
+/// The account of one step, with the tokens that were wanted.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Step {
-    /// The token.
-    pub sampled: Option<Sampled>,
+    /// The tokens that follow the rows: one for the last row; of a guess ([`FLAG_GUESS`](crate::frame::FLAG_GUESS)) one for each
+    /// row that was right.
+    pub sampled: Vec<Sampled>,
     /// Time the batch that held these rows took to compute, in this stage.
     pub compute_us: u32,
     /// Rows in that batch.

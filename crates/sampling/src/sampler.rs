@@ -165,6 +165,11 @@ impl Sampler {
         Ok(())
     }
 
+    /// Whether an answer ends with this token.
+    pub fn ends(&self, token: Token) -> bool {
+        !self.params.ignore_eos && self.vocabulary.is_end_of_generation(token)
+    }
+
     /// The accepted tokens, oldest first.
     pub fn generated(&self) -> &[Token] {
         self.history.generated()

@@ -95,5 +95,7 @@ pub(crate) fn record(node: NodeId, mesh: MeshId, sequence: u64, ttl_ms: u32, tom
         memory_free_bytes: 0,
         certificate: None,
         stages: Vec::new(),
+        links: Vec::new(),
+        machine: None,
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use murmur_api::backend::{MeshAction, PlanPin, PlanQuestion, Refusal};
+use murmur_api::backend::{MeshAction, PlanQuestion, Refusal, RingWishes};
 use serde_json::{Value, json};
 
 use crate::support::{Fake, Server, error};
@@ -67,17 +67,23 @@ async fn actions_reach_the_node_as_they_were_asked_for() {
         invite(60, "client", Some(3)),
         MeshAction::Join { ticket: "murmur1abc".into() },
         MeshAction::Revoke { what: "0123".into() },
-        MeshAction::Plan(PlanQuestion { model: "big".into(), ..PlanQuestion::default() }),
+        MeshAction::Plan(PlanQuestion {
+            model: "big".into(),
+            wishes: RingWishes { many_streams: Some(false), ..RingWishes::default() },
+            ..PlanQuestion::default()
+        }),
         MeshAction::Plan(PlanQuestion {
             model: "big".into(),
             context_tokens: Some(4096),
             streams: Some(8),
             prompt_tokens: Some(100),
-            keep_ends: 1,
-            many_streams: true,
-            exclude: vec!["0a".into()],
-            pin: vec![PlanPin { node: "01".into(), layers: None }, PlanPin { node: "02".into(), layers: Some(0..8) }],
-            rtt_max: Some(Duration::from_micros(2500)),
+            wishes: RingWishes {
+                keep_ends: Some(1),
+                many_streams: Some(true),
+                exclude: vec!["0a".into()],
+                pin: ["01", "02:0-8"].map(|pin| pin.parse().unwrap()).into(),
+                rtt_max: Some(Duration::from_micros(2500)),
+            },
         }),
     ];
     assert_eq!(*server.fake.mesh_actions.lock().unwrap(), expected);

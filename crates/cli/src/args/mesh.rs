@@ -3,9 +3,11 @@
 use std::{
     net::{IpAddr, SocketAddr},
     str::FromStr,
+    time::Duration,
 };
 
 use clap::{Args, Subcommand, ValueEnum, value_parser};
+use murmur_api::backend::{PlanPin, RingWishes, node_digits};
 use murmur_api::limits::{MAX_INVITE_USES, MAX_PLAN_KEEP_ENDS, MAX_PLAN_RTT_MS, MAX_PLAN_STREAMS, MAX_PLAN_TOKENS};
 use murmur_net::Relays;
 use murmur_node::sharing::{Sharing, Window};
@@ -158,22 +160,42 @@ pub(crate) struct RingPlan {
     /// Length of the prompt for which the time of the first token is predicted
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=MAX_PLAN_TOKENS))]
     pub(crate) prompt_tokens: Option<u32>,
-    /// So many layers at either end stay on the running node, so that nobody else sees text
-    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(..=MAX_PLAN_KEEP_ENDS))]
+    #[command(flatten)]
+    pub(crate) ring: RingArgs,
+}
+
+/// What the rings of a node are to be like, or one that it is asked about.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Options for models that are spread over the mesh")]
+pub(crate) struct RingArgs {
+    /// So many layers at either end stay on the node whose requests go around, so that nobody else sees text
+    #[arg(long, env = "MURMUR_KEEP_ENDS", value_name = "N", value_parser = value_parser!(u32).range(..=MAX_PLAN_KEEP_ENDS))]
     pub(crate) keep_ends: Option<u32>,
     /// Most tokens per second of all requests together, instead of least time per token of one
-    #[arg(long)]
-    pub(crate) many_streams: bool,
+    #[arg(long, env = "MURMUR_MANY_STREAMS", value_name = "BOOL", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
+    pub(crate) many_streams: Option<bool>,
     /// A node that must not be used: the first digits of its id; may be repeated
-    #[arg(long, value_name = "ID")]
+    #[arg(long, env = "MURMUR_EXCLUDE", value_name = "ID", value_delimiter = ',', value_parser = node_digits)]
     pub(crate) exclude: Vec<String>,
     /// A node that must be used: the first digits of its id, with its layers if it matters, such as 0123ab:0-8, the second
     /// number being the layer after the last; may be repeated
-    #[arg(long, value_name = "ID[:FIRST-END]")]
-    pub(crate) pin: Vec<String>,
+    #[arg(long, env = "MURMUR_PIN", value_name = "ID[:FIRST-END]", value_delimiter = ',')]
+    pub(crate) pin: Vec<PlanPin>,
     /// Longest round trip between neighbours in the ring, such as 20ms or 0.5s
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, env = "MURMUR_MAX_RTT", value_name = "TIME")]
     pub(crate) max_rtt: Option<RoundTrip>,
+}
+
+impl RingArgs {
+    pub(crate) fn wishes(&self) -> RingWishes {
+        RingWishes {
+            keep_ends: self.keep_ends,
+            many_streams: self.many_streams,
+            exclude: self.exclude.clone(),
+            pin: self.pin.clone(),
+            rtt_max: self.max_rtt.map(|rtt| Duration::from_secs_f64(rtt.ms / 1e3)),
+        }
+    }
 }
 
 /// A time, written `20`, `20ms` or `0.5s`.

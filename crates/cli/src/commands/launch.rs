@@ -12,7 +12,7 @@ use std::{
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use murmur_api::ApiOptions;
-use murmur_node::{LoadProgress, ModelSpec, Node, NodeOptions, sharing::Sharing};
+use murmur_node::{Draft, LoadProgress, ModelSpec, Node, NodeOptions, RingWishes, sharing::Sharing};
 use rand::Rng;
 use tokio::{sync::oneshot, task::JoinHandle};
 
@@ -86,7 +86,10 @@ pub(super) fn node_options(
         max_memory_bytes: engine.max_memory.map(|size| size.0),
         layers_max: None,
         lossy: Vec::new(),
+        ring: RingWishes::default(),
+        standby: false,
         spread: false,
+        draft: engine.draft,
         exact: engine.exact,
         peer_wait: Duration::ZERO,
         sharing: Sharing::default(),
@@ -109,7 +112,10 @@ pub(super) fn client_options(session: &Session, peer_wait: Period) -> anyhow::Re
         max_memory_bytes: None,
         layers_max: None,
         lossy: Vec::new(),
+        ring: RingWishes::default(),
+        standby: false,
         spread: false,
+        draft: Draft::Off,
         exact: false,
         peer_wait: peer_wait.into(),
         sharing: Sharing::default(),

@@ -135,16 +135,17 @@ fn model(model: &Value) -> String {
 }
 
 async fn show_plan(session: &Session, client: &ApiClient, plan: &RingPlan) -> anyhow::Result<()> {
+    let ring = &plan.ring;
     let question = json!({
         "model": plan.model,
         "context_tokens": plan.ctx,
         "streams": plan.streams,
         "prompt_tokens": plan.prompt_tokens,
-        "keep_ends": plan.keep_ends,
-        "objective": if plan.many_streams { "many_streams" } else { "one_stream" },
-        "exclude": plan.exclude,
-        "pin": plan.pin,
-        "max_rtt_ms": plan.max_rtt.map(|rtt| rtt.ms),
+        "keep_ends": ring.keep_ends,
+        "objective": ring.many_streams.map(|many| if many { "many_streams" } else { "one_stream" }),
+        "exclude": ring.exclude,
+        "pin": ring.pin.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "max_rtt_ms": ring.max_rtt.map(|rtt| rtt.ms),
     });
     let answer = client.ask("/api/mesh/plan", &question).await?;
     if session.global.json {

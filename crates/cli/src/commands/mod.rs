@@ -56,7 +56,7 @@ pub(crate) fn run(invocation: Invocation) -> anyhow::Result<()> {
     let Invocation { cli, data_dir, config_file, effective } = invocation;
     let session = Session { global: cli.global, data_dir, config_file, effective };
     match cli.command {
-        Command::Serve(args) => serve::run(&session, args),
+        Command::Serve(args) => serve::run(&session, *args),
         Command::Run(args) => run::run(&session, args),
         Command::Models(command) => models::run(&session, command),
         Command::Client(args) => client::run(&session, &args),

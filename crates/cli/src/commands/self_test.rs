@@ -36,6 +36,7 @@ fn run_in(session: &Session, place: &Path) -> anyhow::Result<()> {
         max_memory: None,
         gpu_layers: 0,
         exact: false,
+        draft: murmur_node::Draft::Off,
     };
     let runtime = node_runtime()?;
     let outcome = runtime.block_on(async {

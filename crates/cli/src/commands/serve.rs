@@ -53,6 +53,8 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
             sharing: args.limits.sharing(),
             layers_max: args.limits.max_layers,
             lossy: Codec::ALL.into_iter().filter(|codec| (Codec::F16..=args.codec).contains(codec)).collect(),
+            ring: args.ring.wishes(),
+            standby: args.standby,
             spread: mesh.is_some(),
             peer_wait: args.mesh.wait.into(),
             ..launch::node_options(session, models, &args.engine)?

@@ -158,6 +158,7 @@ async fn serve_until_stopped(
     };
     let first = async {
         times(1).await;
+        node.close();
         if !session.global.quiet {
             ui::say("finishing what runs; Ctrl-C again ends at once");
         }
@@ -165,7 +166,13 @@ async fn serve_until_stopped(
     let serving = murmur_api::serve(listener, node.clone(), api, first);
     tokio::pin!(serving);
     tokio::select! {
-        outcome = &mut serving => outcome?,
+        outcome = &mut serving => {
+            outcome?;
+            tokio::select! {
+                () = node.drain() => {}
+                () = times(2) => {}
+            }
+        }
         () = times(2) => {
             // Clients hear that their answers are cut off, if they listen.
             node.stop();

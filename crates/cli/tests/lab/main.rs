@@ -14,5 +14,8 @@ mod many;
 mod meshes;
 mod ring;
 mod ring_architectures;
+mod ring_links;
 mod ring_matrix;
+mod ring_moves;
+mod ring_standby;
 mod world;

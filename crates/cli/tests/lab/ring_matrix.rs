@@ -337,7 +337,7 @@ impl<'a> World<'a> {
 }
 
 /// The time from a fault to the end of the longest silence that ended after it.
-fn pause(struck: Instant, arrivals: &[Instant]) -> Option<Duration> {
+pub fn pause(struck: Instant, arrivals: &[Instant]) -> Option<Duration> {
     let since = [struck].into_iter().chain(arrivals.iter().copied().filter(|at| *at > struck));
     let silences = since.clone().zip(since.skip(1));
     silences.max_by_key(|(from, to)| *to - *from).map(|(_, to)| to - struck)

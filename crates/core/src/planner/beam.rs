@@ -144,6 +144,7 @@ mod tests {
                     width: 4_096,
                     stage_bytes: 500,
                     stage_bytes_per_token: 0,
+                    kept_bytes: 0,
                 };
                 let facts = |(i, (layers, us, step_us, _)): (usize, &(u64, u32, u32, usize))| NodeFacts {
                     step_us: (*step_us).into(),

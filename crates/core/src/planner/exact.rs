@@ -5,7 +5,7 @@
 //! there is kept. Where that stage ends is decided next: a stage of node `v` from bound `k` to `e` costs
 //! `before[v][e] - before[v][k]`, and memory allows it if `k >= earliest[v][e]`. So the best end at `e` is the least
 //! `begin[k] - before[v][k]` over a window of `k` that only moves forward, which a queue of candidates gives in constant
-//! time. With `n` nodes and `b` bounds that is `n² 2ⁿ b / 4` additions: twenty million for 12 nodes and 128 layers.
+//! time; the window of the last stage is looked through. With `n` nodes and `b` bounds that is `n² 2ⁿ b / 4` additions: twenty million for 12 nodes and 128 layers.
 
 use std::{collections::VecDeque, ops::Range};
 
@@ -71,31 +71,46 @@ impl<'a> Table<'a> {
 
     /// Fills `ends` for the stage of `last`, after the others of `set`. Returns the bounds at which it may end.
     fn end_stages(&mut self, set: usize, last: usize) -> Range<usize> {
-        let Problem { rows, rest, due, score_max, .. } = self.problem;
-        let Some(Begins { scores, within }) = &self.begins[set * rows.len() + last] else { return 0..0 };
-        let row = &rows[last];
-        let mut ends = self.ends.len()..0;
-        self.ends.fill(NEVER);
-        self.queue.clear();
-        for end in within.start + 1..scores.len() {
-            let begin = end - 1;
-            if scores[begin] < NEVER && row.begins.contains(&begin) {
-                let score = scores[begin] - row.before[begin];
-                while self.queue.back().is_some_and(|(_, worse)| *worse >= score) {
-                    self.queue.pop_back();
-                }
-                self.queue.push_back((begin, score));
-            }
-            while self.queue.front().is_some_and(|(begin, _)| *begin < row.earliest[end]) {
-                self.queue.pop_front();
-            }
-            let Some((_, score)) = self.queue.front() else { if end >= within.end { break } else { continue } };
+        let Table { problem, begins, ends: least, queue } = self;
+        let Problem { rows, rest, due, score_max, .. } = problem;
+        let Some(Begins { scores, within }) = &begins[set * rows.len() + last] else { return 0..0 };
+        let (row, whole) = (&rows[last], problem.last());
+        least.fill(NEVER);
+        queue.clear();
+        let mut ends = least.len()..0;
+        let mut end_at = |end: usize, score: Ns| {
             let score = score + row.before[end] + row.fixed;
             let allowed = set as u64 & due[end] == due[end] && row.ends.contains(&end);
             if allowed && score + rest[last][end] <= *score_max {
-                self.ends[end] = score;
+                least[end] = score;
                 ends = ends.start.min(end)..end + 1;
             }
+        };
+        let begun = |begin: usize| {
+            let is_begin = scores[begin] < NEVER && row.begins.contains(&begin);
+            is_begin.then(|| scores[begin] - row.before[begin])
+        };
+        for end in within.start + 1..whole {
+            let begin = end - 1;
+            if let Some(score) = begun(begin) {
+                while queue.back().is_some_and(|(_, worse)| *worse >= score) {
+                    queue.pop_back();
+                }
+                queue.push_back((begin, score));
+            }
+            while queue.front().is_some_and(|(begin, _)| *begin < row.earliest[end]) {
+                queue.pop_front();
+            }
+            match queue.front() {
+                Some((_, score)) => end_at(end, *score),
+                None if end >= within.end => break,
+                None => {}
+            }
+        }
+        // The last stage takes less memory than one that goes on, and may begin before the window of that.
+        let window = within.start.max(row.earliest[whole])..whole.min(within.end);
+        if let Some(score) = window.filter_map(begun).min() {
+            end_at(whole, score);
         }
         ends
     }

@@ -42,10 +42,12 @@ pub struct ModelFacts {
     pub stage_bytes: u64,
     /// Of such bytes, those per token of context of each stream: the attention mask and the like.
     pub stage_bytes_per_token: u64,
+    /// Bytes of hidden states that a stage keeps of what it has sent on, at most. The last one sends nothing on.
+    pub kept_bytes: u64,
 }
 
 impl ModelFacts {
-    /// From a manifest. Decoding reads each weight once, so that a layer's cost is its bytes; of a mixture of experts, those
+    /// From a manifest; nothing is kept. Decoding reads each weight once, so that a layer's cost is its bytes; of a mixture of experts, those
     /// of the experts used. The embedding counts nothing: a stage reads rows of it from disk.
     pub fn of(manifest: &Manifest, stage_bytes: u64, stage_bytes_per_token: u64) -> ModelFacts {
         let bytes: u64 = manifest.layers.iter().map(|layer| layer.bytes).sum();
@@ -68,6 +70,7 @@ impl ModelFacts {
             width: facts.map_or(0, |facts| facts.embedding_length),
             stage_bytes: stage_bytes + manifest.shared.as_ref().map_or(0, |shared| shared.bytes),
             stage_bytes_per_token,
+            kept_bytes: 0,
         }
     }
 
@@ -99,10 +102,13 @@ impl ModelFacts {
 
     /// Bytes of memory of a stage, with all streams at their full context.
     pub fn stage_memory_bytes(&self, range: LayerRange, ask: &Ask) -> u64 {
+        let sent = if range.end < self.whole().end { ask.cells().saturating_mul(4 * u64::from(self.width)) } else { 0 };
+        let kept = sent.min(self.kept_bytes);
         let kv: u64 = self.layers_of(range).map(|layer| layer.kv_bytes_per_token).fold(0, u64::saturating_add);
         kv.saturating_add(self.stage_bytes_per_token)
             .saturating_mul(ask.cells())
             .saturating_add(self.stage_bytes)
+            .saturating_add(kept)
             .saturating_add(self.weight_bytes(range))
     }
 }
@@ -124,6 +130,8 @@ pub struct NodeFacts {
     pub layers_max: Option<u32>,
     /// Layers that it holds loaded.
     pub loaded: Vec<LayerRange>,
+    /// Layers that it holds for rings in use: it has these in a ring, or none.
+    pub only: Option<LayerRange>,
     /// Layers that it has on disk.
     pub on_disk: Vec<LayerRange>,
 }
@@ -139,6 +147,7 @@ impl NodeFacts {
             step_us: 0.0,
             layers_max: None,
             loaded: Vec::new(),
+            only: None,
             on_disk: Vec::new(),
         }
     }

@@ -15,6 +15,9 @@ use super::{
     facts::{Ask, NodeFacts, Pin, Placement},
 };
 
+/// No bound at all.
+const NOWHERE: RangeInclusive<usize> = RangeInclusive::new(1, 0);
+
 /// Most that may be spent.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
@@ -195,12 +198,12 @@ impl<'a> Room<'a> {
             && (!self.ask.loaded_only || (range.first..range.end).all(|il| self.planner.holds(self.node, il, self.ask)))
     }
 
-    /// Takes the driver's first stage out of its room.
+    /// Takes the driver's first stage out of its room. One that holds layers of which it can have no others has no two stages.
     fn keep_ends(&mut self, bounds: &[u32]) -> Option<Kept> {
         let from = bounds.iter().position(|&bound| bound >= self.ask.keep_ends)?;
         let layers = LayerRange::new(0, bounds[from]);
         let latest = bounds.iter().rposition(|&bound| bound + self.ask.keep_ends <= self.planner.model.whole().end)?;
-        if latest <= from || !self.fits(layers) {
+        if latest <= from || self.node.only.is_some() || !self.fits(layers) {
             return None;
         }
         self.memory_bytes -= self.planner.model.stage_memory_bytes(layers, self.ask);
@@ -218,13 +221,16 @@ impl<'a> Room<'a> {
         }
         let mut begin = 0;
         let earliest = |end: usize| {
+            if end == bounds.len() - 1 {
+                // The last stage keeps nothing, and may have more layers.
+                begin = 0;
+            }
             while begin < end && !self.fits(LayerRange::new(bounds[begin], bounds[end])) {
                 begin += 1;
             }
             begin
         };
-        let pin = self.ask.pins.iter().find(|pin| pin.layers().is_some() && pin.node() == self.node.node);
-        let (begins, ends) = intervals(pin, bounds);
+        let (begins, ends) = self.intervals(bounds);
         Row {
             node: self.node.node,
             memory_bytes: self.node.memory_bytes,
@@ -238,15 +244,29 @@ impl<'a> Room<'a> {
             leave: NEVER,
         }
     }
+
+    /// Where a stage may begin and end.
+    fn intervals(&self, bounds: &[u32]) -> (RangeInclusive<usize>, RangeInclusive<usize>) {
+        let last = bounds.len() - 1;
+        let at = |layer| bounds.partition_point(|&bound| bound < layer);
+        let pin = self.ask.pins.iter().find(|pin| pin.layers().is_some() && pin.node() == self.node.node);
+        let (begins, ends) = match pin {
+            None | Some(Pin::Used(_)) => (0..=last, 0..=last),
+            Some(Pin::Exactly(_, layers)) => (at(layers.first)..=at(layers.first), at(layers.end)..=at(layers.end)),
+            Some(Pin::AtLeast(_, layers)) => (0..=at(layers.first), at(layers.end)..=last),
+        };
+        match self.node.only {
+            None => (begins, ends),
+            Some(only) if bounds.contains(&only.first) && bounds.contains(&only.end) => {
+                (only_at(&begins, at(only.first)), only_at(&ends, at(only.end)))
+            }
+            // Another model's cuts, or a lie.
+            Some(_) => (NOWHERE, NOWHERE),
+        }
+    }
 }
 
-/// Where a stage may begin and end.
-fn intervals(pin: Option<&Pin>, bounds: &[u32]) -> (RangeInclusive<usize>, RangeInclusive<usize>) {
-    let last = bounds.len() - 1;
-    let at = |layer| bounds.partition_point(|&bound| bound < layer);
-    match pin {
-        None | Some(Pin::Used(_)) => (0..=last, 0..=last),
-        Some(Pin::Exactly(_, layers)) => (at(layers.first)..=at(layers.first), at(layers.end)..=at(layers.end)),
-        Some(Pin::AtLeast(_, layers)) => (0..=at(layers.first), at(layers.end)..=last),
-    }
+/// `interval` with this bound alone.
+fn only_at(interval: &RangeInclusive<usize>, bound: usize) -> RangeInclusive<usize> {
+    if interval.contains(&bound) { bound..=bound } else { NOWHERE }
 }

@@ -60,6 +60,8 @@ fn verified(mesh: MeshId, node: NodeId, sequence: u64, tombstone: bool) -> Arc<V
         memory_free_bytes: 0,
         certificate: None,
         stages: Vec::new(),
+        links: Vec::new(),
+        machine: None,
     };
     Verified::trusted(record, SignedRecord::from_bytes([0; 100]).unwrap())
 }

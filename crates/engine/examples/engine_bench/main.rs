@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use murmur_engine::{Engine, EngineOptions, Keep, Patience, SessionEvent, SessionRequest, SessionStream, Stop};
+use murmur_engine::{Draft, Engine, EngineOptions, Keep, Patience, SessionEvent, SessionRequest, SessionStream, Stop};
 use murmur_gguf::{Gguf, even_cuts};
 use murmur_protocol::{
     codec::Codec,
@@ -64,6 +64,8 @@ impl Place<'_> {
             patience: Patience::default(),
             keep,
             codecs: vec![codec; stages as usize],
+            draft: Draft::Off,
+            travel_us: 0,
         };
         Engine::load(options, Stop::new(), |_, _| {}).expect("the model loads")
     }

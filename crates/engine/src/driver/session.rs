@@ -1,12 +1,17 @@
 //! One session as the driver sees it: what it asked for, what it has, and how often stages died under it.
 
+use std::collections::VecDeque;
+
 use murmur_protocol::{
     sampling::{Sampled, SamplingParams, Token},
     stage::Opened,
 };
 use tokio::sync::mpsc;
 
-use super::DriverOptions;
+use super::{
+    DriverOptions, EVENTS_MARGIN,
+    draft::{Aim, Lookup, Proposer, RowCosts},
+};
 
 /// A session under which stages died so often, without a token in between, is a suspect: it may be what kills them. It
 /// then runs alone, and is given up if that death has no other explanation.
@@ -56,6 +61,29 @@ pub enum Ending {
     Length,
 }
 
+/// Who guesses what a model will say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Draft {
+    /// Nobody.
+    #[default]
+    Off,
+    /// What has followed the same tokens before, in prompt or answer.
+    Lookup,
+}
+
+impl Draft {
+    /// All.
+    pub const ALL: [Draft; 2] = [Draft::Off, Draft::Lookup];
+
+    /// What people call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Draft::Off => "off",
+            Draft::Lookup => "lookup",
+        }
+    }
+}
+
 pub(super) enum Phase {
     /// Waiting for room, or for stages to come (back).
     Queued,
@@ -82,6 +110,10 @@ pub(super) struct Session {
     /// Queued, while stages keep what they hold of it.
     pub(super) is_held: bool,
     pub(super) tokens: Vec<Token>,
+    /// Guesses of what follows them, whose rows are on their way.
+    pub(super) guessed: VecDeque<Token>,
+    proposer: Option<Box<dyn Proposer>>,
+    aim: Aim,
     /// The first position that each stage computes, of those that it was opened with: see [`Session::plan`].
     pub(super) starts: Vec<u32>,
     pub(super) prompt_tokens: u32,
@@ -96,7 +128,11 @@ pub(super) struct Session {
 }
 
 impl Session {
-    pub(super) fn new(request: SessionRequest, events: mpsc::Sender<SessionEvent>) -> Session {
+    pub(super) fn new(request: SessionRequest, events: mpsc::Sender<SessionEvent>, draft: Draft) -> Session {
+        let proposer: Option<Box<dyn Proposer>> = match draft {
+            Draft::Off => None,
+            Draft::Lookup => Some(Box::new(Lookup::default())),
+        };
         let mut tokens = request.prompt;
         let prompt_tokens = tokens.len() as u32;
         tokens.extend_from_slice(&request.generated);
@@ -106,6 +142,9 @@ impl Session {
             is_held: false,
             prompt_tokens,
             tokens,
+            guessed: VecDeque::new(),
+            proposer,
+            aim: Aim::default(),
             starts: Vec::new(),
             cached_tokens: 0,
             max_tokens: request.max_tokens,
@@ -158,6 +197,33 @@ impl Session {
         Rows { end: start + left.min(chunk), prefill: left > 1 && !options.exact, stages }
     }
 
+    /// Guesses of what follows all tokens so far and all guesses, of which `next` is the first place that is not on its way.
+    pub(super) fn guess(&mut self, next: u32, costs: &RowCosts, travel: f64) -> Vec<Token> {
+        let Some(proposer) = &mut self.proposer else { return Vec::new() };
+        // Each row gives a token, for which there must be room: in the answer, and with the reader.
+        let left = (self.prompt_tokens + self.max_tokens).saturating_sub(next + 1);
+        let room = self.events.capacity().saturating_sub(EVENTS_MARGIN + self.guessed.len());
+        let count = self.aim.window(costs, travel).min(left as usize).min(room);
+        if count == 0 {
+            return Vec::new();
+        }
+        let guess = proposer.propose(&self.tokens, self.guessed.make_contiguous(), count);
+        self.guessed.extend(&guess);
+        guess
+    }
+
+    /// The next token is there. Whether it was guessed right; `None`: it was not guessed. After a wrong guess all further ones are in
+    /// vain.
+    pub(super) fn push(&mut self, token: Token) -> Option<bool> {
+        self.tokens.push(token);
+        let is_right = self.guessed.pop_front()? == token;
+        self.aim.note(is_right);
+        if !is_right {
+            self.guessed.clear();
+        }
+        Some(is_right)
+    }
+
     /// True when only its own run can tell whether it kills stages.
     pub(super) fn is_suspect(&self) -> bool {
         self.deaths >= SUSPECT_DEATHS
@@ -197,6 +263,7 @@ impl Session {
 
     pub(super) fn requeue(&mut self) {
         self.phase = Phase::Queued;
+        self.guessed.clear();
         self.epoch += 1;
     }
 }

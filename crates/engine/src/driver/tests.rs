@@ -20,6 +20,8 @@ fn driver_of(stages: usize, is_shared: bool) -> Driver {
         vocabulary: 1000,
         is_shared,
         codecs: Vec::new(),
+        draft: Draft::Off,
+        travel_us: 0,
     });
     (0..stages).for_each(|stage| driver.on_ready(stage));
     driver
@@ -81,7 +83,7 @@ fn a_token_that_does_not_exist_ends_the_session_and_says_so() {
     let (id, mut events) = driver.start(request()).unwrap();
     answer(&mut driver, 0, Kind::Opened, (id, 0), &holds(0));
     for token in [1000, -1] {
-        let sampled = Some(Sampled { token, logprob: None, top: vec![], grammar_ended: false });
+        let sampled = vec![Sampled { token, logprob: None, top: vec![], grammar_ended: false }];
         let step = Step { sampled, compute_us: 1, batch_rows: 1, threads: 1 };
         answer(&mut driver, 0, Kind::Sampled, (id, 0), &step);
     }
@@ -95,8 +97,9 @@ fn accounts_of_rows_that_go_on_to_the_next_stage_are_noted_and_no_more() {
     let (id, mut events) = driver.start(request()).unwrap();
     (0..2).for_each(|stage| answer(&mut driver, stage, Kind::Opened, (id, 0), &holds(0)));
     sent(&mut driver);
-    let step = Step { sampled: None, compute_us: 9, batch_rows: 4, threads: 1 };
+    let step = Step { sampled: Vec::new(), compute_us: 9, batch_rows: 4, threads: 1 };
     let mut header = Header::new(Kind::Done, id);
+    header.rows = 1;
     header.flags = FLAG_HANDED_ON | FLAG_PREFILL | FLAG_WANT_OUTPUT;
     driver.on_frame(0, Frame::message(header, &step).unwrap());
     assert_eq!(driver.counters().token_compute_us, 0);
@@ -186,7 +189,7 @@ fn a_lost_stage_opens_every_session_anew_and_old_answers_are_ignored() {
     }
     driver.on_lost(1);
     sent(&mut driver);
-    let stale = Step { sampled: None, compute_us: 1, batch_rows: 1, threads: 1 };
+    let stale = Step { sampled: Vec::new(), compute_us: 1, batch_rows: 1, threads: 1 };
     answer(&mut driver, 1, Kind::Done, (id, 0), &stale);
     assert!(sent(&mut driver).is_empty() && heard(&mut driver, &mut events).is_none());
     driver.on_ready(1);
@@ -218,7 +221,7 @@ fn epoch(driver: &Driver, id: u64) -> u32 {
 /// Answers what a session has in flight up to the last row that is known; that gives a token.
 fn gets_a_token(driver: &mut Driver, id: u64) {
     let at = (id, epoch(driver, id));
-    let step = Step { sampled: None, compute_us: 1, batch_rows: 1, threads: 1 };
+    let step = Step { sampled: Vec::new(), compute_us: 1, batch_rows: 1, threads: 1 };
     let session = &driver.sessions[&id];
     let Phase::Running { in_flight, next, .. } = session.phase else { panic!("{id} does not run") };
     let asked_beforehand = usize::from(next as usize > session.tokens.len());
@@ -226,7 +229,7 @@ fn gets_a_token(driver: &mut Driver, id: u64) {
         answer(driver, 0, Kind::Done, at, &step);
     }
     let sampled = Sampled { token: 5, logprob: None, top: vec![], grammar_ended: false };
-    answer(driver, 0, Kind::Sampled, at, &Step { sampled: Some(sampled), ..step });
+    answer(driver, 0, Kind::Sampled, at, &Step { sampled: vec![sampled], ..step });
 }
 
 fn dies(driver: &mut Driver) {
@@ -334,7 +337,7 @@ fn a_suspect_whose_reader_sleeps_lets_the_others_go_on() {
     }
     let (other, _events) = driver.start(request()).unwrap();
     assert_eq!(open_all(&mut driver), [suspect]);
-    let step = Step { sampled: None, compute_us: 1, batch_rows: 1, threads: 1 };
+    let step = Step { sampled: Vec::new(), compute_us: 1, batch_rows: 1, threads: 1 };
     let at = (suspect, epoch(&driver, suspect));
     answer(&mut driver, 0, Kind::Done, at, &step);
     answer(&mut driver, 0, Kind::Done, at, &step);
@@ -365,4 +368,32 @@ fn a_frame_that_cannot_be_sent_ends_its_session_with_a_reason() {
         matches!(heard(&mut driver, &mut events), Some(SessionEvent::Failed(reason)) if reason.contains("too large"))
     );
     assert_eq!(driver.queued() + driver.running(), 0);
+}
+
+#[test]
+fn rows_lost_between_two_stages_go_once_more_and_nobody_is_charged_for_it() {
+    let mut driver = driver(2);
+    let (id, mut events) = driver.start(request()).unwrap();
+    for epoch in 0..2 * DEATHS_MAX {
+        (0..2).for_each(|stage| answer(&mut driver, stage, Kind::Opened, (id, epoch), &holds(0)));
+        sent(&mut driver);
+        driver.on_frame(0, Frame { header: Header::new(Kind::RouteLost, 0), payload: vec![] });
+        let frames = sent(&mut driver);
+        assert_eq!(frames[..2], [0, 1].map(|stage| (stage, Kind::Close, id, epoch + 1, 0)));
+        assert_eq!(frames[2..], [0, 1].map(|stage| (stage, Kind::Open, id, epoch + 1, 0)));
+    }
+    assert_eq!(heard(&mut driver, &mut events), None);
+}
+
+#[test]
+fn who_has_stood_by_for_a_lost_stage_is_told_which_sessions_there_are() {
+    let mut driver = driver_of(2, true);
+    let sessions: Vec<_> = (0..3).map(|_| driver.start(request()).unwrap()).collect();
+    driver.on_lost(1);
+    driver.cancel(sessions[1].0);
+    sent(&mut driver);
+    driver.on_ready(1);
+    let (to, frame) = driver.take_output().swap_remove(0);
+    assert_eq!((to, frame.header.kind), (1, Kind::Sessions));
+    assert_eq!(frame.decode::<Sessions>().unwrap().open, [sessions[0].0, sessions[2].0]);
 }

@@ -67,7 +67,8 @@ impl Watch {
     pub(super) fn sent(&mut self, header: &Header, now: Instant) {
         match header.kind {
             Kind::Load => {}
-            Kind::Close => {
+            // Whatever was asked about the session before is not answered any more.
+            Kind::Close | Kind::Rewind => {
                 self.owed.remove(&header.session);
             }
             kind => {

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use murmur_engine::{
-    Ending, Engine, EngineOptions, Patience, SessionEvent, SessionRequest, SessionStream, Stop,
+    Draft, Ending, Engine, EngineOptions, Patience, SessionEvent, SessionRequest, SessionStream, Stop,
     link::{Link, Receiver},
 };
 use murmur_gguf::{
@@ -52,6 +52,8 @@ impl Lab {
             patience: Patience::default(),
             keep: Keep::default(),
             codecs: Vec::new(),
+            draft: Draft::Off,
+            travel_us: 0,
         }
     }
 

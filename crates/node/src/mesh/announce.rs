@@ -2,18 +2,18 @@
 
 use std::{
     sync::{Arc, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use murmur_api::backend::{ModelKind, ModelState as State};
 use murmur_engine::EngineStatus;
 use murmur_protocol::mesh::{
-    ModelState, ServedModel, ServedStage,
+    MeasuredLink, ModelDigest, ModelState, ServedModel, ServedStage,
     model::{BUILD_BYTES_MAX, MODEL_NAME_BYTES_MAX},
 };
 use tokio::time::MissedTickBehavior;
 
-use super::{MeshNode, ModelIdentity, both, ring::host};
+use super::{MeshNode, ModelIdentity, both, links, ring::host};
 use crate::{Node, fit, model::Model};
 
 /// How often it is looked whether the record is still true. The mesh sends at most one per second.
@@ -28,7 +28,7 @@ const SPEED_STEP: f64 = 0.1;
 pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
     let mut ticks = tokio::time::interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut told: (Vec<ServedModel>, Vec<ServedStage>) = Default::default();
+    let mut told: (Vec<ServedModel>, Vec<ServedStage>, Vec<MeasuredLink>) = Default::default();
     loop {
         ticks.tick().await;
         let Some((node, mesh)) = both(&node, &mesh) else { return };
@@ -47,17 +47,26 @@ pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
             if let Some(before) = told.1.iter().find(|before| before.digest == stage.digest) {
                 steady(&mut stage.decode_us_per_layer, before.decode_us_per_layer);
                 steady(&mut stage.prefill_us_per_layer, before.prefill_us_per_layer);
+                // Where it is just more than a step says, a little less would be another one.
+                if stage.memory_bytes == before.memory_bytes + STAGE_MEMORY_STEP_BYTES {
+                    stage.memory_bytes = before.memory_bytes;
+                }
             }
         }
-        let now = (models, stages);
+        let shared: Vec<ModelDigest> = stages.iter().map(|stage| stage.digest).collect();
+        let peers = mesh.mesh().peers();
+        let links = mesh.links().look(peers.iter().filter(|peer| links::shares_a_model(peer, &shared)), Instant::now());
+        let now = (models, stages, links);
         if now == told {
             continue;
         }
         told.clone_from(&now);
         let memory_free_bytes = fit::available_bytes().unwrap_or(0) / MEMORY_STEP_BYTES * MEMORY_STEP_BYTES;
+        let machine = node.machine();
         let update = mesh.mesh().update(|own| {
-            (own.models, own.stages) = now;
+            (own.models, own.stages, own.links) = now;
             own.memory_free_bytes = memory_free_bytes;
+            own.machine = machine;
         });
         if update.await.is_err() {
             return;

@@ -1,7 +1,8 @@
 //! The node in a mesh: it offers its models to others, and others' models to its user.
 //!
-//! Three parts, the first two of them tasks that are owned here:
+//! Four parts, the first three of them tasks that are owned here:
 //! - [`announce`] keeps the own record true: which models, in which state, how busy, how fast;
+//! - [`links`] measures the ways to those that hold layers of the same models;
 //! - [`worker`] answers the requests of other nodes with this node's engines;
 //! - [`catalogue`] reads off the records of others which models there are, and gets what a driver needs of one: vocabulary and
 //!   template.
@@ -12,6 +13,7 @@
 mod announce;
 mod catalogue;
 mod identity;
+mod links;
 mod request;
 pub(crate) mod ring;
 mod view;
@@ -39,6 +41,7 @@ use crate::{
     readers::{Reader, Readers},
 };
 use catalogue::Catalogue;
+use links::LinkBook;
 use worker::Speeds;
 
 /// What this build can do for others.
@@ -52,6 +55,8 @@ pub(crate) struct MeshNode {
     dispatch: Mutex<Dispatch>,
     catalogue: Catalogue,
     speeds: Speeds,
+    /// The ways to those that hold layers of the same models.
+    links: LinkBook,
     /// Drivers at the stages that this node holds.
     rings: ring::host::Rings,
     tasks: Mutex<JoinSet<()>>,
@@ -72,6 +77,10 @@ impl MeshNode {
 
     fn dispatch(&self) -> MutexGuard<'_, Dispatch> {
         self.dispatch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn links(&self) -> &LinkBook {
+        &self.links
     }
 
     /// The mesh itself.
@@ -134,6 +143,7 @@ impl Node {
             dispatch: Mutex::default(),
             catalogue: Catalogue::new(&data_dir),
             speeds: Speeds::default(),
+            links: LinkBook::default(),
             rings: ring::host::Rings::default(),
             tasks: Mutex::default(),
         });
@@ -147,6 +157,7 @@ impl Node {
             tasks.spawn(worker::run(Arc::downgrade(self), Arc::downgrade(&node)));
             if self.options().spread {
                 tasks.spawn(ring::run(Arc::downgrade(self), Arc::downgrade(&node)));
+                tasks.spawn(links::run(Arc::downgrade(self), Arc::downgrade(&node)));
             }
         }
         drop(tasks);

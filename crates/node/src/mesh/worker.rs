@@ -154,7 +154,9 @@ async fn serve(node: Arc<Node>, mesh: Arc<MeshNode>, places: Arc<Places>, reques
             return ended(peer, ring::host::serve(node, mesh, *open, reader, Box::pin(send)).await);
         }
         Ok(Ok(Work::Hop(id))) => {
-            return ended(peer, ring::host::hop(&mesh, id, frames(reader), Box::pin(send)).await);
+            // Those of a ring are counted there.
+            drop(place);
+            return ended(peer, ring::take_hidden(&mesh, id, frames(reader), Box::pin(send)).await);
         }
         Ok(Ok(_)) => refuse(&mut send, "a stream begins with a request").await,
         Ok(Err(error)) => refuse(&mut send, &error.to_string()).await,

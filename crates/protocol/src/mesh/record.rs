@@ -20,6 +20,7 @@ use super::error::{BadSignature, MessageError};
 use super::hello::{Capabilities, SOFTWARE_BYTES_MAX};
 use super::id::{MeshId, NodeId};
 use super::key::{self, NodeKey, SIGNATURE_BYTES};
+use super::measured::{self, LINKS_MAX, MachineSpeed, MeasuredLink};
 use super::member::SignedCertificate;
 use super::model::{MODELS_MAX, STAGES_MAX, ServedModel, ServedStage};
 use super::proto;
@@ -138,6 +139,11 @@ pub struct NodeRecord {
     pub certificate: Option<SignedCertificate>,
     /// Ranges of layers that it holds or would hold for rings, at most [`STAGES_MAX`], digests all different.
     pub stages: Vec<ServedStage>,
+    /// What it has measured of its ways to those that hold layers of the same models, the nearest first, at most
+    /// [`LINKS_MAX`], peers all different.
+    pub links: Vec<MeasuredLink>,
+    /// How fast its machine is. `None`: not measured.
+    pub machine: Option<MachineSpeed>,
 }
 
 /// Why a record is not believed.
@@ -172,16 +178,17 @@ impl NodeRecord {
         Ok(SignedRecord(key::sealed(key.sign(DOMAIN, &body), &body).into()))
     }
 
-    /// Leaves out models, and stages once no model is left, from the end until the record can be signed, and says how many: a
-    /// node with more than a record holds must not vanish from the mesh. Put what matters most first. Stages are the last to
-    /// go, because a model that is left out others may serve as well, but a ring that lacks a stage is a model that nobody
-    /// serves.
+    /// Leaves out links, models once no link is left, and then stages, from the end until the record can be signed, and says
+    /// how many models and stages: a node with more than a record holds must not vanish from the mesh. Put what matters most
+    /// first. Links are the first to go, because without them a ring is only slower. Stages are the last, because a model that
+    /// is left out others may serve as well, but a ring that lacks a stage is a model that nobody serves.
     pub fn shorten(&mut self) -> usize {
         let before = self.models.len() + self.stages.len();
         self.models.truncate(MODELS_MAX);
         self.stages.truncate(STAGES_MAX);
+        self.links.truncate(LINKS_MAX);
         while matches!(self.encode(), Err(MessageError::TooLarge { .. }))
-            && (self.models.pop().is_some() || self.stages.pop().is_some())
+            && (self.links.pop().is_some() || self.models.pop().is_some() || self.stages.pop().is_some())
         {}
         before - self.models.len() - self.stages.len()
     }
@@ -210,6 +217,8 @@ impl Body for NodeRecord {
             memory_free_bytes: self.memory_free_bytes,
             certificate: self.certificate.as_ref().map(|certificate| certificate.as_bytes().to_vec()),
             stages: self.stages.iter().map(ServedStage::to_proto).collect::<Result<_, _>>()?,
+            links: measured::to_proto(&self.links)?,
+            machine: self.machine.map(MachineSpeed::to_proto),
         })
     }
 
@@ -235,13 +244,15 @@ impl Body for NodeRecord {
             memory_free_bytes: proto.memory_free_bytes,
             certificate: proto.certificate.map(SignedCertificate::from_bytes).transpose()?,
             stages,
+            links: measured::from_proto(&proto.links)?,
+            machine: proto.machine.map(MachineSpeed::from_proto),
         })
     }
 }
 
 fn check_scalars(ttl_ms: u32, software: &str) -> Result<(), MessageError> {
     if !(1..=TTL_MS_MAX).contains(&ttl_ms) {
-        return Err(MessageError::Invalid { what: "ttl_ms", why: "it must be from 1 to 300000" });
+        return Err(MessageError::Invalid { what: "ttl_ms", why: "it must be from 1 to 600000" });
     }
     check::text("software", software, SOFTWARE_BYTES_MAX)
 }
@@ -328,6 +339,7 @@ struct ClaimProto {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mesh::measured::RTT_US_MAX;
     use crate::mesh::model::{LAYERS_MAX, ModelState};
 
     fn signed(proto: &proto::NodeRecord, more: &[u8], key: &NodeKey) -> SignedRecord {
@@ -345,6 +357,10 @@ mod tests {
             ..Default::default()
         };
         (key, proto)
+    }
+
+    fn link() -> proto::MeasuredLink {
+        proto::MeasuredLink { peer: vec![3; 8], rtt_us: 800, bytes_per_s: 0 }
     }
 
     fn stage() -> proto::ServedStage {
@@ -385,6 +401,10 @@ mod tests {
             let stage = proto::ServedStage { first, end, layers, ..stage() };
             assert!(signed(&with_stage(stage), &[], &key).verify(mesh).is_ok());
         }
+        let with_links = |links| proto::NodeRecord { links, ..good.clone() };
+        for link in [link(), proto::MeasuredLink { rtt_us: RTT_US_MAX, bytes_per_s: u64::MAX, ..link() }] {
+            assert!(signed(&with_links(vec![link]), &[], &key).verify(mesh).is_ok());
+        }
         let with_addresses = |addresses| proto::NodeRecord { addresses: Some(addresses), ..good.clone() };
         let broken = [
             proto::NodeRecord { ttl_ms: 0, ..good.clone() },
@@ -402,6 +422,12 @@ mod tests {
             with_stage(proto::ServedStage { layers: LAYERS_MAX + 1, ..stage() }),
             with_stage(proto::ServedStage { first: 8, end: 7, ..stage() }),
             with_stage(proto::ServedStage { end: 29, ..stage() }),
+            with_links(vec![link(); 2]),
+            with_links((0..=LINKS_MAX as u8).map(|i| proto::MeasuredLink { peer: vec![i; 8], ..link() }).collect()),
+            with_links(vec![proto::MeasuredLink { peer: vec![3; 32], ..link() }]),
+            with_links(vec![proto::MeasuredLink { peer: Vec::new(), ..link() }]),
+            with_links(vec![proto::MeasuredLink { rtt_us: 0, ..link() }]),
+            with_links(vec![proto::MeasuredLink { rtt_us: RTT_US_MAX + 1, ..link() }]),
             with_addresses(address(&[10, 0, 0], 1)),
             with_addresses(address(&[10, 0, 0, 1], 65_536)),
             with_addresses(address(&[10, 0, 0, 1], 0)),

@@ -23,17 +23,19 @@
 //!                   <-   frames: Progress ..., then Loaded, or LoadFailed and the end
 //!   frames: Route   ->
 //!   frames: Open, Tokens or Hidden, Close ...
-//!                   <-   frames: Opened, Hidden or Sampled, Done ...
+//!                   <-   frames: Opened, Hidden or Sampled, Done, RouteLost ...
 //!
-//! host of stage i             host of stage i + 1
+//! host of stage i             host of stage i + 1, or one that stands by for it
 //!   Hop             ->
+//!                   <-   frame: Progress
 //!   frames: Hidden ...
 //! ```
 //!
 //! After [`Work::Stage`] both directions carry [`crate::frame`]s and nothing else, as between a driver and its child process,
 //! only that the request itself stands for the frame that says what to load. The driver's [`Route`](crate::stage::Route) says
-//! where hidden states go: back on this stream, or to another host on a stream of their own, which begins with [`Work::Hop`]
-//! and then carries frames of [`Kind::Hidden`](crate::frame::Kind::Hidden) in this one direction.
+//! where hidden states go: back on this stream, or to another host on streams of their own, one for each session that runs. Each
+//! of them begins with [`Work::Hop`] and then carries frames of [`Kind::Hidden`](crate::frame::Kind::Hidden) in this one
+//! direction.
 
 use super::body::Body;
 use super::card::{CARD_BYTES_MAX, CARD_PART_BYTES_MAX};

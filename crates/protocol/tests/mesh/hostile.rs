@@ -149,6 +149,8 @@ fn a_record_that_breaks_a_rule_is_not_signed() {
     let too_long_a_name = ServedModel { name: "n".repeat(97), ..samples::model() };
     let no_name = ServedModel { name: String::new(), ..samples::model() };
     let escape = ServedModel { name: "\x1b[2J".into(), ..samples::model() };
+    let mut no_round_trip = samples::links()[0];
+    no_round_trip.rtt_us = 0;
     let broken = [
         NodeRecord { ttl_ms: 0, ..record() },
         NodeRecord { ttl_ms: record::TTL_MS_MAX + 1, ..record() },
@@ -162,6 +164,8 @@ fn a_record_that_breaks_a_rule_is_not_signed() {
         NodeRecord { stages: vec![ServedStage { build: "\x1b[2J".into(), ..samples::stage() }], ..record() },
         NodeRecord { stages: vec![ServedStage { end: 81, ..samples::stage() }], ..record() },
         NodeRecord { stages: vec![ServedStage { layers: 1_025, ..samples::stage() }], ..record() },
+        NodeRecord { links: vec![samples::links()[0]; 2], ..record() },
+        NodeRecord { links: vec![no_round_trip], ..record() },
         NodeRecord { addresses: Addresses { relay: None, direct: vec!["0.0.0.0:7".parse().unwrap()] }, ..record() },
     ];
     for record in broken {

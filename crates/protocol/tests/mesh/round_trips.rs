@@ -181,19 +181,29 @@ fn a_record_with_too_many_models_is_shortened_from_the_end_until_it_can_be_signe
 }
 
 #[test]
-fn a_record_that_is_too_long_loses_its_models_before_its_stages() {
+fn as_many_links_as_a_record_may_have_fit_into_it_and_no_more() {
+    let link = |i: u8| MeasuredLink::to(&NodeId::from_bytes([i; 32]), measured::RTT_US_MAX, u64::MAX);
+    let mut record = NodeRecord { links: (0..20).map(link).collect(), ..samples::record() };
+    assert!(record.sign(&samples::node_key(1)).is_err());
+    assert_eq!(record.shorten(), 0);
+    assert_eq!(record.links.len(), measured::LINKS_MAX);
+    record.sign(&samples::node_key(1)).unwrap();
+}
+
+#[test]
+fn a_record_that_is_too_long_loses_its_links_then_its_models_and_its_stages_last() {
     let stage = |i| ServedStage {
         digest: ModelDigest::from_bytes([i; 32]),
         name: "n".repeat(96),
         build: "b".repeat(64),
         ..samples::stage()
     };
-    let mut record = NodeRecord { stages: vec![stage(0), stage(1)], ..samples::record() };
+    let mut record = NodeRecord { stages: vec![stage(0), stage(1)], links: samples::links(), ..samples::record() };
     record.models = (0..60u8)
         .map(|i| ServedModel { digest: ModelDigest::from_bytes([i; 32]), name: "n".repeat(96), ..samples::model() })
         .collect();
     let left_out = record.shorten();
-    assert_eq!((record.models.len() + left_out, record.stages.len()), (60, 2));
+    assert_eq!((record.models.len() + left_out, record.stages.len(), record.links.len()), (60, 2, 0));
     assert!(record.models.len() > 10);
     record.sign(&samples::node_key(1)).unwrap();
 

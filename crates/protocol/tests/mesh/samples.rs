@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 
 use murmur_protocol::mesh::*;
 use murmur_protocol::sampling::{Grammar, Sampled, SamplingParams};
-use proptest::collection::{btree_set, vec};
+use proptest::collection::{btree_map, btree_set, vec};
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -62,6 +62,17 @@ pub(crate) fn offer() -> ServedStage {
     ServedStage { digest, first: 0, end: 0, state: ModelState::Available, layers_max: 0, ..stage() }
 }
 
+pub(crate) fn links() -> Vec<MeasuredLink> {
+    vec![
+        MeasuredLink::to(&node_key(2).node_id(), 850, 110_000_000),
+        MeasuredLink::to(&node_key(3).node_id(), 41_000, 0),
+    ]
+}
+
+pub(crate) fn machine() -> MachineSpeed {
+    MachineSpeed { read_bytes_per_s: 21_000_000_000, multiply_adds_per_s: 48_000_000_000 }
+}
+
 pub(crate) fn record() -> NodeRecord {
     NodeRecord {
         node: node_key(1).node_id(),
@@ -80,6 +91,8 @@ pub(crate) fn record() -> NodeRecord {
         memory_free_bytes: 12 << 30,
         certificate: None,
         stages: Vec::new(),
+        links: Vec::new(),
+        machine: None,
     }
 }
 
@@ -324,6 +337,11 @@ fn any_stage() -> impl Strategy<Value = ServedStage> {
         })
 }
 
+fn any_links() -> impl Strategy<Value = Vec<MeasuredLink>> {
+    let ways = btree_map(any_id::<NodeId>(), (1..=measured::RTT_US_MAX, any::<u64>()), 0..4);
+    ways.prop_map(|ways| ways.iter().map(|(peer, way)| MeasuredLink::to(peer, way.0, way.1)).collect())
+}
+
 pub(crate) fn any_stage_open() -> impl Strategy<Value = StageOpen> {
     let figures = (1..=open::REQUEST_TOKENS_MAX as u32, 1..=ring::STAGE_PARALLEL_MAX);
     ((any_id(), any::<[u8; 16]>()), any_layers(1), figures, option::of(any_text(64)), any::<bool>()).prop_map(
@@ -347,10 +365,17 @@ pub(crate) fn any_record(mesh: MeshId) -> impl Strategy<Value = (NodeRecord, Nod
         any::<[u8; 32]>().prop_map(|secret| NodeKey::from_bytes(&secret)),
         (any::<u64>(), 1..=record::TTL_MS_MAX, any::<bool>(), any_role(), any_addresses()),
         (vec(any_model(), 0..7), vec(any_stage(), 0..4)),
-        (any_text(64), any::<u64>(), any::<u64>(), option::of(any_certificate())),
+        (
+            any_text(64),
+            any::<u64>(),
+            any::<u64>(),
+            option::of(any_certificate()),
+            any_links(),
+            any::<Option<(u64, u64)>>(),
+        ),
     )
         .prop_map(move |(key, (sequence, ttl_ms, tombstone, role, addresses), (models, stages), rest)| {
-            let (software, capabilities, memory_free_bytes, certificate) = rest;
+            let (software, capabilities, memory_free_bytes, certificate, links, machine) = rest;
             let record = NodeRecord {
                 node: key.node_id(),
                 mesh,
@@ -365,6 +390,11 @@ pub(crate) fn any_record(mesh: MeshId) -> impl Strategy<Value = (NodeRecord, Nod
                 memory_free_bytes,
                 certificate: certificate.map(|certificate| certificate.sign(&mesh_key()).unwrap()),
                 stages,
+                links,
+                machine: machine.map(|(read_bytes_per_s, multiply_adds_per_s)| MachineSpeed {
+                    read_bytes_per_s,
+                    multiply_adds_per_s,
+                }),
             };
             (record, key)
         })

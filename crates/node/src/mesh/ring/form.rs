@@ -1,39 +1,50 @@
 //! Forming rings: who offers what, what the planner makes of it, and whose turn it is.
+//!
+//! A model without a ring gets one as soon as there can be one. A model that has one gets a better one when there can be one, which
+//! is opened beside it: requests that run end where they are, further ones go around the new one, and what nobody uses any more
+//! is let go. So that nothing needs memory twice, layers that drivers use stay where they are: newcomers take over whole ranges.
 
 use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
-use murmur_core::planner::{Ask, Link, Links, ModelFacts, NoRing, NodeFacts, Pin, Placement, Plan, Planner};
+use murmur_core::planner::{
+    Ask, Link, Links, ModelFacts, NODES_MAX, NoRing, NodeFacts, Pin, Placement, Plan, Planner, StagePlan,
+};
 use murmur_gguf::LayerRange;
 use murmur_protocol::mesh::{ModelDigest, ModelState, NodeId, ServedStage};
 use tokio::{runtime::Handle, time::MissedTickBehavior};
 
 use super::{
-    AVOIDED, Ring, Seat,
+    Ring, Seat,
+    facts::{self, Ways},
     host::{self, Terms},
+    wishes::{self, Ids},
 };
 use crate::{
     Node, fit,
     mesh::{MeshNode, announce, both},
-    model::{Model, with_causes},
+    model::{LoadedModel, Model, RingOptions, with_causes},
 };
 
-/// How often it is looked whether a ring can be had.
+/// How often it is looked whether a ring, or a better one, can be had.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long each node gives those with lower ids to make a ring.
 const TURN: Duration = Duration::from_secs(10);
-/// A model that nobody has measured is taken to be read from memory at this rate, bytes per second.
-const BYTES_PER_S_UNMEASURED: f64 = 10e9;
+/// A better ring must have been to be had for so long: of a node that has just come little is known.
+const SETTLED: Duration = Duration::from_secs(10);
+/// Turns are shorter when a node is about to leave a ring.
+const TURN_WHEN_LEFT: Duration = Duration::from_secs(1);
 
 /// What a node offers of a model.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Offer {
     pub(super) node: NodeId,
     pub(super) stage: ServedStage,
     /// Round trip, where there is a connection; to ourselves 0.
     pub(super) rtt_us: f64,
+    pub(super) ways: Ways,
 }
 
 impl Offer {
@@ -50,110 +61,214 @@ impl Offer {
     pub(super) fn is_ready(&self) -> bool {
         self.stage.state == ModelState::Ready && self.stage.first < self.stage.end
     }
+
+    fn is_draining(&self) -> bool {
+        self.stage.state == ModelState::Draining
+    }
+
+    fn size(&self) -> Size {
+        Size { context_tokens: self.stage.context_tokens, parallel: self.stage.parallel }
+    }
 }
 
-/// What is offered of a model, by this node too.
+/// What is offered of a model by those that this node may ask, itself included.
 pub(super) fn offers(node: &Node, mesh: &MeshNode, model: &ModelDigest) -> Vec<Offer> {
-    let own = node
-        .models
-        .iter()
-        .filter_map(|own| announce::offered(node, own))
-        .map(|stage| (mesh.mesh().node_id(), stage, 0.0));
-    let peers = mesh.mesh().peers();
-    let theirs = peers.iter().flat_map(|peer| {
-        let rtt_us = peer.rtt_ms.map_or(f64::MAX, |ms| 1000.0 * ms);
-        peer.record().stages.iter().map(move |stage| (peer.record().node, stage.clone(), rtt_us))
-    });
-    own.chain(theirs)
-        .filter(|(_, stage, _)| stage.digest == *model && stage.state != ModelState::Draining)
-        .map(|(node, stage, rtt_us)| Offer { node, stage, rtt_us })
-        .collect()
-}
-
-/// Those of them that compute as this node does, so that they fit together in a ring.
-pub(super) fn matching_offers(node: &Node, mesh: &MeshNode, model: &ModelDigest, layers: u32) -> Vec<Offer> {
-    let (exact, build) = (node.options().exact, murmur_engine::build_id());
-    let mut offers = offers(node, mesh, model);
-    offers.retain(|Offer { stage, .. }| {
-        stage.exact == exact && stage.layers == layers && (!exact || stage.build == build)
-    });
+    let mut offers = listed(node, mesh, model);
+    offers.retain(|offer| !offer.is_draining() && wishes::allow(&node.options().ring, offer));
     offers
 }
 
-/// Makes rings for the models that need one, for as long as there is a node.
+/// What is offered of a model, by this node too, and by those that end or pause.
+fn listed(node: &Node, mesh: &MeshNode, model: &ModelDigest) -> Vec<Offer> {
+    let own = node.models.iter().filter_map(|own| announce::offered(node, own)).map(|stage| Offer {
+        node: mesh.mesh().node_id(),
+        stage,
+        rtt_us: 0.0,
+        ways: Ways::own(node),
+    });
+    let peers = mesh.mesh().peers();
+    let theirs = peers.iter().flat_map(|peer| {
+        let (rtt_us, ways) = facts::ways(mesh, peer);
+        let stages = peer.record().stages.iter();
+        stages.map(move |stage| Offer { node: peer.record().node, stage: stage.clone(), rtt_us, ways: ways.clone() })
+    });
+    own.chain(theirs).filter(|offer| offer.stage.digest == *model).collect()
+}
+
+/// What is offered by nodes that compute as this one does, so that they fit together in a ring, with what was known of them
+/// before.
+pub(super) fn matching_offers(node: &Node, mesh: &MeshNode, model: &Model, digest: &ModelDigest) -> Vec<Offer> {
+    let (exact, build) = (node.options().exact, murmur_engine::build_id());
+    let mut offers = listed(node, mesh, digest);
+    offers.retain(|offer| {
+        let stage = &offer.stage;
+        let fits = stage.exact == exact && stage.layers == model.layers() && (!exact || stage.build == build);
+        fits && !offer.is_draining()
+    });
+    model.search().recall(&mut offers);
+    offers
+}
+
+/// Makes rings for the models that need one, and better ones, for as long as there is a node.
 pub(crate) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
     let mut ticks = tokio::time::interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         let Some((node, mesh)) = both(&node, &mesh) else { return };
-        for (at, model) in node.models.iter().enumerate().filter(|(_, model)| model.is_spread()) {
-            let unused = model.holding().let_go(host::UNUSED_MAX);
-            let ended = model.let_go_failed();
-            if unused.is_some() || ended.is_some() {
-                // Both wait for their processes.
-                let _ = tokio::task::spawn_blocking(move || drop((unused, ended))).await;
-            }
-            if model.needs_ring() {
-                let (node, mesh) = (Arc::clone(&node), Arc::clone(&mesh));
-                // With many nodes there is much to compare.
-                let _ = tokio::task::spawn_blocking(move || form(&node, &mesh, at)).await;
-            }
+        if node.gate.is_closed() {
+            return;
+        }
+        let spread = (0..node.models.len()).filter(|&at| node.models[at].is_spread());
+        for at in spread {
+            let (node, mesh) = (Arc::clone(&node), Arc::clone(&mesh));
+            // What is let go waits for its processes, and with many nodes there is much to compare.
+            let _ = tokio::task::spawn_blocking(move || {
+                let model = &node.models[at];
+                drop((model.holding().let_go(host::UNUSED_MAX), model.let_go_failed(), model.let_go_left()));
+                look(&node, &mesh, at);
+            })
+            .await;
         }
     }
 }
 
-/// Makes a ring if one can be had and it is this node's turn.
-fn form(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
+/// Makes a ring if there is none, or a better one, if one can be had and it is this node's turn.
+fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
     let model = &node.models[at];
     let (Some(identity), Some(spread)) = (model.identity(), model.spread()) else { return };
-    let exact = node.options().exact;
-    let mut offers = matching_offers(node, mesh, &identity.digest, spread.facts.whole().end);
-    offers.retain(|offer| !model.is_avoided(offer.node));
-    let (streams, lossy) = (node.options().parallel, node.options().lossy.clone());
-    let ask = Ask { streams, lossy, ..Ask::new(mesh.mesh().node_id(), spread.context_tokens) };
-    let wanted = Wanted { offers: &offers, facts: &spread.facts, ask };
-    let ring = match wanted.loaded(|_| true) {
-        Some(ring) => Ok(ring),
-        None if offers.iter().any(|offer| offer.stage.state == ModelState::Loading) => return,
-        None => wanted.best(node.options().ctx_tokens.is_some()),
+    let in_use = match model.needs_ring() {
+        true => None,
+        // One that is not whole mends itself.
+        false => match in_use(model, mesh.mesh().node_id()) {
+            Some(ring) => Some(ring),
+            None => return,
+        },
     };
-    let (plan, terms) = match ring {
-        Ok(ring) => ring,
-        Err(reason) => return model.wait_for_ring(reason.to_string()),
-    };
-    let is_loaded = plan.load_us() == 0.0;
-    let own = mesh.mesh().node_id();
-    let before = offers.iter().filter(|offer| offer.node < own).count() as u32;
-    if !is_loaded && model.ring_possible_since().elapsed() < TURN * before {
-        return model.wait_for_ring("another node is making a ring".to_owned());
+    let mut offers = matching_offers(node, mesh, model, &identity.digest);
+    {
+        let mut search = model.search();
+        offers.retain(|offer| !search.is_avoided(offer.node));
+        if !search.is_due(&offers, in_use.as_ref().map(|(_, placements)| placements)) {
+            return;
+        }
     }
-    tracing::info!("{}: {plan}", model.id());
-    let seat = |stage: &murmur_core::planner::StagePlan| Seat {
-        range: stage.layers,
-        planned: stage.node,
-        taken: None,
-        lost: None,
-        is_unreachable: false,
+    let (options, ids) = (node.options(), Ids::of(mesh));
+    let size = Size { context_tokens: spread.context_tokens, parallel: options.parallel };
+    let ask = match ids.ask(&options.ring, size) {
+        Ok(ask) => Ask { lossy: options.lossy.clone(), ..ask },
+        Err(_) if in_use.is_some() => return,
+        Err(reason) => return model.wait_for_ring(reason),
     };
+    let wanted = Wanted { offers: &offers, facts: &spread.facts, ask };
+    let before = offers.iter().filter(|offer| offer.node < ids.own()).count() as u32;
+    let found = match &in_use {
+        None => first(&wanted, model, spread, options.ctx_tokens.is_some(), before),
+        Some((size, placements)) => {
+            let draining = listed(node, mesh, &identity.digest).into_iter().filter(Offer::is_draining);
+            // What this one pauses for is others.
+            let is_used = |node: &NodeId| *node != ids.own() && placements.iter().any(|stage| stage.node == *node);
+            let lost: Vec<NodeId> = draining.map(|offer| offer.node).filter(is_used).collect();
+            better(&wanted, model, (*size, placements), &lost, before)
+        }
+    };
+    if let Some((plan, size)) = found {
+        open(node, mesh, at, &plan, size);
+    }
+}
+
+/// The ring that a model's requests go around, when all of it is there.
+fn in_use(model: &Model, own: NodeId) -> Option<(Size, Vec<Placement>)> {
+    let loaded: Arc<LoadedModel> = model.in_use()?;
+    let holders = model.ring().1?.view();
+    let options = loaded.engine.options();
+    let size = Size { context_tokens: options.context_tokens, parallel: options.parallel };
+    let placement = |layers: &LayerRange| {
+        // Those that are in no seat are this node's own.
+        let node = holders.iter().find(|(range, _)| range == layers).map_or(Some(own), |(_, node)| *node)?;
+        Some(Placement { node, layers: *layers })
+    };
+    Some((size, options.ranges.iter().map(placement).collect::<Option<_>>()?))
+}
+
+/// A ring for a model that has none. `before`: so many others may make one before.
+fn first(wanted: &Wanted<'_>, model: &Model, spread: &Spread, is_limited: bool, before: u32) -> Option<(Plan, Size)> {
+    let found = match wanted.loaded(|_| true) {
+        Some(ring) => return Some(ring),
+        None if wanted.is_one_loading() => return None,
+        None => wanted.measured(|wanted| wanted.best(is_limited)),
+    };
+    match found {
+        Ok(ring) if model.search().is_time(spread.since + TURN * before) => return Some(ring),
+        Ok(_) => model.wait_for_ring("another node is making a ring".to_owned()),
+        Err(reason) => model.wait_for_ring(reason.to_string()),
+    }
+    None
+}
+
+/// A better ring than the one in use, when it has been better for long enough. One that nodes are about to leave (`lost`) is
+/// replaced at once. Layers that are loaded wait for nobody's turn.
+fn better(
+    wanted: &Wanted<'_>,
+    model: &Model,
+    (size, now): (Size, &[Placement]),
+    lost: &[NodeId],
+    before: u32,
+) -> Option<(Plan, Size)> {
+    let is_known = |node: NodeId| lost.contains(&node) || wanted.offers.iter().any(|offer| offer.node == node);
+    if wanted.is_one_loading() || !now.iter().all(|stage| is_known(stage.node)) {
+        return None;
+    }
+    let (plan, settled, turn) = match lost {
+        [] => (wanted.better(size, now), SETTLED, TURN),
+        _ => (wanted.without(size, now, lost), Duration::ZERO, TURN_WHEN_LEFT),
+    };
+    let mut search = model.search();
+    let since = search.better_since(plan.is_some())?;
+    let plan = plan?;
+    let turns = if plan.load_us() > 0.0 { turn * before } else { Duration::ZERO };
+    let from = (since + settled + turns).max(search.moves_from);
+    search.is_time(from).then(|| {
+        search.better_since(false);
+        (plan, size)
+    })
+}
+
+/// Opens a ring, beside the one in use if there is one.
+fn open(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, plan: &Plan, size: Size) {
+    let model = &node.models[at];
+    let Some(identity) = model.identity() else { return };
+    tracing::info!("{}: {plan}", model.id());
+    let own = mesh.mesh().node_id();
+    // Ends that are kept are the engine's own; they are nobody else's business.
+    let is_here = |stage: &StagePlan| node.options().ring.keep_ends.is_some_and(|ends| ends > 0) && stage.node == own;
+    let seats = plan.stages.iter().filter(|stage| !is_here(stage)).map(|stage| Seat::new(stage.layers, stage.node));
     let ring = Arc::new(Ring {
         node: Arc::downgrade(node),
         mesh: Arc::downgrade(mesh),
         runtime: Handle::current(),
         model: identity.digest,
-        layers: spread.facts.whole().end,
-        context_tokens: terms.context_tokens,
-        parallel: terms.parallel,
-        exact,
-        seats: plan.stages.iter().map(seat).collect::<Vec<_>>().into(),
+        layers: model.layers(),
+        context_tokens: size.context_tokens,
+        parallel: size.parallel,
+        exact: node.options().exact,
+        seats: seats.collect::<Vec<_>>().into(),
         refused: Mutex::default(),
     });
-    let ranges: Vec<LayerRange> = plan.stages.iter().map(|stage| stage.layers).collect();
-    // Edges from and to the driver carry tokens.
-    let codecs = plan.edges.iter().filter_map(|edge| edge.codec).collect();
+    let asked: Vec<NodeId> = plan.stages.iter().map(|stage| stage.node).collect();
+    let mut elsewhere = ring.stages().into_iter();
+    let stage = |stage: &StagePlan| (stage.layers, if is_here(stage) { None } else { elsewhere.next() });
+    let options = RingOptions {
+        context_tokens: size.context_tokens,
+        parallel: size.parallel,
+        stages: plan.stages.iter().map(stage).collect(),
+        // Edges from and to the driver carry tokens.
+        codecs: plan.edges.iter().filter_map(|edge| edge.codec).collect(),
+        travel_us: plan.edges.iter().map(|edge| edge.latency_us).sum::<f64>() as u64,
+    };
     let node = Arc::clone(node);
     // It ends with the model: Model::stop.
-    let planned = model.plan_ring(ranges, terms.context_tokens, terms.parallel, ring.stages(), codecs);
+    let planned = node.models.plan_ring(at, options);
     tokio::task::spawn_blocking(move || {
         let model = &node.models[at];
         let plan = match planned {
@@ -165,10 +280,18 @@ fn form(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
         match plan.and_then(|plan| model.load(plan, node.options(), &|_| ())) {
             Ok(()) => model.has_ring(ring),
             Err(error) => {
-                tracing::warn!("{}: no ring: {}", model.id(), with_causes(&error));
-                let refused = ring.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                model.avoid(refused, Instant::now() + AVOIDED);
-                model.wait_for_ring(with_causes(&error));
+                let reason = with_causes(&error);
+                // Others were asked in their place, and refuse what they have not offered.
+                let mut refused = ring.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                refused.retain(|node| asked.contains(node));
+                model.search().failed(refused);
+                match model.needs_ring() {
+                    true => {
+                        tracing::warn!("{}: no ring: {reason}", model.id());
+                        model.wait_for_ring(reason);
+                    }
+                    false => tracing::warn!("{}: no better ring, the present one stays: {reason}", model.id()),
+                }
             }
         }
     });
@@ -190,6 +313,16 @@ pub(super) struct Wanted<'a> {
 }
 
 impl Wanted<'_> {
+    /// What is found among the nodes that are measured.
+    fn measured<T>(&self, find: impl FnOnce(&Wanted<'_>) -> T) -> T {
+        let offers = facts::measured(self.ask.driver, self.offers);
+        find(&Wanted { offers: &offers, facts: self.facts, ask: self.ask.clone() })
+    }
+
+    fn is_one_loading(&self) -> bool {
+        self.offers.iter().any(|offer| offer.stage.state == ModelState::Loading)
+    }
+
     fn ask(&self, size: Size) -> Ask {
         Ask { context_tokens: size.context_tokens, streams: size.parallel, ..self.ask.clone() }
     }
@@ -197,43 +330,84 @@ impl Wanted<'_> {
     /// A ring of layers that are loaded already, for requests of a size that will do.
     pub(super) fn loaded(&self, will_do: impl Fn(Size) -> bool) -> Option<(Plan, Size)> {
         let mut sizes: Vec<Size> = Vec::new();
-        for offer in self.offers.iter().filter(|offer| offer.is_ready()) {
-            let size = Size { context_tokens: offer.stage.context_tokens, parallel: offer.stage.parallel };
+        for size in self.offers.iter().filter(|offer| offer.is_ready()).map(Offer::size) {
             if will_do(size) && !sizes.contains(&size) {
                 sizes.push(size);
             }
         }
         sizes.into_iter().find_map(|size| {
-            let of_this_size = |offer: &&Offer| {
-                offer.is_ready()
-                    && (offer.stage.context_tokens, offer.stage.parallel) == (size.context_tokens, size.parallel)
-            };
-            let nodes: Vec<NodeFacts> =
-                self.offers.iter().filter(of_this_size).map(|offer| self.facts_of(offer)).collect();
             let ask = Ask { loaded_only: true, ..self.ask(size) };
-            Some((self.plan(&nodes, &ask).ok()?, size))
+            Some((self.plan(&self.held(size), &ask).ok()?, size))
         })
     }
 
-    /// The best ring there can be. Layers that drivers use stay where they are. Without a wish of the user, the context is as
-    /// long as memory allows.
+    /// The best ring there can be. Layers that drivers use stay where they are, if that is possible. Without a wish of the user,
+    /// the context is as long as memory allows.
     pub(super) fn best(&self, is_wish: bool) -> Result<(Plan, Size), NoRing> {
-        let mut pins = self.ask.pins.clone();
-        for held in self.offers.iter().filter(|offer| offer.is_ready()) {
-            if pins.iter().all(|pin| pin.node() != held.node) && !self.ask.excluded.contains(&held.node) {
-                pins.push(Pin::Exactly(held.node, held.range()));
-            }
-        }
-        let nodes = self.nodes();
         let mut size = Size { context_tokens: self.ask.context_tokens, parallel: self.ask.streams };
         loop {
-            let pinned = self.plan(&nodes, &Ask { pins: pins.clone(), ..self.ask(size) });
-            match pinned.or_else(|_| self.plan(&nodes, &self.ask(size))) {
+            let (settled, ask) = (self.settled(size), self.ask(size));
+            let held = settled.iter().filter_map(|held| Some(Pin::Exactly(held.node, held.only?)));
+            let is_free =
+                |pin: &Pin| !ask.excluded.contains(&pin.node()) && ask.pins.iter().all(|it| it.node() != pin.node());
+            let pins = ask.pins.iter().copied().chain(held.filter(is_free)).collect();
+            let found = self
+                .plan(&settled, &Ask { pins, ..ask.clone() })
+                .or_else(|_| self.plan(&settled, &ask))
+                .or_else(|_| self.plan(&self.nodes(), &ask));
+            match found {
                 Ok(plan) => return Ok((plan, size)),
                 Err(reason) if is_wish || size.context_tokens / 2 < fit::CONTEXT_TOKENS_MIN => return Err(reason),
                 Err(_) => size.context_tokens /= 2,
             }
         }
+    }
+
+    /// A ring that is better than the one in use by enough to change to it: of loaded layers, if there is one.
+    pub(super) fn better(&self, size: Size, now: &[Placement]) -> Option<Plan> {
+        let better = |nodes: Vec<NodeFacts>, loaded_only| {
+            self.for_all(size, now, nodes, |planner, ask| planner.improve(&Ask { loaded_only, ..ask }))
+        };
+        better(self.held(size), true).or_else(|| better(self.settled(size), false))
+    }
+
+    /// The ring in use without these nodes.
+    fn without(&self, size: Size, now: &[Placement], lost: &[NodeId]) -> Option<Plan> {
+        self.for_all(size, now, self.settled(size), |planner, ask| planner.mend(&ask, lost).ok())
+    }
+
+    /// A ring that is found not for this driver but for all together, as it is for this one: a change is for all of them to follow.
+    /// Who has wishes of its own goes its own way.
+    fn for_all(
+        &self,
+        size: Size,
+        now: &[Placement],
+        nodes: Vec<NodeFacts>,
+        find: impl FnOnce(&Planner<'_>, Ask) -> Option<Plan>,
+    ) -> Option<Plan> {
+        let mut ask = Ask { previous: now.to_vec(), ..self.ask(size) };
+        let mut links = self.links();
+        if ask.keep_ends == 0 && ask.rtt_us_max.is_none() {
+            ask.driver = NodeId::from_bytes([0; 32]);
+            let mut drivers: Vec<NodeId> = self.offers.iter().map(|offer| offer.node).collect();
+            drivers.sort_unstable();
+            drivers.truncate(NODES_MAX);
+            for Offer { node, .. } in self.offers {
+                let mean = |one_way_us: &dyn Fn(NodeId) -> f64| {
+                    let ways = drivers.iter().filter(|driver| *driver != node).map(|driver| one_way_us(*driver));
+                    Link { one_way_us: ways.sum::<f64>() / drivers.len() as f64, ..Link::default() }
+                };
+                let there = mean(&|driver| links.get(driver, *node).one_way_us);
+                let back = mean(&|driver| links.get(*node, driver).one_way_us);
+                links.set(ask.driver, *node, there);
+                links.set(*node, ask.driver, back);
+            }
+        }
+        let found = find(&Planner { model: self.facts, nodes: &nodes, links: &links }, ask)?;
+        // Kept ends are given.
+        let is_free = |stage: &&StagePlan| self.ask.keep_ends == 0 || stage.node != self.ask.driver;
+        let pins = found.stages.iter().filter(is_free).map(|stage| Pin::Exactly(stage.node, stage.layers)).collect();
+        self.plan(&nodes, &Ask { pins, ..self.ask(size) }).ok()
     }
 
     /// The best ring, wherever layers are loaded; the previous one, if there is one and no other is better by enough to move
@@ -246,24 +420,50 @@ impl Wanted<'_> {
         self.offers.iter().map(|offer| self.facts_of(offer)).collect()
     }
 
+    /// The nodes of a ring of this size, when layers that drivers use stay where they are. What this node holds for others is no
+    /// hindrance for ends that are kept here, but takes memory.
+    fn settled(&self, size: Size) -> Vec<NodeFacts> {
+        let with_only = |offer: &Offer| {
+            let facts = self.facts_of(offer);
+            if self.ask.keep_ends > 0 && offer.node == self.ask.driver {
+                let held_bytes = self.held_bytes(offer);
+                let memory_bytes = facts.memory_bytes.saturating_sub(held_bytes);
+                return NodeFacts { memory_bytes, loaded: vec![self.facts.whole()], ..facts };
+            }
+            NodeFacts { only: offer.is_ready().then(|| offer.range()), ..facts }
+        };
+        self.offers.iter().filter(|offer| !offer.is_ready() || offer.size() == size).map(with_only).collect()
+    }
+
+    /// Those of them that hold layers.
+    fn held(&self, size: Size) -> Vec<NodeFacts> {
+        self.settled(size).into_iter().filter(|node| !node.loaded.is_empty()).collect()
+    }
+
     fn plan(&self, nodes: &[NodeFacts], ask: &Ask) -> Result<Plan, NoRing> {
-        let mut links = Links::new();
-        let own = self.ask.driver;
-        for offer in self.offers.iter().filter(|offer| offer.rtt_us < f64::MAX) {
-            let link = Link { one_way_us: offer.rtt_us / 2.0, ..Link::default() };
-            links.set_both(own, offer.node, link);
-        }
-        Planner { model: self.facts, nodes, links: &links }.plan(ask)
+        Planner { model: self.facts, nodes, links: &self.links() }.plan(ask)
+    }
+
+    fn links(&self) -> Links {
+        facts::links(self.ask.driver, self.offers)
+    }
+
+    /// Memory of the layers that a node holds.
+    fn held_bytes(&self, offer: &Offer) -> u64 {
+        if offer.is_ready() { self.facts.stage_memory_bytes(offer.range(), &self.ask(offer.size())) } else { 0 }
     }
 
     fn facts_of(&self, offer: &Offer) -> NodeFacts {
         let stage = &offer.stage;
         let layers = self.facts.layers.len().max(1) as f64;
         let bytes = self.facts.layers.iter().map(|layer| layer.weight_bytes).sum::<u64>() as f64 / layers;
+        let estimated = facts::estimated(offer.ways.machine);
         let measured = |us: u32, otherwise: f64| if us > 0 { f64::from(us) } else { otherwise };
-        let decode_us = measured(stage.decode_us_per_layer, 1e6 * bytes / BYTES_PER_S_UNMEASURED);
-        let mut facts = NodeFacts::new(offer.node, stage.memory_bytes, decode_us);
-        facts.prefill_us_per_layer = measured(stage.prefill_us_per_layer, facts.prefill_us_per_layer);
+        let decode_us = measured(stage.decode_us_per_layer, bytes * estimated.decode_us_per_byte);
+        // What is loaded fits, however coarsely memory is told.
+        let mut facts = NodeFacts::new(offer.node, stage.memory_bytes.max(self.held_bytes(offer)), decode_us);
+        let prefill_us = decode_us * estimated.prefill_us_per_byte / estimated.decode_us_per_byte;
+        facts.prefill_us_per_layer = measured(stage.prefill_us_per_layer, prefill_us);
         facts.layers_max = (stage.layers_max > 0).then_some(stage.layers_max);
         facts.loaded = offer.is_ready().then(|| offer.range()).into_iter().collect();
         facts.on_disk = vec![self.facts.whole()];
@@ -292,9 +492,147 @@ impl Spread {
     }
 }
 
-impl Model {
-    /// Time since a ring could have been made.
-    fn ring_possible_since(&self) -> Instant {
-        self.spread().map_or_else(Instant::now, |spread| spread.since)
+#[cfg(test)]
+mod tests {
+    use murmur_core::planner::LayerFacts;
+    use murmur_protocol::mesh::MeasuredLink;
+
+    use super::*;
+    use crate::mesh::ring::Search;
+
+    const LAYERS: u32 = 12;
+    const SIZE: Size = Size { context_tokens: 512, parallel: 1 };
+    /// Between any two nodes.
+    const RTT_US: u32 = 2_000;
+
+    fn id(number: u8) -> NodeId {
+        NodeId::from_bytes([number; 32])
+    }
+
+    /// A node that holds layers in use, or could hold so many, at so many us each. Numbers begin at 1.
+    #[derive(Clone, Copy)]
+    struct Peer(Option<(u32, u32)>, u32, u32);
+
+    /// What the driver of this number knows of them.
+    fn seen_by(driver: u8, peers: &[Peer]) -> Vec<Offer> {
+        let numbers = 1..=peers.len() as u8;
+        let told: Vec<_> = numbers.clone().map(|other| MeasuredLink::to(&id(other), RTT_US, 0)).collect();
+        let offer = |(number, &Peer(held, layers_max, us)): (u8, &Peer)| {
+            let (first, end) = held.unwrap_or_default();
+            let stage = ServedStage {
+                digest: ModelDigest::from_bytes([0; 32]),
+                name: "model".to_owned(),
+                layers: LAYERS,
+                first,
+                end,
+                state: if held.is_some() { ModelState::Ready } else { ModelState::Available },
+                context_tokens: SIZE.context_tokens,
+                parallel: SIZE.parallel,
+                exact: false,
+                build: String::new(),
+                memory_bytes: 1 << 30,
+                decode_us_per_layer: us,
+                prefill_us_per_layer: us,
+                layers_max,
+            };
+            let rtt_us = if number == driver { 0.0 } else { f64::from(RTT_US) };
+            Offer { node: id(number), stage, rtt_us, ways: Ways { told: told.clone(), ..Ways::default() } }
+        };
+        numbers.zip(peers).map(offer).collect()
+    }
+
+    /// The ring that it finds better than the one of the layers in use by `now`.
+    fn better(driver: u8, peers: &[Peer], now: &[u8]) -> Option<Vec<Placement>> {
+        let layer = LayerFacts { weight_bytes: 1 << 20, kv_bytes_per_token: 0, cost: 1.0 };
+        let facts = ModelFacts {
+            layers: vec![layer; LAYERS as usize],
+            cuts: (1..LAYERS).collect(),
+            head_bytes: 0,
+            head_cost: 0.0,
+            width: 256,
+            stage_bytes: 0,
+            stage_bytes_per_token: 0,
+            kept_bytes: 0,
+        };
+        let offers = seen_by(driver, peers);
+        let now: Vec<_> = now.iter().map(|&number| &offers[usize::from(number) - 1]).collect();
+        let now: Vec<_> = now.iter().map(|offer| Placement { node: offer.node, layers: offer.range() }).collect();
+        let ask = Ask::new(id(driver), SIZE.context_tokens);
+        let plan = Wanted { offers: &offers, facts: &facts, ask }.better(SIZE, &now)?;
+        Some(plan.placements())
+    }
+
+    const RING: [Peer; 3] = [Peer(Some((0, 4)), 4, 100), Peer(Some((4, 8)), 4, 100), Peer(Some((8, 12)), 4, 100)];
+
+    #[test]
+    fn all_drivers_find_the_same_ring_better_and_none_when_it_is_theirs() {
+        let peers = [RING[0], RING[1], RING[2], Peer(None, 8, 100)];
+        let found = [1, 2, 3, 4].map(|driver| better(driver, &peers, &[1, 2, 3]));
+        let ring = found[0].clone().unwrap();
+        assert!(ring.len() == 2 && ring.iter().any(|stage| stage.node == id(4) && stage.layers.len() == 8), "{ring:?}");
+        assert!(found.iter().all(|other| other.as_ref() == Some(&ring)), "{found:?}");
+        // The first of them has moved: the others find the same loaded, and nobody wants to go back.
+        let (held, now) = if ring[0].node == id(4) { ((0, 8), [4, 3]) } else { ((4, 12), [1, 4]) };
+        let peers = [RING[0], RING[1], RING[2], Peer(Some(held), 8, 100)];
+        for driver in 1..=4 {
+            assert_eq!(better(driver, &peers, &[1, 2, 3]), Some(ring.clone()));
+            assert_eq!(better(driver, &peers, &now), None);
+        }
+    }
+
+    #[test]
+    fn speeds_that_drift_by_a_tenth_move_no_driver_there_or_back() {
+        let held = [(0, 4), (4, 8), (8, 12), (4, 8)];
+        for drift in 0..81u32 {
+            let us = |number: u32| [90, 100, 110][(drift / 3u32.pow(number) % 3) as usize];
+            let loaded: Vec<_> = (0..4).map(|number| Peer(Some(held[number]), 4, us(number as u32))).collect();
+            let free = [loaded[0], loaded[1], loaded[2], Peer(None, 4, us(3))];
+            for driver in [1, 2] {
+                assert_eq!(better(driver, &free, &[1, 2, 3]), None);
+                assert_eq!(better(driver, &loaded, &[1, 2, 3]), None);
+                assert_eq!(better(driver, &loaded, &[1, 4, 3]), None);
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_planned_again_before_something_has_changed() {
+        let (mut search, mut offers) = (Search::new(), seen_by(1, &RING));
+        let due = [search.is_due(&offers, None), search.is_due(&offers, None)];
+        assert_eq!(due, [true, false]);
+        offers[1].rtt_us *= 1.2;
+        assert!(!search.is_due(&offers, None), "a round trip is never the same");
+        offers[1].rtt_us *= 2.0;
+        assert!(search.is_due(&offers, None));
+        offers[1].stage.state = ModelState::Draining;
+        assert!(search.is_due(&offers, None));
+        let ring = vec![Placement { node: id(1), layers: LayerRange::new(0, LAYERS) }];
+        let due = [search.is_due(&offers, Some(&ring)), search.is_due(&offers, Some(&ring))];
+        assert_eq!(due, [true, false]);
+        search.failed(vec![id(2)]);
+        assert!(search.is_due(&offers, Some(&ring)) && search.is_avoided(id(2)) && !search.is_avoided(id(1)));
+    }
+
+    #[test]
+    fn what_was_measured_of_a_node_counts_when_it_has_let_go_of_its_layers() {
+        let mut search = Search::new();
+        search.recall(&mut seen_by(1, &[RING[0], Peer(Some((4, 8)), 4, 700)]));
+        let mut offers = seen_by(1, &[RING[0], Peer(None, 4, 0)]);
+        search.recall(&mut offers);
+        assert_eq!(offers[1].stage.decode_us_per_layer, 700);
+        // One that was away is as unknown as one that was never there.
+        search.recall(&mut seen_by(1, &RING[..1]));
+        let mut offers = seen_by(1, &[RING[0], Peer(None, 4, 0)]);
+        search.recall(&mut offers);
+        assert_eq!(offers[1].stage.decode_us_per_layer, 100);
+    }
+
+    #[test]
+    fn a_slow_node_is_replaced_by_a_fast_one_that_takes_its_layers() {
+        let peers = [RING[0], Peer(Some((4, 8)), 4, 2_000), RING[2], Peer(None, 4, 100)];
+        let expected = [(1, 0, 4), (4, 4, 8), (3, 8, 12)];
+        let expected =
+            expected.map(|(node, first, end)| Placement { node: id(node), layers: LayerRange::new(first, end) });
+        assert_eq!(better(1, &peers, &[1, 2, 3]), Some(expected.to_vec()));
     }
 }

@@ -2,8 +2,8 @@
 //! the same.
 //!
 //! Of each model a node holds one range at a time. It loads it for the first driver, and lets it go some time after the last
-//! has left. Hidden states go straight on to the host of the next stage, on a stream of their own; a driver that has not said
-//! who that is gets them itself.
+//! has left. Hidden states go straight on to the host of the next stage ([`super::hop`]); a driver that has not said who that is
+//! gets them itself.
 
 use std::{
     collections::HashMap,
@@ -14,14 +14,13 @@ use std::{
 
 use murmur_engine::{Guest, Host, Speed};
 use murmur_gguf::LayerRange;
-use murmur_net::stream;
 use murmur_protocol::{
     frame::{Frame, FrameError, Header, Kind},
-    mesh::{RingId, StageOpen, Work},
+    mesh::{RingId, StageOpen},
     stage::Route,
 };
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Semaphore, mpsc, watch},
     time::timeout,
 };
 
@@ -29,6 +28,7 @@ use super::{
     SIGN_OF_LIFE,
     carry::{self, Drain, FrameReader},
     form,
+    hop::{self, Hop, STREAMS_IN_MAX, Streams},
 };
 use crate::{
     Node,
@@ -42,9 +42,6 @@ pub(super) const UNUSED_MAX: Duration = Duration::from_secs(60);
 const ANSWERS_MAX: usize = 1024;
 /// Answers that are written at once.
 const ANSWERS_AT_ONCE: usize = 64;
-/// When the way to the next host breaks, its driver mostly loses that host as well, and names another way. If it has not within
-/// this, it does not know: this stage ends, and so it does.
-const WAY_BROKEN_MAX: Duration = Duration::from_secs(2);
 /// How often a driver hears that its stage is there, or is being loaded.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 
@@ -112,11 +109,24 @@ impl Holding {
 
 /// Drivers at this node's stages, by the names of their rings: where hidden states of other hosts go.
 #[derive(Default)]
-pub(crate) struct Rings(Mutex<HashMap<RingId, Arc<Guest>>>);
+pub(crate) struct Rings(Mutex<HashMap<RingId, Entrance>>);
+
+/// Where those for one driver come in.
+struct Entrance {
+    guest: Arc<Guest>,
+    /// One for each stream.
+    places: Arc<Semaphore>,
+}
 
 impl Rings {
-    fn rings(&self) -> MutexGuard<'_, HashMap<RingId, Arc<Guest>>> {
+    fn rings(&self) -> MutexGuard<'_, HashMap<RingId, Entrance>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The driver of a ring, and places for the streams that lead to it.
+    pub(super) fn find(&self, ring: &RingId) -> Option<(Weak<Guest>, Arc<Semaphore>)> {
+        let rings = self.rings();
+        rings.get(ring).map(|entrance| (Arc::downgrade(&entrance.guest), Arc::clone(&entrance.places)))
     }
 }
 
@@ -248,16 +258,19 @@ pub(crate) async fn serve(
             *answers = None;
         }
     }));
-    mesh.rings.rings().insert(open.ring, guest.clone());
+    let entrance = Entrance { guest: guest.clone(), places: Arc::new(Semaphore::new(STREAMS_IN_MAX)) };
+    mesh.rings.rings().insert(open.ring, entrance);
     let _listed = Listed { rings: &mesh.rings, ring: open.ring };
     let loaded = Frame::message(Header::new(Kind::Loaded, 0), host.loaded())?;
     // The stage may be given up while it is used: then this ends.
     drop(host);
     carry::write(&mut drain, &[loaded]).await?;
-    let (routes, route) = watch::channel(None);
+    let (routes, route) = watch::channel(Route::default());
+    let streams = Arc::new(Mutex::new(Streams::new(open.parallel)));
+    let hop = Hop::new(Arc::downgrade(&mesh), route, Arc::clone(&streams));
     tokio::select! {
-        ended = inward(reader, &guest, &routes) => ended,
-        ended = outward(answered, drain, Hop { mesh: Arc::downgrade(&mesh), route, way: Way::Driver }) => ended,
+        ended = inward(reader, &guest, &routes, &streams) => ended,
+        ended = outward(answered, drain, hop) => ended,
     }
 }
 
@@ -282,7 +295,7 @@ async fn held_while_told(
     }
 }
 
-fn heartbeat() -> Frame {
+pub(super) fn heartbeat() -> Frame {
     Frame { header: Header::new(Kind::Progress, 0), payload: 0f32.to_le_bytes().to_vec() }
 }
 
@@ -290,11 +303,13 @@ fn heartbeat() -> Frame {
 async fn inward(
     mut reader: FrameReader,
     guest: &Guest,
-    routes: &watch::Sender<Option<murmur_protocol::stage::RouteTo>>,
+    routes: &watch::Sender<Route>,
+    streams: &Mutex<Streams>,
 ) -> Result<(), FrameError> {
     while let Some(frame) = reader.next().await? {
+        streams.lock().unwrap_or_else(PoisonError::into_inner).note(&frame.header);
         if frame.header.kind == Kind::Route {
-            routes.send_replace(frame.decode::<Route>()?.next);
+            routes.send_replace(frame.decode()?);
         } else if let Err(error) = guest.send(frame) {
             tracing::debug!(%error, "a driver is sent away");
             break;
@@ -305,7 +320,7 @@ async fn inward(
 
 /// What the child says, to the driver or the host of the next stage.
 async fn outward(mut answers: mpsc::Receiver<Frame>, mut drain: Drain, mut hop: Hop) -> Result<(), FrameError> {
-    let mut frames = Vec::new();
+    let (mut frames, mut back) = (Vec::new(), Vec::new());
     let mut said = Instant::now();
     loop {
         let due = tokio::time::sleep_until((said + HEARTBEAT).into());
@@ -313,104 +328,22 @@ async fn outward(mut answers: mpsc::Receiver<Frame>, mut drain: Drain, mut hop: 
             count = answers.recv_many(&mut frames, ANSWERS_AT_ONCE) => if count == 0 {
                 return Ok(());
             },
-            () = due => frames.push(heartbeat()),
+            lost = hop.change() => back.extend(lost.map(|to| hop::route_lost(&to)).transpose()?),
+            () = due => back.push(heartbeat()),
         }
         hop.renew().await;
-        let (onward, back): (Vec<Frame>, Vec<Frame>) =
-            frames.drain(..).partition(|frame| frame.header.kind == Kind::Hidden && hop.is_another());
-        hop.write(&onward).await?;
+        for frame in frames.drain(..) {
+            match frame.header.kind {
+                Kind::Hidden => hop.send(frame, &mut back).await?,
+                _ => back.push(frame),
+            }
+        }
         if !back.is_empty() {
             carry::write(&mut drain, &back).await?;
+            back.clear();
             said = Instant::now();
         }
     }
-}
-
-/// The way to the host of the next stage.
-struct Hop {
-    mesh: Weak<MeshNode>,
-    route: watch::Receiver<Option<murmur_protocol::stage::RouteTo>>,
-    way: Way,
-}
-
-enum Way {
-    /// Through the driver, which hands on what comes back to it.
-    Driver,
-    Open(Drain),
-    /// What goes there is lost.
-    Broken(Instant),
-}
-
-impl Hop {
-    fn is_another(&self) -> bool {
-        !matches!(self.way, Way::Driver)
-    }
-
-    /// Takes another way if the driver has named one. One that cannot be had is as good as none.
-    async fn renew(&mut self) {
-        if !self.route.has_changed().unwrap_or(false) {
-            return;
-        }
-        let to = *self.route.borrow_and_update();
-        self.way = Way::Driver;
-        let (Some(to), Some(mesh)) = (to, self.mesh.upgrade()) else { return };
-        let opened = async {
-            let (mut send, recv) = mesh.mesh().open_work(to.node).await.ok()?;
-            stream::write(&mut send, &Work::Hop(to.ring)).await.ok()?;
-            // Without an answer nobody may be there: a connection outlives the node at its other end by some seconds.
-            FrameReader::new(Box::pin(recv), &[]).next().await.ok()??;
-            Some(send)
-        };
-        match timeout(SIGN_OF_LIFE, opened).await {
-            Ok(Some(send)) => self.way = Way::Open(Box::pin(send)),
-            _ => tracing::debug!(node = %to.node.short(), "the next host cannot be reached"),
-        }
-    }
-
-    /// Hands hidden states on. A host that takes no more is waited for until the driver names another way: then sessions are
-    /// opened again, and what was lost on the way goes once more.
-    async fn write(&mut self, frames: &[Frame]) -> Result<(), FrameError> {
-        if let Way::Open(drain) = &mut self.way
-            && !frames.is_empty()
-        {
-            let is_written = tokio::select! {
-                written = carry::write(drain, frames) => written.is_ok(),
-                Ok(()) = self.route.changed() => {
-                    self.route.mark_changed();
-                    false
-                }
-            };
-            if !is_written {
-                self.way = Way::Broken(Instant::now());
-            }
-        }
-        match self.way {
-            Way::Broken(since) if since.elapsed() > WAY_BROKEN_MAX => {
-                Err(FrameError::Io(std::io::Error::new(std::io::ErrorKind::BrokenPipe, "the next host takes nothing")))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-/// Takes hidden states of another host for a driver's ring.
-pub(crate) async fn hop(
-    mesh: &MeshNode,
-    ring: RingId,
-    mut reader: FrameReader,
-    mut drain: Drain,
-) -> Result<(), FrameError> {
-    let Some(guest) = mesh.rings.rings().get(&ring).map(Arc::downgrade) else {
-        return Err(FrameError::Malformed("nobody here has a ring of this name"));
-    };
-    carry::write(&mut drain, &[heartbeat()]).await?;
-    while let Some(frame) = reader.next().await? {
-        let Some(guest) = guest.upgrade() else { break };
-        if frame.header.kind != Kind::Hidden || guest.send(frame).is_err() {
-            return Err(FrameError::Malformed("only hidden states come from another host"));
-        }
-    }
-    Ok(())
 }
 
 /// The layers of a model that this node holds, whether they are ready, and how fast they are.
@@ -420,40 +353,4 @@ pub(crate) fn held(model: &Model) -> Option<(Terms, bool, Speed)> {
         let speed = held.host.as_ref().map(|host| host.speed()).unwrap_or_default();
         (held.terms, held.host.is_some(), speed)
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_host_that_takes_nothing_is_waited_for_until_the_driver_names_another_way() {
-        let (routes, route) = watch::channel(None);
-        let (way, next) = tokio::io::duplex(16);
-        let mut hop = Hop { mesh: Weak::new(), route, way: Way::Open(Box::pin(way)) };
-        let frames = vec![Frame { header: Header::new(Kind::Hidden, 1), payload: vec![0; 1000] }];
-        {
-            let writing = hop.write(&frames);
-            tokio::pin!(writing);
-            assert!(tokio::time::timeout(HEARTBEAT, &mut writing).await.is_err());
-            routes.send_replace(None);
-            writing.await.unwrap();
-        }
-        assert!(matches!(hop.way, Way::Broken(_)));
-        hop.renew().await;
-        assert!(matches!(hop.way, Way::Driver));
-        drop(next);
-    }
-
-    #[tokio::test]
-    async fn a_way_that_breaks_is_no_error_at_once_and_one_if_the_driver_does_not_know() {
-        let (_routes, route) = watch::channel(None);
-        let (way, next) = tokio::io::duplex(16);
-        drop(next);
-        let mut hop = Hop { mesh: Weak::new(), route, way: Way::Open(Box::pin(way)) };
-        hop.write(&[Frame { header: Header::new(Kind::Hidden, 1), payload: vec![0; 1000] }]).await.unwrap();
-        assert!(hop.is_another(), "the driver does not get what it has named a way for");
-        hop.way = Way::Broken(Instant::now().checked_sub(2 * WAY_BROKEN_MAX).unwrap());
-        assert!(hop.write(&[]).await.is_err());
-    }
 }

@@ -6,12 +6,19 @@
 //! makes one, by asking hosts for their layers, and the next one if that node does not get it done.
 //!
 //! A stage that is lost is looked for again where the layers are loaded, or loaded by a node that still has room. Sessions
-//! wait for it, and go on with the same tokens.
+//! wait for it, and go on with the same tokens. With `--standby` somebody has been given the same rows all the time ([`standby`]).
 
 mod carry;
+mod facts;
 mod form;
+mod hop;
 pub(crate) mod host;
+mod lag;
+mod leave;
 pub(crate) mod plan;
+mod search;
+pub(crate) mod standby;
+mod wishes;
 
 use std::{
     os::unix::net::UnixStream,
@@ -27,7 +34,11 @@ use murmur_protocol::{
     mesh::{ModelDigest, NodeId, RingId, StageOpen, Work},
     stage::{Route, RouteTo},
 };
-use tokio::{runtime::Handle, sync::mpsc, time::timeout};
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, mpsc},
+    time::timeout,
+};
 
 use crate::{
     Node,
@@ -37,6 +48,10 @@ use carry::Drain;
 pub(crate) use carry::FrameReader;
 use form::Offer;
 pub(crate) use form::{Spread, run};
+pub(crate) use hop::take_hidden;
+use lag::Lag;
+pub(crate) use search::Search;
+use standby::Standby;
 
 /// A host that says nothing for so long is asked whether it is there: it says so twice as often.
 const SILENCE_MAX: Duration = Duration::from_millis(500);
@@ -46,6 +61,8 @@ const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
 const AVOIDED: Duration = Duration::from_secs(30);
 /// Nodes at round trips of less than this, in us, are equally near; beyond, those that differ by a factor of less than two.
 const NEAR_US: f64 = 20_000.0;
+/// Two hosts that have lost each other are given another try after this, when no request runs.
+const DETOUR_MIN: Duration = Duration::from_secs(30);
 /// Bytes on their way within this process.
 const PIPE_BYTES: usize = 256 << 10;
 
@@ -69,12 +86,46 @@ struct Seat {
     range: LayerRange,
     /// Who is to hold it, or held it last.
     planned: NodeId,
-    /// Who holds it, under which name of the ring, and how to tell them.
-    taken: Option<(NodeId, RingId, mpsc::UnboundedSender<Frame>)>,
+    taken: Option<Taken>,
+    standby: Option<Standby>,
+    /// Who stood by last and does not any more, and since when.
+    unfit: Option<(NodeId, Instant)>,
+    /// How far whoever holds it lags behind whoever stands by, and who waits for news of that.
+    lag: Lag,
+    lags: Arc<Notify>,
+    /// Hidden states from the one did not arrive at the other, who holds the next stage: since then they go through this node.
+    detour: Option<(NodeId, NodeId, Instant)>,
     /// Who was lost last, and when.
     lost: Option<(NodeId, Instant)>,
     /// That one could not be reached any more; its stage did not end before.
     is_unreachable: bool,
+}
+
+/// Who holds a stage, under which name of the ring, and how to tell them.
+struct Taken {
+    to: RouteTo,
+    words: mpsc::UnboundedSender<Frame>,
+}
+
+impl Seat {
+    fn new(range: LayerRange, planned: NodeId) -> Seat {
+        Seat {
+            range,
+            planned,
+            taken: None,
+            standby: None,
+            unfit: None,
+            lag: Lag::default(),
+            lags: Arc::default(),
+            detour: None,
+            lost: None,
+            is_unreachable: false,
+        }
+    }
+
+    fn holder(&self) -> Option<NodeId> {
+        self.taken.as_ref().map(|taken| taken.to.node)
+    }
 }
 
 /// A host that has its layers ready.
@@ -91,13 +142,14 @@ impl Ring {
 
     /// What the engine needs to find each stage.
     fn stages(self: &Arc<Self>) -> Vec<Arc<dyn RemoteStage>> {
+        self.runtime.spawn(standby::keep(Arc::downgrade(self)));
         let stage = |index| Arc::new(Stage { ring: Arc::clone(self), index }) as Arc<dyn RemoteStage>;
         (0..self.seats().len()).map(stage).collect()
     }
 
     /// Who holds which layers; `None`: nobody at present.
     pub(crate) fn view(&self) -> Vec<(LayerRange, Option<NodeId>)> {
-        self.seats().iter().map(|seat| (seat.range, seat.taken.as_ref().map(|taken| taken.0))).collect()
+        self.seats().iter().map(|seat| (seat.range, seat.holder())).collect()
     }
 
     /// Time that a token travels, us, as far as it is known here: a way between two hosts is taken to be no longer than the way
@@ -110,6 +162,9 @@ impl Ring {
     }
 
     async fn connect(self: &Arc<Self>, index: usize) -> Result<UnixStream, String> {
+        if let Some((to, opened)) = self.steps_in(index).await {
+            return self.seat(index, to, opened).map_err(|error| error.to_string());
+        }
         let (node, mesh) = both(&self.node, &self.mesh).ok_or("this node is stopping")?;
         let ring = RingId::from_bytes(rand::random());
         let (range, candidates) = self.candidates(&node, &mesh, index);
@@ -117,7 +172,10 @@ impl Ring {
         for holder in candidates {
             let opening = self.open(&node, &mesh, holder, range, ring);
             match opening.await {
-                Ok(opened) => return self.seat(index, holder, ring, opened).map_err(|error| error.to_string()),
+                Ok(opened) => {
+                    let to = RouteTo { node: holder, ring };
+                    return self.seat(index, to, opened).map_err(|error| error.to_string());
+                }
                 Err(reason) => {
                     reasons.push(format!("{}: {reason}", holder.short()));
                     self.refused.lock().unwrap_or_else(PoisonError::into_inner).push(holder);
@@ -135,12 +193,12 @@ impl Ring {
         let offers = form::offers(node, mesh, &self.model);
         let seats = self.seats();
         let seat = &seats[index];
-        let others: Vec<NodeId> = seats
-            .iter()
-            .filter(|other| other.range != seat.range)
-            .filter_map(|other| Some(other.taken.as_ref()?.0))
-            .collect();
+        let others: Vec<NodeId> =
+            seats.iter().filter(|other| other.range != seat.range).filter_map(Seat::holder).collect();
         let mut asked: Vec<&Offer> = offers.iter().filter(|offer| !others.contains(&offer.node)).collect();
+        if wishes::is_pinned(&node.options().ring, seat.planned) {
+            asked.retain(|offer| offer.node == seat.planned);
+        }
         asked.sort_by_cached_key(|offer| {
             let is_avoided = seat.lost.is_some_and(|(lost, at)| lost == offer.node && at.elapsed() < AVOIDED);
             (is_avoided, offer.node != seat.planned, order(offer, seat.range))
@@ -198,42 +256,106 @@ impl Ring {
     }
 
     /// Notes who holds a stage, tells the neighbours in the ring, and carries frames from now on.
-    fn seat(
-        self: &Arc<Self>,
-        index: usize,
-        holder: NodeId,
-        ring: RingId,
-        opened: Opened,
-    ) -> Result<UnixStream, std::io::Error> {
+    fn seat(self: &Arc<Self>, index: usize, to: RouteTo, opened: Opened) -> Result<UnixStream, std::io::Error> {
         let (engines, ours) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let ours = tokio::net::UnixStream::from_std(ours)?;
         let (words, told) = mpsc::unbounded_channel();
         {
             let mut seats = self.seats();
-            seats[index].taken = Some((holder, ring, words));
-            seats[index].planned = holder;
-            index.checked_sub(1).into_iter().chain([index]).for_each(|at| show_the_way(&seats, at));
+            seats[index].taken = Some(Taken { to, words });
+            seats[index].planned = to.node;
+            seats[index].lag.close_all();
+            seats[index.saturating_sub(1)..=index].iter_mut().for_each(|seat| seat.detour = None);
+            show_the_way_around(&seats, index);
         }
-        let seat = Arc::clone(self);
+        let ring = Arc::clone(self);
         tokio::spawn(async move {
             let (source, drain) = ours.into_split();
             // The engine learns of the end when these are dropped, and then asks for its reason.
             let (mut engine, mut questions): (Drain, _) = (Box::pin(drain), FrameReader::new(Box::pin(source), &[]));
-            let ended = carry_both(&seat.mesh, holder, (&mut engine, &mut questions), opened, told).await;
-            seat.lose(index, ring, ended);
+            let ended = ring.carry_both(index, to, (&mut engine, &mut questions), opened, told).await;
+            ring.lose(index, to, ended);
         });
         Ok(engines)
     }
 
-    fn lose(&self, index: usize, ring: RingId, ended: Result<(), FrameError>) {
+    fn lose(&self, index: usize, to: RouteTo, ended: Result<(), FrameError>) {
         let mut seats = self.seats();
         let seat = &mut seats[index];
-        if let Some((holder, ..)) = seat.taken.take_if(|taken| taken.1 == ring) {
-            (seat.lost, seat.is_unreachable) = (Some((holder, Instant::now())), ended.is_err());
-            tracing::debug!(node = %holder.short(), layers = %seat.range, ?ended, "a stage of a ring is lost");
-            index.checked_sub(1).into_iter().for_each(|at| show_the_way(&seats, at));
+        if seat.taken.take_if(|taken| taken.to == to).is_none() {
+            return;
         }
+        (seat.lost, seat.is_unreachable) = (Some((to.node, Instant::now())), ended.is_err());
+        tracing::debug!(node = %to.node.short(), layers = %seat.range, ?ended, "a stage of a ring is lost");
+        // Who stands by is about to be named.
+        if seat.standby.is_none() {
+            show_the_way_around(&seats, index);
+        }
+    }
+
+    /// Carries frames between the engine of this driver and a host, until either has enough.
+    async fn carry_both(
+        &self,
+        index: usize,
+        to: RouteTo,
+        (engine, questions): (&mut Drain, &mut FrameReader),
+        opened: Opened,
+        mut told: mpsc::UnboundedReceiver<Frame>,
+    ) -> Result<(), FrameError> {
+        let Opened { reader: mut answers, drain: mut host, loaded } = opened;
+        carry::write(engine, &[loaded]).await?;
+        let outward = async {
+            loop {
+                let frame = tokio::select! {
+                    biased;
+                    Some(frame) = told.recv() => frame,
+                    frame = questions.next() => match frame? {
+                        Some(frame) => {
+                            self.copy(index, &frame);
+                            frame
+                        }
+                        None => return Ok(()),
+                    },
+                };
+                carry::write(&mut host, &[frame]).await?;
+            }
+        };
+        let inward = async {
+            while let Some(mesh) = self.mesh.upgrade() {
+                let Some(frame) = hear(&mesh, to.node, &mut answers).await? else { break };
+                self.note(index, &frame.header);
+                match frame.header.kind {
+                    // A sign of life is no answer.
+                    Kind::Progress => {}
+                    Kind::RouteLost if !self.is_lost_way(index, to.node, &frame.decode()?) => {}
+                    _ => carry::write(engine, &[frame]).await?,
+                }
+            }
+            Ok(())
+        };
+        tokio::select! {
+            ended = outward => ended,
+            ended = inward => ended,
+            () = self.lags(index) => Err(silent("who stands by for it has computed what it has not")),
+        }
+    }
+
+    /// A host says that what it sends to another does not arrive. True: sessions have lost rows by that, and a way around it is
+    /// named.
+    fn is_lost_way(&self, index: usize, from: NodeId, to: &RouteTo) -> bool {
+        let mut seats = self.seats();
+        let Some(next) = seats.get_mut(index + 1) else { return false };
+        if next.taken.as_ref().is_some_and(|taken| taken.to == *to) {
+            tracing::debug!(from = %from.short(), to = %to.node.short(), "hidden states go through this node now");
+            seats[index].detour = Some((from, to.node, Instant::now()));
+            show_the_way(&seats, index);
+            return true;
+        }
+        if standby::give_up(next, to) {
+            show_the_way(&seats, index);
+        }
+        false
     }
 }
 
@@ -249,15 +371,32 @@ fn order(offer: &Offer, range: LayerRange) -> impl Ord + use<> {
     (!holds, !is_free, distance, id)
 }
 
-/// Tells the host of a stage who holds the next one, if anybody does.
+/// Tells the hosts of a stage who holds the next one and who stands by for that, if anybody does.
 fn show_the_way(seats: &[Seat], at: usize) {
-    let next = seats.get(at + 1).and_then(|next| next.taken.as_ref());
-    let next = next.map(|(node, ring, _)| RouteTo { node: *node, ring: *ring });
-    let frame = Frame::message(Header::new(Kind::Route, 0), &Route { next });
-    if let (Some((.., words)), Ok(frame)) = (&seats[at].taken, frame) {
-        // A host that is gone need not know.
-        let _ = words.send(frame);
+    let (seat, next) = (&seats[at], seats.get(at + 1));
+    let way = |from: NodeId, is_standby| {
+        let holder = next.and_then(|next| next.taken.as_ref()).map(|taken| taken.to);
+        let standby = next.and_then(|next| next.standby.as_ref()).map(|standby| standby.to);
+        let is_detour = |to: &RouteTo| seat.detour.is_some_and(|(one, other, _)| (one, other) == (from, to.node));
+        let route = Route { next: holder.filter(|to| !is_detour(to)), standby, is_standby };
+        Frame::message(Header::new(Kind::Route, 0), &route)
+    };
+    // A host that is gone need not know.
+    if let Some(taken) = &seat.taken
+        && let Ok(frame) = way(taken.to.node, false)
+    {
+        let _ = taken.words.send(frame);
     }
+    if let Some(standby) = &seat.standby
+        && let Ok(frame) = way(standby.to.node, true)
+    {
+        let _ = standby.send(frame);
+    }
+}
+
+/// The same, to all who have to know that a stage is held by somebody else.
+fn show_the_way_around(seats: &[Seat], changed: usize) {
+    changed.checked_sub(1).into_iter().chain([changed]).for_each(|at| show_the_way(seats, at));
 }
 
 /// The next frame of a host.
@@ -275,48 +414,13 @@ async fn while_alive<T>(mesh: &MeshNode, host: NodeId, doing: impl Future<Output
         let is_own = host == mesh.mesh().node_id();
         let answer = timeout(SIGN_OF_LIFE, mesh.mesh().ping(host));
         if !is_own && !matches!(answer.await, Ok(Ok(_))) {
-            return Err(FrameError::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "it does not answer")));
+            return Err(silent("it does not answer"));
         }
     }
 }
 
-/// Carries frames between the engine of a driver and a host, until either has enough.
-async fn carry_both(
-    mesh: &Weak<MeshNode>,
-    holder: NodeId,
-    (engine, questions): (&mut Drain, &mut FrameReader),
-    opened: Opened,
-    mut told: mpsc::UnboundedReceiver<Frame>,
-) -> Result<(), FrameError> {
-    let Opened { reader: mut answers, drain: mut host, loaded } = opened;
-    carry::write(engine, &[loaded]).await?;
-    let outward = async {
-        loop {
-            let frame = tokio::select! {
-                biased;
-                Some(frame) = told.recv() => frame,
-                frame = questions.next() => match frame? {
-                    Some(frame) => frame,
-                    None => return Ok(()),
-                },
-            };
-            carry::write(&mut host, &[frame]).await?;
-        }
-    };
-    let inward = async {
-        while let Some(mesh) = mesh.upgrade() {
-            let Some(frame) = hear(&mesh, holder, &mut answers).await? else { break };
-            // A sign of life is no answer.
-            if frame.header.kind != Kind::Progress {
-                carry::write(engine, &[frame]).await?;
-            }
-        }
-        Ok(())
-    };
-    tokio::select! {
-        ended = outward => ended,
-        ended = inward => ended,
-    }
+fn silent(why: &'static str) -> FrameError {
+    FrameError::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, why))
 }
 
 /// How the engine finds one of them.
@@ -369,7 +473,7 @@ mod tests {
         };
         // An id whose bytes are in no order.
         let bytes = std::array::from_fn(|at| (node + 1).wrapping_mul(at as u8 * 2 + 77).wrapping_mul(151));
-        Offer { node: NodeId::from_bytes(bytes), stage, rtt_us }
+        Offer { node: NodeId::from_bytes(bytes), stage, rtt_us, ways: Default::default() }
     }
 
     fn asked(mut offers: Vec<Offer>, range: LayerRange) -> Vec<NodeId> {

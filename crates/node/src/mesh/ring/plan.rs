@@ -21,15 +21,18 @@
 //! | `text` | the ring, its costs and what was rejected, for people |
 
 use murmur_api::{
-    backend::{ModelKind, PlanPin, PlanQuestion, Refusal},
+    backend::{ModelKind, PlanQuestion, Refusal},
     limits::{FAILED_RETRY_AFTER, LOADING_RETRY_AFTER},
 };
-use murmur_core::planner::{Ask, Codec, NoRing, Objective, Origin, Pin, Plan};
-use murmur_gguf::LayerRange;
+use murmur_core::planner::{Ask, Codec, NoRing, Objective, Origin, Plan};
 use murmur_protocol::mesh::NodeId;
 use serde_json::{Value, json};
 
-use super::form::{self, Offer, Size, Wanted};
+use super::{
+    facts::{self, Ways},
+    form::{self, Offer, Size, Wanted},
+    wishes::Ids,
+};
 use crate::{
     Node,
     backend::no_such_model,
@@ -43,9 +46,11 @@ pub(crate) async fn answer(node: &Node, mesh: &MeshNode, question: PlanQuestion)
     let model = own_model(node, mesh, &question.model)?;
     let offers = offers(node, mesh, model)?;
     let ids = Ids::of(mesh);
-    let pins = question.pin.iter().map(|pin| ids.pin(pin)).collect::<Result<Vec<Pin>, Refusal>>()?;
-    let excluded = question.exclude.iter().map(|digits| ids.find(digits, "exclude")).collect::<Result<_, _>>()?;
-    let (path, options, own) = (model.path().to_owned(), node.options().clone(), ids.0[0]);
+    for digits in &question.wishes.exclude {
+        ids.find(digits).map_err(|reason| bad(reason, "exclude"))?;
+    }
+    let (path, options, own) = (model.path().to_owned(), node.options().clone(), ids.own());
+    let wishes = question.wishes.clone().or(&options.ring);
     let mut remarks: Vec<String> = not_spread(model, own, &offers).into_iter().collect();
     let is_spread = model.is_spread();
     let search = move || {
@@ -54,14 +59,14 @@ pub(crate) async fn answer(node: &Node, mesh: &MeshNode, question: PlanQuestion)
             .map_err(|error| Refusal::Failed { message: with_causes(&error) })?;
         let (facts, context_tokens_max) = facts.ok_or_else(|| cannot_be_cut(&question.model))?;
         let context_tokens = context_tokens(&question, options.ctx_tokens, context_tokens_max)?;
-        let ask = ask(&question, own, (context_tokens, streams), pins, excluded, options.lossy.clone());
+        let size = Size { context_tokens, parallel: streams };
+        let ask = ids.ask(&wishes, size).map_err(|reason| bad(reason, "pin"))?;
+        let prompt_tokens = question.prompt_tokens.unwrap_or(ask.prompt_tokens.min(context_tokens));
+        let ask = Ask { prompt_tokens, lossy: options.lossy.clone(), ..ask };
         let wanted = Wanted { offers: &offers, facts: &facts, ask };
         let found = match is_spread {
             true => as_made(&wanted, &question, options.ctx_tokens.is_some(), &mut remarks),
-            false => {
-                let size = Size { context_tokens, parallel: streams };
-                wanted.anywhere(size, Vec::new()).map(|plan| (plan, size))
-            }
+            false => wanted.anywhere(size, Vec::new()).map(|plan| (plan, size)),
         };
         let (plan, size) = found.map_err(|reason| refused(&reason, &remarks))?;
         if size.context_tokens < context_tokens {
@@ -70,6 +75,7 @@ pub(crate) async fn answer(node: &Node, mesh: &MeshNode, question: PlanQuestion)
                 size.context_tokens
             ));
         }
+        remarks.extend(facts::guessed(own, &offers, &plan));
         Ok(shown(&question.model, own, &plan, size, &remarks))
     };
     // The file's header is read, and with many nodes there is much to compare.
@@ -114,7 +120,7 @@ fn offers(node: &Node, mesh: &MeshNode, model: &Model) -> Result<Vec<Offer>, Ref
         };
         return Err(not_ready(message));
     };
-    let mut offers = form::matching_offers(node, mesh, &identity.digest, model.layers());
+    let mut offers = form::matching_offers(node, mesh, model, &identity.digest);
     let wanted_tokens = node.options().ctx_tokens.unwrap_or(fit::DEFAULT_CONTEXT_TOKENS);
     if !model.is_spread()
         && let Some(mut stage) = announce::could_offer(node, model, wanted_tokens)
@@ -122,7 +128,7 @@ fn offers(node: &Node, mesh: &MeshNode, model: &Model) -> Result<Vec<Offer>, Ref
         // Loaded whole, it may have been measured.
         let us = model.loaded().and_then(|loaded| loaded.engine.status().counters.us_per_token()).unwrap_or(0);
         stage.decode_us_per_layer = u32::try_from(us / u64::from(model.layers().max(1))).unwrap_or(u32::MAX);
-        offers.push(Offer { node: mesh.mesh().node_id(), stage, rtt_us: 0.0 });
+        offers.push(Offer { node: mesh.mesh().node_id(), stage, rtt_us: 0.0, ways: Ways::own(node) });
     }
     Ok(offers)
 }
@@ -137,40 +143,6 @@ fn not_spread(model: &Model, own: NodeId, offers: &[Offer]) -> Option<String> {
             model.id()
         )
     })
-}
-
-/// The nodes that can be named, this one first.
-struct Ids(Vec<NodeId>);
-
-impl Ids {
-    fn of(mesh: &MeshNode) -> Ids {
-        let peers = mesh.mesh().peers();
-        Ids([mesh.mesh().node_id()].into_iter().chain(peers.iter().map(|peer| peer.record().node)).collect())
-    }
-
-    /// The one whose id begins so.
-    fn find(&self, digits: &str, param: &str) -> Result<NodeId, Refusal> {
-        let mut found = self.0.iter().filter(|node| node.to_string().starts_with(digits));
-        match (found.next(), found.next()) {
-            (Some(only), None) => Ok(*only),
-            (Some(_), Some(_)) => {
-                Err(bad(format!("the ids of several nodes begin with {digits}. Give more digits"), param))
-            }
-            (None, _) => Err(bad(
-                format!(
-                    "no node's id begins with {digits}: this node's is {}, and `murmur mesh peers` lists the others",
-                    self.0[0].short()
-                ),
-                param,
-            )),
-        }
-    }
-
-    fn pin(&self, pin: &PlanPin) -> Result<Pin, Refusal> {
-        let node = self.find(&pin.node, "pin")?;
-        let exactly = |layers: &std::ops::Range<u32>| Pin::Exactly(node, LayerRange::new(layers.start, layers.end));
-        Ok(pin.layers.as_ref().map_or(Pin::Used(node), exactly))
-    }
 }
 
 /// Tokens of context that are wanted.
@@ -188,28 +160,6 @@ fn context_tokens(question: &PlanQuestion, of_node: Option<u32>, most: u32) -> R
     }
 }
 
-fn ask(
-    question: &PlanQuestion,
-    own: NodeId,
-    (context_tokens, streams): (u32, u32),
-    pins: Vec<Pin>,
-    excluded: Vec<NodeId>,
-    lossy: Vec<Codec>,
-) -> Ask {
-    let plain = Ask::new(own, context_tokens);
-    Ask {
-        streams,
-        objective: if question.many_streams { Objective::ManyStreams } else { Objective::OneStream },
-        keep_ends: question.keep_ends,
-        pins,
-        excluded,
-        lossy,
-        rtt_us_max: question.rtt_max.map(|rtt| 1e6 * rtt.as_secs_f64()),
-        prompt_tokens: question.prompt_tokens.unwrap_or(plain.prompt_tokens.min(context_tokens)),
-        ..plain
-    }
-}
-
 /// The ring that would be made now: of the layers that are loaded, if it is what is asked about; else the best one.
 fn as_made(
     wanted: &Wanted<'_>,
@@ -224,16 +174,30 @@ fn as_made(
     let Some((loaded, size)) = loaded else {
         return wanted.best(is_limited || question.context_tokens.is_some());
     };
+    if let Some(better) = wanted.better(size, &loaded.placements()) {
+        remarks.push(format!(
+            "The layers that are loaded make a ring of {:.1} tokens/s. Nodes change to this one when it has been better for a while.",
+            tokens_per_s(&loaded, wanted),
+        ));
+        return Ok((better, size));
+    }
     match wanted.anywhere(size, loaded.placements()) {
         Ok(plan) if plan.placements() == loaded.placements() => Ok((plan, size)),
         Ok(better) => {
-            let tokens_per_s = if question.many_streams { better.tokens_per_s() } else { better.tokens_per_s_alone() };
             remarks.push(format!(
-                "Layers that are loaded stay where they are; placed anew, they would make {tokens_per_s:.1} tokens/s.",
+                "Layers that are loaded stay where they are; placed anew, they would make {:.1} tokens/s.",
+                tokens_per_s(&better, wanted),
             ));
             Ok((loaded, size))
         }
         Err(_) => Ok((loaded, size)),
+    }
+}
+
+fn tokens_per_s(plan: &Plan, wanted: &Wanted<'_>) -> f64 {
+    match wanted.ask.objective {
+        Objective::ManyStreams => plan.tokens_per_s(),
+        Objective::OneStream => plan.tokens_per_s_alone(),
     }
 }
 

@@ -1,0 +1,189 @@
+//! Rings that change while they are used: a machine comes that makes the ring better, or dies before it has, or leaves in order.
+//! And rings that are as their drivers want them.
+
+use std::{path::PathBuf, time::Instant};
+
+use murmur_gguf::synth::{self, Spec, Weights};
+use murmur_lab::{Lab, Link, Topology, Wire};
+use serde_json::{Value, json};
+
+use crate::{
+    common::{
+        Home,
+        http::{Completion, End},
+        until,
+    },
+    world::{Node, UNAIDED, lab, run},
+};
+
+/// One way from a machine to the world. A hop of a token is two of them, and takes longer than any machine that is busy with other
+/// things computes.
+const WAY_MS: f64 = 20.0;
+/// Tokens of a stream that is longer than a move: at three hops each they take more than half a minute.
+const STREAM_TOKENS: u64 = 300;
+
+/// A mesh of machines that hold parts of a made-up model.
+struct World<'a> {
+    lab: &'a Lab,
+    file: PathBuf,
+    /// How the next one comes in.
+    way: String,
+    /// In no mesh, with all layers.
+    whole: Node<'a>,
+}
+
+impl<'a> World<'a> {
+    fn new(lab: &'a Lab, files: &Home, layers: u32, weights: Weights) -> Self {
+        for host in lab.hosts() {
+            for wire in [Wire::Up(host.name().into()), Wire::Down(host.name().into())] {
+                lab.set_link(&wire, &Link::delay(WAY_MS)).unwrap();
+            }
+        }
+        let file = files.path().join("ring.gguf");
+        synth::write(&Spec::tiny("llama").unwrap().with_weights(weights).with_layers(layers), &file).unwrap();
+        let sizes = ["--alias=ring", "--ctx=1024"];
+        let whole = Node::serving_files(lab.host("whole").unwrap(), Home::new(), std::slice::from_ref(&file), &sizes);
+        Self { lab, file, way: String::new(), whole }
+    }
+
+    /// A machine that holds so many layers at most. The first one founds the mesh.
+    fn machine(&mut self, name: &str, layers_max: u32, arguments: &[&str]) -> Node<'a> {
+        let (host, home) = (self.lab.host(name).unwrap(), Home::new());
+        let is_first = self.way.is_empty();
+        if is_first {
+            run(host, &home, ["mesh", "create", "home"]).succeeds();
+            self.way = "--mesh=home".to_owned();
+        }
+        let part = format!("--max-layers={layers_max}");
+        let arguments = [&["--alias=ring", "--ctx=1024", &part, &self.way], &UNAIDED[..], arguments].concat();
+        let node = Node::serving_files(host, home, std::slice::from_ref(&self.file), &arguments);
+        if is_first {
+            self.way = node.join();
+        }
+        node
+    }
+}
+
+fn request(seed: u64, tokens: u64) -> Value {
+    json!({"model": "ring", "prompt": "ba ce di fo gu", "max_tokens": tokens, "seed": seed, "ignore_eos": true})
+}
+
+/// Who holds the stages of the ring that a machine drives, in their order.
+fn holders(node: &Node<'_>) -> Vec<String> {
+    let status = node.model_status();
+    let holder = |stage: &Value| stage["node"].as_str().unwrap_or_default().to_owned();
+    status["stages"].as_array().map(|stages| stages.iter().map(holder).collect()).unwrap_or_default()
+}
+
+#[track_caller]
+fn waits_for_stages(node: &Node<'_>, count: usize) {
+    until(&format!("{} has a ring of {count}", node.host.name()), || (holders(node).len() == count).then_some(()));
+}
+
+/// A stream of which some text has come.
+fn begin(node: &Node<'_>) -> Completion {
+    let mut stream = node.begin(&request(1, STREAM_TOKENS));
+    stream.read(50);
+    stream
+}
+
+#[test]
+fn a_machine_that_holds_two_parts_takes_them_over_and_no_stream_is_disturbed() {
+    let Some(lab) = lab(&Topology::of_hosts(["one", "two", "three", "four", "whole"])) else { return };
+    let files = Home::new();
+    let mut world = World::new(&lab, &files, 12, Weights::Q8_0);
+    let mut machines = Vec::from(["one", "two", "three"].map(|name| world.machine(name, 4, &[])));
+    machines.iter().for_each(Node::waits_for_its_models);
+    machines.iter().for_each(|machine| assert_eq!(holders(machine).len(), 3));
+    machines.push(world.machine("four", 8, &[]));
+    machines[3].waits_for_its_models();
+    let mut stream = begin(&machines[0]);
+    waits_for_stages(&machines[0], 2);
+    let moved = Instant::now();
+    machines.iter().for_each(|machine| waits_for_stages(machine, 2));
+    let ring = holders(&machines[0]);
+    assert!(ring.iter().any(|holder| holder == machines[3].id()), "{ring:?}");
+    for machine in &machines {
+        assert_eq!(holders(machine), ring, "{}", machine.host.name());
+        assert_eq!(machine.complete(&request(2, 40)), world.whole.complete(&request(2, 40)));
+    }
+    assert_eq!(stream.finish(), End::Finished("length".into()));
+    assert!(*stream.arrivals.last().unwrap() > moved, "the stream was over before the ring changed");
+    assert_eq!(stream.text, world.whole.complete(&request(1, STREAM_TOKENS)));
+}
+
+#[test]
+fn a_machine_that_dies_while_it_loads_what_it_would_take_over_disturbs_nobody() {
+    let Some(lab) = lab(&Topology::of_hosts(["one", "two", "three", "four", "whole"])) else { return };
+    let files = Home::new();
+    // Large enough that loading takes a moment.
+    let mut world = World::new(&lab, &files, 36, Weights::F32);
+    let machines = ["one", "two", "three"].map(|name| world.machine(name, 12, &[]));
+    machines.iter().for_each(Node::waits_for_its_models);
+    let ring = holders(&machines[0]);
+    let newcomer = world.machine("four", 24, &[]);
+    newcomer.waits_for_its_models();
+    let mut stream = begin(&machines[0]);
+    until("the newcomer loads layers", || (!newcomer.model_status()["ring"]["held"].is_null()).then_some(()));
+    newcomer.dies();
+    assert_eq!(stream.finish(), End::Finished("length".into()));
+    assert_eq!(stream.text, world.whole.complete(&request(1, STREAM_TOKENS)));
+    for machine in &machines {
+        assert_eq!(holders(machine), ring, "{}", machine.host.name());
+        assert_eq!(machine.complete(&request(2, 40)), world.whole.complete(&request(2, 40)));
+    }
+}
+
+#[test]
+fn a_machine_that_is_stopped_in_order_is_replaced_before_it_goes() {
+    let Some(lab) = lab(&Topology::of_hosts(["one", "two", "three", "four", "whole"])) else { return };
+    let files = Home::new();
+    let mut world = World::new(&lab, &files, 12, Weights::Q8_0);
+    let mut machines = Vec::from(["one", "two", "three", "four"].map(|name| world.machine(name, 4, &[])));
+    machines.iter().for_each(Node::waits_for_its_models);
+    let held = |machine: &Node<'_>| machine.model_status()["ring"]["held"].clone();
+    let driver = machines.remove(0);
+    let mut stream = begin(&driver);
+    let at = machines.iter().position(|machine| holders(&driver).iter().any(|holder| holder == machine.id())).unwrap();
+    let mut leaves = machines.remove(at);
+    let layers = held(&leaves);
+    leaves.server.signal("TERM");
+    until("the driver has a ring without it", || {
+        let ring = holders(&driver);
+        (!ring.is_empty() && ring.iter().all(|holder| holder != leaves.id())).then_some(())
+    });
+    assert!(leaves.server.child.try_wait().unwrap().is_none(), "it has gone before it was replaced");
+    let others = machines.iter().chain([&driver]);
+    assert!(others.map(held).any(|held| held == layers), "nobody else holds {layers}");
+    assert_eq!(driver.complete(&request(2, 40)), world.whole.complete(&request(2, 40)));
+    until("it has gone", || leaves.server.child.try_wait().unwrap());
+    assert_eq!(stream.finish(), End::Finished("length".into()));
+    assert_eq!(stream.text, world.whole.complete(&request(1, STREAM_TOKENS)));
+}
+
+#[test]
+fn kept_ends_stay_at_the_driver_and_excluded_machines_are_left_out() {
+    let Some(lab) = lab(&Topology::of_hosts(["one", "two", "whole"])) else { return };
+    let files = Home::new();
+    let mut world = World::new(&lab, &files, 12, Weights::Q8_0);
+    let driver = world.machine("one", 4, &["--keep-ends=2"]);
+    let exclude = format!("--exclude={}", &driver.id()[..12]);
+    let other = world.machine("two", 8, &[&exclude]);
+    driver.waits_for_its_models();
+    let stages = driver.model_status()["stages"].take();
+    let layers: Vec<&Value> = stages.as_array().unwrap().iter().map(|stage| &stage["layers"]).collect();
+    assert_eq!(layers, [&json!([0, 2]), &json!([2, 10]), &json!([10, 12])]);
+    assert_eq!(stages[1]["node"], other.id());
+    for end in [&stages[0], &stages[2]] {
+        assert!(end["node"].is_null() && end["process_id"].is_u64(), "{end}");
+    }
+    for asked in [request(1, 40), request(2, 40)] {
+        assert_eq!(driver.complete(&asked), world.whole.complete(&asked));
+    }
+    // Two layers at either end of it are all that it would not get from the excluded one.
+    let waits = until("it says what would make a ring possible", || {
+        let status = other.get("/v1/models/ring").1;
+        status["reason"].as_str().filter(|reason| reason.contains("using")).map(str::to_owned)
+    });
+    assert!(waits.contains(&driver.id()[..10]), "{waits}");
+}

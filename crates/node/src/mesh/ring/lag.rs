@@ -1,0 +1,175 @@
+//! How far the host of a stage lags behind the one that stands by for it. Both are given the same rows, so what keeps the one busy
+//! keeps the other busy as well, and neither the length of a prompt nor a long queue explains why only one of them is done. Pure:
+//! time is an argument.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    time::{Duration, Instant},
+};
+
+use murmur_protocol::frame::Header;
+
+/// Nobody is suspected of less.
+pub(super) const LAG_MIN: Duration = Duration::from_millis(100);
+/// Nor of less than so many times what is usual.
+const LAG_FACTOR: u32 = 4;
+/// What was usual is forgotten by this part with every step.
+const FORGOTTEN: u32 = 16;
+/// Steps of a session that may be owed: more than any driver has on their way.
+const OWED_MAX: usize = 1024;
+
+/// How far one lags behind the other, by the steps of the sessions that both have.
+#[derive(Default)]
+pub(super) struct Lag {
+    sessions: HashMap<u64, Steps>,
+    usual: Duration,
+}
+
+/// Both are given the same rows in the same order, so it is enough to count. Positions may go back.
+struct Steps {
+    epoch: u32,
+    /// Steps of the one who holds the stage.
+    done: u64,
+    /// Steps of the other.
+    done_by_standby: u64,
+    /// Those that only the other has done, by number, and since when.
+    owed: VecDeque<(u64, Instant)>,
+}
+
+impl Lag {
+    /// A session begins, or goes on under another epoch.
+    pub(super) fn open(&mut self, session: u64, epoch: u32) {
+        self.sessions.insert(session, Steps { epoch, done: 0, done_by_standby: 0, owed: VecDeque::new() });
+    }
+
+    /// A session is over, or stops.
+    pub(super) fn close(&mut self, session: u64) {
+        self.sessions.remove(&session);
+    }
+
+    /// All stop.
+    pub(super) fn close_all(&mut self) {
+        self.sessions.clear();
+    }
+
+    /// No session runs.
+    pub(super) fn is_idle(&self) -> bool {
+        self.sessions.is_empty()
+    }
+
+    fn steps(&mut self, header: &Header) -> Option<&mut Steps> {
+        self.sessions.get_mut(&header.session).filter(|steps| steps.epoch == header.epoch)
+    }
+
+    /// Who stands by has computed these rows.
+    pub(super) fn standby_has(&mut self, header: &Header, now: Instant) {
+        let Some(steps) = self.steps(header) else { return };
+        steps.done_by_standby += 1;
+        if steps.done_by_standby > steps.done && steps.owed.len() < OWED_MAX {
+            steps.owed.push_back((steps.done_by_standby, now));
+        }
+    }
+
+    /// Who holds the stage has.
+    pub(super) fn holder_has(&mut self, header: &Header, now: Instant) {
+        let Some(steps) = self.steps(header) else { return };
+        steps.done += 1;
+        let paid = steps.owed.partition_point(|(owed, _)| *owed <= steps.done);
+        let oldest = steps.owed.drain(..paid).next();
+        let lag = oldest.map_or(Duration::ZERO, |(_, since)| now.saturating_duration_since(since));
+        self.usual = lag.max(self.usual - self.usual / FORGOTTEN);
+    }
+
+    /// When it is too late for what is owed; `None`: nothing is.
+    pub(super) fn too_late(&self) -> Option<Instant> {
+        let since = self.sessions.values().filter_map(|steps| steps.owed.front()).map(|(_, since)| *since).min();
+        since.map(|since| since + LAG_MIN.max(LAG_FACTOR * self.usual))
+    }
+
+    /// It is too late. Should that have been a mistake, it is made less often: more is usual from now on.
+    pub(super) fn give_up(&mut self) {
+        self.usual = self.usual.max(LAG_MIN / 2);
+        self.close_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use murmur_protocol::frame::Kind;
+
+    use super::*;
+
+    fn step(session: u64, epoch: u32, position: u32) -> Header {
+        Header { epoch, position, rows: 1, ..Header::new(Kind::Done, session) }
+    }
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn whoever_is_no_later_than_the_one_who_stands_by_owes_nothing() {
+        let (mut lag, now) = (Lag::default(), Instant::now());
+        lag.open(1, 0);
+        for position in 0..10 {
+            lag.holder_has(&step(1, 0, position), now);
+            lag.standby_has(&step(1, 0, position), now + ms(1000));
+        }
+        assert_eq!(lag.too_late(), None);
+    }
+
+    #[test]
+    fn it_is_too_late_when_a_step_is_owed_for_much_longer_than_is_usual() {
+        let (mut lag, now) = (Lag::default(), Instant::now());
+        lag.open(1, 0);
+        lag.standby_has(&step(1, 0, 0), now);
+        assert_eq!(lag.too_late(), Some(now + LAG_MIN));
+        // Here 60 ms are usual.
+        lag.holder_has(&step(1, 0, 0), now + ms(60));
+        lag.standby_has(&step(1, 0, 1), now + ms(70));
+        lag.standby_has(&step(1, 0, 2), now + ms(80));
+        assert_eq!(lag.too_late(), Some(now + ms(70) + LAG_FACTOR * ms(60)));
+        lag.holder_has(&step(1, 0, 1), now + ms(90));
+        assert!(lag.too_late().is_some_and(|at| at > now + ms(80 + 200)));
+        lag.holder_has(&step(1, 0, 2), now + ms(100));
+        assert_eq!(lag.too_late(), None);
+    }
+
+    #[test]
+    fn what_was_usual_is_forgotten() {
+        let (mut lag, now) = (Lag::default(), Instant::now());
+        lag.open(1, 0);
+        lag.standby_has(&step(1, 0, 0), now);
+        lag.holder_has(&step(1, 0, 0), now + ms(3000));
+        for position in 1..200 {
+            lag.holder_has(&step(1, 0, position), now);
+            lag.standby_has(&step(1, 0, position), now);
+        }
+        lag.standby_has(&step(1, 0, 200), now);
+        assert_eq!(lag.too_late(), Some(now + LAG_MIN));
+    }
+
+    #[test]
+    fn sessions_that_are_over_or_begin_again_owe_nothing() {
+        let (mut lag, now) = (Lag::default(), Instant::now());
+        lag.standby_has(&step(1, 0, 0), now);
+        assert_eq!(lag.too_late(), None);
+        for over in [Lag::close_all, |lag: &mut Lag| lag.close(1), |lag: &mut Lag| lag.open(1, 1), Lag::give_up] {
+            lag.open(1, 0);
+            lag.standby_has(&step(1, 0, 0), now);
+            assert!(lag.too_late().is_some());
+            over(&mut lag);
+            assert_eq!(lag.too_late(), None);
+            lag.standby_has(&step(1, 0, 1), now);
+            assert_eq!(lag.too_late(), None);
+        }
+    }
+
+    #[test]
+    fn a_claim_to_be_done_with_everything_takes_no_memory() {
+        let (mut lag, now) = (Lag::default(), Instant::now());
+        lag.open(1, 0);
+        (0..10 * OWED_MAX as u32).for_each(|position| lag.standby_has(&step(1, 0, position), now));
+        assert_eq!(lag.sessions[&1].owed.len(), OWED_MAX);
+    }
+}

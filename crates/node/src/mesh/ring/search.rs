@@ -1,0 +1,115 @@
+//! What a search for a ring remembers from one look to the next.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use murmur_core::planner::Placement;
+use murmur_protocol::mesh::NodeId;
+
+use super::{AVOIDED, facts, form::Offer};
+
+/// Round trips that differ by a smaller factor than this are the same,
+const RTT_STEP: f64 = 1.25;
+/// and so are those that differ by less than this, in us.
+const RTT_STEP_US: f64 = 1_000.0;
+
+/// The memory of the search for a model's ring.
+pub(crate) struct Search {
+    /// The offers and the ring in use at the last look.
+    seen: Option<(Vec<Offer>, Option<Vec<Placement>>)>,
+    /// When to look again although nothing has changed.
+    again_at: Option<Instant>,
+    /// Since when there is a better ring than the one in use.
+    better_since: Option<Instant>,
+    /// Before that no better ring is opened.
+    pub(super) moves_from: Instant,
+    /// Who did not hold what it said, and until when it is not believed.
+    avoided: Vec<(NodeId, Instant)>,
+    /// Time of a row in a layer, us, when decoding and in a prompt, as it was measured last.
+    measured: BTreeMap<NodeId, (u32, u32)>,
+}
+
+impl Search {
+    pub(crate) fn new() -> Search {
+        Search {
+            seen: None,
+            again_at: None,
+            better_since: None,
+            moves_from: Instant::now(),
+            avoided: Vec::new(),
+            measured: BTreeMap::new(),
+        }
+    }
+
+    /// Whether another look is worth it: something has changed, or the time for it has come.
+    pub(super) fn is_due(&mut self, offers: &[Offer], in_use: Option<&Vec<Placement>>) -> bool {
+        let is_known = self.seen.as_ref().is_some_and(|(seen, ring)| {
+            let pairs = || seen.iter().zip(offers);
+            ring.as_ref() == in_use && seen.len() == offers.len() && pairs().all(|(seen, now)| is_about(seen, now))
+        });
+        let is_time = self.again_at.is_some_and(|at| at <= Instant::now());
+        if is_known && !is_time {
+            return false;
+        }
+        self.seen = Some((offers.to_vec(), in_use.cloned()));
+        self.again_at = None;
+        true
+    }
+
+    /// Whether it is this late. If not, there is another look then.
+    pub(super) fn is_time(&mut self, at: Instant) -> bool {
+        let is_time = at <= Instant::now();
+        if !is_time {
+            self.again_at = Some(at);
+        }
+        is_time
+    }
+
+    /// Notes whether there is a better ring now, and says since when there is.
+    pub(super) fn better_since(&mut self, is_better: bool) -> Option<Instant> {
+        self.better_since = is_better.then(|| self.better_since.unwrap_or_else(Instant::now));
+        self.better_since
+    }
+
+    /// A ring could not be opened. The next one is without the nodes that refused; when none did, no better one is opened for as
+    /// long.
+    pub(super) fn failed(&mut self, refused: Vec<NodeId>) {
+        let until = Instant::now() + AVOIDED;
+        if refused.is_empty() {
+            self.moves_from = until;
+        }
+        self.avoided.extend(refused.into_iter().map(|node| (node, until)));
+        self.seen = None;
+    }
+
+    /// Whether rings are made without this node now.
+    pub(super) fn is_avoided(&mut self, node: NodeId) -> bool {
+        self.avoided.retain(|(_, until)| *until > Instant::now());
+        self.avoided.iter().any(|(avoided, _)| *avoided == node)
+    }
+
+    /// Adds what was measured before. Of a node that has let go of its layers that counts on, and one that has not computed any
+    /// yet takes what others take, by how fast the machines are: else layers would move to whoever is unknown, and back.
+    pub(super) fn recall(&mut self, offers: &mut [Offer]) {
+        self.measured.retain(|node, _| offers.iter().any(|offer| offer.node == *node));
+        for Offer { node, stage, .. } in offers.iter() {
+            if stage.decode_us_per_layer > 0 {
+                self.measured.insert(*node, (stage.decode_us_per_layer, stage.prefill_us_per_layer));
+            }
+        }
+        let speed = |offer: &Offer| Some((offer.ways.machine, *self.measured.get(&offer.node)?));
+        let known: Vec<_> = offers.iter().filter_map(speed).collect();
+        for Offer { node, stage, ways, .. } in offers {
+            let presumed = facts::presumed(ways.machine, &known);
+            let (decode_us, prefill_us) = self.measured.get(node).copied().unwrap_or(presumed);
+            stage.decode_us_per_layer = decode_us;
+            stage.prefill_us_per_layer = if prefill_us > 0 { prefill_us } else { presumed.1 };
+        }
+    }
+}
+
+/// Whether the same is known of a node, but for the jitter of its round trip.
+fn is_about(seen: &Offer, now: &Offer) -> bool {
+    let (less, more) = (seen.rtt_us.min(now.rtt_us), seen.rtt_us.max(now.rtt_us));
+    let is_near = more <= RTT_STEP * less || more - less <= RTT_STEP_US;
+    is_near && Offer { rtt_us: now.rtt_us, ..seen.clone() } == *now
+}

@@ -1,0 +1,111 @@
+//! What the user wants of rings, with the nodes that there are.
+
+use murmur_api::backend::{PlanPin, RingWishes};
+use murmur_core::planner::{Ask, Objective, Pin};
+use murmur_gguf::LayerRange;
+use murmur_protocol::mesh::NodeId;
+
+use super::form::{Offer, Size};
+use crate::mesh::MeshNode;
+
+/// The nodes that can be named, this one first.
+pub(super) struct Ids(Vec<NodeId>);
+
+impl Ids {
+    pub(super) fn of(mesh: &MeshNode) -> Ids {
+        let peers = mesh.mesh().peers();
+        Ids([mesh.mesh().node_id()].into_iter().chain(peers.iter().map(|peer| peer.record().node)).collect())
+    }
+
+    /// This node.
+    pub(super) fn own(&self) -> NodeId {
+        self.0[0]
+    }
+
+    /// The one whose id begins so. Errors are for people.
+    pub(super) fn find(&self, digits: &str) -> Result<NodeId, String> {
+        let mut found = self.0.iter().filter(|node| begins(node, digits));
+        match (found.next(), found.next()) {
+            (Some(only), None) => Ok(*only),
+            (Some(_), Some(_)) => Err(format!("the ids of several nodes begin with {digits}. Give more digits")),
+            (None, _) => Err(format!(
+                "no node's id begins with {digits}: this node's is {}, and `murmur mesh peers` lists the others",
+                self.own().short()
+            )),
+        }
+    }
+
+    fn pin(&self, pin: &PlanPin) -> Result<Pin, String> {
+        let node = self.find(&pin.node)?;
+        let exactly = |layers: &std::ops::Range<u32>| Pin::Exactly(node, LayerRange::new(layers.start, layers.end));
+        Ok(pin.layers.as_ref().map_or(Pin::Used(node), exactly))
+    }
+
+    /// These wishes as the planner understands them. A node that is not there need not be excluded, but cannot be used: why, for
+    /// people.
+    pub(super) fn ask(&self, wishes: &RingWishes, size: Size) -> Result<Ask, String> {
+        let is_excluded = |node: &&NodeId| wishes.exclude.iter().any(|digits| begins(node, digits));
+        Ok(Ask {
+            streams: size.parallel,
+            objective: match wishes.many_streams {
+                Some(true) => Objective::ManyStreams,
+                _ => Objective::OneStream,
+            },
+            keep_ends: wishes.keep_ends.unwrap_or(0),
+            pins: wishes.pin.iter().map(|pin| self.pin(pin)).collect::<Result<_, _>>()?,
+            excluded: self.0.iter().filter(is_excluded).copied().collect(),
+            rtt_us_max: rtt_us_max(wishes),
+            ..Ask::new(self.own(), size.context_tokens)
+        })
+    }
+}
+
+fn begins(node: &NodeId, digits: &str) -> bool {
+    node.to_string().starts_with(digits)
+}
+
+fn rtt_us_max(wishes: &RingWishes) -> Option<f64> {
+    wishes.rtt_max.map(|rtt| 1e6 * rtt.as_secs_f64())
+}
+
+/// Whether a node may hold layers for a driver that wants this.
+pub(super) fn allow(wishes: &RingWishes, offer: &Offer) -> bool {
+    let is_excluded = wishes.exclude.iter().any(|digits| begins(&offer.node, digits));
+    !is_excluded && rtt_us_max(wishes).is_none_or(|most| offer.rtt_us <= most)
+}
+
+/// Whether a node must be in the ring of a driver that wants this: nobody takes its place.
+pub(super) fn is_pinned(wishes: &RingWishes, node: NodeId) -> bool {
+    wishes.pin.iter().any(|pin| begins(&node, &pin.node))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_are_named_by_the_first_digits_of_their_ids() {
+        let id = |first: u8, rest: u8| {
+            let mut bytes = [rest; 32];
+            bytes[0] = first;
+            NodeId::from_bytes(bytes)
+        };
+        let ids = Ids(vec![id(0xa0, 1), id(0xb0, 2), id(0xb0, 3)]);
+        let size = Size { context_tokens: 512, parallel: 2 };
+        let wants = |exclude: &[&str], pin: &[&str]| RingWishes {
+            exclude: exclude.iter().map(|digits| (*digits).to_owned()).collect(),
+            pin: pin.iter().map(|pin| pin.parse().unwrap()).collect(),
+            ..RingWishes::default()
+        };
+        // Whoever it may be: it is not used.
+        let ask = ids.ask(&wants(&["b0", "c"], &["a0:0-4"]), size).unwrap();
+        assert_eq!(ask.excluded, [id(0xb0, 2), id(0xb0, 3)]);
+        assert_eq!(ask.pins, [Pin::Exactly(id(0xa0, 1), LayerRange::new(0, 4))]);
+        assert_eq!((ask.driver, ask.streams, ask.context_tokens), (id(0xa0, 1), 2, 512));
+        assert_eq!(ids.ask(&wants(&[], &["b002"]), size).unwrap().pins, [Pin::Used(id(0xb0, 2))]);
+        for (digits, why) in [("b0", "several nodes"), ("c", "no node's id begins with c")] {
+            let refused = ids.ask(&wants(&[], &[digits]), size).unwrap_err();
+            assert!(refused.contains(why), "{refused}");
+        }
+    }
+}

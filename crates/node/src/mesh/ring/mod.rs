@@ -57,6 +57,9 @@ use standby::Standby;
 const SILENCE_MAX: Duration = Duration::from_millis(500);
 /// One that does not answer within this is lost.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
+/// It has so many round trips for it, where these are long, and no more than this.
+const ROUND_TRIPS_OF_LIFE: f64 = 4.0;
+const SIGN_OF_LIFE_MAX: Duration = Duration::from_secs(5);
 /// A host that was lost is not asked again before others for so long.
 const AVOIDED: Duration = Duration::from_secs(30);
 /// Nodes at round trips of less than this, in us, are equally near; beyond, those that differ by a factor of less than two.
@@ -404,6 +407,15 @@ async fn hear(mesh: &MeshNode, host: NodeId, reader: &mut FrameReader) -> Result
     while_alive(mesh, host, reader.next()).await?
 }
 
+/// How long a host may take to give a sign of life. Where a link is full, the question waits behind all that is on its way there,
+/// which the round trip of the connection tells.
+fn sign_of_life(mesh: &MeshNode, host: NodeId) -> Duration {
+    let peers = mesh.mesh().peers();
+    let rtt_ms = peers.iter().find(|peer| peer.record().node == host).and_then(|peer| peer.rtt_ms).unwrap_or(0.0);
+    let patience = Duration::from_secs_f64(ROUND_TRIPS_OF_LIFE * rtt_ms.max(0.0) / 1000.0);
+    patience.clamp(SIGN_OF_LIFE, SIGN_OF_LIFE_MAX)
+}
+
 /// Waits for what a host is to do. One that is silent for longer than it should be is asked for a sign of life.
 async fn while_alive<T>(mesh: &MeshNode, host: NodeId, doing: impl Future<Output = T>) -> Result<T, FrameError> {
     tokio::pin!(doing);
@@ -412,7 +424,7 @@ async fn while_alive<T>(mesh: &MeshNode, host: NodeId, doing: impl Future<Output
             return Ok(done);
         }
         let is_own = host == mesh.mesh().node_id();
-        let answer = timeout(SIGN_OF_LIFE, mesh.mesh().ping(host));
+        let answer = timeout(sign_of_life(mesh, host), mesh.mesh().ping(host));
         if !is_own && !matches!(answer.await, Ok(Ok(_))) {
             return Err(silent("it does not answer"));
         }

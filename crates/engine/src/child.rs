@@ -236,12 +236,12 @@ fn receive_stage(stage: &mut Stage, schedule: &mut Schedule<Work>, frame: &Frame
             };
             Ok(Some(answer))
         }
-        Kind::Close | Kind::Rewind if header.kind == Kind::Rewind || header.has(FLAG_HOLD) => {
-            stage.hold(&header);
+        Kind::Close if !header.has(FLAG_HOLD) => {
+            stage.close(header.session, header.has(FLAG_FORGET));
             Ok(None)
         }
-        Kind::Close => {
-            stage.close(header.session, header.has(FLAG_FORGET));
+        Kind::Close | Kind::Rewind => {
+            stage.hold(&header);
             Ok(None)
         }
         Kind::Tokens | Kind::Hidden | Kind::Next => {

@@ -282,10 +282,7 @@ impl Driver {
     /// The machine of a stage cannot be reached any more, for which no request is to blame. As [`on_lost`](Self::on_lost)
     /// otherwise.
     pub fn on_unreachable(&mut self, stage: usize) -> bool {
-        self.lose(stage, |session| {
-            session.requeue();
-            None
-        })
+        self.lose(stage, Session::on_interruption)
     }
 
     fn lose(&mut self, stage: usize, charge: impl Fn(&mut Session) -> Option<String>) -> bool {
@@ -297,10 +294,7 @@ impl Driver {
 
     /// Rows were lost between two stages, and the way that they took is not used any more.
     pub fn on_rows_lost(&mut self) {
-        self.interrupt(|session| {
-            session.requeue();
-            None
-        });
+        self.interrupt(Session::on_interruption);
         self.admit();
     }
 
@@ -501,7 +495,7 @@ impl Driver {
         self.accounts[stage].last_step = Some(step);
     }
 
-    fn on_step(&mut self, stage: usize, header: &Header, step: Step) {
+    fn on_step(&mut self, stage: usize, header: &Header, mut step: Step) {
         let id = header.session;
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Phase::Running { in_flight, .. } = &mut session.phase else { return };
@@ -517,7 +511,7 @@ impl Driver {
                 Self::tell(&mut self.news, session, progress);
             }
         }
-        let sampled = step.sampled.clone();
+        let sampled = std::mem::take(&mut step.sampled);
         if !sampled.is_empty() && !header.has(FLAG_PREFILL) {
             self.costs.note(header.rows, &step);
             if header.rows == 1 {

@@ -47,8 +47,6 @@ struct Stage {
     is_last: bool,
     exact: bool,
     keep: usize,
-    /// Nobody waits for it: rows may come before their session is opened, or not at all.
-    is_standby: bool,
     /// Rows that came before the word that begins their epoch.
     early: VecDeque<Frame>,
     repeats: bool,
@@ -107,7 +105,7 @@ impl Stage {
             _ => {}
         }
         let is_early = self.sessions.get(&id).is_none_or(|held| held.begun < header.epoch);
-        if header.kind == Kind::Hidden && is_early && (self.is_standby || self.repeats) {
+        if header.kind == Kind::Hidden && is_early {
             self.early.push_back(frame.clone());
             return vec![];
         }
@@ -186,7 +184,7 @@ impl Ring {
         let mut driver = Driver::new(options);
         (0..stages).for_each(|stage| driver.on_ready(stage));
         let stage = |at| Stage { is_last: at + 1 == stages, exact, keep, repeats, ..Stage::default() };
-        let standby = |at| standbys.then(|| Stage { is_standby: true, ..stage(at) });
+        let standby = |at| standbys.then(|| stage(at));
         Ring {
             driver,
             stages: (0..stages).map(stage).collect(),

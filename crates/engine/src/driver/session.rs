@@ -261,6 +261,12 @@ impl Session {
         })
     }
 
+    /// It has to begin again, which no request is charged with. As [`Session::on_death`] otherwise.
+    pub(super) fn on_interruption(&mut self) -> Option<String> {
+        self.requeue();
+        None
+    }
+
     pub(super) fn requeue(&mut self) {
         self.phase = Phase::Queued;
         self.guessed.clear();

@@ -177,7 +177,7 @@ pub(super) fn guessed(own: NodeId, offers: &[Offer], plan: &Plan) -> Vec<String>
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use murmur_core::planner::{Ask, LayerFacts, ModelFacts, NodeFacts, Planner, facts::ONE_WAY_US_UNKNOWN};
     use murmur_protocol::mesh::{ModelDigest, ModelState, ServedStage};
 
@@ -265,8 +265,8 @@ mod tests {
         assert_eq!(measured(&[own, offer(1, 1e3, &[]), two]).len(), 3);
     }
 
-    /// A model of as many layers as four such nodes hold.
-    fn model() -> ModelFacts {
+    /// A model of twelve layers: as many as four such nodes hold.
+    pub(in super::super) fn model() -> ModelFacts {
         let layer = LayerFacts { weight_bytes: 1 << 20, kv_bytes_per_token: 0, cost: 1.0 };
         ModelFacts {
             layers: vec![layer; 12],

@@ -494,10 +494,9 @@ impl Spread {
 
 #[cfg(test)]
 mod tests {
-    use murmur_core::planner::LayerFacts;
     use murmur_protocol::mesh::MeasuredLink;
 
-    use super::*;
+    use super::{super::facts::tests::model, *};
     use crate::mesh::ring::Search;
 
     const LAYERS: u32 = 12;
@@ -543,17 +542,7 @@ mod tests {
 
     /// The ring that it finds better than the one of the layers in use by `now`.
     fn better(driver: u8, peers: &[Peer], now: &[u8]) -> Option<Vec<Placement>> {
-        let layer = LayerFacts { weight_bytes: 1 << 20, kv_bytes_per_token: 0, cost: 1.0 };
-        let facts = ModelFacts {
-            layers: vec![layer; LAYERS as usize],
-            cuts: (1..LAYERS).collect(),
-            head_bytes: 0,
-            head_cost: 0.0,
-            width: 256,
-            stage_bytes: 0,
-            stage_bytes_per_token: 0,
-            kept_bytes: 0,
-        };
+        let facts = model();
         let offers = seen_by(driver, peers);
         let now: Vec<_> = now.iter().map(|&number| &offers[usize::from(number) - 1]).collect();
         let now: Vec<_> = now.iter().map(|offer| Placement { node: offer.node, layers: offer.range() }).collect();

@@ -28,7 +28,7 @@ use std::{
 
 use murmur_engine::RemoteStage;
 use murmur_gguf::LayerRange;
-use murmur_net::{Mesh, NetError, stream};
+use murmur_net::{Mesh, NetError, PeerView, stream};
 use murmur_protocol::{
     frame::{Frame, FrameError, Header, Kind},
     mesh::{ModelDigest, NodeId, RingId, StageOpen, Work},
@@ -159,9 +159,8 @@ impl Ring {
     /// through this node.
     pub(crate) fn around_us(&self, mesh: &Mesh) -> u64 {
         let peers = mesh.peers();
-        let rtt_ms = |host: NodeId| peers.iter().find(|peer| peer.record().node == host).and_then(|peer| peer.rtt_ms);
         let hosts = self.view().into_iter().filter_map(|(_, host)| host);
-        (1000.0 * hosts.filter_map(rtt_ms).sum::<f64>()) as u64
+        (1000.0 * hosts.filter_map(|host| rtt_ms(&peers, host)).sum::<f64>()) as u64
     }
 
     async fn connect(self: &Arc<Self>, index: usize) -> Result<UnixStream, String> {
@@ -410,10 +409,13 @@ async fn hear(mesh: &MeshNode, host: NodeId, reader: &mut FrameReader) -> Result
 /// How long a host may take to give a sign of life. Where a link is full, the question waits behind all that is on its way there,
 /// which the round trip of the connection tells.
 fn sign_of_life(mesh: &MeshNode, host: NodeId) -> Duration {
-    let peers = mesh.mesh().peers();
-    let rtt_ms = peers.iter().find(|peer| peer.record().node == host).and_then(|peer| peer.rtt_ms).unwrap_or(0.0);
-    let patience = Duration::from_secs_f64(ROUND_TRIPS_OF_LIFE * rtt_ms.max(0.0) / 1000.0);
-    patience.clamp(SIGN_OF_LIFE, SIGN_OF_LIFE_MAX)
+    let rtt_ms = rtt_ms(&mesh.mesh().peers(), host).unwrap_or(0.0);
+    Duration::from_secs_f64(ROUND_TRIPS_OF_LIFE * rtt_ms / 1000.0).clamp(SIGN_OF_LIFE, SIGN_OF_LIFE_MAX)
+}
+
+/// Round trip to a host, as QUIC has it now.
+fn rtt_ms(peers: &[PeerView], host: NodeId) -> Option<f64> {
+    peers.iter().find(|peer| peer.record().node == host)?.rtt_ms
 }
 
 /// Waits for what a host is to do. One that is silent for longer than it should be is asked for a sign of life.

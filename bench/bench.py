@@ -28,6 +28,7 @@ CACHED_TOKENS = 512
 STREAMS = (1, 4, 8)
 CONTEXT = 4608
 STATUS_RUNS = 25
+TURNS_PER_START = 3
 PARTS = ("decode", "prefill", "streams", "cache", "memory", "stages", "exact", "status", "llama-bench", "engine")
 
 
@@ -69,11 +70,12 @@ def in_turns(rounds, first, second):
     return ours, theirs
 
 
-def decode_rate(server):
-    """Tokens per second after the first, the cost of prompt and connection taken off by a request for one token."""
-    _, one = server.generate(servers.unique_prompt(SHORT_PROMPT), 1)
-    _, many = server.generate(servers.unique_prompt(SHORT_PROMPT), DECODE_TOKENS)
-    return (DECODE_TOKENS - 1) / (many - one)
+def decode_rate(server, tokens=DECODE_TOKENS, **more):
+    """Tokens per second after the first, the cost of prompt and connection taken off by a request for one token. `more`: further
+    fields of the requests."""
+    _, one = server.generate(servers.unique_prompt(SHORT_PROMPT), 1, **more)
+    _, many = server.generate(servers.unique_prompt(SHORT_PROMPT), tokens, **more)
+    return (tokens - 1) / (many - one)
 
 
 def first_token_s(server, length):
@@ -113,18 +115,27 @@ def together_rate(server, count):
     return count * STREAM_TOKENS / (time.perf_counter() - begin)
 
 
-def started_anew(server, *measures):
-    """A process keeps the memory that it got when it started, and that alone makes some per cent."""
-    with server as running:
-        running.generate(servers.unique_prompt(64), 8)
-        return [measure(running) for measure in measures]
+def started_anew(options, ours, theirs, *measures):
+    """Pairs for each of the measures, of servers that are started anew for each pair: a process keeps the memory that it got when
+    it started, and that alone makes some per cent. Within a pair the two take short turns, as the machine's mood changes by the second."""
+    pairs = [([], []) for _ in measures]
+    for _ in range(options.rounds):
+        with ours() as first, theirs() as second:
+            for server in (first, second):
+                server.generate(servers.unique_prompt(64), 8)
+            for measure, pair in zip(measures, pairs, strict=True):
+                turns = in_turns(TURNS_PER_START, lambda: measure(first), lambda: measure(second))
+                for side, values in zip(pair, turns, strict=True):
+                    side.append(statistics.median(values))
+    return pairs
 
 
 def decode_against_llama_server(options, model, table):
     shape = {"threads": options.threads, "context": CONTEXT, "parallel": max(STREAMS)}
-    ours = lambda: started_anew(servers.murmur(options.murmur, model, **shape), decode_rate)[0]
-    theirs = lambda: started_anew(servers.llama_server(options.llama, model, **shape), decode_rate)[0]
-    table.pairs(f"{model.stem}: decode, 1 stream", "tok/s", *in_turns(options.rounds, ours, theirs), bar=0.98)
+    ours = lambda: servers.murmur(options.murmur, model, **shape)
+    theirs = lambda: servers.llama_server(options.llama, model, **shape)
+    [pair] = started_anew(options, ours, theirs, decode_rate)
+    table.pairs(f"{model.stem}: decode, 1 stream", "tok/s", *pair, bar=0.98)
 
 
 def against_llama_server(options, model, table):
@@ -169,11 +180,10 @@ def against_llama_server(options, model, table):
 
 def three_stages_against_one(options, model, table):
     shape = {"threads": 1, "context": CONTEXT, "parallel": 1}
-    run = lambda stages: started_anew(servers.murmur(options.murmur, model, **shape, stages=stages), decode_rate, prefill_rate)
-    pair = in_turns(options.rounds, lambda: run(3), lambda: run(1))
-    for index, what in enumerate(("decode", "prefill")):
-        columns = [[value[index] for value in side] for side in pair]
-        table.pairs(f"{model.stem}: {what}, 3 stages / 1, 1 thread", "tok/s", *columns, bar=0.97)
+    start = lambda stages: servers.murmur(options.murmur, model, **shape, stages=stages)
+    pairs = started_anew(options, lambda: start(3), lambda: start(1), decode_rate, prefill_rate)
+    for what, pair in zip(("decode", "prefill"), pairs, strict=True):
+        table.pairs(f"{model.stem}: {what}, 3 stages / 1, 1 thread", "tok/s", *pair, bar=0.97)
 
 
 def exact_against_default(options, model, table):

@@ -15,10 +15,26 @@ after the other.
 
 *codecs*: hidden states as f16 and q8 against f32 over two machines, on links of 20 and 100 Mbit/s.
 
+*guesses*: a small model over two and four machines, so that the way around the ring is what a token takes, with guesses of a model of
+which a known part is right: it is the same file, and the rest of its guesses are spoilt (`--draft-spoilt`). Answers are greedy, with a
+penalty for repetitions, as random weights would repeat themselves and all could be looked up. With
+
+    L    the time of a token without guesses: once around the ring, computing included, measured in the same minutes,
+    tau  the time of a token that the pipe cannot beat however long it runs: what the slowest stage computes for a row (its newest step
+         in `/api/status`) or what the model that guesses needs for a token (measured alone on one machine), whichever is longer,
+    a    the part of the guesses compared that was right, as counted during the measurement,
+
+no ring that guesses one token after the other is faster than X(a) = 1 / ((1 - a) L + a tau): each wrong guess costs once around. The
+rate is printed as a part of X, and the rate times L: tokens for each time around the ring. The plain rate is printed as a part of what
+it is at 0 ms with nothing but the ring's way added. All hosts are on one machine: on its two processors, stages and the model that
+guesses do not run at once as those of real rings do. What they need together for a token is printed as well: where that is not small
+beside (1 - a) L, the figure says more of the machine than of the ring.
+
 `./x bench links` builds everything and runs this.
 """
 
 import argparse
+import os
 import pathlib
 import statistics
 
@@ -27,7 +43,7 @@ import servers
 from bench import Table, decode_rate, first_token_s, in_turns, machine, together_rate
 from mesh import layers_of, spread_over, synthetic, ticket_of
 
-PARTS = ("tokens", "streams", "prefill", "codecs")
+PARTS = ("tokens", "streams", "prefill", "codecs", "guesses")
 SHAPE = "bench-1b"
 CONTEXT = 4608
 ROUND_TRIPS_MS = (0, 5, 20, 50)
@@ -36,12 +52,19 @@ STREAMS = 8
 PROMPT_TOKENS, PREFILL_STAGES = 4096, 4
 CHUNK_TOKENS = 256
 CODECS, RATES_MBIT_S = ("f16", "q8"), (20, 100)
+# Small, so that computing hides no link.
+GUESSED_SHAPE, GUESSED_STAGES, RINGS_MS = "llama", (2, 4), (0, 20, 60, 100, 200)
+RIGHT_PARTS, RIGHT_PARTS_BARRED = (0.5, 0.7, 0.85, 0.95), (0.7, 0.85)
+# About what one measurement takes, and how many tokens it has.
+GUESSES_S, GUESSED_TOKENS = 3, (16, 1024)
+UNREPEATED = {"frequency_penalty": 1, "presence_penalty": 1}
 
 
 class Ring:
-    """A model over the hosts of a lab; a context manager whose value is the node on the first of them."""
+    """A model over the hosts of a lab; a context manager whose value is the node on the first of them. `driver`: arguments of
+    that one alone."""
 
-    def __init__(self, options, model, hosts, layers, parallel=1, arguments=()):
+    def __init__(self, options, model, hosts, layers, parallel=1, arguments=(), driver=()):
         limit = (*spread_over(layers, len(hosts)), *arguments)
         shape = {"threads": 1, "context": CONTEXT, "parallel": parallel}
 
@@ -49,11 +72,11 @@ class Ring:
             mesh = (*joining, *servers.offline(host.address), *limit)
             return servers.murmur(options.murmur, model, **shape, name=host.name, mesh=mesh, host=host)
 
-        self.hosts, self.node = hosts, node
+        self.hosts, self.node, self.driver = hosts, node, driver
 
     def __enter__(self):
         # A model is ready when all its layers are there, so the others are started before the first is waited for.
-        first = self.node(self.hosts[0], ("--mesh", "bench"))
+        first = self.node(self.hosts[0], ("--mesh", "bench", *self.driver))
         self.nodes = [first]
         try:
             first.launch()
@@ -157,6 +180,60 @@ def codecs(options, model, table):
                     table.pairs(f"first token of {2 * CHUNK_TOKENS} {what}", "ms", *pair, lower_is_better=True)
 
 
+def guesses(options, model, table):
+    layers = layers_of(options, model)
+    for stages in GUESSED_STAGES:
+        with lab.Lab(options.lab, 2 * stages) as (network, hosts):
+            hosts = list(hosts)
+            with servers.murmur(options.murmur, model, threads=1, context=CONTEXT, parallel=1, host=hosts[0]) as whole:
+                whole.generate(servers.unique_prompt(64), 8)
+                draft_ms = statistics.median(token_ms(whole) for _ in range(options.rounds))
+            with Ring(options, model, hosts[:stages], layers) as plain:
+                plain.generate(servers.unique_prompt(64), 8)
+                near_ms = statistics.median(token_ms(plain) for _ in range(options.rounds))
+                for right in RIGHT_PARTS:
+                    spoilt = ("--draft", model, "--draft-spoilt", f"{1 - right:.2f}")
+                    with Ring(options, model, hosts[stages:], layers, driver=spoilt) as guessing:
+                        for ring_ms in options.rings_ms:
+                            # Each of as many hops takes half a round trip.
+                            network.links(2 * ring_ms / stages)
+                            what = f"ring of {stages} at {ring_ms} ms"
+                            guesses_at(options, table, what, (plain, guessing), right, ring_ms + near_ms, draft_ms)
+                    network.links(0)
+
+
+def guesses_at(options, table, what, rings, right, about_ms, draft_ms):
+    """One cell: `about_ms` is what a token should take without guesses."""
+    plain, guessing = rings
+    least, most = GUESSED_TOKENS
+    few = min(most, max(least, round(1000 * GUESSES_S / about_ms)))
+    many = min(most, round(few / (1 - right)))
+    status = lambda: guessing.ask("GET", "/api/status")["node"]["models"][0]
+    counted = lambda: [sum(status()[f"{which}_by_depth"]) for which in ("right", "guessed")]
+    # How far the ring is now, it finds out with the first tokens.
+    for server in rings:
+        server.generate(servers.unique_prompt(64), least)
+    before = counted()
+    rate = lambda server, tokens: decode_rate(server, tokens, **UNREPEATED)
+    rates = in_turns(max(2, options.rounds // 2), lambda: rate(guessing, many), lambda: rate(plain, few))
+    were_right, compared = (now - then for now, then in zip(counted(), before, strict=True))
+    steps = [stage["last_step"] for stage in status()["stages"]]
+    stages_ms = [step["compute_us"] / step["batch_rows"] / 1000 for step in steps]
+    if right == RIGHT_PARTS[0]:
+        table.pairs(f"{what}, plain / 1/L", "tok/s", rates[1], [1000 / about_ms] * len(rates[1]), bar=0.97)
+    share = were_right / max(1, compared)
+    ring_ms, tau_ms = 1000 / statistics.median(rates[1]), max(*stages_ms, draft_ms)
+    limit = 1000 / ((1 - share) * ring_ms + share * tau_ms)
+    bar = 0.9 if right in RIGHT_PARTS_BARRED else None
+    table.pairs(f"{what}, a = {right}, guesses / X", "tok/s", rates[0], [limit] * len(rates[0]), bar=bar)
+    print(
+        f"  of {compared} guesses {share:.3f} were right; L {ring_ms:.1f} ms, tau {tau_ms:.2f} ms (guesser {draft_ms:.2f}, slowest stage {max(stages_ms):.2f}), "
+        f"{(draft_ms + sum(stages_ms)) / os.cpu_count():.2f} ms on {os.cpu_count()} processors; "
+        f"{statistics.median(rates[0]) * ring_ms / 1000:.2f} tokens for each time around",
+        flush=True,
+    )
+
+
 def arguments():
     parser = argparse.ArgumentParser(prog="./x bench links", description="Measures rings of machines with distances between them, in the lab.")
     parser.add_argument("--murmur", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
@@ -165,16 +242,17 @@ def arguments():
     parser.add_argument("--models", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5, help="pairs per figure (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"what to measure (default: all): {', '.join(PARTS)}")
+    parser.add_argument("--rings-ms", nargs="+", type=float, default=RINGS_MS, metavar="MS", help="ways around the rings of `guesses` (default: 0 20 60 100 200)")
     return parser.parse_args()
 
 
 def main():
     options, table = arguments(), Table()
     print(machine())
-    model = next(synthetic(options, [SHAPE]))
-    for part, measure in (("tokens", tokens), ("streams", streams), ("prefill", prefill), ("codecs", codecs)):
+    for part, measure in (("tokens", tokens), ("streams", streams), ("prefill", prefill), ("codecs", codecs), ("guesses", guesses)):
         if part in options.only:
-            measure(options, model, table)
+            shape = GUESSED_SHAPE if part == "guesses" else SHAPE
+            measure(options, next(synthetic(options, [shape])), table)
 
 
 if __name__ == "__main__":

@@ -106,11 +106,12 @@ class Server:
         finally:
             connection.close()
 
-    def generate(self, prompt, count):
-        """Streams `count` tokens after `prompt` (token ids): (seconds until the first event with a choice, seconds in all)."""
+    def generate(self, prompt, count, **more):
+        """Streams `count` tokens after `prompt` (token ids): (seconds until the first event with a choice, seconds in all). `more`:
+        further fields of the request."""
         body = {
             "model": self.model, "prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True,
-            "stream": True, "stream_options": {"include_usage": True},
+            "stream": True, "stream_options": {"include_usage": True}, **more,
         }
         connection = self.host.connection(self.port, REQUEST_LIMIT_S)
         try:

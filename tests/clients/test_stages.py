@@ -8,25 +8,41 @@ import pytest
 from conftest import user
 
 QUESTIONS = ["Who are you?", "Tell me a story about Lily and a kitten.", "Name three colors.", "Hi, I am Tom."]
+GREEDY, SAMPLED = {"temperature": 0, "seed": 1}, {"temperature": 0.9, "seed": 42}
+PENALISED = {"temperature": 0.8, "top_p": 0.9, "frequency_penalty": 0.4, "presence_penalty": 0.2, "seed": 7}
+NAMES = {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 2, "maxItems": 4}
+SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}, "names": NAMES}, "required": ["age", "names"], "additionalProperties": False}
+FORMED = {
+    "temperature": 0.8, "seed": 5,
+    "response_format": {"type": "json_schema", "json_schema": {"name": "cat", "strict": True, "schema": SCHEMA}},
+}
 
 
-def answers(server):
-    """Greedy and seeded answers, then the same from eight requests at once."""
+def answers(server, usages=None):
+    """Answers of all kinds, then the same from all requests at once. `usages` takes those of the former and the latter."""
     client = server.client()
 
-    def ask(question, temperature, seed):
+    def ask(question, options):
         answer = client.chat.completions.create(
-            model=server.model, messages=user(question), temperature=temperature, seed=seed, max_tokens=120,
-            logprobs=True, top_logprobs=2,
+            model=server.model, messages=user(question), max_tokens=120, logprobs=True, top_logprobs=2, **options,
         )
         [choice] = answer.choices
+        if usages is not None:
+            usages.append(answer.usage)
         return choice.message.content, choice.finish_reason, answer.usage.completion_tokens
 
-    cases = [(question, temperature, seed) for question in QUESTIONS for temperature, seed in ((0, 1), (0.9, 42))]
+    cases = [(question, options) for question in QUESTIONS for options in (GREEDY, SAMPLED)]
+    cases += [(question, options) for question in QUESTIONS[:2] for options in (PENALISED, FORMED)]
     alone = [ask(*case) for case in cases]
     with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
         together = list(pool.map(lambda case: ask(*case), cases))
     return alone, together
+
+
+def status(server):
+    _, _, body = server.request("GET", "/api/status")
+    [model] = json.loads(body)["node"]["models"]
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +66,75 @@ def test_the_number_of_stages_changes_nothing(whole, stages):
 def test_guesses_change_nothing(whole, stages):
     with murmur_server.Server(stages=stages, args=["--exact", "--draft", "lookup"]) as server:
         assert answers(server) == whole
-        _, _, body = server.request("GET", "/api/status")
-    [model] = json.loads(body)["node"]["models"]
+        model = status(server)
     assert 0 < model["guessed_tokens"]
     assert model["right_tokens"] <= model["guessed_tokens"]
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory):
+    """Two models of one vocabulary that have nothing else in common, the second small and fast, and the answers of the first."""
+    folder = tmp_path_factory.mktemp("models")
+    model, draft = folder / "model.gguf", folder / "draft.gguf"
+    for path, more in ((model, ()), (draft, ("--layers", 1, "--seed", 7))):
+        assert murmur_server.run("models", "synth", "llama", path, *more).returncode == 0
+    with murmur_server.Server(model, stages=1, args=["--exact"]) as server:
+        return model, draft, answers(server)
+
+
+def predictions(details):
+    return details.accepted_prediction_tokens, details.rejected_prediction_tokens
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_guesses_of_a_model_change_nothing_and_are_told(whole, stages):
+    draft = ["--draft", murmur_server.DEMO_MODEL, "--draft-spoilt", "0.3"]
+    usages = []
+    with murmur_server.Server(stages=stages, args=["--exact", *draft]) as server:
+        assert answers(server, usages) == whole
+        after = status(server)
+        assert server.metric("murmur_guessed_tokens_total") == after["guessed_tokens"]
+        assert server.metric("murmur_right_guesses_total") == after["right_tokens"]
+    assert after["draft"]["model"] == murmur_server.DEMO_MODEL.name
+    assert after["draft"]["process_id"]
+    assert after["guessing"]["rows_per_frame"] > 0
+    assert sum(after["right_by_depth"]) == after["right_tokens"]
+    assert after["right_tokens"] <= sum(after["guessed_by_depth"]) <= after["guessed_tokens"]
+    details = [usage.completion_tokens_details for usage in usages if usage.completion_tokens_details]
+    assert details
+    right, wrong = (sum(column) for column in zip(*map(predictions, details), strict=True))
+    assert right == after["right_tokens"]
+    assert right + wrong == after["guessed_tokens"]
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_guesses_of_a_model_that_is_mostly_wrong_change_nothing(strangers, stages):
+    model, draft, plain = strangers
+    with murmur_server.Server(model, stages=stages, args=["--exact", "--draft", draft]) as server:
+        assert answers(server) == plain
+        assert status(server)["guessed_tokens"] > 0
+
+
+def test_guesses_are_in_the_usage_of_streams_and_completions():
+    draft = ["--draft", murmur_server.DEMO_MODEL, "--draft-spoilt", "0.3"]
+    with murmur_server.Server(args=["--exact", *draft]) as server:
+        client = server.client()
+        # So long an answer of so small a model repeats itself, and what is looked up is guessed even where models are too slow.
+        options = {"model": server.model, "temperature": 0, "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+        streamed = {"stream": True, "stream_options": {"include_usage": True}}
+        usages = [
+            list(client.chat.completions.create(messages=user(QUESTIONS[0]), **options, **streamed))[-1].usage,
+            list(client.completions.create(prompt=QUESTIONS[0], **options, **streamed))[-1].usage,
+            client.completions.create(prompt=QUESTIONS[1], **options).usage,
+        ]
+        guesses = [predictions(usage.completion_tokens_details) for usage in usages]
+        assert all(sum(pair) > 0 for pair in guesses)
+        assert sum(map(sum, guesses)) == status(server)["guessed_tokens"]
+
+
+def test_nothing_is_said_of_guesses_where_there_are_none(client, model):
+    answer = client.chat.completions.create(model=model, messages=user(QUESTIONS[0]), temperature=0)
+    assert answer.usage.completion_tokens_details is None
 
 
 def test_more_stages_than_layers_are_refused():

@@ -55,6 +55,15 @@ def test_a_stream_ends_with_exactly_one_done(server):
         json.loads(event[len("data:"):])
 
 
+def test_statistics_come_as_a_comment_that_clients_skip(server, client, model):
+    body = {"model": model, "messages": user("Who are you?"), "temperature": 0, "stream": True}
+    _, _, raw = server.request("POST", "/v1/chat/completions", json.dumps(body))
+    [comment] = [line for line in raw.decode().split("\n") if line.startswith(": murmur ")]
+    statistics = json.loads(comment.removeprefix(": murmur "))
+    assert statistics["usage"]["completion_tokens"] == statistics["timings"]["predicted_n"] > 0
+    assert text_of(stream(client, model, "Who are you?"))
+
+
 def test_a_stop_string_never_shows_in_a_stream_not_even_in_part(client, model, ask):
     whole = ask(STORY).choices[0].message.content
     stop = whole[33:49]

@@ -214,6 +214,29 @@ pub struct Completion {
     pub prefill: Duration,
     /// Time from the first token to the last.
     pub decode: Duration,
+    /// What was guessed of it.
+    pub guesses: Guesses,
+}
+
+/// Tokens of an answer that were guessed before they were chosen, where somebody guesses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Guesses {
+    /// Those that were chosen.
+    pub right: u32,
+    /// Those that were not. They are no part of the answer, and of [`Completion::completion_tokens`].
+    pub wrong: u32,
+}
+
+impl Guesses {
+    /// Those of two answers.
+    pub fn and(self, other: Guesses) -> Guesses {
+        Guesses { right: self.right.saturating_add(other.right), wrong: self.wrong.saturating_add(other.wrong) }
+    }
+
+    /// How many there were.
+    pub fn count(self) -> u32 {
+        self.right.saturating_add(self.wrong)
+    }
 }
 
 /// Why the node will not, or cannot, do something. The message says what, why and what to do.

@@ -100,18 +100,25 @@ impl Choices {
         self.slots.iter().filter(|slot| slot.events.is_some()).find_map(|slot| slot.loading)
     }
 
-    /// OpenAI's `usage`: a prompt counts once, however many answers there are to it.
+    /// OpenAI's `usage`: a prompt counts once, however many answers there are to it. Where tokens were guessed, it says how many.
     pub(crate) fn usage(&self) -> Value {
         let prompts = || self.slots.iter().step_by(self.per_prompt.max(1));
         let prompt: u64 = prompts().map(|slot| u64::from(slot.prompt_tokens)).sum();
         let cached: u64 = prompts().map(|slot| u64::from(slot.cached_tokens)).sum();
         let completion: u64 = self.slots.iter().map(|slot| u64::from(slot.completion_tokens)).sum();
-        json!({
+        let mut usage = json!({
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
-        })
+        });
+        if let Some(guesses) = self.timings().map(|timings| timings.guesses).filter(|guesses| guesses.count() > 0) {
+            usage["completion_tokens_details"] = json!({
+                "accepted_prediction_tokens": guesses.right,
+                "rejected_prediction_tokens": guesses.wrong,
+            });
+        }
+        usage
     }
 
     /// The timings of all choices that are done, as if they were one; `None` where none is.

@@ -5,7 +5,8 @@
 //! `{"error": ...}` event and no `[DONE]`. OpenAI's clients raise an exception at such an event.
 //!
 //! Silence is filled with comment lines, which clients skip: `: loading 40 %` while the model is being loaded for this
-//! request, `: prefill 512/4096` (prompt tokens done and to do) while the prompt is being read, `: keep-alive` later.
+//! request, `: prefill 512/4096` (prompt tokens done and to do) while the prompt is being read, `: keep-alive` later. Before the end
+//! comes one with usage and timings as JSON, also where the request did not ask for them: `: murmur {...}`.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -16,7 +17,7 @@ use axum::{
 };
 use bytes::Bytes;
 use futures::stream;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
@@ -117,7 +118,10 @@ impl<R: Render> Stream<R> {
             }
             None => {
                 self.has_ended = true;
-                self.render.end(self.choices.usage(), self.choices.timings(), &mut self.chunks);
+                let (usage, timings) = (self.choices.usage(), self.choices.timings());
+                let statistics = json!({"usage": usage, "timings": timings.map(|timings| timings.render())});
+                self.chunks.push_comment(&format!("murmur {statistics}"));
+                self.render.end(usage, timings, &mut self.chunks);
                 self.chunks.push_done();
             }
         }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::backend::Completion;
+use crate::backend::{Completion, Guesses};
 
 /// How long the parts of an answer took.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -15,6 +15,7 @@ pub(crate) struct Timings {
     prompt: Duration,
     predicted_tokens: u32,
     predicted: Duration,
+    pub(crate) guesses: Guesses,
 }
 
 impl Timings {
@@ -25,6 +26,7 @@ impl Timings {
             prompt: completion.prefill,
             predicted_tokens: completion.completion_tokens,
             predicted: completion.decode,
+            guesses: completion.guesses,
         }
     }
 
@@ -36,6 +38,7 @@ impl Timings {
             prompt: self.prompt.max(other.prompt),
             predicted_tokens: self.predicted_tokens.saturating_add(other.predicted_tokens),
             predicted: self.predicted.max(other.predicted),
+            guesses: self.guesses.and(other.guesses),
         }
     }
 
@@ -44,7 +47,7 @@ impl Timings {
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
         let ratio = |a: f64, b: f64| if b > 0.0 { a / b } else { 0.0 };
         let (prompt, predicted) = (f64::from(self.prompt_tokens), f64::from(self.predicted_tokens));
-        json!({
+        let mut timings = json!({
             "cache_n": self.cached_tokens,
             "prompt_n": self.prompt_tokens,
             "prompt_ms": ms(self.prompt),
@@ -54,7 +57,12 @@ impl Timings {
             "predicted_ms": ms(self.predicted),
             "predicted_per_token_ms": ratio(ms(self.predicted), predicted),
             "predicted_per_second": ratio(predicted, self.predicted.as_secs_f64()),
-        })
+        });
+        if self.guesses.count() > 0 {
+            timings["draft_n"] = self.guesses.count().into();
+            timings["draft_n_accepted"] = self.guesses.right.into();
+        }
+        timings
     }
 }
 
@@ -70,6 +78,7 @@ mod tests {
             prompt: Duration::from_millis(5),
             predicted_tokens: 1,
             predicted: Duration::ZERO,
+            guesses: Guesses::default(),
         };
         let rendered = nothing.render();
         assert_eq!((&rendered["prompt_per_token_ms"], &rendered["predicted_per_second"]), (&json!(0.0), &json!(0.0)));

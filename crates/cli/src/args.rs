@@ -7,12 +7,11 @@
 
 pub(crate) mod mesh;
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, str::FromStr};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueHint, value_parser};
-use murmur_node::Draft;
 use murmur_protocol::codec::Codec;
-use murmur_store::{ModelName, ModelRef};
+use murmur_store::{ModelName, ModelRef, StoreError};
 
 use crate::{
     exit::EXIT_CODES_HELP,
@@ -138,9 +137,36 @@ pub(crate) struct EngineArgs {
     /// Bit-equal results whatever the batch and the number of stages, at some cost in speed
     #[arg(long, env = "MURMUR_EXACT", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
     pub(crate) exact: bool,
-    /// Guess the next tokens where that makes answers faster, and compare: off, or lookup (what has followed the same words before)
-    #[arg(long, env = "MURMUR_DRAFT", value_name = "HOW", default_value = "off", value_parser = draft)]
+    /// Guess the next tokens where that makes answers faster, and compare: off; lookup (what has followed the same words before); a
+    /// smaller MODEL of the same vocabulary, which looks up as well; or auto (the smallest such model in the store or served here,
+    /// if it has at most a quarter of the bytes)
+    #[arg(long, env = "MURMUR_DRAFT", value_name = "off|lookup|auto|MODEL", default_value = "off")]
     pub(crate) draft: Draft,
+    /// The part of the guesses of a MODEL that is spoilt, from 0 to 1, for tests and measurements; it may then be as large as the other
+    #[arg(long, value_name = "PART", hide = true, value_parser = part)]
+    pub(crate) draft_spoilt: Option<f64>,
+}
+
+/// Who guesses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Draft {
+    Off,
+    Lookup,
+    Auto,
+    Model(ModelRef),
+}
+
+impl FromStr for Draft {
+    type Err = StoreError;
+
+    fn from_str(text: &str) -> Result<Self, StoreError> {
+        Ok(match text {
+            "off" => Self::Off,
+            "lookup" => Self::Lookup,
+            "auto" => Self::Auto,
+            model => Self::Model(model.parse()?),
+        })
+    }
 }
 
 /// `murmur serve`.
@@ -176,11 +202,6 @@ pub(crate) struct Serve {
     pub(crate) limits: mesh::LimitArgs,
     #[command(flatten)]
     pub(crate) server: ServerArgs,
-}
-
-fn draft(text: &str) -> Result<Draft, String> {
-    let named = Draft::ALL.into_iter().find(|draft| draft.name() == text);
-    named.ok_or_else(|| format!("there is no such way to guess; there are {}", Draft::ALL.map(Draft::name).join(", ")))
 }
 
 fn codec(text: &str) -> Result<Codec, String> {
@@ -257,6 +278,12 @@ pub(crate) enum Models {
         /// The file to write
         #[arg(value_hint = ValueHint::FilePath)]
         file: PathBuf,
+        /// Layers instead of its own
+        #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=512))]
+        layers: Option<u32>,
+        /// Other weights
+        #[arg(long, value_name = "N")]
+        seed: Option<u64>,
     },
     /// Remove models from the store; files that were imported in place stay
     Rm {
@@ -303,6 +330,13 @@ pub(crate) struct Bench {
     pub(crate) engine: EngineArgs,
 }
 
+fn part(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(part) if (0.0..=1.0).contains(&part) => Ok(part),
+        _ => Err("write a number from 0 to 1".to_owned()),
+    }
+}
+
 fn temperature(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {
         Ok(value) if (0.0..=100.0).contains(&value) => Ok(value),
@@ -332,6 +366,16 @@ mod tests {
             command.get_subcommands().for_each(check);
         }
         check(&Cli::command());
+    }
+
+    #[test]
+    fn who_guesses_is_a_word_or_a_model() {
+        let draft = |text: &str| text.parse::<Draft>().unwrap();
+        assert_eq!([draft("off"), draft("lookup"), draft("auto")], [Draft::Off, Draft::Lookup, Draft::Auto]);
+        assert!(matches!(draft("./auto"), Draft::Model(ModelRef::Path(_))));
+        assert!(matches!(draft("small-q4"), Draft::Model(ModelRef::Name(_))));
+        assert!(matches!(draft("hf:owner/repo:Q4_0"), Draft::Model(ModelRef::Hub(_))));
+        assert!("".parse::<Draft>().is_err());
     }
 
     #[test]

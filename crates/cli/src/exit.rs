@@ -102,7 +102,7 @@ fn code_of(error: &anyhow::Error) -> Code {
             return match node {
                 NodeError::Gguf(error) => code_of_gguf(error),
                 NodeError::Fit { .. } => Code::NoSpace,
-                NodeError::SameName(_) => Code::Usage,
+                NodeError::SameName(_) | NodeError::Draft { .. } => Code::Usage,
                 NodeError::ActivityUnseen => Code::Unavailable,
                 NodeError::Unusable { .. } | NodeError::Slice(_) => Code::Damaged,
                 NodeError::Interrupted => Code::Interrupted,

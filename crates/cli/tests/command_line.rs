@@ -14,7 +14,7 @@ use common::{Home, unused_address};
 #[test]
 fn wrong_use_ends_with_code_2_and_says_what_is_wrong() {
     let home = Home::new();
-    let cases: [(&[&str], &str); 13] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["frobnicate"], "frobnicate"),
         (&["serve", "--stages", "0"], "--stages"),
         (&["serve", "--threads", "many"], "auto"),
@@ -28,6 +28,8 @@ fn wrong_use_ends_with_code_2_and_says_what_is_wrong() {
         (&["models", "import", "x.gguf", "--name", "../up"], "name"),
         (&["run", "m", "--temperature", "NaN"], "0 to 100"),
         (&["serve", "m", "--alias", "a", "--alias", "b"], "--alias"),
+        (&["serve", "m", "--draft", ""], "--draft"),
+        (&["serve", "m", "--draft", "d", "--draft-spoilt", "1.5"], "0 to 1"),
     ];
     for (arguments, says) in cases {
         home.run(arguments).fails(2, says);

@@ -93,3 +93,32 @@ fn takes_what_was_set_aside(weights: Weights) {
         assert!(taken <= planned && planned <= taken + taken / 10, "{taken} of {planned}: {status}");
     }
 }
+
+#[test]
+fn the_model_that_guesses_for_a_ring_runs_at_its_driver_and_its_memory_is_set_aside_there() {
+    let files = Home::new();
+    let model = files.model("tiny.gguf");
+    let draft = files.path().join("draft.gguf");
+    synth::write(&Spec::tiny("llama").unwrap().with_layers(1), &draft).unwrap();
+    let draft_bytes = draft.metadata().unwrap().len();
+    let homes = [Home::new(), Home::new()];
+    homes[0].run(["mesh", "create", "home"]).succeeds();
+    let shape = [model.to_str().unwrap(), "--max-layers=4", "--ctx=1024", "--parallel=1", "--exact"];
+    let serve = |home: &Home, more: &[&str]| Server::start(home, [&shape, &OFFLINE[..], more].concat());
+    let first = serve(&homes[0], &["--mesh=home", "--draft", draft.to_str().unwrap()]);
+    let invite = homes[0].run(["mesh", "invite", "--json", "--api", &first.address]).succeeds().json();
+    let second = serve(&homes[1], &["--join", invite["ticket"].as_str().unwrap()]);
+    let status = |server: &Server| http::get(&server.address, "/api/status").1["node"]["models"][0].take();
+    for server in [&first, &second] {
+        until("the ring is ready", || (status(server)["state"] == "ready").then_some(()));
+    }
+    let request =
+        json!({"model": "tiny", "prompt": "ba na ".repeat(20), "max_tokens": 200, "ignore_eos": true, "seed": 1});
+    assert_eq!(http::complete(&first.address, &request), http::complete(&second.address, &request));
+    let [with, without] = [&first, &second].map(status);
+    assert_eq!(with["draft"]["model"], "draft.gguf");
+    assert!(with["draft"]["process_id"].is_u64() && with["guessed_tokens"].as_u64() > Some(0), "{with}");
+    assert_eq!((&without["draft"], &without["guessed_tokens"]), (&Value::Null, &json!(0)));
+    let planned = |status: &Value| status["memory_bytes_planned"].as_u64().unwrap();
+    assert!(planned(&with) > planned(&without) + draft_bytes, "{with}\n{without}");
+}

@@ -88,6 +88,25 @@ fn founder() -> Node {
     Node::serving(home, &["--mesh", "home"])
 }
 
+#[test]
+fn a_client_hears_what_its_server_has_guessed() {
+    let home = Home::new();
+    home.run(["mesh", "create", "home"]).succeeds();
+    let server = Node::serving(home, &["--mesh", "home", "--draft", "lookup"]);
+    let client = Node::client(&["--join", &server.ticket()]);
+    client.waits_for_servers_of_demo(1);
+    // So long an answer of so small a model repeats itself.
+    let request =
+        json!({"model": "demo", "prompt": "Once upon a time", "max_tokens": 400, "temperature": 0, "ignore_eos": true});
+    let (_, answer) = http::post(client.api(), "/v1/completions", &request);
+    let details = &answer["usage"]["completion_tokens_details"];
+    let count = |which| details[which].as_u64().unwrap();
+    let (right, wrong) = (count("accepted_prediction_tokens"), count("rejected_prediction_tokens"));
+    let (_, status) = http::get(server.api(), "/api/status");
+    let model = &status["node"]["models"][0];
+    assert_eq!((&model["right_tokens"], &model["guessed_tokens"]), (&json!(right), &json!(right + wrong)));
+}
+
 /// Tokens of a story that is long enough to be killed in.
 const STORY_TOKENS: u64 = 450;
 

@@ -4,7 +4,8 @@
 
 mod common;
 
-use common::{Home, Server, with_input};
+use common::{Home, Server, http, with_input};
+use murmur_gguf::synth::{self, Spec};
 
 #[test]
 fn a_served_model_answers_status_run_and_bench_and_ends_in_order() {
@@ -135,4 +136,62 @@ fn one_model_may_not_hide_another() {
     let home = Home::new();
     home.model("tiny.gguf");
     home.run(["serve", "tiny.gguf", "./tiny.gguf", "--api", "127.0.0.1:0"]).fails(2, "--alias");
+}
+
+/// A model of one layer with a vocabulary of so many tokens; that of [`Home::model`] has eight, and 1,024.
+fn draft(home: &Home, file_name: &str, vocabulary: u32) -> String {
+    let mut spec = Spec::tiny("llama").unwrap().with_layers(1);
+    spec.facts.vocabulary = vocabulary;
+    let path = home.path().join(file_name);
+    synth::write(&spec, &path).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// Which model guesses at a server.
+fn guesser(server: &Server) -> serde_json::Value {
+    http::get(&server.address, "/api/status").1["node"]["models"][0]["draft"]["model"].take()
+}
+
+#[test]
+fn a_model_that_cannot_guess_ends_the_server_before_anything_is_loaded() {
+    let home = Home::new();
+    home.model("tiny.gguf");
+    draft(&home, "other.gguf", 512);
+    draft(&home, "draft.gguf", 1024);
+    home.write("broken.gguf", "GG");
+    let refused = |draft: &[&str], code, says| {
+        let serve = ["serve", "tiny.gguf", "--ctx", "256", "--parallel", "1", "--draft"];
+        home.run(serve.iter().chain(draft)).fails(code, says)
+    };
+    refused(&["absent.gguf"], 3, "--draft: ");
+    refused(&["absent"], 3, "--draft: ");
+    refused(&["broken.gguf"], 6, "--draft: ");
+    refused(&["other.gguf"], 2, "another vocabulary");
+    refused(&["tiny.gguf"], 2, "a guess would take as long");
+    refused(&["lookup", "--draft-spoilt", "0.5"], 2, "names none");
+    let outcome = refused(&["draft.gguf", "--max-memory", "100M"], 4, "for the model that guesses");
+    assert!(outcome.err.contains("--draft lookup"), "{}", outcome.err);
+}
+
+#[test]
+fn the_model_that_guesses_is_named_or_found_in_the_store() {
+    let home = Home::new();
+    let model = home.model("tiny.gguf");
+    let [small, other] = [("small.gguf", 1024), ("other.gguf", 512)].map(|(name, tokens)| draft(&home, name, tokens));
+    for file in [&small, &other] {
+        home.run(["models", "import", file]).succeeds();
+    }
+    let serve = |more: &[&str]| {
+        let server =
+            Server::start(&home, [&[model.to_str().unwrap(), "--ctx", "256", "--parallel", "1"], more].concat());
+        let request = serde_json::json!({"model": "tiny", "prompt": "ba ba ba", "max_tokens": 8, "ignore_eos": true});
+        http::complete(&server.address, &request);
+        server
+    };
+    for who in ["auto", "small", small.as_str()] {
+        assert_eq!(guesser(&serve(&["--draft", who])), "small.gguf", "{who}");
+    }
+    // One that was only found takes no room from the model.
+    assert_eq!(guesser(&serve(&["--draft", "auto", "--max-memory", "100M"])), serde_json::Value::Null);
+    assert_eq!(guesser(&serve(&["--draft", "lookup"])), serde_json::Value::Null);
 }

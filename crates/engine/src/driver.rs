@@ -1,6 +1,6 @@
 //! The driver of one model's sessions: which rows go to which stage, and what happens when a stage dies.
 //!
-//! A pure state machine without I/O or clock. Frames from the stages and requests from the API go in; frames for the
+//! A pure state machine without I/O or clock (it is told the time). Frames from the stages and requests from the API go in; frames for the
 //! stages come out of [`Driver::take_output`], and every session hears its own events through a bounded channel.
 //!
 //! A session's truth is its list of tokens (prompt, then what was generated). Everything the stages hold can be computed
@@ -9,14 +9,18 @@
 //! near as possible (`Session::plan`). Prompt rows are always cut at the same boundaries, so in exact mode the replay gives
 //! the same bits, and the stream goes on with the same tokens.
 //!
-//! While one session runs alone, rows of guessed tokens are sent before the tokens are known (`driver::draft`). A wrong guess begins a new
-//! epoch in place: stages drop what is queued of the old one, and the position of the next row says what to forget.
+//! Rows of guessed tokens are sent before the tokens are known, where that pays (`driver::draft`, by times from `driver::pace`). A wrong guess
+//! begins a new epoch in place: stages drop what is queued of the old one, and the position of the next row says what to forget. Guesses
+//! are looked up, or made by a small model beside the ring (`driver::guessing`, `driver::pursuit`).
 //!
 //! A request may be what kills the stages. Those that were being computed at a death are charged with it, and a token
 //! clears a session. One that was charged twice is a suspect: suspects are run one at a time with nothing else beside
 //! them, and only a suspect that dies alone is given up, so a poisonous request takes no other with it.
 
 mod draft;
+mod guessing;
+mod pace;
+mod pursuit;
 mod session;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -29,13 +33,17 @@ use murmur_protocol::{
 };
 use tokio::sync::mpsc;
 
-use draft::RowCosts;
-pub use session::{Draft, Ending, SessionEvent, SessionRequest};
+pub use draft::DEPTHS;
+use draft::Plan;
+use pace::Pace;
+pub use session::{Draft, DraftModel, Ending, SessionEvent, SessionRequest};
 use session::{Phase, Rows, Session};
 
 /// Events a reader may lag behind before its session pauses.
-pub const EVENTS_MAX: usize = 64;
-/// Room that must be left before another step is sent: its token and an ending.
+pub const LAG_MAX: usize = 64;
+/// Events there is room for: guesses that were right come many at a time.
+const EVENTS_MAX: usize = 256;
+/// Room that is left for what ends an answer: its last token, what was guessed, and an ending.
 const EVENTS_MARGIN: usize = 4;
 /// Why a session does not begin.
 #[derive(Debug, PartialEq, Eq)]
@@ -80,7 +88,7 @@ pub struct DriverOptions {
     pub codecs: Vec<Codec>,
     /// Who guesses.
     pub draft: Draft,
-    /// How long a frame is on its way around the stages, as far as known, us.
+    /// How long a frame is on its way around the stages at least, beside computing, us. It is measured when they run.
     pub travel_us: u64,
 }
 
@@ -103,6 +111,10 @@ pub struct Counters {
     pub guessed_tokens: u64,
     /// Of these, those that were right.
     pub right_tokens: u64,
+    /// Guesses that were compared with what was chosen, by how many others waited before them; the last for all beyond.
+    pub guessed_by_depth: [u64; DEPTHS],
+    /// Of these, those that were right.
+    pub right_by_depth: [u64; DEPTHS],
     /// Sessions begun.
     pub sessions: u64,
     /// Stages lost.
@@ -148,14 +160,19 @@ pub struct Driver {
     stopped: Option<String>,
     counters: Counters,
     accounts: Vec<Account>,
-    /// Of the last stage.
-    costs: RowCosts,
+    pace: Pace,
+    /// The model that guesses.
+    drafter_health: Health,
+    last_plan: Option<Plan>,
+    /// The time, us since whenever.
+    now_us: u64,
 }
 
 impl Driver {
     /// No stage is ready yet.
     pub fn new(options: DriverOptions) -> Driver {
         let stages = options.stages;
+        let pace = Pace::new(stages, options.travel_us, !options.is_shared);
         Driver {
             options,
             health: vec![Health::Down; stages],
@@ -168,11 +185,19 @@ impl Driver {
             stopped: None,
             counters: Counters::default(),
             accounts: vec![Account::default(); stages],
-            costs: RowCosts::default(),
+            pace,
+            drafter_health: Health::Down,
+            last_plan: None,
+            now_us: 0,
         }
     }
 
-    /// Frames to send, by stage, in order.
+    /// Tells the time, us since whenever.
+    pub fn at(&mut self, now_us: u64) {
+        self.now_us = now_us;
+    }
+
+    /// Frames to send, by stage, in order. Behind the last stage is the model that guesses.
     pub fn take_output(&mut self) -> Vec<(usize, Frame)> {
         std::mem::take(&mut self.output)
     }
@@ -219,6 +244,11 @@ impl Driver {
         self.stopped.as_ref().or(failed).map(String::as_str)
     }
 
+    /// How was guessed lately: rows of a frame, and frames in flight, at most. `None`: not at all so far.
+    pub fn guessing(&self) -> Option<(u32, u32)> {
+        self.last_plan.map(|plan| (plan.rows as u32, plan.depth.div_ceil(plan.rows) as u32))
+    }
+
     /// What each stage has done.
     pub fn accounts(&self) -> &[Account] {
         &self.accounts
@@ -241,7 +271,7 @@ impl Driver {
             let _ = events.try_send(SessionEvent::Ended(Ending::EndOfText));
             return Ok((id, receiver));
         }
-        self.sessions.insert(id, Session::new(request, events, self.options.draft));
+        self.sessions.insert(id, Session::new(request, events, &self.options.draft));
         self.queue.push_back(id);
         self.admit();
         Ok((id, receiver))
@@ -264,6 +294,9 @@ impl Driver {
 
     /// A stage is loaded. It is empty, or has stood by for the one that was lost and holds what that one held, or a part of it.
     pub fn on_ready(&mut self, stage: usize) {
+        if stage == self.drafter() {
+            return self.on_drafter(Health::Up);
+        }
         self.health[stage] = Health::Up;
         if self.options.is_shared {
             // Who stood by was not told of sessions that have ended in the meantime.
@@ -286,6 +319,10 @@ impl Driver {
     }
 
     fn lose(&mut self, stage: usize, charge: impl Fn(&mut Session) -> Option<String>) -> bool {
+        if stage == self.drafter() {
+            self.on_drafter(Health::Down);
+            return false;
+        }
         self.counters.stages_lost += 1;
         self.health[stage] = Health::Down;
         self.output.retain(|(to, _)| *to != stage);
@@ -321,6 +358,9 @@ impl Driver {
 
     /// A stage was tried repeatedly in vain: every session fails, also new ones, until it is ready after all.
     pub fn on_unavailable(&mut self, stage: usize, reason: &str) {
+        if stage == self.drafter() {
+            return self.on_drafter(Health::Failed(reason.to_owned()));
+        }
         self.health[stage] = Health::Failed(reason.to_owned());
         self.fail_all(reason);
     }
@@ -345,6 +385,9 @@ impl Driver {
     /// A frame from a stage.
     pub fn on_frame(&mut self, stage: usize, frame: Frame) {
         let header = frame.header;
+        if stage == self.drafter() {
+            return self.on_drafter_frame(&frame);
+        }
         if header.kind == Kind::RouteLost {
             return self.on_rows_lost();
         }
@@ -489,8 +532,11 @@ impl Driver {
 
     /// A stage has computed rows that are now on their way to the next.
     fn on_handed_on(&mut self, stage: usize, header: &Header, step: Step) {
-        if header.has(FLAG_WANT_OUTPUT) && !header.has(FLAG_PREFILL) && header.rows == 1 {
-            self.counters.token_compute_us += u64::from(step.compute_us);
+        if header.has(FLAG_WANT_OUTPUT) && !header.has(FLAG_PREFILL) {
+            self.pace.note(stage, &step);
+            if header.rows == 1 {
+                self.counters.token_compute_us += u64::from(step.compute_us);
+            }
         }
         self.accounts[stage].last_step = Some(step);
     }
@@ -511,9 +557,12 @@ impl Driver {
                 Self::tell(&mut self.news, session, progress);
             }
         }
+        if let Some((rows, since)) = session.alone_since.take() {
+            self.pace.note_ring(rows, self.now_us.saturating_sub(since));
+        }
         let sampled = std::mem::take(&mut step.sampled);
         if !sampled.is_empty() && !header.has(FLAG_PREFILL) {
-            self.costs.note(header.rows, &step);
+            self.pace.note(stage, &step);
             if header.rows == 1 {
                 self.counters.token_steps += 1;
                 self.counters.token_compute_us += u64::from(step.compute_us);
@@ -540,15 +589,17 @@ impl Driver {
         let ended = self.options.ends(token, &session.sampling) || sampled.grammar_ended;
         session.clear();
         self.counters.generated_tokens += 1;
-        let guess = session.push(token);
-        self.counters.right_tokens += u64::from(guess == Some(true));
-        if guess == Some(false) {
-            self.rewind(id);
+        if let Some(outcome) = session.push(token) {
+            self.on_outcome(id, outcome);
         }
         let Some(session) = self.sessions.get_mut(&id) else { return false };
         let full = session.generated().len() as u32 >= session.max_tokens;
         let heard = Self::tell(&mut self.news, session, SessionEvent::Token(sampled));
         if ended || full {
+            let (right, made) = (session.guesses.right, session.guesses.made);
+            if made > 0 {
+                Self::tell(&mut self.news, session, SessionEvent::Guesses { right, wrong: made - right });
+            }
             let ending = if ended { Ending::EndOfText } else { Ending::Length };
             Self::tell(&mut self.news, session, SessionEvent::Ended(ending));
         }
@@ -563,23 +614,9 @@ impl Driver {
         true
     }
 
-    /// A guess was wrong: what is on its way is in vain, and the row of the newest token is the next.
-    fn rewind(&mut self, id: u64) {
-        let Some(session) = self.sessions.get_mut(&id) else { return };
-        let Phase::Running { next, in_flight, .. } = &mut session.phase else { return };
-        *next = session.tokens.len() as u32 - 1;
-        if std::mem::take(in_flight) > 0 {
-            session.epoch += 1;
-            let header = Header { epoch: session.epoch, ..Header::new(Kind::Rewind, id) };
-            self.tell_stages(header);
-        }
-    }
-
     /// Sends what may be sent: enough rows to keep every stage busy, and a wanted row only when its token will find room.
     fn advance(&mut self, id: u64) {
-        // Others would wait for rows that may be in vain.
-        let may_guess = self.sessions.len() == 1;
-        let travel = self.counters.us_per_token().map_or(0.0, |us| self.options.travel_us as f64 / us.max(1) as f64);
+        let plan = self.plan(id);
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Phase::Running { mut feeding, mut next, mut in_flight, prefill: mut prefill_before } = session.phase else {
             return;
@@ -600,7 +637,7 @@ impl Driver {
             }
             let Rows { end, prefill, stages } = session.next_rows(feeding, next, &self.options);
             let wanted = end == length && stages == 0;
-            if wanted && session.events.capacity() < EVENTS_MARGIN {
+            if wanted && session.is_far_ahead() {
                 // A suspect that waits for its reader has done all it may; others need not wait for that reader.
                 if in_flight == 0 && session.is_suspect() {
                     session.clear();
@@ -615,13 +652,15 @@ impl Driver {
             }
             prefill_before = prefill;
             let mut rows = session.tokens[next as usize..end as usize].to_vec();
-            // Behind the newest token: rows that are computed again give no token.
-            if wanted && rows.len() == 1 && !prefill && feeding == 0 && may_guess {
-                rows.extend(session.guess(end, &self.costs, travel));
+            if let Some(plan) = plan.filter(|_| wanted && rows.len() == 1) {
+                if plan.waits && session.guesses.len() < plan.depth && session.guesses.are_more_to_come() {
+                    break;
+                }
+                rows.extend(session.guesses.tokens(0, plan.rows - 1));
             }
+            session.alone_since = Some((rows.len(), self.now_us)).filter(|_| wanted && !prefill && in_flight == 0);
             let end = next + rows.len() as u32;
             let is_guess = end > length;
-            self.counters.guessed_tokens += u64::from(end.saturating_sub(length));
             let mut header = Header::new(Kind::Tokens, id);
             (header.epoch, header.position, header.rows, header.stages) = (session.epoch, next, end - next, stages);
             header.flags = if prefill { FLAG_PREFILL } else { 0 }
@@ -637,17 +676,11 @@ impl Driver {
             in_flight += 1;
         }
         // What is guessed need not wait for the tokens before it.
-        // Not before the prompt is done: generated rows are computed first.
-        let may_guess = may_guess && feeding == 0 && !prefill_before;
-        while may_guess
-            && (1..=self.options.stages).contains(&in_flight)
-            && next as usize == session.tokens.len() + session.guessed.len()
-        {
-            let guess = session.guess(next, &self.costs, travel);
-            if guess.is_empty() {
+        while let Some(plan) = plan.filter(|_| in_flight > 0 && next >= length) {
+            let guess = session.guesses.tokens((next - length) as usize, plan.rows);
+            if guess.is_empty() || guess.len() < plan.rows && session.guesses.are_more_to_come() {
                 break;
             }
-            self.counters.guessed_tokens += guess.len() as u64;
             let mut header = Header::new(Kind::Tokens, id);
             (header.epoch, header.position) = (session.epoch, next);
             header.flags = FLAG_WANT_OUTPUT | FLAG_GUESS;
@@ -656,9 +689,8 @@ impl Driver {
             self.output.push((0, Frame::tokens(header, &guess)));
         }
         // A stage that is the whole model need not wait for us to tell it the token that it has sampled itself.
-        let goes_on =
-            session.guessed.is_empty() && next == length && next + 1 < session.prompt_tokens + session.max_tokens;
-        if self.options.stages == 1 && in_flight == 1 && goes_on && session.events.capacity() >= EVENTS_MARGIN {
+        let goes_on = plan.is_none() && next == length && next + 1 < session.prompt_tokens + session.max_tokens;
+        if self.options.stages == 1 && in_flight == 1 && goes_on && !session.is_far_ahead() {
             let mut header = Header::new(Kind::Next, id);
             (header.epoch, header.position, header.rows) = (session.epoch, next, 1);
             header.flags = FLAG_WANT_OUTPUT;
@@ -689,6 +721,7 @@ impl Driver {
     }
 
     fn close_everywhere(&mut self, id: u64, flags: u16) {
+        self.leave_drafter(id, flags);
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.is_held = flags & FLAG_HOLD != 0;
         let header = Header { epoch: session.epoch, flags, ..Header::new(Kind::Close, id) };
@@ -697,9 +730,11 @@ impl Driver {
 
     /// Tells all stages something that makes what was to be sent of a session superfluous.
     fn tell_stages(&mut self, header: Header) {
-        let is_word = |kind| matches!(kind, Kind::Close | Kind::Rewind);
-        self.output.retain(|(_, frame)| frame.header.session != header.session || is_word(frame.header.kind));
-        for stage in (0..self.options.stages).filter(|&s| self.health[s] == Health::Up) {
+        let (is_word, stages) = (|kind| matches!(kind, Kind::Close | Kind::Rewind), self.options.stages);
+        self.output.retain(|(to, frame)| {
+            *to >= stages || frame.header.session != header.session || is_word(frame.header.kind)
+        });
+        for stage in (0..stages).filter(|&s| self.health[s] == Health::Up) {
             self.output.push((stage, Frame { header, payload: Vec::new() }));
         }
     }

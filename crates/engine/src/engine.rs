@@ -10,10 +10,10 @@ use std::{
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use murmur_gguf::{Arch, Gguf, HiddenInput, LayerRange};
+use murmur_gguf::{Arch, Gguf, HiddenInput, LayerRange, same_vocabulary};
 use murmur_protocol::{
     codec::Codec,
     frame::{Frame, Header, Kind, MAX_ROWS},
@@ -28,7 +28,7 @@ pub use stop::Stop;
 pub use tokenizer::Tokenizer;
 
 use crate::{
-    driver::{Counters, Draft, Driver, DriverOptions, EVENTS_MAX, NotStarted, SessionEvent, SessionRequest},
+    driver::{Counters, Draft, DraftModel, Driver, DriverOptions, LAG_MAX, NotStarted, SessionEvent, SessionRequest},
     engine::supervisor::{ENDING, Place, Shared, StageCell},
     link::{LinkError, RemoteStage},
 };
@@ -88,7 +88,7 @@ pub struct EngineOptions {
     pub codecs: Vec<Codec>,
     /// Who guesses what the model will say.
     pub draft: Draft,
-    /// How long a frame is on its way around stages elsewhere, as far as known, us: the longer, the more is guessed at once.
+    /// How long a frame is on its way around stages elsewhere at least, us. It is measured when they run; the longer, the more is guessed.
     pub travel_us: u64,
 }
 
@@ -178,8 +178,21 @@ pub struct EngineStatus {
     pub queued: usize,
     /// Since the start.
     pub counters: Counters,
+    /// The model that guesses, if there is one.
+    pub draft: Option<DraftStatus>,
+    /// How was guessed lately: rows of a frame, and frames in flight, at most. `None`: not at all so far.
+    pub guessing: Option<(u32, u32)>,
     /// Why requests fail at present, if they do: a stage could not be brought back, for instance.
     pub unavailable: Option<String>,
+}
+
+/// A look at the model that guesses.
+#[derive(Debug, Clone)]
+pub struct DraftStatus {
+    /// Its process.
+    pub process_id: Option<u32>,
+    /// How often it was restarted.
+    pub restarts: u32,
 }
 
 /// A look at one stage.
@@ -239,9 +252,15 @@ impl Engine {
         let gguf = Gguf::open(&options.model)?;
         let tokenizer = start_tokenizer(&options, stop.clone(), progress).map_err(|error| stopped_or(&stop, error));
         let tokenizer = Arc::new(tokenizer?);
-        let stages = if options.embedding { Vec::new() } else { stage_cells(&options, &gguf, elsewhere)? };
+        let mut stages = if options.embedding { Vec::new() } else { stage_cells(&options, &gguf, elsewhere)? };
+        let ring_stages = stages.len();
+        if let Draft::Model(draft) = &options.draft
+            && ring_stages > 0
+        {
+            stages.push(drafter_cell(&options, &gguf, draft)?);
+        }
         let driver = Driver::new(DriverOptions {
-            stages: stages.len(),
+            stages: ring_stages,
             parallel: options.parallel as usize,
             chunk_rows: options.chunk_rows,
             exact: options.exact,
@@ -250,11 +269,12 @@ impl Engine {
             vocabulary: tokenizer.vocabulary().len(),
             is_shared: !elsewhere.is_empty(),
             codecs: options.codecs.clone(),
-            draft: options.draft,
+            draft: options.draft.clone(),
             travel_us: options.travel_us,
         });
         let shared = Arc::new(Shared {
             driver: Mutex::new(driver),
+            started: Instant::now(),
             stages,
             stop,
             program: options.program.clone(),
@@ -333,11 +353,16 @@ impl Engine {
 
     /// A look at the engine.
     pub fn status(&self) -> EngineStatus {
-        let (accounts, running, queued, counters, unavailable) = {
-            let driver = lock(&self.shared.driver);
-            let unavailable = driver.unavailable().map(str::to_owned);
-            (driver.accounts().to_vec(), driver.running(), driver.queued(), driver.counters().clone(), unavailable)
-        };
+        let driver = lock(&self.shared.driver);
+        let (accounts, counters) = (driver.accounts().to_vec(), driver.counters().clone());
+        let (running, queued, guessing) = (driver.running(), driver.queued(), driver.guessing());
+        let unavailable = driver.unavailable().map(str::to_owned);
+        drop(driver);
+        let drafter = self.shared.stages.get(accounts.len()).map(|cell| {
+            let state = lock(&cell.state);
+            let process_id = state.link.as_ref().and_then(|link| link.process_id());
+            DraftStatus { process_id, restarts: state.restarts }
+        });
         let stages = self.shared.stages.iter().zip(accounts).map(|(cell, account)| {
             let state = lock(&cell.state);
             StageStatus {
@@ -349,7 +374,7 @@ impl Engine {
                 computed_rows: account.computed_rows,
             }
         });
-        EngineStatus { stages: stages.collect(), running, queued, counters, unavailable }
+        EngineStatus { stages: stages.collect(), running, queued, counters, draft: drafter, guessing, unavailable }
     }
 
     /// True when every stage is up.
@@ -429,6 +454,22 @@ fn stage_cells(
     options.ranges.iter().enumerate().map(cell).collect()
 }
 
+/// The model that guesses what `gguf` will say: a stage of its own. It need not be exact.
+fn drafter_cell(options: &EngineOptions, gguf: &Gguf, draft: &DraftModel) -> Result<StageCell, EngineError> {
+    let guesser = Gguf::open(&draft.path)?;
+    guesser.validate_for_engine()?;
+    if !same_vocabulary(gguf, &guesser) {
+        let (path, model) = (draft.path.display(), options.model.display());
+        return Err(EngineError::Options(format!(
+            "{path} cannot guess what {model} will say, as it has another vocabulary: take a smaller model of the same family"
+        )));
+    }
+    let range = LayerRange { first: 0, end: guesser.layer_count().unwrap_or(0) };
+    let options = EngineOptions { model: draft.path.clone(), exact: false, ..options.clone() };
+    let load = stage_load(&options, &guesser, range)?;
+    Ok(StageCell { place: Place::Here(Box::new(load)), range, state: Mutex::default() })
+}
+
 /// What the child of a layer range is told; the range is cut from the file if it is a part of it.
 pub(crate) fn stage_load(options: &EngineOptions, gguf: &Gguf, range: LayerRange) -> Result<Load, EngineError> {
     let (first, last) = (range.first == 0, gguf.layer_count() == Some(range.end));
@@ -482,7 +523,7 @@ impl SessionStream {
     pub async fn next(&mut self) -> Option<SessionEvent> {
         let event = self.events.recv().await;
         // A session that was held back for a slow reader goes on when half its events are read.
-        if event.is_some() && self.events.len() == EVENTS_MAX / 2 {
+        if event.is_some() && self.events.len() == LAG_MAX / 2 {
             self.shared.drive(|driver| driver.resume(self.id));
         }
         event

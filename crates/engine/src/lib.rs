@@ -26,10 +26,10 @@ mod threads;
 mod vocabulary;
 
 pub use build_id::{BUILD_ID_BYTES_MAX, build_id};
-pub use driver::{Draft, Ending, SessionEvent, SessionRequest};
+pub use driver::{Counters, DEPTHS, Draft, DraftModel, Ending, SessionEvent, SessionRequest};
 pub use engine::{
-    Engine, EngineError, EngineOptions, EngineStatus, PARALLEL_MAX, Patience, SessionStream, StartError, Stop,
-    Tokenizer, UNUSED_SLICES_BYTES_MAX, prune_slices,
+    DraftStatus, Engine, EngineError, EngineOptions, EngineStatus, PARALLEL_MAX, Patience, SessionStream, StartError,
+    Stop, Tokenizer, UNUSED_SLICES_BYTES_MAX, prune_slices,
 };
 pub use host::{Guest, Host, HostError, Speed};
 pub use link::{CHILD_SUBCOMMAND, LinkError, RemoteStage};

@@ -58,6 +58,7 @@ impl Rows for Work {
 struct Session {
     epoch: u32,
     sequence: i32,
+    prompt_tokens: u32,
     sampler: Option<Sampler>,
     tail: Tail,
     /// The row that is to follow, once its token is sampled.
@@ -81,6 +82,26 @@ impl Session {
     /// Whether a row can be computed from: whether its token is the newest of the answer.
     fn is_right(&self, position: u32, token: Token) -> bool {
         self.tail == Tail::Elsewhere || self.tail == Tail::At(position, token)
+    }
+
+    /// Makes the answer that the sampler knows the one that rows from `position` on have, if they have another: who is to guess what another
+    /// model says learns from its rows what it has said. Nothing to do for a model that gets what it has sampled itself.
+    fn agree(&mut self, position: u32, tokens: &[Token], ends_here: bool) -> Result<(), StageError> {
+        let Some(sampler) = &mut self.sampler else { return Ok(()) };
+        let rows = tokens.get(self.prompt_tokens.saturating_sub(position) as usize..).unwrap_or_default();
+        let first = position.saturating_sub(self.prompt_tokens) as usize;
+        let answer = sampler.generated();
+        let Some(known) = answer.get(first..) else {
+            return Err(StageError::Protocol("rows are missing before these"));
+        };
+        let same = known.iter().zip(rows).take_while(|(known, row)| known == row).count();
+        if same < rows.len() || ends_here {
+            sampler.rollback(known.len() - same)?;
+        }
+        for &token in &rows[same..] {
+            sampler.accept(token)?;
+        }
+        Ok(())
     }
 
     /// The token for `position`, which becomes the newest.
@@ -219,8 +240,15 @@ impl Stage {
             }
             None => self.admit(header.session, &tokens, open.reserve_cells)?,
         };
-        let session =
-            Session { epoch: header.epoch, sequence, sampler, tail: Tail::Elsewhere, next: None, codec: open.codec };
+        let session = Session {
+            epoch: header.epoch,
+            sequence,
+            prompt_tokens: open.prompt.len() as u32,
+            sampler,
+            tail: Tail::Elsewhere,
+            next: None,
+            codec: open.codec,
+        };
         self.sessions.insert(header.session, session);
         let kept_tokens = self.kept.as_ref().map_or(0, |kept| kept.count(sequence, cached_tokens));
         Ok(Opened { cached_tokens, kept_tokens })
@@ -377,6 +405,11 @@ impl Stage {
         let length = self.slots.length(work.sequence);
         if work.header.position > length {
             return Err(StageError::Protocol("rows are missing before these"));
+        }
+        if let Some(session) = self.sessions.get_mut(&work.header.session)
+            && !work.header.has(FLAG_GUESS)
+        {
+            session.agree(work.header.position, &work.tokens, work.header.has(FLAG_WANT_OUTPUT))?;
         }
         if work.header.position < length {
             if !self.context.truncate(work.sequence, work.header.position) {

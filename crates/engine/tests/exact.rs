@@ -115,7 +115,7 @@ async fn a_killed_stage_is_not_noticed(stages: &[u32], victim: usize, phase: Pha
             SessionEvent::Token(sampled) => tokens.push(sampled.token),
             SessionEvent::Ended(_) => break,
             SessionEvent::Failed(reason) => panic!("{reason}"),
-            SessionEvent::Prefill { .. } => {}
+            SessionEvent::Prefill { .. } | SessionEvent::Guesses { .. } => {}
         }
     }
     assert!(killed);

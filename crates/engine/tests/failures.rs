@@ -58,7 +58,7 @@ async fn a_hung_stage_is_not_noticed(bounds: &[u32], victim: usize) {
             }
             SessionEvent::Ended(_) => break,
             SessionEvent::Failed(reason) => panic!("{reason}"),
-            SessionEvent::Prefill { .. } => {}
+            SessionEvent::Prefill { .. } | SessionEvent::Guesses { .. } => {}
         }
     }
     assert_eq!(tokens, expected);

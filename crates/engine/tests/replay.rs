@@ -47,7 +47,7 @@ async fn read_and(mut stream: SessionStream, phase: Phase, mut then: impl FnMut(
             SessionEvent::Token(sampled) => tokens.push(sampled.token),
             SessionEvent::Ended(_) => break,
             SessionEvent::Failed(reason) => panic!("{reason}"),
-            SessionEvent::Prefill { .. } => {}
+            SessionEvent::Prefill { .. } | SessionEvent::Guesses { .. } => {}
         }
         let is_now = match phase {
             Phase::Prefill => true,

@@ -4,127 +4,17 @@
 
 mod common;
 
-use std::{
-    io::Write,
-    os::unix::net::UnixStream,
-    path::Path,
-    sync::{Arc, Mutex, Weak, mpsc},
-    thread,
-};
+use std::sync::mpsc;
 
-use common::*;
+use common::{spread::Spread, *};
 use futures::future::join_all;
-use murmur_engine::{Engine, Guest, Host, HostError, RemoteStage, SessionEvent, Stop};
-use murmur_gguf::{LayerRange, even_cuts, synth::Weights};
+use murmur_engine::{Guest, Host, HostError, SessionEvent};
+use murmur_gguf::{LayerRange, synth::Weights};
 use murmur_protocol::{
     codec::Codec,
     frame::{Frame, Header, Kind},
     stage::{Open, Opened, Sessions},
 };
-
-/// Who holds a range: a host in this process, another one once it is dead.
-struct Holder {
-    load: Box<dyn Fn() -> Host + Send + Sync>,
-    host: Mutex<Option<Arc<Host>>>,
-}
-
-impl Holder {
-    fn host(&self) -> Arc<Host> {
-        let mut host = self.host.lock().unwrap();
-        if host.as_ref().is_none_or(|host| host.is_dead()) {
-            *host = Some(Arc::new((self.load)()));
-        }
-        host.clone().unwrap()
-    }
-}
-
-/// A stage of one driver's ring.
-struct Seat {
-    holder: Arc<Holder>,
-    /// The driver at the next stage's host, for hidden states that go there straight away.
-    next: Option<Arc<Place>>,
-    place: Arc<Place>,
-}
-
-/// A driver at a host, while there is one.
-type Place = Mutex<Weak<Guest>>;
-
-impl RemoteStage for Seat {
-    fn connect(&self) -> Result<UnixStream, String> {
-        let (engines, ours) = UnixStream::pair().unwrap();
-        let host = self.holder.host();
-        let (answers, answered) = mpsc::channel::<Frame>();
-        let guest = Arc::new(host.enter(move |frame| drop(answers.send(frame))));
-        *self.place.lock().unwrap() = Arc::downgrade(&guest);
-        let next = self.next.clone();
-        let loaded = Frame::message(Header::new(Kind::Loaded, 0), host.loaded()).unwrap();
-        let (mut from, mut to) = (ours.try_clone().unwrap(), ours);
-        thread::spawn(move || {
-            loaded.write_to(&mut to).unwrap();
-            while let Ok(frame) = answered.recv() {
-                let next = next.as_ref().and_then(|next| next.lock().unwrap().upgrade());
-                if let (Kind::Hidden, Some(next)) = (frame.header.kind, next) {
-                    next.send(frame).unwrap();
-                    continue;
-                }
-                let mut bytes = Vec::new();
-                frame.append_to(&mut bytes).unwrap();
-                if to.write_all(&bytes).is_err() {
-                    break;
-                }
-            }
-            let _ = to.shutdown(std::net::Shutdown::Both);
-        });
-        thread::spawn(move || {
-            while let Ok(Some(frame)) = Frame::read_from(&mut from) {
-                guest.send(frame).unwrap();
-            }
-        });
-        Ok(engines)
-    }
-
-    fn lost_because(&self) -> String {
-        "the host is dead".to_owned()
-    }
-}
-
-/// Holders of all ranges of a model.
-struct Spread<'a> {
-    lab: &'a Lab,
-    model: &'a Path,
-    ranges: Vec<LayerRange>,
-    holders: Vec<Arc<Holder>>,
-}
-
-impl<'a> Spread<'a> {
-    fn new(lab: &'a Lab, model: &'a Path, stages: u32) -> Self {
-        let ranges = even_cuts(&murmur_gguf::Gguf::open(model).unwrap(), stages).unwrap();
-        let holder = |&range: &LayerRange| {
-            let options = lab.options(model, vec![range], true);
-            let load = Box::new(move || Host::load(&options, range, &Stop::new(), |_| {}).unwrap());
-            Arc::new(Holder { load, host: Mutex::default() })
-        };
-        let holders = ranges.iter().map(holder).collect();
-        Spread { lab, model, ranges, holders }
-    }
-
-    /// A driver of its own, to which all answers come back.
-    fn engine(&self) -> Engine {
-        self.engine_with(false)
-    }
-
-    /// A driver of its own. With `hops`, hidden states go from host to host.
-    fn engine_with(&self, hops: bool) -> Engine {
-        let places: Vec<Arc<Place>> = self.holders.iter().map(|_| Arc::default()).collect();
-        let seat = |(at, holder): (usize, &Arc<Holder>)| {
-            let next = places.get(at + 1).filter(|_| hops).cloned();
-            Some(Arc::new(Seat { holder: holder.clone(), next, place: places[at].clone() }) as Arc<dyn RemoteStage>)
-        };
-        let stages: Vec<_> = self.holders.iter().enumerate().map(seat).collect();
-        let options = self.lab.options(self.model, self.ranges.clone(), true);
-        Engine::load_spread(options, &stages, Stop::new(), |_, _| {}).unwrap()
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_drivers_that_share_stages_each_get_the_text_of_an_engine_that_has_all() {

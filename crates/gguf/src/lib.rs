@@ -41,4 +41,5 @@ pub use range::{LayerRange, allowed_cuts, even_cuts, sliceable};
 pub use slice::{SliceError, slice};
 pub use tensor_type::TensorType;
 pub use value::{Array, StringArray, Value};
+pub use vocabulary::same_vocabulary;
 pub use write::{GgufBuilder, TensorSource, WriteError};

@@ -20,6 +20,12 @@ fn key(suffix: &str) -> String {
     format!("tokenizer.ggml.{suffix}")
 }
 
+/// Whether a token number means the same in both models: one can guess what the other will say.
+pub fn same_vocabulary(a: &Gguf, b: &Gguf) -> bool {
+    let tokens = a.tokens().zip(b.tokens());
+    tokens.is_some_and(|(a, b)| a.iter().eq(b.iter())) && a.str(&key("model")) == b.str(&key("model"))
+}
+
 /// The first reason, if any, why llama.cpp would not survive this tokenizer.
 pub(crate) fn check(gguf: &Gguf) -> Result<(), String> {
     let Some(model) = gguf.str(&key("model")) else {

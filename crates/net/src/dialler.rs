@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use iroh::endpoint::Connection;
+use iroh::endpoint::{ConnectOptions, Connection};
 use iroh::{EndpointAddr, RelayUrl};
 use murmur_core::time::Now;
 use murmur_protocol::mesh::{Addresses, NodeId};
@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::contact::{Contact, endpoint_id};
-use crate::endpoint::{MESH_ALPN, WORK_ALPN, causes};
+use crate::endpoint::{IDLE_TIMEOUT_MS, MESH_ALPN, WORK_ALPN, WORK_IDLE_TIMEOUT_MS, causes, transport};
 use crate::identity::Greeted;
 use crate::shared::Shared;
 use crate::{NetError, hello};
@@ -224,15 +224,19 @@ fn target<'a>(node: NodeId, known: impl Iterator<Item = &'a Addresses>) -> Resul
 }
 
 async fn dial(shared: &Shared, node: NodeId, target: EndpointAddr, purpose: Purpose) -> Dialled {
-    let alpn = match purpose {
-        Purpose::Control => MESH_ALPN,
-        Purpose::Work => WORK_ALPN,
+    let (alpn, idle_timeout_ms) = match purpose {
+        Purpose::Control => (MESH_ALPN, IDLE_TIMEOUT_MS),
+        Purpose::Work => (WORK_ALPN, WORK_IDLE_TIMEOUT_MS),
     };
-    let connecting = shared.endpoint.connect(target, alpn);
+    let options = ConnectOptions::new().with_transport_config(transport(idle_timeout_ms)?);
+    let connecting = async {
+        let connecting = shared.endpoint.connect_with_opts(target, alpn, options).await;
+        connecting.map_err(|error| causes(&error))?.await.map_err(|error| causes(&error))
+    };
     let connection = timeout(Duration::from_millis(DIAL_DEADLINE_MS), connecting)
         .await
         .map_err(|_| NetError::unreachable(node, "it does not answer"))?
-        .map_err(|error| NetError::unreachable(node, causes(&error)))?;
+        .map_err(|why| NetError::unreachable(node, why))?;
     let greeted = hello::greet(&connection, &shared.identity, shared.capabilities, &shared.admission).await?;
     Ok((connection, greeted))
 }

@@ -32,6 +32,10 @@ pub const KEY_FILE: &str = "node.key";
 /// A connection over which nothing came for so long is gone. Peers that crash cannot say so.
 pub const IDLE_TIMEOUT_MS: u64 = 10_000;
 
+/// The same of a connection for work: what a peer holds here that others wait for is free again soon. It is longer than
+/// [`KEEP_ALIVE_EVERY_MS`], and QUIC tries again every second at least.
+pub const WORK_IDLE_TIMEOUT_MS: u64 = 4_000;
+
 /// How often a silent connection is kept alive: three tries within [`IDLE_TIMEOUT_MS`].
 pub const KEEP_ALIVE_EVERY_MS: u64 = 3_000;
 
@@ -133,7 +137,7 @@ pub(crate) async fn bind(
     let mut builder = relays(&options.relays)?
         .secret_key(SecretKey::from_bytes(&key.to_bytes()))
         .alpns(vec![MESH_ALPN.to_vec(), WORK_ALPN.to_vec(), GOSSIP_ALPN.to_vec()])
-        .transport_config(transport()?)
+        .transport_config(transport(IDLE_TIMEOUT_MS)?)
         .address_lookup(addresses.clone())
         .hooks(hooks);
     if let Some(dht) = &options.dht {
@@ -178,9 +182,9 @@ pub(crate) fn relays(relays: &Relays) -> Result<Builder, NetError> {
 }
 
 /// iroh's defaults are the fastest that were measured; only what bounds a peer, and how soon a dead one is noticed,
-/// differs.
-fn transport() -> Result<QuicTransportConfig, NetError> {
-    let idle = Duration::from_millis(IDLE_TIMEOUT_MS);
+/// differs. Of the idle timeouts of both ends the shorter one counts.
+pub(crate) fn transport(idle_timeout_ms: u64) -> Result<QuicTransportConfig, NetError> {
+    let idle = Duration::from_millis(idle_timeout_ms);
     let keep_alive = Duration::from_millis(KEEP_ALIVE_EVERY_MS);
     let idle_timeout = idle
         .try_into()

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use iroh::TransportAddr;
 use iroh::endpoint::Connection;
@@ -112,6 +113,12 @@ pub(crate) fn flow(connection: &Connection) -> Option<Flow> {
     let stats = paths.iter().find(|path| path.is_selected())?.stats();
     let bytes_per_s_max = stats.cwnd as f64 / stats.rtt.as_secs_f64();
     Some(Flow { sent_bytes: stats.sent_bytes.saturating_sub(stats.lost_bytes), bytes_per_s_max })
+}
+
+/// Round-trip time of a connection on the path that it takes now, as QUIC sees it.
+pub(crate) fn round_trip(connection: &Connection) -> Option<Duration> {
+    let paths = connection.paths();
+    paths.iter().find(|path| path.is_selected()).map(|path| path.rtt())
 }
 
 /// Round-trip time, in milliseconds, and path of a connection, as QUIC sees them.

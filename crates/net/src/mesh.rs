@@ -302,6 +302,16 @@ impl Mesh {
         table.iter().map(view).collect()
     }
 
+    /// Round trip to a node as QUIC has it now: the longest one of the connections with it, since what fills one of them holds up the
+    /// others as well. `None`: there is no connection.
+    pub fn round_trip(&self, node: NodeId) -> Option<Duration> {
+        let mut connections = Vec::from_iter(self.shared.links.get(&node).map(|link| link.connection.clone()));
+        connections.extend(self.workers().get(&node).cloned());
+        let guests = self.shared.guests();
+        connections.extend(guests.iter().filter(|guest| guest.node == node).map(|guest| guest.connection.clone()));
+        connections.iter().filter(|connection| connection.close_reason().is_none()).filter_map(links::round_trip).max()
+    }
+
     /// The table of the other nodes as it changes. Connections and their round-trip times are in [`Mesh::peers`] only.
     pub fn watch(&self) -> watch::Receiver<Table> {
         self.table.clone()

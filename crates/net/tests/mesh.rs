@@ -4,8 +4,10 @@
 
 mod common;
 
+use std::{sync::mpsc, thread, time::Duration};
+
 use common::{QUICK, all_know_all, join, lists, meet, open_invitation, options, public, soon, start, until};
-use murmur_net::{Mesh, MeshChoice, NetError, Path};
+use murmur_net::{Mesh, MeshChoice, MeshOptions, NetError, Path, PeerView, Timing, endpoint::WORK_IDLE_TIMEOUT_MS};
 use murmur_protocol::mesh::{Capabilities, MeasuredLink, NodeId, NodeKey};
 
 #[tokio::test]
@@ -183,6 +185,43 @@ async fn requests_go_over_one_connection_and_say_who_asks() {
         }
     };
     tokio::join!(serve, ask);
+}
+
+#[tokio::test]
+async fn work_goes_on_after_a_moments_silence_and_ends_when_it_lasts_long_before_the_peer_is_given_up() {
+    let patient = |folder: &_, mesh| MeshOptions { timing: Timing::default(), ..options(folder, mesh) };
+    let folder = tempfile::tempdir().unwrap();
+    let worker = Mesh::start(patient(&folder, public())).await.unwrap();
+    let ticket = worker.invite(&open_invitation()).await.unwrap();
+    let (worker_id, (back, away)) = (worker.node_id(), mpsc::channel::<()>());
+    // On a thread of its own, and whenever that blocks it is as silent as a process that is stopped.
+    let driver = thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let folder = tempfile::tempdir().unwrap();
+            let driver = Mesh::start(patient(&folder, MeshChoice::Ticket(ticket))).await.unwrap();
+            let (mut send, mut recv) = driver.open_work(worker_id).await.unwrap();
+            for question in [b"one", b"two"] {
+                send.write_all(question).await.unwrap();
+                recv.read_exact(&mut [0; 3]).await.unwrap();
+                thread::sleep(Duration::from_millis(WORK_IDLE_TIMEOUT_MS / 4));
+            }
+            let _ = away.recv();
+        });
+    });
+    let mut work = soon("work", worker.accept_work()).await.unwrap();
+    for question in [b"one", b"two"] {
+        let mut heard = [0; 3];
+        work.recv.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, question);
+        work.send.write_all(&heard).await.unwrap();
+    }
+    let ended = soon("the work ends", work.recv.read(&mut [0])).await;
+    assert!(ended.is_err(), "{ended:?}");
+    let peers = worker.peers();
+    assert!(matches!(peers[..], [PeerView { path: Path::Direct(_), .. }]), "{peers:?}");
+    drop(back);
+    driver.join().unwrap();
 }
 
 #[tokio::test]

@@ -403,25 +403,44 @@ impl Backend for Node {
 
     fn metrics(&self) -> String {
         type Read = fn(&murmur_engine::EngineStatus) -> u64;
-        let families: [(&str, &str, &str, Read); 7] = [
+        let families: [(&str, &str, &str, Read); 9] = [
             ("murmur_generated_tokens_total", "counter", "Tokens generated.", |s| s.counters.generated_tokens),
             ("murmur_computed_prompt_tokens_total", "counter", "Prompt tokens computed.", |s| s.counters.prompt_tokens),
             ("murmur_cached_tokens_total", "counter", "Prompt tokens found in the prefix cache.", |s| {
                 s.counters.cached_tokens
             }),
+            ("murmur_guessed_tokens_total", "counter", "Tokens guessed.", |s| s.counters.guessed_tokens),
+            ("murmur_right_tokens_total", "counter", "Tokens guessed right.", |s| s.counters.right_tokens),
             ("murmur_sessions_total", "counter", "Generations begun.", |s| s.counters.sessions),
             ("murmur_stages_lost_total", "counter", "Engine processes that died.", |s| s.counters.stages_lost),
             ("murmur_sessions_running", "gauge", "Generations running.", |s| s.running as u64),
             ("murmur_sessions_queued", "gauge", "Generations waiting.", |s| s.queued as u64),
         ];
+        type ReadAll = fn(&murmur_engine::EngineStatus) -> &[u64];
+        let by_depth: [(&str, &str, ReadAll); 2] = [
+            ("murmur_compared_guesses_total", "Guesses compared, by how many others waited before each.", |s| {
+                &s.counters.guessed_by_depth
+            }),
+            ("murmur_right_guesses_total", "Right guesses, by how many others waited before each.", |s| {
+                &s.counters.right_by_depth
+            }),
+        ];
+        let label = |id: &str| id.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
         let loaded = self.models.iter().filter_map(Model::loaded);
-        let statuses: Vec<_> = loaded.map(|model| (model.card.id.clone(), model.engine.status())).collect();
+        let statuses: Vec<_> = loaded.map(|model| (label(&model.card.id), model.engine.status())).collect();
         let mut text = String::new();
         for (name, kind, help, read) in families {
             let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
-            for (id, status) in &statuses {
-                let label = id.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+            for (label, status) in &statuses {
                 let _ = writeln!(text, "{name}{{model=\"{label}\"}} {}", read(status));
+            }
+        }
+        for (name, help, read) in by_depth {
+            let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} counter");
+            for (label, status) in &statuses {
+                for (depth, tokens) in read(status).iter().enumerate() {
+                    let _ = writeln!(text, "{name}{{model=\"{label}\",depth=\"{depth}\"}} {tokens}");
+                }
             }
         }
         text

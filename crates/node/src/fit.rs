@@ -27,6 +27,8 @@ pub struct Demand {
     pub parallel: u32,
     /// The model's own limit.
     pub trained_context_tokens: u32,
+    /// What the model takes that guesses for this one, if one does.
+    pub draft: Option<Box<Demand>>,
 }
 
 impl Demand {
@@ -48,6 +50,7 @@ impl Demand {
                 + kept,
             parallel,
             trained_context_tokens: facts.context_length,
+            draft: None,
         }
     }
 
@@ -68,7 +71,12 @@ impl Demand {
     /// Bytes for a context of so many tokens per request.
     pub fn bytes(&self, context_tokens: u32) -> u64 {
         let scores = self.score_bytes_per_token * u64::from(context_tokens);
-        self.weights_bytes + self.compute_bytes + self.kv_bytes(context_tokens) + scores
+        let own = self.weights_bytes + self.compute_bytes + self.kv_bytes(context_tokens) + scores;
+        own + self.draft_bytes(context_tokens)
+    }
+
+    fn draft_bytes(&self, context_tokens: u32) -> u64 {
+        self.draft.as_ref().map_or(0, |draft| draft.bytes(context_tokens))
     }
 
     fn kv_bytes(&self, context_tokens: u32) -> u64 {
@@ -81,8 +89,9 @@ impl Demand {
             Some(tokens) => tokens.min(self.trained_context_tokens.max(1)),
             None => DEFAULT_CONTEXT_TOKENS.min(self.trained_context_tokens.max(1)),
         };
-        let fixed = self.weights_bytes + self.compute_bytes;
-        let per_token = (self.kv_bytes_per_token * u64::from(self.parallel) + self.score_bytes_per_token).max(1);
+        // Bytes grow evenly with the context.
+        let fixed = self.bytes(0);
+        let per_token = (self.bytes(1) - fixed).max(1);
         let fits = (available_bytes.saturating_sub(fixed) / per_token).min(u64::from(most)) as u32;
         let fits = if fits < most { fits / 256 * 256 } else { fits };
         let enough = match asked {
@@ -100,6 +109,9 @@ impl Demand {
             parallel: self.parallel,
             available_bytes,
             fitting_context_tokens: (fits >= CONTEXT_TOKENS_MIN).then_some(fits),
+            draft_bytes: self.draft_bytes(most),
+            fits_without_draft: self.draft.is_some()
+                && Demand { draft: None, ..self.clone() }.context(asked, available_bytes).is_ok(),
         })
     }
 }
@@ -121,21 +133,33 @@ pub struct DoesNotFit {
     pub available_bytes: u64,
     /// A context that would fit.
     pub fitting_context_tokens: Option<u32>,
+    /// Of the bytes it needs, those of the model that guesses for it; 0: none does.
+    pub draft_bytes: u64,
+    /// It would fit as asked without that model.
+    pub fits_without_draft: bool,
 }
 
 impl std::fmt::Display for DoesNotFit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { context_tokens, parallel, .. } = self;
+        let draft = match self.draft_bytes {
+            0 => String::new(),
+            bytes => format!(", {} for the model that guesses (--draft)", size(bytes)),
+        };
         write!(
             f,
-            "it needs {} ({} of weights, {} of KV cache for {parallel} x {context_tokens} tokens) and {} are available. ",
+            "it needs {} ({} of weights, {} of KV cache for {parallel} x {context_tokens} tokens{draft}) and {} are available. ",
             size(self.needed_bytes),
             size(self.weights_bytes),
             size(self.kv_bytes),
             size(self.available_bytes),
         )?;
+        if self.fits_without_draft {
+            f.write_str("Without the model that guesses it would fit: --draft lookup does without. ")?;
+        }
         match self.fitting_context_tokens {
             Some(tokens) => write!(f, "--ctx {tokens} would fit, or a lower --parallel"),
+            None if self.fits_without_draft => f.write_str("Or let a smaller model guess"),
             None => {
                 // What quantisation would fit: the same weights at proportionally fewer bits.
                 let room = self.available_bytes.saturating_sub(self.needed_bytes - self.weights_bytes - self.kv_bytes);
@@ -188,7 +212,27 @@ mod tests {
             score_bytes_per_token: 0,
             parallel: 4,
             trained_context_tokens: 32768,
+            draft: None,
         }
+    }
+
+    #[test]
+    fn a_model_that_guesses_is_counted_and_named_where_it_is_what_does_not_fit() {
+        let draft = Demand { weights_bytes: GIB, kv_bytes_per_token: 16 << 10, compute_bytes: 0, ..demand() };
+        let both = Demand { draft: Some(Box::new(draft.clone())), ..demand() };
+        assert_eq!(both.bytes(1000), demand().bytes(1000) + draft.bytes(1000));
+        let (alone, context) = (demand().context(None, 6 * GIB).unwrap(), both.context(None, 6 * GIB).unwrap());
+        assert!(context < alone && both.bytes(context) <= 6 * GIB);
+        let refused = both.context(Some(alone), 6 * GIB).unwrap_err();
+        let text = refused.to_string();
+        assert!(
+            refused.fits_without_draft
+                && text.contains("for the model that guesses")
+                && text.contains("--draft lookup"),
+            "{text}"
+        );
+        let refused = both.context(Some(32768), 6 * GIB).unwrap_err();
+        assert!(!refused.fits_without_draft && !refused.to_string().contains("--draft lookup"), "{refused}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use murmur_api::backend::{Completion, Event, Finish, Refusal, TokenInfo};
+use murmur_api::backend::{Completion, Event, Finish, Guesses, Refusal, TokenInfo};
 use murmur_engine::{Ending, SessionEvent, SessionRequest};
 use murmur_protocol::sampling::{Sampled, Token};
 use murmur_sampling::{StopMatcher, Vocabulary};
@@ -80,12 +80,18 @@ struct Account {
     first_token: Option<Instant>,
     cached_tokens: u32,
     completion_tokens: u32,
+    guesses: Guesses,
 }
 
 impl Pump {
     pub(crate) async fn run(mut self) {
-        let mut account =
-            Account { accepted: self.accepted, first_token: None, cached_tokens: 0, completion_tokens: 0 };
+        let mut account = Account {
+            accepted: self.accepted,
+            first_token: None,
+            cached_tokens: 0,
+            completion_tokens: 0,
+            guesses: Guesses::default(),
+        };
         // Tokens whose text is held back, because a character or a stop string may be incomplete.
         let mut held: VecDeque<TokenInfo> = VecDeque::new();
         loop {
@@ -108,6 +114,10 @@ impl Pump {
                     self.send(Event::Prefill { done_tokens, cached_tokens }).await
                 }
                 Some(SessionEvent::Token(sampled)) => self.token(sampled, &mut held, &mut account).await,
+                Some(SessionEvent::Guesses { right, wrong }) => {
+                    account.guesses = Guesses { right, wrong };
+                    Some(())
+                }
                 Some(SessionEvent::Ended(ending)) => {
                     let rest = self.matcher.finish();
                     self.emit(rest.text, rest.tokens, &mut held).await;
@@ -146,6 +156,7 @@ impl Pump {
             seed: self.seed,
             prefill: first - account.accepted,
             decode: account.first_token.map_or(Duration::ZERO, |first| first.elapsed()),
+            guesses: account.guesses,
         }))
         .await;
         None

@@ -7,6 +7,7 @@
 
 mod activity;
 mod backend;
+mod draft;
 pub mod fit;
 mod generate;
 mod measure;
@@ -24,8 +25,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use draft::DraftWish;
 pub use murmur_api::backend::RingWishes;
-pub use murmur_engine::{CHILD_SUBCOMMAND, Draft, child};
+pub use murmur_engine::{CHILD_SUBCOMMAND, child};
 pub use murmur_net as net;
 use murmur_protocol::{codec::Codec, mesh::MachineSpeed};
 use tokio::task::JoinSet;
@@ -72,7 +74,7 @@ pub struct NodeOptions {
     /// Has another node stand by for each stage of the rings that this one drives, where there is one.
     pub standby: bool,
     /// Who guesses what models will say.
-    pub draft: Draft,
+    pub draft: DraftWish,
     /// Bit-equal results whatever shares a batch.
     pub exact: bool,
     /// How long a request waits, at a stretch, for another node that would take it.
@@ -158,6 +160,19 @@ pub enum NodeError {
         model: String,
         /// Why.
         source: murmur_engine::EngineError,
+    },
+    /// A model cannot guess for another one.
+    #[error(
+        "{} cannot guess what {model} will say: {reason}. Name a smaller model of the same family with --draft, or take --draft lookup",
+        path.display()
+    )]
+    Draft {
+        /// The model that was to guess.
+        path: PathBuf,
+        /// For which model.
+        model: String,
+        /// Why not.
+        reason: String,
     },
     /// Two models with one name.
     #[error("two models are called {0}; give one of them another name")]

@@ -12,14 +12,16 @@ use std::{
 
 use murmur_api::backend::{ModelCard, ModelKind, ModelState};
 use murmur_core::planner::ModelFacts;
-use murmur_engine::{Engine, EngineError, EngineOptions, Host, Keep, Patience, RemoteStage, Stop};
+use murmur_engine::{Draft, Engine, EngineError, EngineOptions, Host, Keep, Patience, RemoteStage, Stop};
 use murmur_gguf::{Facts, Gguf, LayerRange, Manifest, TensorType};
 use murmur_protocol::codec::Codec;
 use murmur_sampling::Vocabulary;
 use tokio::sync::watch;
 
 use crate::{
-    LoadProgress, ModelSpec, NodeError, NodeOptions, Threads, fit,
+    LoadProgress, ModelSpec, NodeError, NodeOptions, Threads,
+    draft::Guessing,
+    fit,
     mesh::{
         ModelIdentity,
         ring::{
@@ -66,6 +68,8 @@ pub(crate) struct Model {
     loads: watch::Sender<()>,
     /// What it is to other nodes; `None` inside: it cannot be offered.
     identity: OnceLock<Option<ModelIdentity>>,
+    /// Who guesses for it; for one on demand, once it is to be loaded.
+    guessing: OnceLock<Guessing>,
     /// Why and how it is spread over the mesh, if it is.
     spread: OnceLock<Spread>,
     ring: Mutex<RingState>,
@@ -115,10 +119,10 @@ impl Life {
 }
 
 /// A file that was checked.
-struct ModelFile {
-    gguf: Gguf,
-    facts: Facts,
-    embedding: bool,
+pub(crate) struct ModelFile {
+    pub(crate) gguf: Gguf,
+    pub(crate) facts: Facts,
+    pub(crate) embedding: bool,
 }
 
 /// A load for which memory has been set aside.
@@ -133,6 +137,7 @@ pub(crate) struct Plan {
     codecs: Vec<Codec>,
     /// How long a frame is on its way around them, us.
     travel_us: u64,
+    draft: Draft,
     stop: Stop,
 }
 
@@ -163,7 +168,7 @@ pub(crate) struct LoadedModel {
 }
 
 impl ModelFile {
-    fn read(path: &Path) -> Result<ModelFile, NodeError> {
+    pub(crate) fn read(path: &Path) -> Result<ModelFile, NodeError> {
         let gguf = Gguf::open(path)?;
         gguf.validate_for_engine()?;
         let facts = Facts::of(&gguf).map_err(|reason| NodeError::Unusable { path: path.to_owned(), reason })?;
@@ -176,6 +181,11 @@ impl Model {
     /// Reads a file's header and checks that it can be run.
     pub(crate) fn open(spec: &ModelSpec, options: &NodeOptions, on_demand: bool) -> Result<Model, NodeError> {
         let file = ModelFile::read(&spec.path)?;
+        // What the user has named to guess must do for what is served from the start.
+        let guessing = match on_demand {
+            true => OnceLock::new(),
+            false => Guessing::of(options, &spec.id, &file)?.into(),
+        };
         let ModelFile { gguf, facts, embedding } = &file;
         let context_tokens = options.ctx_tokens.unwrap_or(fit::DEFAULT_CONTEXT_TOKENS).min(facts.context_length);
         let state = match on_demand {
@@ -214,6 +224,7 @@ impl Model {
             }),
             loads: watch::Sender::new(()),
             identity: OnceLock::new(),
+            guessing,
             spread: OnceLock::new(),
             ring: Mutex::default(),
             search: Mutex::new(Search::new()),
@@ -466,7 +477,7 @@ impl Model {
             murmur_gguf::even_cuts(&file.gguf, options.stages)?
         };
         let parallel = if file.embedding { 1 } else { options.parallel };
-        let (demand, context_tokens) = self.fit(&file, options, (parallel, ranges.len() as u32), models)?;
+        let (demand, context_tokens, draft) = self.fit(&file, options, (parallel, ranges.len() as u32), models)?;
         let stop = self.begin(demand.bytes(context_tokens)).ok_or(NodeError::Interrupted)?;
         Ok(Some(Plan {
             file,
@@ -476,18 +487,57 @@ impl Model {
             elsewhere: Vec::new(),
             codecs: Vec::new(),
             travel_us: 0,
+            draft,
             stop,
         }))
     }
 
     /// A load of stages in the mesh, beside the engine that there is. `None`: it is being loaded. `planned_bytes`: for stages that
-    /// are here.
-    pub(crate) fn plan_ring(&self, ring: RingOptions, planned_bytes: u64) -> Result<Option<Plan>, NodeError> {
+    /// are here; `spare_bytes`: what is available besides. A model that guesses and does not fit into that is done without.
+    pub(crate) fn plan_ring(
+        &self,
+        ring: RingOptions,
+        options: &NodeOptions,
+        (mut planned_bytes, spare_bytes): (u64, u64),
+    ) -> Result<Option<Plan>, NodeError> {
         let RingOptions { context_tokens, parallel, stages, codecs, travel_us } = ring;
         let file = ModelFile::read(&self.spec.path)?;
+        let guessing = self.guessing(options, &file);
+        let draft_bytes = guessing_bytes(guessing, options, parallel, context_tokens);
+        let draft = match draft_bytes <= spare_bytes.saturating_add(self.reserved_bytes(options)) {
+            true => {
+                planned_bytes += draft_bytes;
+                guessing.draft()
+            }
+            false => {
+                tracing::warn!("{}: there is no room beside its ring for the model that guesses", self.id());
+                Draft::Lookup
+            }
+        };
         let (ranges, elsewhere) = stages.into_iter().unzip();
-        let plan = |stop| Plan { file, ranges, parallel, context_tokens, elsewhere, codecs, travel_us, stop };
+        let plan = |stop| Plan { file, ranges, parallel, context_tokens, elsewhere, codecs, travel_us, draft, stop };
         Ok(self.begin(planned_bytes).map(plan))
+    }
+
+    /// Who guesses for it. What the user has named and does not do for a model on demand does no harm.
+    fn guessing(&self, options: &NodeOptions, file: &ModelFile) -> &Guessing {
+        self.guessing.get_or_init(|| {
+            Guessing::of(options, self.id(), file).unwrap_or_else(|error| {
+                tracing::info!("{}", with_causes(&error));
+                Guessing::Lookup
+            })
+        })
+    }
+
+    /// Memory that stays free for the model that the user has named to guess, until a ring has it.
+    fn reserved_bytes(&self, options: &NodeOptions) -> u64 {
+        match (self.spread(), self.guessing.get()) {
+            (Some(spread), Some(guessing @ Guessing::Model(guesser))) if guesser.is_named => {
+                let bytes = guessing_bytes(guessing, options, options.parallel, spread.context_tokens);
+                bytes.saturating_sub(self.life().claimed_bytes())
+            }
+            _ => 0,
+        }
     }
 
     /// Notes that a load begins, unless one goes on or the node ends.
@@ -557,11 +607,12 @@ impl Model {
         options: &NodeOptions,
         progress: &dyn Fn(LoadProgress),
     ) -> Result<Engine, NodeError> {
-        let Plan { file, ranges, parallel, context_tokens, elsewhere, codecs, travel_us, stop } = plan;
+        let Plan { file, ranges, parallel, context_tokens, elsewhere, codecs, travel_us, draft, stop } = plan;
         let engine_options = EngineOptions {
             embedding: file.embedding,
             codecs,
             travel_us,
+            draft,
             ..self.engine_options(options, ranges, context_tokens, parallel)
         };
         let stages = engine_options.ranges.len();
@@ -604,7 +655,7 @@ impl Model {
             patience: Patience::default(),
             keep: Keep::default(),
             codecs: Vec::new(),
-            draft: options.draft,
+            draft: Draft::Off,
             travel_us: 0,
         }
     }
@@ -631,7 +682,8 @@ impl Model {
         let (planned, outstanding) = claims.fold((0, 0), |sum, claim| (sum.0 + claim.0, sum.1 + claim.1));
         // What it has already is its own.
         let (taken, unshown) = self.claim_bytes();
-        let kept = if self.is_spread() { self.life().claimed_bytes() } else { 0 };
+        let reserved = self.reserved_bytes(options);
+        let kept = if self.is_spread() { self.life().claimed_bytes() + reserved } else { 0 };
         let free = fit::available_bytes().map(|free| (free + taken - unshown).saturating_sub(outstanding + kept));
         let limit = options.max_memory_bytes.map(|max| max.saturating_sub(planned + kept));
         match (free, limit) {
@@ -640,14 +692,15 @@ impl Model {
         }
     }
 
-    /// What loading takes, and the context that memory allows.
+    /// What loading takes, the context that memory allows, and who guesses. A model that was only found to guess is done without if
+    /// the context would be shorter with it.
     fn fit(
         &self,
         file: &ModelFile,
         options: &NodeOptions,
         (parallel, stages): (u32, u32),
         models: &[Model],
-    ) -> Result<(fit::Demand, u32), NodeError> {
+    ) -> Result<(fit::Demand, u32, Draft), NodeError> {
         let weights_bytes = file.gguf.file_bytes();
         let batch_rows = chunk_rows(options.exact).max(parallel);
         let mut demand = fit::Demand::of(&file.facts, weights_bytes, parallel, batch_rows, stages);
@@ -658,10 +711,22 @@ impl Model {
             demand.whole_sequences(&file.facts);
         }
         let available = self.available_bytes(options, models);
-        let context_tokens = demand
-            .context(options.ctx_tokens, available)
-            .map_err(|shortage| NodeError::Fit { model: self.spec.id.clone(), shortage })?;
-        Ok((demand, context_tokens))
+        let guessing = self.guessing(options, file);
+        let mut context = demand.context(options.ctx_tokens, available);
+        let mut draft = guessing.draft();
+        if let Guessing::Model(guesser) = guessing {
+            let with_draft =
+                fit::Demand { draft: Some(Box::new(guesser.demand(parallel, batch_rows))), ..demand.clone() };
+            let shorter = with_draft.context(options.ctx_tokens, available);
+            if guesser.is_named || shorter == context {
+                (demand, context) = (with_draft, shorter);
+            } else {
+                tracing::info!("{}: there is no room for {} to guess for it", self.id(), guesser.name());
+                draft = Draft::Lookup;
+            }
+        }
+        let refused = |shortage| NodeError::Fit { model: self.spec.id.clone(), shortage };
+        Ok((demand, context.map_err(refused)?, draft))
     }
 
     fn loaded_card(&self, engine: &Engine) -> ModelCard {
@@ -705,6 +770,16 @@ pub(crate) fn layer_facts(path: &Path, exact: bool, parallel: u32) -> Result<Opt
         facts.layers.iter_mut().take(1).for_each(|layer| layer.weight_bytes += embedding_bytes);
     }
     Ok(Some((facts, file.facts.context_length)))
+}
+
+/// Memory of the model that guesses, if one does.
+fn guessing_bytes(guessing: &Guessing, options: &NodeOptions, parallel: u32, context_tokens: u32) -> u64 {
+    match guessing {
+        Guessing::Model(guesser) => {
+            guesser.demand(parallel, chunk_rows(options.exact).max(parallel)).bytes(context_tokens)
+        }
+        Guessing::Off | Guessing::Lookup => 0,
+    }
 }
 
 /// Models that pool their outputs give embeddings, not text.

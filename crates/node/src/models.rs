@@ -78,8 +78,9 @@ impl Models {
                 continue;
             }
             let planned = self.plan(model);
-            // What does not fit this node is one for the mesh.
+            // What does not fit this node is one for the mesh; what would but for the model that guesses is not.
             if let (Err(NodeError::Fit { shortage, .. }), true) = (&planned, self.options.spread)
+                && !shortage.fits_without_draft
                 && model.spread_over_mesh(&self.options, shortage.to_string())?
             {
                 continue;
@@ -132,14 +133,14 @@ impl Models {
             Ok((range, spread.stage_bytes(Terms { range, context_tokens, parallel, exact })))
         };
         let here = ring.here().map(bytes).collect::<Result<Vec<_>, NodeError>>()?;
-        let needed_bytes = here.iter().map(|(_, bytes)| bytes).sum();
+        let needed_bytes: u64 = here.iter().map(|(_, bytes)| bytes).sum();
         let held_bytes = model.holding().held().as_ref().map_or(0, |held| held.memory_bytes);
         let available_bytes = model.available_bytes(&self.options, &self.list).saturating_sub(held_bytes);
         match here.first() {
             Some(&(layers, _)) if needed_bytes > available_bytes => {
                 Err(NodeError::StageFit { model: model.id().to_owned(), layers, needed_bytes, available_bytes })
             }
-            _ => model.plan_ring(ring, needed_bytes),
+            _ => model.plan_ring(ring, &self.options, (needed_bytes, available_bytes.saturating_sub(needed_bytes))),
         }
     }
 

@@ -34,15 +34,23 @@
 //! | `decode_tokens_per_s` | measured speed of a lone answer; null: not measured |
 //! | `generated_tokens`, `prompt_tokens`, `cached_tokens` | since it was loaded; prompt tokens computed, and those that need not be |
 //! | `guessed_tokens`, `right_tokens` | tokens that were guessed (`--draft`), and those of them that were right |
+//! | `guessed_by_depth[]`, `right_by_depth[]` | guesses that were compared with what was chosen, and the right ones of them, by how many others waited before each when it was made; the last entry has all further ones. Guesses behind a wrong one are compared with nothing |
+//! | `guessing.rows_per_frame`, `.frames_in_flight` | how was guessed lately: rows sent together, and such frames on their way, at most; null: not at all so far |
+//! | `draft.model`, `.process_id`, `.restarts` | the file of the model that guesses, and its process; null: none does |
 //! | `token_steps`, `token_compute_us` | steps on one row of a sequence that gave its next token, and their time |
 //! | `stages[]` | `layers` from and to; `process_id`, or the `node` that holds it; `restarts`, `load_ms`, `weight_bytes`, `kv_cells`; `computed_rows` for requests of this node; `codec` in which hidden states go on to the next node |
 //! | `stages[].standby` | who stands by for it: `node`, and the `computed_rows` of this node's requests that it has computed as well; null: nobody |
 //! | `stages[].last_step` | `compute_us`, `batch_rows`, `threads` of its last batch |
 //! | `ring` | of a model that is spread over the mesh: `because` of what, what it is `waiting` for, which layers are `held` here, by which `process_id` |
 
-use std::time::{Duration, Instant};
+use std::{
+    borrow::Cow,
+    ffi::OsStr,
+    time::{Duration, Instant},
+};
 
 use murmur_api::backend::ModelState;
+use murmur_engine::Draft;
 use serde_json::{Value, json};
 
 use crate::{Node, model::Model};
@@ -109,6 +117,14 @@ fn model(model: &Model) -> Value {
         "generated_tokens": counters.generated_tokens,
         "guessed_tokens": counters.guessed_tokens,
         "right_tokens": counters.right_tokens,
+        "guessed_by_depth": counters.guessed_by_depth,
+        "right_by_depth": counters.right_by_depth,
+        "draft": status.draft.as_ref().map(|draft| json!({
+            "model": guesser(&loaded.engine.options().draft),
+            "process_id": draft.process_id,
+            "restarts": draft.restarts,
+        })),
+        "guessing": status.guessing.map(|(rows, frames)| json!({"rows_per_frame": rows, "frames_in_flight": frames})),
         "token_steps": counters.token_steps,
         "token_compute_us": counters.token_compute_us,
         "prompt_tokens": counters.prompt_tokens,
@@ -116,6 +132,14 @@ fn model(model: &Model) -> Value {
         "stages": stages.collect::<Vec<_>>(),
         "ring": ring(model),
     })
+}
+
+/// File of the model that guesses, if one does.
+fn guesser(draft: &Draft) -> Option<Cow<'_, str>> {
+    match draft {
+        Draft::Model(model) => model.path.file_name().map(OsStr::to_string_lossy),
+        Draft::Off | Draft::Lookup => None,
+    }
 }
 
 /// Of a model that is spread over the mesh: why it is, what is waited for, which layers of it are held here.

@@ -116,7 +116,7 @@ impl Reader {
 fn with_reasoning(mut usage: Value, readers: &[Reader]) -> Value {
     let reasoning_tokens: u64 = readers.iter().map(|reader| reader.reasoning_tokens).sum();
     if reasoning_tokens > 0 {
-        usage["completion_tokens_details"] = json!({"reasoning_tokens": reasoning_tokens});
+        usage["completion_tokens_details"]["reasoning_tokens"] = reasoning_tokens.into();
     }
     usage
 }

@@ -1,10 +1,10 @@
 //! `/v1/completions`.
 
-use murmur_api::backend::{Finish, Prompt, Refusal};
+use murmur_api::backend::{Finish, Guesses, Prompt, Refusal};
 use murmur_protocol::sampling::Grammar;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::support::{Fake, Server, completion, play, script, text};
+use crate::support::{Fake, Server, chat, completion, guessed, play, script, text};
 
 const PATH: &str = "/v1/completions";
 
@@ -38,7 +38,7 @@ async fn an_answer_and_the_last_chunks_of_a_stream_have_llama_servers_timings() 
         "predicted_n": 3, "predicted_ms": 5.0, "predicted_per_token_ms": 5.0 / 3.0, "predicted_per_second": 600.0,
     });
     for path in [PATH, "/v1/chat/completions"] {
-        let body = |more| if path == PATH { completion(more) } else { crate::support::chat(more) };
+        let body = |more| if path == PATH { completion(more) } else { chat(more) };
         assert_eq!(server.ask(path, &body(json!({}))).await["timings"], expected);
         assert_eq!(server.ask(path, &body(json!({"n": 2}))).await["timings"]["predicted_per_second"], 1200.0);
         for usage in [false, true] {
@@ -47,6 +47,42 @@ async fn an_answer_and_the_last_chunks_of_a_stream_have_llama_servers_timings() 
             assert_eq!(stream.chunks.last().unwrap()["timings"], expected);
             assert!(stream.chunks[0].get("timings").is_none());
         }
+    }
+}
+
+#[tokio::test]
+async fn guessed_tokens_are_in_the_usage_under_openais_names_and_in_the_timings_under_llama_servers() {
+    let fake = Fake::answering(|request| {
+        let end = guessed(request.sampling.seed, 2, Finish::EndOfText, Guesses { right: 3, wrong: 1 });
+        Ok(play(vec![text("<think>a"), text("</think>b"), end]))
+    });
+    let server = Server::start(fake).await;
+    for path in [PATH, "/v1/chat/completions"] {
+        let body = |more| if path == PATH { completion(more) } else { chat(more) };
+        let mut details = json!({"accepted_prediction_tokens": 6, "rejected_prediction_tokens": 2});
+        if path != PATH {
+            details["reasoning_tokens"] = json!(2);
+        }
+        let answer = server.ask(path, &body(json!({"n": 2}))).await;
+        assert_eq!(answer["usage"]["completion_tokens_details"], details);
+        assert_eq!((&answer["timings"]["draft_n"], &answer["timings"]["draft_n_accepted"]), (&json!(8), &json!(6)));
+        let streamed = body(json!({"n": 2, "stream": true, "stream_options": {"include_usage": true}}));
+        let stream = server.stream(path, &streamed).await;
+        assert_eq!(stream.chunks.last().unwrap()["usage"]["completion_tokens_details"], details);
+    }
+}
+
+#[tokio::test]
+async fn a_stream_tells_its_statistics_in_a_comment_before_its_end() {
+    let server = Server::start(Fake::saying(&["a", "b"])).await;
+    for usage in [false, true] {
+        let body = json!({"stream": true, "stream_options": {"include_usage": usage}});
+        let stream = server.stream(PATH, &completion(body)).await;
+        stream.assert_complete();
+        let [comment] = &stream.comments[..] else { panic!("{stream:?}") };
+        let statistics: Value = serde_json::from_str(comment.strip_prefix("murmur ").unwrap()).unwrap();
+        assert_eq!(statistics["usage"]["completion_tokens"], 3);
+        assert_eq!(statistics["timings"], stream.chunks.last().unwrap()["timings"]);
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 use murmur_api::{
     ApiOptions, Backend,
     backend::{
-        BoxFuture, Completion, Embeddings, Event, Finish, GenerateRequest, Generation, MeshAction, ModelCard,
+        BoxFuture, Completion, Embeddings, Event, Finish, GenerateRequest, Generation, Guesses, MeshAction, ModelCard,
         ModelKind, ModelState, Prompt, Refusal, TokenInfo,
     },
 };
@@ -103,6 +103,11 @@ pub(crate) fn text(piece: &str) -> Event {
 }
 
 pub(crate) fn done(seed: u64, completion_tokens: u32, finish: Finish) -> Event {
+    guessed(seed, completion_tokens, finish, Guesses::default())
+}
+
+/// The end of an answer of which tokens were guessed.
+pub(crate) fn guessed(seed: u64, completion_tokens: u32, finish: Finish, guesses: Guesses) -> Event {
     Event::Done(Completion {
         finish,
         prompt_tokens: PROMPT_TOKENS,
@@ -111,6 +116,7 @@ pub(crate) fn done(seed: u64, completion_tokens: u32, finish: Finish) -> Event {
         seed,
         prefill: Duration::from_millis(5),
         decode: Duration::from_millis(5),
+        guesses,
     })
 }
 

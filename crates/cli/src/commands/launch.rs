@@ -12,7 +12,8 @@ use std::{
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use murmur_api::ApiOptions;
-use murmur_node::{Draft, LoadProgress, ModelSpec, Node, NodeOptions, RingWishes, sharing::Sharing};
+use murmur_node::{DraftWish, LoadProgress, ModelSpec, Node, NodeOptions, RingWishes, sharing::Sharing};
+use murmur_store::ModelRef;
 use rand::Rng;
 use tokio::{sync::oneshot, task::JoinHandle};
 
@@ -21,10 +22,10 @@ use super::{
     doctor::{Occupant, occupant},
 };
 use crate::{
-    args::EngineArgs,
+    args::{Draft, EngineArgs},
     client::ApiClient,
     exit::{Code, Failure},
-    target::{LocalModel, Target},
+    target::{self, LocalModel, Target},
     ui,
     units::{Period, Threads},
 };
@@ -66,11 +67,12 @@ pub(super) fn listen(session: &Session) -> anyhow::Result<TcpListener> {
 }
 
 /// What a node is to do that is alone.
-pub(super) fn node_options(
+pub(super) async fn node_options(
     session: &Session,
     models: Vec<LocalModel>,
     engine: &EngineArgs,
 ) -> anyhow::Result<NodeOptions> {
+    let draft = draft(session, &models, engine).await?;
     Ok(NodeOptions {
         data_dir: session.data_dir.clone(),
         models: models.into_iter().map(|model| ModelSpec { path: model.path, id: model.id }).collect(),
@@ -89,7 +91,7 @@ pub(super) fn node_options(
         ring: RingWishes::default(),
         standby: false,
         spread: false,
-        draft: engine.draft,
+        draft,
         exact: engine.exact,
         peer_wait: Duration::ZERO,
         sharing: Sharing::default(),
@@ -115,12 +117,36 @@ pub(super) fn client_options(session: &Session, peer_wait: Period) -> anyhow::Re
         ring: RingWishes::default(),
         standby: false,
         spread: false,
-        draft: Draft::Off,
+        draft: DraftWish::Off,
         exact: false,
         peer_wait: peer_wait.into(),
         sharing: Sharing::default(),
         gpu_layers: 0,
         engine_program: engine_program()?,
+    })
+}
+
+/// Who is to guess. A model that is named is one of those that are served, or one of this machine, or it is pulled.
+async fn draft(session: &Session, models: &[LocalModel], engine: &EngineArgs) -> anyhow::Result<DraftWish> {
+    let spoilt = engine.draft_spoilt;
+    Ok(match &engine.draft {
+        Draft::Model(model) => {
+            let is_meant = |served: &&LocalModel| matches!(model, ModelRef::Name(name) if name.as_str() == served.id);
+            let path = match models.iter().find(is_meant) {
+                Some(served) => served.path.clone(),
+                None => target::local(session, model).await.context("--draft")?.path,
+            };
+            DraftWish::Model { path, spoilt }
+        }
+        _ if spoilt.is_some() => {
+            return Err(Failure::because(
+                Code::Usage,
+                "--draft-spoilt spoils the guesses of a model, and --draft names none. Name one, or leave it out",
+            ));
+        }
+        Draft::Off => DraftWish::Off,
+        Draft::Lookup => DraftWish::Lookup,
+        Draft::Auto => DraftWish::Auto(session.store().list()?.into_iter().map(|entry| entry.path).collect()),
     })
 }
 
@@ -130,7 +156,7 @@ fn engine_program() -> anyhow::Result<PathBuf> {
 
 /// Loads a model for this command. Ctrl-C ends it, and the engine's processes with it.
 async fn load(session: &Session, model: LocalModel, engine: &EngineArgs) -> anyhow::Result<Arc<Node>> {
-    let options = node_options(session, vec![model], engine)?;
+    let options = node_options(session, vec![model], engine).await?;
     let bar = LoadBar::new(session, engine.stages);
     tokio::select! {
         node = Node::start(options, bar.listener()) => Ok(node?),

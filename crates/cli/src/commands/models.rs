@@ -18,8 +18,11 @@ pub(super) fn run(session: &Session, command: Models) -> anyhow::Result<()> {
             let entry = store.import(&file, &ImportOptions { name, copy })?;
             added(session, &entry, if copy { "copied" } else { "imported" })
         }
-        Models::Synth { preset, file } => {
-            let bytes = synth::write(&Spec::preset(&preset)?, &file)?;
+        Models::Synth { preset, file, layers, seed } => {
+            let preset = Spec::preset(&preset)?;
+            let (layers, seed) = (layers.unwrap_or(preset.facts.layers), seed.unwrap_or(preset.seed));
+            let spec = if layers == preset.facts.layers { preset } else { preset.with_layers(layers) }.with_seed(seed);
+            let bytes = synth::write(&spec, &file)?;
             if session.global.json {
                 return ui::print_json(&json!({"path": file, "size_bytes": bytes}));
             }

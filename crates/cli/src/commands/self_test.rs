@@ -8,7 +8,11 @@ use murmur_gguf::synth::{self, Spec};
 use serde_json::{Value, json};
 
 use super::{Session, launch::OwnServer, node_runtime};
-use crate::{args::EngineArgs, target::LocalModel, units::Threads};
+use crate::{
+    args::{Draft, EngineArgs},
+    target::LocalModel,
+    units::Threads,
+};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const TOKENS: u64 = 4;
@@ -36,7 +40,8 @@ fn run_in(session: &Session, place: &Path) -> anyhow::Result<()> {
         max_memory: None,
         gpu_layers: 0,
         exact: false,
-        draft: murmur_node::Draft::Off,
+        draft: Draft::Off,
+        draft_spoilt: None,
     };
     let runtime = node_runtime()?;
     let outcome = runtime.block_on(async {

@@ -57,7 +57,7 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
             standby: args.standby,
             spread: mesh.is_some(),
             peer_wait: args.mesh.wait.into(),
-            ..launch::node_options(session, models, &args.engine)?
+            ..launch::node_options(session, models, &args.engine).await?
         };
         Ok(Plan { node, mesh })
     };

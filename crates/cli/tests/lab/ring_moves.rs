@@ -162,13 +162,37 @@ fn a_machine_that_is_stopped_in_order_is_replaced_before_it_goes() {
 }
 
 #[test]
-fn kept_ends_stay_at_the_driver_and_excluded_machines_are_left_out() {
+fn a_machine_whose_layers_nobody_uses_any_more_stands_by_for_others_at_once() {
+    let Some(lab) = lab(&Topology::of_hosts(["one", "two", "three", "four", "driver", "whole"])) else { return };
+    let files = Home::new();
+    let mut world = World::new(&lab, &files, 12, Weights::Q8_0);
+    let mut machines = Vec::from(["one", "two", "three"].map(|name| world.machine(name, 4, &[])));
+    machines.iter().for_each(Node::waits_for_its_models);
+    machines.push(world.machine("four", 8, &[]));
+    machines.iter().for_each(|machine| waits_for_stages(machine, 2));
+    let driver = world.machine("driver", 4, &["--standby", "--max-memory=1MiB"]);
+    let begun = Instant::now();
+    let standby = until("one of those that were in the ring stands by for what is left of it", || {
+        let stages = driver.model_status()["stages"].take();
+        stages.as_array()?.iter().find_map(|stage| stage["standby"]["node"].as_str().map(str::to_owned))
+    });
+    eprintln!("it stands by {:.1?} after a driver has come that wants that", begun.elapsed());
+    let ring = holders(&driver);
+    assert_eq!(ring.len(), 2);
+    // One more is in no ring any more, for as long as the one that stands by.
+    let others = machines.iter().filter(|machine| !ring.iter().chain([&standby]).any(|id| id == machine.id()));
+    let held: Vec<Value> = others.map(|machine| machine.model_status()["ring"]["held"].take()).collect();
+    assert!(held.len() == 1 && held[0].is_array(), "it was waited for until layers were let go: {held:?}");
+    assert_eq!(driver.complete(&request(1, 40)), world.whole.complete(&request(1, 40)));
+}
+
+#[test]
+fn kept_ends_stay_at_the_driver_and_are_all_that_it_contributes() {
     let Some(lab) = lab(&Topology::of_hosts(["one", "two", "whole"])) else { return };
     let files = Home::new();
     let mut world = World::new(&lab, &files, 12, Weights::Q8_0);
     let driver = world.machine("one", 4, &["--keep-ends=2"]);
-    let exclude = format!("--exclude={}", &driver.id()[..12]);
-    let other = world.machine("two", 8, &[&exclude]);
+    let other = world.machine("two", 8, &[]);
     driver.waits_for_its_models();
     let stages = driver.model_status()["stages"].take();
     let layers: Vec<&Value> = stages.as_array().unwrap().iter().map(|stage| &stage["layers"]).collect();
@@ -180,7 +204,23 @@ fn kept_ends_stay_at_the_driver_and_excluded_machines_are_left_out() {
     for asked in [request(1, 40), request(2, 40)] {
         assert_eq!(driver.complete(&asked), world.whole.complete(&asked));
     }
-    // Two layers at either end of it are all that it would not get from the excluded one.
+    // As many as it may hold are at either end of its own ring.
+    until("nobody but the other one itself offers it layers", || {
+        let status = other.get("/v1/models/ring").1;
+        status["reason"].as_str()?.contains("the one node has").then_some(())
+    });
+}
+
+#[test]
+fn excluded_machines_are_left_out_and_named_where_they_would_do() {
+    let Some(lab) = lab(&Topology::of_hosts(["one", "two", "whole"])) else { return };
+    let files = Home::new();
+    let mut world = World::new(&lab, &files, 12, Weights::Q8_0);
+    let driver = world.machine("one", 6, &[]);
+    let exclude = format!("--exclude={}", &driver.id()[..12]);
+    let other = world.machine("two", 8, &[&exclude]);
+    driver.waits_for_its_models();
+    assert!(holders(&driver).iter().any(|holder| holder == other.id()));
     let waits = until("it says what would make a ring possible", || {
         let status = other.get("/v1/models/ring").1;
         status["reason"].as_str().filter(|reason| reason.contains("using")).map(str::to_owned)

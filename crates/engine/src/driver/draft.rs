@@ -3,33 +3,41 @@
 //! The rows of guessed tokens are sent before the tokens are known. The last stage compares: each row whose token is the one that
 //! was sampled for its place gives the next, as it would have without guessing, at any temperature, since the noise of a token
 //! depends on its position alone. So guesses cost time or save it, and change nothing.
+//!
+//! How much is guessed follows from what was measured ([`Plan::of`]). While a part `a` of guesses is right, a run of right ones with the
+//! wrong one at its end gives `1 / (1 - a)` tokens, and takes one way around the ring for the answer to the wrong one, and before it as
+//! many frames as the run has, as fast as the slowest of stages and guesser lets them follow one another.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
-use murmur_protocol::{frame::GUESS_ROWS_MAX, sampling::Token, stage::Step};
+use murmur_protocol::{frame::GUESS_ROWS_MAX, sampling::Token};
 
-/// Tokens guessed at once at most: their rows and that of the token before them are one frame.
-pub(super) const WINDOW_MAX: usize = GUESS_ROWS_MAX as usize - 1;
+use super::{pace::Pace, pursuit::Pursuit};
+
 /// Tokens that a guess must follow as they have occurred before.
 const CONTEXT: usize = 3;
-/// How much of the newest measurement enters an average.
-const SMOOTHING: f64 = 0.1;
 /// What part of guesses is expected to be right before any was made.
 const EXPECTED: f64 = 0.6;
-/// A guess is made if it makes tokens cheaper by this factor at least: what is measured is not that exact.
+/// No guesser is better than this: even a perfect one cannot be sure.
+const RIGHT_MAX: f64 = 0.99;
+/// What the time of a machine counts that has nothing else to do.
+const IDLE: f64 = 0.1;
+/// Frames on their way, as a part of those that fill the ring: times vary, and it must not run dry.
+const QUEUED: f64 = 1.25;
+/// Guesses after which the part that was right is an average over the newest only, of so many.
+const AVERAGED: f64 = 30.0;
+/// What is expected before any was made counts as so many.
+const EXPECTED_COUNTS: f64 = 5.0;
+/// Guesses are made if they make tokens cheaper by this factor at least: what is measured is not that exact.
 const GAIN_MIN: f64 = 1.05;
-/// After so many steps in which guesses would not have paid one is made nevertheless: texts change.
+/// After so many tokens without guesses, which would not have paid, one is guessed nevertheless: texts change.
 const ANOTHER_TRY: u32 = 64;
-
-/// Who guesses. It sees every token of its session.
-pub(super) trait Proposer: Send {
-    /// Up to `count` tokens that may follow `tokens`, which were chosen, and `guessed`, which were not yet.
-    fn propose(&mut self, tokens: &[Token], guessed: &[Token], count: usize) -> Vec<Token>;
-}
+/// Guesses that are told apart by how many came before them since the last known token.
+pub const DEPTHS: usize = 16;
 
 /// What has followed the last few tokens before, in prompt or answer. It costs nothing where nothing is repeated.
 #[derive(Debug, Default)]
-pub(super) struct Lookup {
+struct Lookup {
     /// Where each run of [`CONTEXT`] tokens was last followed by something: at which position.
     followed: HashMap<[Token; CONTEXT], usize>,
     /// Positions that are in it.
@@ -45,9 +53,8 @@ impl Lookup {
         }
         self.known = tokens.len();
     }
-}
 
-impl Proposer for Lookup {
+    /// Up to `count` tokens that may follow `tokens`, which were chosen, and `guessed`, which were not yet.
     fn propose(&mut self, tokens: &[Token], guessed: &[Token], count: usize) -> Vec<Token> {
         self.learn(tokens);
         let newest: Vec<Token> = tokens.iter().rev().take(CONTEXT).rev().chain(guessed).copied().collect();
@@ -71,87 +78,234 @@ impl Proposer for Lookup {
     }
 }
 
-/// What rows of one session cost in one frame, relative to a single one, as measured: steps of other sessions beside it, and
-/// chunks of prompts, say nothing about it.
-#[derive(Debug, Default)]
-pub(super) struct RowCosts {
-    /// Time of a step, us, by rows.
-    us: [Option<f64>; WINDOW_MAX + 2],
+/// Who guesses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Guesser {
+    Lookup,
+    Model,
 }
 
-impl RowCosts {
-    pub(super) fn note(&mut self, rows: u32, step: &Step) {
-        if let Some(known) = self.us.get_mut(rows as usize).filter(|_| step.batch_rows == rows) {
-            let us = f64::from(step.compute_us);
-            *known = Some(known.map_or(us, |was| was + SMOOTHING * (us - was)));
-        }
-    }
+/// How to guess next.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Plan {
+    pub(super) guesser: Guesser,
+    /// Rows of a frame at most.
+    pub(super) rows: usize,
+    /// Guesses that wait for an answer at most.
+    pub(super) depth: usize,
+    /// The row of a known token waits for guesses that can go with it, instead of hurrying ahead.
+    pub(super) waits: bool,
+    /// What a token is expected to take, us.
+    us_per_token: f64,
+}
 
-    /// Of a frame of so many rows, in single rows. Between what was measured it grows evenly; what was never measured is hoped to cost
-    /// nothing more, which ends with its first measurement.
-    fn of(&self, rows: usize) -> f64 {
-        let Some(one) = self.us[1] else { return 1.0 };
-        let measured = |rows: usize| Some((rows, self.us[rows]?));
-        let below = (1..=rows).rev().find_map(measured).unwrap_or((1, one));
-        let us = match (rows..self.us.len()).find_map(measured) {
-            Some(above) if above.0 > below.0 => {
-                below.1 + (above.1 - below.1) * (rows - below.0) as f64 / (above.0 - below.0) as f64
-            }
-            _ => below.1,
+impl Plan {
+    /// The best, if any is better than no guesses. `right`: what part of guesses is; `sessions`: how many share the stages.
+    ///
+    /// With `R(w)` the time of a frame of `w` rows around the ring, `S(w)` the time after which another can follow, `d` the time of a
+    /// guess, `a` the part that is right and `b = a^w`, a token takes
+    /// - `R(1)` without guesses;
+    /// - `(1 - a) (R(w) + b / (1 - b) S(w))` in frames that follow one another, if guesses cost nothing;
+    /// - `(1 - a) (R(w) + a / (1 - b) max(S(w), w d))` if a model makes them while the known token is on its way already. On one machine it
+    ///   is the sum instead of the larger: stages and guesser have the same processors;
+    /// - `(1 - a) / (1 - b) (R(w) + (w - 1) d)` if the known token waits for guesses, and these for its answer.
+    fn of(guesser: Guesser, right: f64, pace: &Pace, sessions: usize) -> Option<Plan> {
+        let plain_us = pace.ring_us(1)?;
+        let guess_us = match guesser {
+            Guesser::Lookup => 0.0,
+            Guesser::Model => pace.draft_us()?,
         };
-        (us / one).max(1.0)
+        // Machines that mostly wait for one another.
+        let is_idle = sessions == 1 && !pace.is_one_machine();
+        let mut best: Option<Plan> = None;
+        for rows in 1..=GUESS_ROWS_MAX as usize {
+            let (ring_us, spacing_us) = (pace.ring_us(rows)?, pace.spacing_us(rows)?);
+            let all_right = right.powi(rows as i32);
+            let per_token = |us: f64| (1.0 - right) * us;
+            let guesses_us = rows as f64 * guess_us;
+            let (frame_us, first) = match guesser {
+                Guesser::Lookup => (spacing_us, all_right),
+                Guesser::Model if pace.is_one_machine() => (spacing_us + guesses_us, right),
+                Guesser::Model => (spacing_us.max(guesses_us), right),
+            };
+            // The ring is full of so many frames of all sessions; some more may wait.
+            let frames = (ring_us / frame_us * QUEUED).round().max(2.0) / sessions as f64 - 1.0;
+            // A guess saves a way around the ring if all before it are right.
+            let cost_us = (spacing_us / rows as f64 + guess_us) * if is_idle { IDLE } else { 1.0 };
+            let worth = (cost_us / plain_us).ln() / right.ln();
+            let streamed = Plan {
+                guesser,
+                rows,
+                depth: (frames * rows as f64 + (rows - 1) as f64).min(worth).max(0.0) as usize,
+                waits: false,
+                us_per_token: per_token(ring_us + first / (1.0 - all_right) * frame_us),
+            };
+            let in_turns = Plan {
+                guesser,
+                rows,
+                depth: rows - 1,
+                waits: true,
+                us_per_token: per_token((ring_us + guesses_us - guess_us) / (1.0 - all_right)),
+            };
+            let streamed = Some(streamed).filter(|_| frames > 0.0);
+            let in_turns = Some(in_turns).filter(|_| guesser == Guesser::Model && sessions == 1);
+            let possible = streamed.into_iter().chain(in_turns).filter(|plan| plan.depth > 0);
+            best = best.into_iter().chain(possible).min_by(|a, b| a.us_per_token.total_cmp(&b.us_per_token));
+        }
+        best.filter(|best| best.us_per_token * GAIN_MIN <= plain_us)
     }
 }
 
-/// How well a session is guessed, and what it makes of that.
-#[derive(Debug)]
-pub(super) struct Aim {
+/// How well somebody guesses.
+#[derive(Debug, Clone, Copy)]
+struct Aim {
     /// What part of guesses was right lately.
     right: f64,
-    /// Decisions against guessing since the last guess.
-    refrained: u32,
+    /// Of how many.
+    count: f64,
 }
 
 impl Default for Aim {
     fn default() -> Self {
-        Aim { right: EXPECTED, refrained: 0 }
+        Aim { right: EXPECTED, count: EXPECTED_COUNTS }
     }
 }
 
 impl Aim {
-    /// A guess was compared with what was chosen.
-    pub(super) fn note(&mut self, is_right: bool) {
-        self.right += SMOOTHING * (f64::from(u8::from(is_right)) - self.right);
+    fn note(&mut self, is_right: bool) {
+        self.count = (self.count + 1.0).min(AVERAGED);
+        self.right += (f64::from(u8::from(is_right)) - self.right) / self.count;
+    }
+}
+
+/// A guess that waits for what is chosen.
+#[derive(Debug, Clone, Copy)]
+struct Guess {
+    token: Token,
+    by: Guesser,
+    /// Guesses before it that waited as well when it was made.
+    depth: usize,
+}
+
+/// What became of a guess.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Outcome {
+    pub(super) is_right: bool,
+    pub(super) depth: usize,
+}
+
+/// The guesses of one session, and who makes them.
+#[derive(Debug)]
+pub(super) struct Guesses {
+    lookup: Option<Lookup>,
+    /// What the model that guesses knows of the session, if there is one.
+    pub(super) pursuit: Option<Pursuit>,
+    aims: [Aim; 2],
+    waiting: VecDeque<Guess>,
+    /// How they were made.
+    plan: Option<Plan>,
+    /// Tokens since the last guess.
+    refrained: u32,
+    /// Guesses so far.
+    pub(super) made: u32,
+    /// Right ones among them.
+    pub(super) right: u32,
+}
+
+impl Guesses {
+    pub(super) fn new(is_on: bool, by_model: bool) -> Guesses {
+        Guesses {
+            lookup: is_on.then(Lookup::default),
+            pursuit: by_model.then(Pursuit::default),
+            aims: [Aim::default(); 2],
+            waiting: VecDeque::new(),
+            plan: None,
+            refrained: 0,
+            made: 0,
+            right: 0,
+        }
     }
 
-    /// How many tokens to guess at once: as many as make a token cheapest. `travel`: how long a frame is on its way, in times of
-    /// computing a single row.
-    pub(super) fn window(&mut self, costs: &RowCosts, travel: f64) -> usize {
-        let per_token = |guesses: usize| {
-            let mut tokens = 1.0;
-            let mut right = 1.0;
-            for _ in 0..guesses {
-                right *= self.right;
-                tokens += right;
-            }
-            (travel + costs.of(guesses + 1)) / tokens
+    /// Guesses that wait to be compared.
+    pub(super) fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Those from `first` on, `count` at most.
+    pub(super) fn tokens(&self, first: usize, count: usize) -> Vec<Token> {
+        self.waiting.iter().skip(first).take(count).map(|guess| guess.token).collect()
+    }
+
+    /// Whether a guess is being made.
+    pub(super) fn are_more_to_come(&self) -> bool {
+        self.pursuit.as_ref().is_some_and(Pursuit::is_asked)
+    }
+
+    /// How to guess on behind `tokens`: by whoever makes tokens cheapest; what can be looked up is added at once, as far as there is
+    /// `room`. `None`: guesses would not pay, or nobody has any.
+    pub(super) fn plan(
+        &mut self,
+        tokens: &[Token],
+        pace: &Pace,
+        sessions: usize,
+        is_drafter_up: bool,
+        room: usize,
+    ) -> Option<Plan> {
+        let lookup = self.lookup.as_mut()?;
+        let guessed: Vec<Token> = self.waiting.iter().map(|guess| guess.token).collect();
+        let found = lookup.propose(tokens, &guessed, room.min(GUESS_ROWS_MAX as usize));
+        let can_pursue = is_drafter_up && self.pursuit.as_ref().is_some_and(Pursuit::goes_on);
+        let who = [Some(Guesser::Lookup).filter(|_| !found.is_empty()), Some(Guesser::Model).filter(|_| can_pursue)];
+        let of = |guesser: Guesser| {
+            let right = self.aims[guesser as usize].right.min(RIGHT_MAX);
+            Plan::of(guesser, right, pace, sessions).or_else(|| {
+                let another = Plan { guesser, rows: 2, depth: 1, waits: false, us_per_token: f64::MAX };
+                Some(another).filter(|_| self.refrained >= ANOTHER_TRY && sessions == 1)
+            })
         };
-        let best = (1..=WINDOW_MAX).min_by(|&a, &b| per_token(a).total_cmp(&per_token(b))).unwrap_or(0);
-        if per_token(best) * GAIN_MIN <= per_token(0) {
-            self.refrained = 0;
-            return best;
+        let best = who.into_iter().flatten().filter_map(of).min_by(|a, b| a.us_per_token.total_cmp(&b.us_per_token));
+        // Guesses that are there are not thrown away.
+        let plan = best.or_else(|| self.plan.filter(|_| !self.waiting.is_empty()))?;
+        self.plan = Some(plan);
+        if plan.guesser == Guesser::Lookup {
+            let more = plan.depth.saturating_sub(self.len());
+            found.into_iter().take(more).for_each(|token| self.add(token, Guesser::Lookup));
         }
-        self.refrained += 1;
-        if self.refrained < ANOTHER_TRY {
-            return 0;
-        }
+        Some(plan)
+    }
+
+    /// A guess of what follows all others.
+    pub(super) fn add(&mut self, token: Token, by: Guesser) {
+        self.waiting.push_back(Guess { token, by, depth: self.waiting.len() });
+        self.made += 1;
         self.refrained = 0;
-        1
+    }
+
+    /// What follows is known. `None`: it was not guessed. After a wrong guess all further ones are in vain.
+    pub(super) fn compare(&mut self, token: Token) -> Option<Outcome> {
+        let Some(guess) = self.waiting.pop_front() else {
+            self.refrained += 1;
+            return None;
+        };
+        let is_right = guess.token == token;
+        self.aims[guess.by as usize].note(is_right);
+        self.right += u32::from(is_right);
+        if !is_right {
+            self.waiting.clear();
+        }
+        Some(Outcome { is_right, depth: guess.depth })
+    }
+
+    /// Whatever was on its way is lost.
+    pub(super) fn drop_waiting(&mut self) {
+        self.waiting.clear();
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use murmur_protocol::stage::Step;
+
     use super::*;
 
     #[test]
@@ -179,30 +333,61 @@ mod tests {
         Step { sampled: Vec::new(), compute_us, batch_rows: rows, threads: 1 }
     }
 
-    #[test]
-    fn guesses_are_made_where_they_pay_and_tried_now_and_then_where_they_do_not() {
-        let mut dear = RowCosts::default();
-        (1..=16).for_each(|rows| dear.note(rows, &step(rows, 1000 * rows)));
-        let mut aim = Aim::default();
-        let windows: Vec<usize> = (0..2 * ANOTHER_TRY).map(|_| aim.window(&dear, 0.0)).collect();
-        assert_eq!(windows.iter().sum::<usize>(), 2, "each row costs as much as a token: {windows:?}");
-        // On a long way many rows cost hardly more than one.
-        (0..100).for_each(|_| aim.note(true));
-        assert_eq!(aim.window(&dear, 100.0), WINDOW_MAX);
-        (0..100).for_each(|_| aim.note(false));
-        assert_eq!(aim.window(&dear, 100.0), 0);
+    /// A ring whose stages need `us` for a row, and as much for each further one in the same frame.
+    fn pace(stages: usize, us: u32, further_us: u32, travel_us: u64, is_one_machine: bool) -> Pace {
+        let mut pace = Pace::new(stages, travel_us, is_one_machine);
+        for rows in 1..=GUESS_ROWS_MAX {
+            (0..stages).for_each(|stage| pace.note(stage, &step(rows, us + further_us * (rows - 1))));
+        }
+        pace
     }
 
     #[test]
-    fn costs_between_measured_ones_grow_evenly_and_those_beyond_are_taken_for_the_last() {
-        let mut costs = RowCosts::default();
-        assert_eq!(costs.of(9), 1.0);
-        costs.note(1, &step(1, 1000));
-        costs.note(5, &step(5, 3000));
-        // Not alone in its batch.
-        costs.note(3, &step(4, 9000));
-        assert_eq!([1, 3, 5, 9].map(|rows| costs.of(rows)), [1.0, 2.0, 3.0, 3.0]);
-        costs.note(5, &step(5, 13000));
-        assert_eq!(costs.of(5), 4.0);
+    fn over_a_long_way_single_rows_follow_one_another_and_fill_it() {
+        let mut pace = pace(2, 2000, 2000, 96_000, false);
+        pace.note_drafter(&step(1, 1500));
+        let plan = Plan::of(Guesser::Model, 0.8, &pace, 1).unwrap();
+        assert_eq!((plan.rows, plan.waits), (1, false));
+        // X(a) = 1 / ((1 - a) L + a tau), with L = 100 ms and tau = 2 ms.
+        assert!((plan.us_per_token - 21_600.0).abs() < 1.0, "{plan:?}");
+        // Guesses behind more than thirty others are hardly ever needed.
+        assert!((20..=30).contains(&plan.depth), "{plan:?}");
+        let sure = Plan::of(Guesser::Model, 0.99, &pace, 1).unwrap();
+        assert!((50..=65).contains(&sure.depth), "the ring is full: {sure:?}");
+        let shared = Plan::of(Guesser::Model, 0.99, &pace, 8).unwrap();
+        assert!((5..=8).contains(&shared.depth), "{shared:?}");
+        assert_eq!(Plan::of(Guesser::Model, 0.99, &pace, 70), None);
+    }
+
+    #[test]
+    fn on_one_machine_guesses_are_made_if_rows_together_are_cheaper_than_one_by_one() {
+        assert_eq!(Plan::of(Guesser::Lookup, 0.8, &pace(1, 1000, 1000, 0, true), 1), None);
+        let mut cheap = pace(1, 1000, 100, 0, true);
+        let looked_up = Plan::of(Guesser::Lookup, 0.8, &cheap, 1).unwrap();
+        assert!(looked_up.rows > 3 && looked_up.us_per_token < 410.0, "{looked_up:?}");
+        cheap.note_drafter(&step(1, 100));
+        let by_model = Plan::of(Guesser::Model, 0.8, &cheap, 1).unwrap();
+        assert!(by_model.waits && by_model.depth + 1 == by_model.rows, "{by_model:?}");
+        assert!(by_model.us_per_token > looked_up.us_per_token);
+        // Sessions that share a machine are computed together already.
+        assert_eq!(Plan::of(Guesser::Model, 0.8, &cheap, 2), None);
+        // A model that is as slow as the one it guesses for.
+        let mut slow = pace(1, 1000, 100, 0, true);
+        slow.note_drafter(&step(1, 1000));
+        assert_eq!(Plan::of(Guesser::Model, 0.8, &slow, 1), None);
+    }
+
+    #[test]
+    fn guesses_that_do_not_pay_are_tried_now_and_then() {
+        let dear = pace(1, 1000, 1000, 0, true);
+        let mut guesses = Guesses::new(true, false);
+        let tokens = [7; 8];
+        let mut made = 0;
+        for _ in 0..2 * (ANOTHER_TRY + 1) {
+            made += usize::from(guesses.plan(&tokens, &dear, 1, false, 10).is_some());
+            let _ = guesses.compare(7);
+        }
+        assert_eq!(made, 2);
+        assert_eq!((guesses.made, guesses.right), (2, 2));
     }
 }

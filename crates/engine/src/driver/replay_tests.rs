@@ -1,7 +1,7 @@
 //! The driver against modelled stages that die, and ways between them that break: whatever is lost when, whatever is kept, and
 //! whoever stands by, answers are the same, and who lives computes nothing twice.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, path::PathBuf};
 
 use murmur_protocol::sampling::Sampled;
 use proptest::prelude::*;
@@ -157,17 +157,20 @@ impl Stage {
 
 struct Ring {
     driver: Driver,
+    /// Behind them the model that guesses, if there is one.
     stages: Vec<Stage>,
     is_up: Vec<bool>,
     /// Who stands by for each stage, if anybody does.
     standbys: Vec<Option<Stage>>,
     /// One of so many hidden states does not reach those; 0: all do.
     lost_of: usize,
+    steps: u64,
 }
 
 impl Ring {
     fn new(stages: usize, exact: bool, keep: usize, standbys: bool, lost_of: usize, draft: Draft) -> Ring {
         let repeats = draft != Draft::Off;
+        let places = stages + usize::from(matches!(draft, Draft::Model(_)));
         let options = DriverOptions {
             stages,
             parallel: 3,
@@ -182,20 +185,26 @@ impl Ring {
             travel_us: 1000,
         };
         let mut driver = Driver::new(options);
-        (0..stages).for_each(|stage| driver.on_ready(stage));
-        let stage = |at| Stage { is_last: at + 1 == stages, exact, keep, repeats, ..Stage::default() };
-        let standby = |at| standbys.then(|| stage(at));
+        (0..places).for_each(|place| driver.on_ready(place));
+        let stage = |at| {
+            let exact = exact && at < stages;
+            Stage { is_last: at + 1 >= stages, exact, keep, repeats, ..Stage::default() }
+        };
+        let standby = |at| (standbys && at < stages).then(|| stage(at));
         Ring {
             driver,
-            stages: (0..stages).map(stage).collect(),
-            is_up: vec![true; stages],
-            standbys: (0..stages).map(standby).collect(),
+            stages: (0..places).map(stage).collect(),
+            is_up: vec![true; places],
+            standbys: (0..places).map(standby).collect(),
             lost_of,
+            steps: 0,
         }
     }
 
     /// Something happens somewhere.
     fn step(&mut self, dice: &mut Dice) {
+        self.steps += 1;
+        self.driver.at(self.steps);
         for (to, frame) in self.driver.take_output() {
             if let Some(standby) = self.standbys[to].as_mut().filter(|_| frame.header.kind != Kind::Repeat) {
                 standby.ways[0].push_back(frame.clone());
@@ -344,9 +353,13 @@ proptest! {
         length in 1usize..14,
         deaths in 0usize..3,
         standbys in any::<bool>(),
+        model in any::<bool>(),
     ) {
         const TOKENS: u32 = 60;
-        let (mut dice, mut ring) = (Dice(seed), Ring::new(stages, exact, usize::MAX, standbys, 0, Draft::Lookup));
+        let model = model.then(|| Draft::Model(DraftModel { path: PathBuf::new(), spoilt: 0.2 }));
+        let draft = model.unwrap_or(Draft::Lookup);
+        let (mut dice, mut ring) = (Dice(seed), Ring::new(stages, exact, usize::MAX, standbys, 0, draft));
+        let places = ring.stages.len();
         let prompt: Vec<Token> = (1..=length as i32).collect();
         let mut whole = prompt.clone();
         (0..TOKENS).for_each(|_| whole.push(token_after(&whole, true)));
@@ -357,12 +370,12 @@ proptest! {
         for round in 0.. {
             prop_assert!(round < 200_000, "it stands still");
             ring.step(&mut dice);
-            if let Some(at) = (0..stages).find(|&at| !ring.is_up[at] && dice.below(30) == 0) {
+            if let Some(at) = (0..places).find(|&at| !ring.is_up[at] && dice.below(30) == 0) {
                 ring.comes_back(at);
             }
             if left > 0 && dice.below(200) == 0 {
                 left -= 1;
-                let at = dice.below(stages);
+                let at = dice.below(places);
                 if ring.is_up[at] {
                     ring.kill(at);
                 }

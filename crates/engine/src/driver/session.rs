@@ -1,6 +1,6 @@
 //! One session as the driver sees it: what it asked for, what it has, and how often stages died under it.
 
-use std::collections::VecDeque;
+use std::path::PathBuf;
 
 use murmur_protocol::{
     sampling::{Sampled, SamplingParams, Token},
@@ -9,8 +9,8 @@ use murmur_protocol::{
 use tokio::sync::mpsc;
 
 use super::{
-    DriverOptions, EVENTS_MARGIN,
-    draft::{Aim, Lookup, Proposer, RowCosts},
+    DriverOptions, EVENTS_MARGIN, LAG_MAX,
+    draft::{Guesses, Outcome},
 };
 
 /// A session under which stages died so often, without a token in between, is a suspect: it may be what kills them. It
@@ -46,6 +46,13 @@ pub enum SessionEvent {
     },
     /// A token.
     Token(Sampled),
+    /// Guesses of the whole answer, if there were any; comes before the end.
+    Guesses {
+        /// Those that were right.
+        right: u32,
+        /// Those that were wrong, or in vain because one before them was.
+        wrong: u32,
+    },
     /// The end, after the last token.
     Ended(Ending),
     /// The session failed: what happened.
@@ -62,25 +69,36 @@ pub enum Ending {
 }
 
 /// Who guesses what a model will say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub enum Draft {
     /// Nobody.
     #[default]
     Off,
     /// What has followed the same tokens before, in prompt or answer.
     Lookup,
+    /// The same, or a small model: whoever makes tokens cheaper at the moment.
+    Model(DraftModel),
 }
 
-impl Draft {
-    /// All.
-    pub const ALL: [Draft; 2] = [Draft::Off, Draft::Lookup];
+/// A model that guesses what another will say.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DraftModel {
+    /// Its GGUF file; the vocabulary must be the same.
+    pub path: PathBuf,
+    /// What part of its guesses is made wrong, 0 to 1: for tests and benchmarks.
+    pub spoilt: f64,
+}
 
-    /// What people call it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Draft::Off => "off",
-            Draft::Lookup => "lookup",
+impl DraftModel {
+    /// Whether the guess for a position is made wrong. The same in each run.
+    pub(super) fn spoils(&self, session: u64, position: u32) -> bool {
+        let mut hash = session.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ u64::from(position);
+        // The finaliser of MurmurHash3.
+        for factor in [0xFF51_AFD7_ED55_8CCD_u64, 0xC4CE_B9FE_1A85_EC53] {
+            hash = (hash ^ (hash >> 33)).wrapping_mul(factor);
         }
+        let part = ((hash ^ (hash >> 33)) >> 11) as f64 / (1u64 << 53) as f64;
+        part < self.spoilt
     }
 }
 
@@ -110,10 +128,10 @@ pub(super) struct Session {
     /// Queued, while stages keep what they hold of it.
     pub(super) is_held: bool,
     pub(super) tokens: Vec<Token>,
-    /// Guesses of what follows them, whose rows are on their way.
-    pub(super) guessed: VecDeque<Token>,
-    proposer: Option<Box<dyn Proposer>>,
-    aim: Aim,
+    /// What may follow them.
+    pub(super) guesses: Guesses,
+    /// The frame that is on its way was sent when nothing else of the session was: its rows, and when, us.
+    pub(super) alone_since: Option<(usize, u64)>,
     /// The first position that each stage computes, of those that it was opened with: see [`Session::plan`].
     pub(super) starts: Vec<u32>,
     pub(super) prompt_tokens: u32,
@@ -128,11 +146,7 @@ pub(super) struct Session {
 }
 
 impl Session {
-    pub(super) fn new(request: SessionRequest, events: mpsc::Sender<SessionEvent>, draft: Draft) -> Session {
-        let proposer: Option<Box<dyn Proposer>> = match draft {
-            Draft::Off => None,
-            Draft::Lookup => Some(Box::new(Lookup::default())),
-        };
+    pub(super) fn new(request: SessionRequest, events: mpsc::Sender<SessionEvent>, draft: &Draft) -> Session {
         let mut tokens = request.prompt;
         let prompt_tokens = tokens.len() as u32;
         tokens.extend_from_slice(&request.generated);
@@ -142,9 +156,8 @@ impl Session {
             is_held: false,
             prompt_tokens,
             tokens,
-            guessed: VecDeque::new(),
-            proposer,
-            aim: Aim::default(),
+            guesses: Guesses::new(*draft != Draft::Off, matches!(draft, Draft::Model(_))),
+            alone_since: None,
             starts: Vec::new(),
             cached_tokens: 0,
             max_tokens: request.max_tokens,
@@ -153,6 +166,11 @@ impl Session {
             deaths: 0,
             deaths_total: 0,
         }
+    }
+
+    /// Whether its reader has so much to read that it should have no more for now.
+    pub(super) fn is_far_ahead(&self) -> bool {
+        self.events.max_capacity() - self.events.capacity() >= LAG_MAX - EVENTS_MARGIN
     }
 
     pub(super) fn generated(&self) -> &[Token] {
@@ -197,31 +215,10 @@ impl Session {
         Rows { end: start + left.min(chunk), prefill: left > 1 && !options.exact, stages }
     }
 
-    /// Guesses of what follows all tokens so far and all guesses, of which `next` is the first place that is not on its way.
-    pub(super) fn guess(&mut self, next: u32, costs: &RowCosts, travel: f64) -> Vec<Token> {
-        let Some(proposer) = &mut self.proposer else { return Vec::new() };
-        // Each row gives a token, for which there must be room: in the answer, and with the reader.
-        let left = (self.prompt_tokens + self.max_tokens).saturating_sub(next + 1);
-        let room = self.events.capacity().saturating_sub(EVENTS_MARGIN + self.guessed.len());
-        let count = self.aim.window(costs, travel).min(left as usize).min(room);
-        if count == 0 {
-            return Vec::new();
-        }
-        let guess = proposer.propose(&self.tokens, self.guessed.make_contiguous(), count);
-        self.guessed.extend(&guess);
-        guess
-    }
-
-    /// The next token is there. Whether it was guessed right; `None`: it was not guessed. After a wrong guess all further ones are in
-    /// vain.
-    pub(super) fn push(&mut self, token: Token) -> Option<bool> {
+    /// The next token is there. What it means for a guess of it; `None`: it was not guessed.
+    pub(super) fn push(&mut self, token: Token) -> Option<Outcome> {
         self.tokens.push(token);
-        let is_right = self.guessed.pop_front()? == token;
-        self.aim.note(is_right);
-        if !is_right {
-            self.guessed.clear();
-        }
-        Some(is_right)
+        self.guesses.compare(token)
     }
 
     /// True when only its own run can tell whether it kills stages.
@@ -269,7 +266,8 @@ impl Session {
 
     pub(super) fn requeue(&mut self) {
         self.phase = Phase::Queued;
-        self.guessed.clear();
+        self.guesses.drop_waiting();
+        self.alone_since = None;
         self.epoch += 1;
     }
 }

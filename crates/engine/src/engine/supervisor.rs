@@ -2,7 +2,7 @@
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard},
     thread,
     time::{Duration, Instant},
 };
@@ -37,6 +37,9 @@ pub(super) const ENDING: &str = "the server is shutting down";
 /// The driver and the stages it drives.
 pub(super) struct Shared {
     pub(super) driver: Mutex<Driver>,
+    /// When the driver's time began.
+    pub(super) started: Instant,
+    /// Those of the driver; behind them the model that guesses, if there is one.
     pub(super) stages: Vec<StageCell>,
     pub(super) stop: Stop,
     pub(super) program: PathBuf,
@@ -70,10 +73,17 @@ impl Shared {
     /// Changes the driver's state and sends what comes out. Sending never blocks, and happens under the lock so that
     /// frames leave in the order the driver made them.
     pub(super) fn drive<T>(&self, change: impl FnOnce(&mut Driver) -> T) -> T {
-        let mut driver = lock(&self.driver);
+        let mut driver = self.driver();
         let result = change(&mut driver);
         self.flush(&mut driver);
         result
+    }
+
+    /// The driver, that knows what time it is.
+    fn driver(&self) -> MutexGuard<'_, Driver> {
+        let mut driver = lock(&self.driver);
+        driver.at(self.started.elapsed().as_micros() as u64);
+        driver
     }
 
     fn flush(&self, driver: &mut Driver) {
@@ -204,7 +214,7 @@ impl Shared {
 
     fn receive(&self, stage: usize, receiver: &mut Receiver) {
         while let Some((frame, more)) = receiver.receive() {
-            let mut driver = lock(&self.driver);
+            let mut driver = self.driver();
             driver.on_frame(stage, frame);
             // What arrived together is answered together, so that the next batch is not torn apart.
             if !more {

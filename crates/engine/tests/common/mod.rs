@@ -1,6 +1,8 @@
 //! What the engine's tests share: models, engines over real child processes, and a reader of sessions.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used, clippy::panic)] // each test uses its part
 
+pub mod spread;
+
 use std::path::{Path, PathBuf};
 
 use murmur_engine::{
@@ -131,6 +133,7 @@ pub async fn read(mut stream: SessionStream) -> Result<Answer, String> {
     while let Some(event) = stream.next().await {
         match event {
             SessionEvent::Prefill { cached_tokens, .. } => answer.cached_tokens = cached_tokens,
+            SessionEvent::Guesses { .. } => {}
             SessionEvent::Token(sampled) => {
                 answer.tokens.push(sampled.token);
                 answer.logprob_bits.push(sampled.top.iter().map(|&(id, p)| (id, p.to_bits())).collect());

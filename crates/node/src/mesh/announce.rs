@@ -43,6 +43,12 @@ pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
             }
         }
         let mut stages: Vec<ServedStage> = node.models.iter().filter_map(|model| offered(&node, model)).collect();
+        let shared: Vec<ModelDigest> = stages.iter().map(|stage| stage.digest).collect();
+        match host::layers_max(node.options()) {
+            // All that this node contributes are the ends that it keeps.
+            Some(0) => stages.clear(),
+            layers_max => stages.iter_mut().for_each(|stage| stage.layers_max = layers_max.unwrap_or(0)),
+        }
         for stage in &mut stages {
             if let Some(before) = told.1.iter().find(|before| before.digest == stage.digest) {
                 steady(&mut stage.decode_us_per_layer, before.decode_us_per_layer);
@@ -53,7 +59,6 @@ pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
                 }
             }
         }
-        let shared: Vec<ModelDigest> = stages.iter().map(|stage| stage.digest).collect();
         let peers = mesh.mesh().peers();
         let links = mesh.links().look(peers.iter().filter(|peer| links::shares_a_model(peer, &shared)), Instant::now());
         let now = (models, stages, links);
@@ -121,7 +126,7 @@ fn served(node: &Node, model: &Model, identity: &ModelIdentity, mesh: &MeshNode)
     }
     let status = loaded.as_ref().map(|loaded| loaded.engine.status());
     let count = |read: fn(&EngineStatus) -> usize| u32::try_from(status.as_ref().map_or(0, read)).unwrap_or(u32::MAX);
-    let around_us = model.ring().1.map_or(0, |ring| ring.around_us(mesh.mesh()));
+    let around_us = model.ring().1.map_or(0, |ring| ring.around_us(node, mesh));
     let decode_us = status.as_ref().and_then(|status| status.counters.us_per_token()).map(|us| us + around_us);
     Some(ServedModel {
         digest: identity.digest,
@@ -169,8 +174,7 @@ pub(super) fn could_offer(node: &Node, model: &Model, context_tokens: u32) -> Op
         state: match held {
             _ if node.gate.paused().is_some() => ModelState::Draining,
             None => ModelState::Available,
-            Some((_, false, _)) => ModelState::Loading,
-            Some((_, true, _)) => ModelState::Ready,
+            Some((_, state, _)) => state,
         },
         context_tokens: terms.map_or(context_tokens, |terms| terms.context_tokens),
         parallel: terms.map_or(options.parallel, |terms| terms.parallel),

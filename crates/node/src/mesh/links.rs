@@ -88,7 +88,7 @@ impl Way {
         if now.duration_since(self.since) < window {
             return;
         }
-        if (least - self.told_rtt_us).abs() > (STEP * self.told_rtt_us).max(RTT_STEP_US) || self.told_rtt_us == 0.0 {
+        if is_another_rtt(self.told_rtt_us, least) || self.told_rtt_us == 0.0 {
             self.told_rtt_us = least.max(1.0);
         }
         let told = self.told_bytes_per_s;
@@ -158,6 +158,11 @@ impl LinkBook {
         let book = self.book();
         book.get(node).filter(|way| way.told_rtt_us > 0.0).map(|way| (way.told_rtt_us, way.told_bytes_per_s as u64))
     }
+}
+
+/// Whether a round trip, us, is another one than before, and not the same with what machines and queues add.
+pub(super) fn is_another_rtt(before_us: f64, now_us: f64) -> bool {
+    (now_us - before_us).abs() > (STEP * before_us).max(RTT_STEP_US)
 }
 
 /// Whether a node offers layers of one of these models.

@@ -22,7 +22,10 @@ use murmur_net::{
     stream::{self, Reader},
 };
 use murmur_protocol::{
-    mesh::{Capabilities, FinishReason, NodeId, Open, RequestId, Work, work::Prefill},
+    mesh::{
+        Capabilities, FinishReason, NodeId, Open, RequestId, Work,
+        work::{Finished, Prefill},
+    },
     sampling::{SamplingParams, Token},
 };
 use tokio::{
@@ -68,7 +71,16 @@ impl RemoteStream {
 /// What a stream or a ping has to say.
 enum Seen {
     Event(Event),
-    Prefill { attempt: AttemptId, prefill: Prefill },
+    Prefill {
+        attempt: AttemptId,
+        prefill: Prefill,
+    },
+    /// What the peer has guessed of its part of the answer.
+    Guesses {
+        attempt: AttemptId,
+        right: u32,
+        wrong: u32,
+    },
 }
 
 struct Driver {
@@ -196,6 +208,12 @@ impl Driver {
                     self.pending.push_back(SessionEvent::Prefill { done_tokens, cached_tokens });
                 }
                 Some(Event::Progress { attempt })
+            }
+            Seen::Guesses { attempt, right, wrong } => {
+                if self.attempts.contains_key(&attempt) {
+                    self.pending.push_back(SessionEvent::Guesses { right, wrong });
+                }
+                None
             }
             Seen::Event(event) => {
                 if let Event::Admitted { attempt, .. } | Event::Tokens { attempt, .. } = &event
@@ -412,7 +430,12 @@ async fn converse(
                 Seen::Event(Event::Tokens { attempt, first_sequence: tokens.first, tokens: tokens.sampled })
             }
             Work::Refused(because) => return Ok(Event::Refused { attempt, because }),
-            Work::Finished(finished) => return Ok(Event::Finished { attempt, reason: finished.reason }),
+            Work::Finished(Finished { reason, right_guesses: right, wrong_guesses: wrong, .. }) => {
+                if right > 0 || wrong > 0 {
+                    let _ = seen.send(Seen::Guesses { attempt, right, wrong }).await;
+                }
+                return Ok(Event::Finished { attempt, reason });
+            }
             Work::Failed(failed) => return Ok(Event::Failed { attempt, code: failed.code }),
             Work::Unknown { .. } => continue,
             Work::Open(_) | Work::GetCard(_) | Work::Card(_) | Work::CardPart(_) | Work::Stage(_) | Work::Hop(_) => {

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use murmur_api::backend::Guesses;
 use murmur_engine::{Ending, SessionEvent, SessionRequest, StartError};
 use murmur_net::{
     NetError, SendStream, Work as Request,
@@ -221,8 +222,16 @@ async fn generate(
         Ok(admitted) => admitted,
         Err(because) => return say(send, &Work::Refused(because)).await,
     };
-    let mut answer =
-        Answer { listed, next: had, first: had, prompt_tokens, cached_tokens: None, begun, first_token: None };
+    let mut answer = Answer {
+        listed,
+        next: had,
+        first: had,
+        prompt_tokens,
+        cached_tokens: None,
+        begun,
+        first_token: None,
+        guesses: Guesses::default(),
+    };
     let outcome = answer.send(session, send).await;
     if let Some(first_token) = answer.first_token {
         let computed = prompt_tokens.saturating_sub(answer.cached_tokens.unwrap_or(0));
@@ -322,6 +331,7 @@ struct Answer {
     cached_tokens: Option<u32>,
     begun: Instant,
     first_token: Option<Instant>,
+    guesses: Guesses,
 }
 
 impl Answer {
@@ -357,6 +367,7 @@ impl Answer {
                     self.next = self.next.saturating_add(1);
                     say(send, &Work::Tokens(tokens)).await?;
                 }
+                Some(SessionEvent::Guesses { right, wrong }) => self.guesses = Guesses { right, wrong },
                 Some(SessionEvent::Ended(ending)) => return say(send, &Work::Finished(self.account(ending))).await,
                 Some(SessionEvent::Failed(reason)) => {
                     return say(send, &Work::Failed(Failed::new(FailureCode::Engine, &reason))).await;
@@ -391,6 +402,8 @@ impl Answer {
             generated_tokens: self.next - self.first,
             prefill_us: us(first_token - self.begun),
             decode_us: us(first_token.elapsed()),
+            right_guesses: self.guesses.right,
+            wrong_guesses: self.guesses.wrong,
         }
     }
 }

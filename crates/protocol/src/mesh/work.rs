@@ -180,6 +180,10 @@ pub struct Finished {
     pub prefill_us: u64,
     /// Time from the first token to the last.
     pub decode_us: u64,
+    /// Tokens of the answer that it had guessed.
+    pub right_guesses: u32,
+    /// Tokens that it had guessed and that were not chosen.
+    pub wrong_guesses: u32,
 }
 
 /// What kept a worker from completing an answer.
@@ -445,6 +449,8 @@ impl Body for Finished {
             generated_tokens: self.generated_tokens,
             prefill_us: self.prefill_us,
             decode_us: self.decode_us,
+            right_guesses: self.right_guesses,
+            wrong_guesses: self.wrong_guesses,
         })
     }
 
@@ -456,6 +462,8 @@ impl Body for Finished {
             generated_tokens: proto.generated_tokens,
             prefill_us: proto.prefill_us,
             decode_us: proto.decode_us,
+            right_guesses: proto.right_guesses,
+            wrong_guesses: proto.wrong_guesses,
         })
     }
 }

@@ -242,6 +242,9 @@ pub(crate) fn works() -> Vec<(&'static str, Work)> {
         generated_tokens: 2,
         prefill_us: 12_000,
         decode_us: 43_000,
+        // As a worker that does not guess, and one of before there was guessing.
+        right_guesses: 0,
+        wrong_guesses: 0,
     };
     let reason = || "why it is so".to_owned();
     vec![
@@ -563,7 +566,7 @@ pub(crate) fn any_work() -> impl Strategy<Value = Work> {
         any::<(u32, u32)>()
             .prop_map(|(done_tokens, cached_tokens)| Work::Prefill(Prefill { done_tokens, cached_tokens })),
         any_tokens().prop_map(Work::Tokens),
-        (select(vec![FinishReason::Length, FinishReason::Unknown]), any::<[u32; 3]>(), any::<[u64; 2]>()).prop_map(
+        (select(vec![FinishReason::Length, FinishReason::Unknown]), any::<[u32; 5]>(), any::<[u64; 2]>()).prop_map(
             |(reason, n, us)| Work::Finished(Finished {
                 reason,
                 prompt_tokens: n[0],
@@ -571,6 +574,8 @@ pub(crate) fn any_work() -> impl Strategy<Value = Work> {
                 generated_tokens: n[2],
                 prefill_us: us[0],
                 decode_us: us[1],
+                right_guesses: n[3],
+                wrong_guesses: n[4],
             })
         ),
         (select(vec![FailureCode::Engine, FailureCode::BadMessage, FailureCode::Unknown]), any_text(512))

@@ -134,6 +134,11 @@ impl<'a> Look<'a> {
                 ("loading", Some(share)) => format!("loading {:.0} %", 100.0 * share),
                 (state, _) => state.to_owned(),
             };
+            let guessed = here.and_then(|here| Some((count(here, "/right_tokens")?, count(here, "/guessed_tokens")?)));
+            let right = match guessed {
+                Some((right, guessed)) if guessed > 0 => format!("{:.0} %", 100.0 * right as f64 / guessed as f64),
+                _ => NONE.to_owned(),
+            };
             let memory = here.and_then(|here| count(here, "/memory_bytes_planned"));
             vec![
                 text(model, "/id"),
@@ -142,14 +147,15 @@ impl<'a> Look<'a> {
                 sum("/requests_running", "/running"),
                 sum("/requests_queued", "/queued"),
                 fastest,
+                right,
                 shown(model, "/context_tokens"),
                 memory.map_or_else(|| NONE.to_owned(), |bytes| Size(bytes).to_string()),
             ]
         };
         Table {
             title: "models",
-            headings: &["MODEL", "STATE", "WHERE", "RUNNING", "QUEUED", "TOKENS/S", "CONTEXT", "MEMORY"],
-            right: &[3, 4, 5, 6, 7],
+            headings: &["MODEL", "STATE", "WHERE", "RUNNING", "QUEUED", "TOKENS/S", "GUESSED", "CONTEXT", "MEMORY"],
+            right: &[3, 4, 5, 6, 7, 8],
             rows: list(&self.0.status, "/models").iter().map(row).collect(),
         }
     }

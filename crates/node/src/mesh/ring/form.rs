@@ -58,8 +58,19 @@ impl Offer {
         Terms { range: self.range(), context_tokens, parallel, exact }
     }
 
-    pub(super) fn is_ready(&self) -> bool {
+    /// It has layers loaded, for drivers that use them or for whoever wants them.
+    pub(super) fn is_loaded(&self) -> bool {
+        matches!(self.stage.state, ModelState::Ready | ModelState::Available) && self.stage.first < self.stage.end
+    }
+
+    /// It has layers loaded that drivers use: these stay where they are.
+    pub(super) fn is_used(&self) -> bool {
         self.stage.state == ModelState::Ready && self.stage.first < self.stage.end
+    }
+
+    /// It holds nothing that anybody uses, or is about to.
+    pub(super) fn is_free(&self) -> bool {
+        self.stage.state == ModelState::Available
     }
 
     fn is_draining(&self) -> bool {
@@ -79,7 +90,7 @@ pub(super) fn offers(node: &Node, mesh: &MeshNode, model: &ModelDigest) -> Vec<O
 }
 
 /// What is offered of a model, by this node too, and by those that end or pause.
-fn listed(node: &Node, mesh: &MeshNode, model: &ModelDigest) -> Vec<Offer> {
+pub(super) fn listed(node: &Node, mesh: &MeshNode, model: &ModelDigest) -> Vec<Offer> {
     let own = node.models.iter().filter_map(|own| announce::offered(node, own)).map(|stage| Offer {
         node: mesh.mesh().node_id(),
         stage,
@@ -96,17 +107,21 @@ fn listed(node: &Node, mesh: &MeshNode, model: &ModelDigest) -> Vec<Offer> {
 }
 
 /// What is offered by nodes that compute as this one does, so that they fit together in a ring, with what was known of them
-/// before.
-pub(super) fn matching_offers(node: &Node, mesh: &MeshNode, model: &Model, digest: &ModelDigest) -> Vec<Offer> {
+/// before; and which nodes are about to leave.
+pub(super) fn matching_offers(
+    node: &Node,
+    mesh: &MeshNode,
+    model: &Model,
+    digest: &ModelDigest,
+) -> (Vec<Offer>, Vec<NodeId>) {
     let (exact, build) = (node.options().exact, murmur_engine::build_id());
-    let mut offers = listed(node, mesh, digest);
-    offers.retain(|offer| {
-        let stage = &offer.stage;
-        let fits = stage.exact == exact && stage.layers == model.layers() && (!exact || stage.build == build);
-        fits && !offer.is_draining()
+    let (leaving, mut offers): (Vec<Offer>, Vec<Offer>) =
+        listed(node, mesh, digest).into_iter().partition(Offer::is_draining);
+    offers.retain(|Offer { stage, .. }| {
+        stage.exact == exact && stage.layers == model.layers() && (!exact || stage.build == build)
     });
     model.search().recall(&mut offers);
-    offers
+    (offers, leaving.into_iter().map(|offer| offer.node).collect())
 }
 
 /// Makes rings for the models that need one, and better ones, for as long as there is a node.
@@ -145,7 +160,7 @@ fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
             None => return,
         },
     };
-    let mut offers = matching_offers(node, mesh, model, &identity.digest);
+    let (mut offers, leaving) = matching_offers(node, mesh, model, &identity.digest);
     {
         let mut search = model.search();
         offers.retain(|offer| !search.is_avoided(offer.node));
@@ -165,10 +180,9 @@ fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
     let found = match &in_use {
         None => first(&wanted, model, spread, options.ctx_tokens.is_some(), before),
         Some((size, placements)) => {
-            let draining = listed(node, mesh, &identity.digest).into_iter().filter(Offer::is_draining);
             // What this one pauses for is others.
             let is_used = |node: &NodeId| *node != ids.own() && placements.iter().any(|stage| stage.node == *node);
-            let lost: Vec<NodeId> = draining.map(|offer| offer.node).filter(is_used).collect();
+            let lost: Vec<NodeId> = leaving.into_iter().filter(is_used).collect();
             better(&wanted, model, (*size, placements), &lost, before)
         }
     };
@@ -248,10 +262,12 @@ fn open(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, plan: &Plan, size: Si
         mesh: Arc::downgrade(mesh),
         runtime: Handle::current(),
         model: identity.digest,
-        layers: model.layers(),
-        context_tokens: size.context_tokens,
-        parallel: size.parallel,
-        exact: node.options().exact,
+        whole: Terms {
+            range: LayerRange::new(0, model.layers()),
+            context_tokens: size.context_tokens,
+            parallel: size.parallel,
+            exact: node.options().exact,
+        },
         seats: seats.collect::<Vec<_>>().into(),
         refused: Mutex::default(),
     });
@@ -330,7 +346,7 @@ impl Wanted<'_> {
     /// A ring of layers that are loaded already, for requests of a size that will do.
     pub(super) fn loaded(&self, will_do: impl Fn(Size) -> bool) -> Option<(Plan, Size)> {
         let mut sizes: Vec<Size> = Vec::new();
-        for size in self.offers.iter().filter(|offer| offer.is_ready()).map(Offer::size) {
+        for size in self.offers.iter().filter(|offer| offer.is_loaded()).map(Offer::size) {
             if will_do(size) && !sizes.contains(&size) {
                 sizes.push(size);
             }
@@ -420,8 +436,8 @@ impl Wanted<'_> {
         self.offers.iter().map(|offer| self.facts_of(offer)).collect()
     }
 
-    /// The nodes of a ring of this size, when layers that drivers use stay where they are. What this node holds for others is no
-    /// hindrance for ends that are kept here, but takes memory.
+    /// The nodes of a ring of this size, when layers that drivers use stay where they are. Others that are loaded for rings of another
+    /// size are as good as not loaded. What this node holds for others is no hindrance for ends that are kept here, but takes memory.
     fn settled(&self, size: Size) -> Vec<NodeFacts> {
         let with_only = |offer: &Offer| {
             let facts = self.facts_of(offer);
@@ -430,9 +446,10 @@ impl Wanted<'_> {
                 let memory_bytes = facts.memory_bytes.saturating_sub(held_bytes);
                 return NodeFacts { memory_bytes, loaded: vec![self.facts.whole()], ..facts };
             }
-            NodeFacts { only: offer.is_ready().then(|| offer.range()), ..facts }
+            let loaded = if offer.size() == size { facts.loaded } else { Vec::new() };
+            NodeFacts { only: offer.is_used().then(|| offer.range()), loaded, ..facts }
         };
-        self.offers.iter().filter(|offer| !offer.is_ready() || offer.size() == size).map(with_only).collect()
+        self.offers.iter().filter(|offer| !offer.is_used() || offer.size() == size).map(with_only).collect()
     }
 
     /// Those of them that hold layers.
@@ -450,7 +467,7 @@ impl Wanted<'_> {
 
     /// Memory of the layers that a node holds.
     fn held_bytes(&self, offer: &Offer) -> u64 {
-        if offer.is_ready() { self.facts.stage_memory_bytes(offer.range(), &self.ask(offer.size())) } else { 0 }
+        if offer.is_loaded() { self.facts.stage_memory_bytes(offer.range(), &self.ask(offer.size())) } else { 0 }
     }
 
     fn facts_of(&self, offer: &Offer) -> NodeFacts {
@@ -465,7 +482,7 @@ impl Wanted<'_> {
         let prefill_us = decode_us * estimated.prefill_us_per_byte / estimated.decode_us_per_byte;
         facts.prefill_us_per_layer = measured(stage.prefill_us_per_layer, prefill_us);
         facts.layers_max = (stage.layers_max > 0).then_some(stage.layers_max);
-        facts.loaded = offer.is_ready().then(|| offer.range()).into_iter().collect();
+        facts.loaded = offer.is_loaded().then(|| offer.range()).into_iter().collect();
         facts.on_disk = vec![self.facts.whole()];
         facts
     }
@@ -614,6 +631,31 @@ mod tests {
         let mut offers = seen_by(1, &[RING[0], Peer(None, 4, 0)]);
         search.recall(&mut offers);
         assert_eq!(offers[1].stage.decode_us_per_layer, 100);
+    }
+
+    #[test]
+    fn layers_that_nobody_uses_are_used_where_they_are_and_given_up_where_they_are_in_the_way() {
+        let facts = model();
+        let ring_of = |offers: &[Offer], find: fn(&Wanted<'_>) -> Option<(Plan, Size)>| {
+            let ask = Ask { streams: SIZE.parallel, ..Ask::new(id(1), SIZE.context_tokens) };
+            let found = find(&Wanted { offers, facts: &facts, ask })?.0;
+            Some(found.stages.iter().map(|stage| (stage.node, stage.layers)).collect::<Vec<_>>())
+        };
+        let of_loaded = |wanted: &Wanted<'_>| wanted.loaded(|_| true);
+        let ring = [1, 2, 3].map(|number| (id(number), RING[usize::from(number) - 1].0.unwrap()));
+        let ring = ring.map(|(node, (first, end))| (node, LayerRange::new(first, end))).to_vec();
+
+        let mut offers = seen_by(1, &RING);
+        offers.iter_mut().for_each(|offer| offer.stage.state = ModelState::Available);
+        assert_eq!(ring_of(&offers, of_loaded), Some(ring.clone()));
+        // For requests of another length they would have to be loaded anew.
+        offers[2].stage.context_tokens = 2 * SIZE.context_tokens;
+        assert_eq!(ring_of(&offers, of_loaded), None);
+
+        let mut offers = seen_by(1, &[RING[0], RING[1], RING[0]]);
+        assert_eq!(ring_of(&offers, of_loaded), None);
+        offers[2].stage.state = ModelState::Available;
+        assert_eq!(ring_of(&offers, |wanted| wanted.best(true).ok()), Some(ring));
     }
 
     #[test]

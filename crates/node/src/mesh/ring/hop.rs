@@ -14,12 +14,11 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 
 use murmur_net::stream;
 use murmur_protocol::{
-    frame::{FLAG_HOLD, Frame, FrameError, Header, Kind},
+    frame::{FLAG_HOLD, FLAG_NEVER_TAKEN, Frame, FrameError, Header, Kind},
     mesh::{NodeId, RingId, Work},
     stage::{Route, RouteTo},
 };
@@ -30,7 +29,7 @@ use tokio::{
 };
 
 use super::{
-    SIGN_OF_LIFE, SILENCE_MAX,
+    alive::{self, PATIENCE, SILENCE_MAX},
     carry::{self, Drain, FrameReader, Room, Waiting},
     host::heartbeat,
 };
@@ -47,10 +46,6 @@ const STREAMS_PER_REQUEST: usize = 2;
 const WAITING_BYTES_MAX: u32 = 32 << 20;
 /// Frames that are written at once.
 const FRAMES_AT_ONCE: usize = 16;
-/// Another host is given so many times as long for a sign of life as it has taken so far at most.
-const PATIENCE_FACTOR: u32 = 4;
-/// How long it took is forgotten by this part with each sign of life.
-const FORGOTTEN: u32 = 16;
 
 /// Which stream each session of a driver takes, by number.
 pub(super) struct Streams {
@@ -113,11 +108,11 @@ impl Hop {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes another way if the driver has named one. One that cannot be had is as good as none. Ways that stand stay, whatever
-    /// their hosts are now.
-    pub(super) async fn renew(&mut self) {
+    /// Takes another way if the driver has named one. One that cannot be had is as good as none, which the driver is to be told: the
+    /// answer. Ways that stand stay, whatever their hosts are now.
+    pub(super) async fn renew(&mut self) -> Option<Frame> {
         if !self.route.has_changed().unwrap_or(false) {
-            return;
+            return None;
         }
         let route = *self.route.borrow_and_update();
         let next = match std::mem::replace(&mut self.next, Next::Driver) {
@@ -132,12 +127,14 @@ impl Hop {
         };
         self.is_standby = route.is_standby;
         self.standby = route.standby.map(&mut way);
-        if let Some(mut way) = route.next.map(&mut way) {
-            match way.is_answered().await {
-                true => self.next = Next::Way(way),
-                false => tracing::debug!(node = %way.to.node.short(), "the next host cannot be reached"),
-            }
+        let mut way = route.next.map(&mut way)?;
+        if way.is_answered().await {
+            self.next = Next::Way(way);
+            return None;
         }
+        tracing::debug!(node = %way.to.node.short(), "the next host cannot be reached");
+        let header = Header { flags: FLAG_NEVER_TAKEN, ..Header::new(Kind::RouteLost, 0) };
+        Frame::message(header, &way.to).ok()
     }
 
     /// Changes of the route, and ways that are lost: whose. Nothing is lost if it is dropped before it is done.
@@ -243,10 +240,12 @@ impl Way {
 
     /// A connection outlives the node at its other end by some seconds: without an answer nobody may be there.
     async fn is_answered(&mut self) -> bool {
+        let patience = self.mesh.upgrade().map(|mesh| alive::patience(&mesh, self.to.node, PATIENCE));
+        let Some(patience) = patience else { return false };
         let mut answered = self.answered.subscribe();
         let answer = answered.wait_for(|is_answered| *is_answered);
         tokio::select! {
-            answer = timeout(SIGN_OF_LIFE, answer) => matches!(answer, Ok(Ok(_))),
+            answer = timeout(patience, answer) => matches!(answer, Ok(Ok(_))),
             _ = self.carriers.join_next() => false,
         }
     }
@@ -314,18 +313,13 @@ async fn carry_stream(
     }
 }
 
-/// Returns when another host to which something goes gives no sign of life for much longer than ever before.
+/// Returns when another host to which something goes gives no sign of life any more.
 async fn silence(mesh: &Weak<MeshNode>, node: NodeId, is_used: &AtomicBool) {
-    let mut slowest = Duration::ZERO;
     loop {
         sleep(SILENCE_MAX).await;
         let Some(mesh) = mesh.upgrade() else { return };
-        if is_used.swap(false, Ordering::Relaxed) {
-            let patience = SIGN_OF_LIFE.max(PATIENCE_FACTOR * slowest);
-            match timeout(patience, mesh.mesh().ping(node)).await {
-                Ok(Ok(took)) => slowest = took.max(slowest - slowest / FORGOTTEN),
-                Ok(Err(_)) | Err(_) => return,
-            }
+        if is_used.swap(false, Ordering::Relaxed) && !alive::is_there(&mesh, node, PATIENCE).await {
+            return;
         }
     }
 }
@@ -355,6 +349,8 @@ pub(crate) async fn take_hidden(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     /// Long enough for what does not happen not to happen.
@@ -454,6 +450,20 @@ mod tests {
         let mut back = Vec::new();
         hop.send(hidden(1), &mut back).await.unwrap();
         assert!(matches!(hop.next, Next::Lost) && back.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_way_that_cannot_be_had_is_told_to_the_driver_who_loses_nothing_by_it() {
+        let (routes, route) = watch::channel(Route::default());
+        let mut hop = hop(route);
+        let (way, _taken) = way(10_000);
+        routes.send_replace(Route { next: Some(way.to), ..Route::default() });
+        let said = hop.renew().await.unwrap();
+        assert!(said.header.kind == Kind::RouteLost && said.header.has(FLAG_NEVER_TAKEN));
+        assert_eq!(said.decode::<RouteTo>().unwrap(), way.to);
+        let mut back = Vec::new();
+        hop.send(hidden(1), &mut back).await.unwrap();
+        assert_eq!((back, hop.renew().await), (vec![hidden(1)], None));
     }
 
     #[tokio::test]

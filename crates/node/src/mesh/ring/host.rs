@@ -16,22 +16,19 @@ use murmur_engine::{Guest, Host, Speed};
 use murmur_gguf::LayerRange;
 use murmur_protocol::{
     frame::{Frame, FrameError, Header, Kind},
-    mesh::{RingId, StageOpen},
+    mesh::{ModelState, RingId, StageOpen},
     stage::Route,
 };
-use tokio::{
-    sync::{Semaphore, mpsc, watch},
-    time::timeout,
-};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::{
-    SIGN_OF_LIFE,
+    alive::{self, PATIENCE},
     carry::{self, Drain, FrameReader},
     form,
     hop::{self, Hop, STREAMS_IN_MAX, Streams},
 };
 use crate::{
-    Node,
+    Node, NodeOptions,
     mesh::MeshNode,
     model::{Model, with_causes},
 };
@@ -176,15 +173,14 @@ async fn hold(node: &Arc<Node>, mesh: &MeshNode, at: usize, terms: Terms) -> Res
     loading.await.map_err(|_| "this node is stopping".to_owned())?
 }
 
-/// Whether another node holds the same layers as this one, so that they can be given up for some that nobody holds. Of those
+/// Whether drivers use the same layers at another node, so that they can be given up for some that nobody holds. Of those
 /// that hold the same, the one with the lowest id keeps them.
 async fn is_spare(node: &Node, mesh: &MeshNode, model: &Model, there: Terms) -> bool {
     let Some(identity) = model.identity() else { return false };
     let own = mesh.mesh().node_id();
     for other in form::offers(node, mesh, &identity.digest).iter().filter(|other| other.node < own) {
         // A node that died a moment ago is still listed.
-        let answer = || timeout(SIGN_OF_LIFE, mesh.mesh().ping(other.node));
-        if other.is_ready() && other.terms() == there && matches!(answer().await, Ok(Ok(_))) {
+        if other.is_used() && other.terms() == there && alive::is_there(mesh, other.node, PATIENCE).await {
             return true;
         }
     }
@@ -211,6 +207,13 @@ fn load(node: &Node, at: usize, terms: Terms) -> Result<Arc<Host>, String> {
     }
 }
 
+/// Layers of a model that this node holds for others at most, where there is a limit: the ends that it keeps for its own ring are
+/// among those that it contributes.
+pub(crate) fn layers_max(options: &NodeOptions) -> Option<u32> {
+    let kept = options.ring.keep_ends.unwrap_or(0).saturating_mul(2);
+    options.layers_max.map(|max| max.saturating_sub(kept))
+}
+
 fn admit(node: &Node, open: &StageOpen) -> Result<(usize, Terms), String> {
     if let Some(reason) = node.gate.paused() {
         return Err(format!("this node pauses: {reason}"));
@@ -223,8 +226,7 @@ fn admit(node: &Node, open: &StageOpen) -> Result<(usize, Terms), String> {
         .iter()
         .position(|model| model.is_spread() && model.identity().is_some_and(|identity| identity.digest == open.model));
     let at = found.ok_or("this node offers no layers of this model")?;
-    let options = node.options();
-    if options.layers_max.is_some_and(|max| open.end - open.first > max) {
+    if layers_max(node.options()).is_some_and(|max| open.end - open.first > max) {
         return Err("more layers than this node contributes".to_owned());
     }
     let (context_tokens, parallel, exact) = (open.context_tokens, open.parallel, open.exact);
@@ -331,7 +333,7 @@ async fn outward(mut answers: mpsc::Receiver<Frame>, mut drain: Drain, mut hop: 
             lost = hop.change() => back.extend(lost.map(|to| hop::route_lost(&to)).transpose()?),
             () = due => back.push(heartbeat()),
         }
-        hop.renew().await;
+        back.extend(hop.renew().await);
         for frame in frames.drain(..) {
             match frame.header.kind {
                 Kind::Hidden => hop.send(frame, &mut back).await?,
@@ -346,11 +348,13 @@ async fn outward(mut answers: mpsc::Receiver<Frame>, mut drain: Drain, mut hop: 
     }
 }
 
-/// The layers of a model that this node holds, whether they are ready, and how fast they are.
-pub(crate) fn held(model: &Model) -> Option<(Terms, bool, Speed)> {
+/// The layers of a model that this node holds, in which state, and how fast they are. Those that are loaded and that no driver uses are
+/// available: they are there for whoever wants them, and are given up for others.
+pub(crate) fn held(model: &Model) -> Option<(Terms, ModelState, Speed)> {
     let held = model.holding().held();
-    held.as_ref().map(|held| {
-        let speed = held.host.as_ref().map(|host| host.speed()).unwrap_or_default();
-        (held.terms, held.host.is_some(), speed)
+    held.as_ref().map(|held| match &held.host {
+        None => (held.terms, ModelState::Loading, Speed::default()),
+        Some(host) if host.guests() > 0 => (held.terms, ModelState::Ready, host.speed()),
+        Some(host) => (held.terms, ModelState::Available, host.speed()),
     })
 }

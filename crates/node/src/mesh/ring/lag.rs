@@ -9,7 +9,9 @@ use std::{
 
 use murmur_protocol::frame::Header;
 
-/// Nobody is suspected of less.
+/// Who lags behind by less than this, or than is usual, is not asked whether it is there.
+const DOUBT_MIN: Duration = Duration::from_millis(25);
+/// Nobody who is there is suspected of less.
 pub(super) const LAG_MIN: Duration = Duration::from_millis(100);
 /// Nor of less than so many times what is usual.
 const LAG_FACTOR: u32 = 4;
@@ -23,6 +25,15 @@ const OWED_MAX: usize = 1024;
 pub(super) struct Lag {
     sessions: HashMap<u64, Steps>,
     usual: Duration,
+}
+
+/// What is owed and has not come by then.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Deadlines {
+    /// Whoever owes it may not be there.
+    pub(super) doubtful: Instant,
+    /// Whoever owes it is of no more use, there or not.
+    pub(super) too_late: Instant,
 }
 
 /// Both are given the same rows in the same order, so it is enough to count. Positions may go back.
@@ -80,10 +91,13 @@ impl Lag {
         self.usual = lag.max(self.usual - self.usual / FORGOTTEN);
     }
 
-    /// When it is too late for what is owed; `None`: nothing is.
-    pub(super) fn too_late(&self) -> Option<Instant> {
+    /// Until when what is owed can wait; `None`: nothing is owed.
+    pub(super) fn deadlines(&self) -> Option<Deadlines> {
         let since = self.sessions.values().filter_map(|steps| steps.owed.front()).map(|(_, since)| *since).min();
-        since.map(|since| since + LAG_MIN.max(LAG_FACTOR * self.usual))
+        since.map(|since| Deadlines {
+            doubtful: since + DOUBT_MIN.max(self.usual),
+            too_late: since + LAG_MIN.max(LAG_FACTOR * self.usual),
+        })
     }
 
     /// It is too late. Should that have been a mistake, it is made less often: more is usual from now on.
@@ -107,6 +121,10 @@ mod tests {
         Duration::from_millis(ms)
     }
 
+    fn too_late(lag: &Lag) -> Option<Instant> {
+        lag.deadlines().map(|deadlines| deadlines.too_late)
+    }
+
     #[test]
     fn whoever_is_no_later_than_the_one_who_stands_by_owes_nothing() {
         let (mut lag, now) = (Lag::default(), Instant::now());
@@ -115,7 +133,7 @@ mod tests {
             lag.holder_has(&step(1, 0, position), now);
             lag.standby_has(&step(1, 0, position), now + ms(1000));
         }
-        assert_eq!(lag.too_late(), None);
+        assert_eq!(too_late(&lag), None);
     }
 
     #[test]
@@ -123,16 +141,29 @@ mod tests {
         let (mut lag, now) = (Lag::default(), Instant::now());
         lag.open(1, 0);
         lag.standby_has(&step(1, 0, 0), now);
-        assert_eq!(lag.too_late(), Some(now + LAG_MIN));
+        assert_eq!(too_late(&lag), Some(now + LAG_MIN));
         // Here 60 ms are usual.
         lag.holder_has(&step(1, 0, 0), now + ms(60));
         lag.standby_has(&step(1, 0, 1), now + ms(70));
         lag.standby_has(&step(1, 0, 2), now + ms(80));
-        assert_eq!(lag.too_late(), Some(now + ms(70) + LAG_FACTOR * ms(60)));
+        assert_eq!(too_late(&lag), Some(now + ms(70) + LAG_FACTOR * ms(60)));
         lag.holder_has(&step(1, 0, 1), now + ms(90));
-        assert!(lag.too_late().is_some_and(|at| at > now + ms(80 + 200)));
+        assert!(too_late(&lag).is_some_and(|at| at > now + ms(80 + 200)));
         lag.holder_has(&step(1, 0, 2), now + ms(100));
-        assert_eq!(lag.too_late(), None);
+        assert_eq!(too_late(&lag), None);
+    }
+
+    #[test]
+    fn who_lags_behind_for_longer_than_is_usual_may_not_be_there_long_before_it_is_too_late() {
+        let (mut lag, now) = (Lag::default(), Instant::now());
+        let doubtful = |lag: &Lag| lag.deadlines().map(|deadlines| deadlines.doubtful);
+        lag.open(1, 0);
+        assert_eq!(doubtful(&lag), None);
+        lag.standby_has(&step(1, 0, 0), now);
+        assert_eq!(doubtful(&lag), Some(now + DOUBT_MIN));
+        lag.holder_has(&step(1, 0, 0), now + ms(60));
+        lag.standby_has(&step(1, 0, 1), now + ms(70));
+        assert_eq!(doubtful(&lag), Some(now + ms(70) + ms(60)));
     }
 
     #[test]
@@ -146,22 +177,22 @@ mod tests {
             lag.standby_has(&step(1, 0, position), now);
         }
         lag.standby_has(&step(1, 0, 200), now);
-        assert_eq!(lag.too_late(), Some(now + LAG_MIN));
+        assert_eq!(too_late(&lag), Some(now + LAG_MIN));
     }
 
     #[test]
     fn sessions_that_are_over_or_begin_again_owe_nothing() {
         let (mut lag, now) = (Lag::default(), Instant::now());
         lag.standby_has(&step(1, 0, 0), now);
-        assert_eq!(lag.too_late(), None);
+        assert_eq!(too_late(&lag), None);
         for over in [Lag::close_all, |lag: &mut Lag| lag.close(1), |lag: &mut Lag| lag.open(1, 1), Lag::give_up] {
             lag.open(1, 0);
             lag.standby_has(&step(1, 0, 0), now);
-            assert!(lag.too_late().is_some());
+            assert!(too_late(&lag).is_some());
             over(&mut lag);
-            assert_eq!(lag.too_late(), None);
+            assert_eq!(too_late(&lag), None);
             lag.standby_has(&step(1, 0, 1), now);
-            assert_eq!(lag.too_late(), None);
+            assert_eq!(too_late(&lag), None);
         }
     }
 

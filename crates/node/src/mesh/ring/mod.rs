@@ -8,6 +8,7 @@
 //! A stage that is lost is looked for again where the layers are loaded, or loaded by a node that still has room. Sessions
 //! wait for it, and go on with the same tokens. With `--standby` somebody has been given the same rows all the time ([`standby`]).
 
+mod alive;
 mod carry;
 mod facts;
 mod form;
@@ -28,38 +29,32 @@ use std::{
 
 use murmur_engine::RemoteStage;
 use murmur_gguf::LayerRange;
-use murmur_net::{Mesh, NetError, PeerView, stream};
+use murmur_net::{NetError, stream};
 use murmur_protocol::{
-    frame::{Frame, FrameError, Header, Kind},
+    frame::{FLAG_NEVER_TAKEN, Frame, FrameError, Header, Kind},
     mesh::{ModelDigest, NodeId, RingId, StageOpen, Work},
     stage::{Route, RouteTo},
 };
 use tokio::{
     runtime::Handle,
     sync::{Notify, mpsc},
-    time::timeout,
 };
 
 use crate::{
     Node,
     mesh::{MeshNode, both},
 };
+use alive::{silent, while_there};
 use carry::Drain;
 pub(crate) use carry::FrameReader;
 use form::Offer;
 pub(crate) use form::{Spread, run};
 pub(crate) use hop::take_hidden;
+use host::Terms;
 use lag::Lag;
 pub(crate) use search::Search;
 use standby::Standby;
 
-/// A host that says nothing for so long is asked whether it is there: it says so twice as often.
-const SILENCE_MAX: Duration = Duration::from_millis(500);
-/// One that does not answer within this is lost.
-const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
-/// It has so many round trips for it, where these are long, and no more than this.
-const ROUND_TRIPS_OF_LIFE: f64 = 4.0;
-const SIGN_OF_LIFE_MAX: Duration = Duration::from_secs(5);
 /// A host that was lost is not asked again before others for so long.
 const AVOIDED: Duration = Duration::from_secs(30);
 /// Nodes at round trips of less than this, in us, are equally near; beyond, those that differ by a factor of less than two.
@@ -75,10 +70,8 @@ pub(crate) struct Ring {
     mesh: Weak<MeshNode>,
     runtime: Handle,
     model: ModelDigest,
-    layers: u32,
-    context_tokens: u32,
-    parallel: u32,
-    exact: bool,
+    /// All layers, and what they are held for.
+    whole: Terms,
     seats: Mutex<Vec<Seat>>,
     /// Who did not hold what it was asked for.
     refused: Mutex<Vec<NodeId>>,
@@ -155,12 +148,16 @@ impl Ring {
         self.seats().iter().map(|seat| (seat.range, seat.holder())).collect()
     }
 
-    /// Time that a token travels, us, as far as it is known here: a way between two hosts is taken to be no longer than the way
-    /// through this node.
-    pub(crate) fn around_us(&self, mesh: &Mesh) -> u64 {
-        let peers = mesh.peers();
-        let hosts = self.view().into_iter().filter_map(|(_, host)| host);
-        (1000.0 * hosts.filter_map(|host| rtt_ms(&peers, host)).sum::<f64>()) as u64
+    /// Time that a token travels, us, as far as it is known here.
+    pub(crate) fn around_us(&self, node: &Node, mesh: &MeshNode) -> u64 {
+        let own = mesh.mesh().node_id();
+        let hosts: Vec<NodeId> = self.view().into_iter().filter_map(|(_, host)| host).collect();
+        let mut offers = form::listed(node, mesh, &self.model);
+        offers.retain(|offer| hosts.contains(&offer.node));
+        let links = facts::links(own, &offers);
+        let (from, to) = ([own].into_iter().chain(hosts.clone()), hosts.into_iter().chain([own]));
+        let hops = from.zip(to).filter(|(from, to)| from != to);
+        hops.map(|(from, to)| links.get(from, to).one_way_us).sum::<f64>() as u64
     }
 
     async fn connect(self: &Arc<Self>, index: usize) -> Result<UnixStream, String> {
@@ -217,15 +214,16 @@ impl Ring {
         range: LayerRange,
         ring: RingId,
     ) -> Result<Opened, String> {
+        let Terms { range: whole, context_tokens, parallel, exact } = self.whole;
         let open = StageOpen {
             model: self.model,
             first: range.first,
             end: range.end,
-            layers: self.layers,
-            context_tokens: self.context_tokens,
-            parallel: self.parallel,
-            exact: self.exact,
-            build: self.exact.then(murmur_engine::build_id),
+            layers: whole.end,
+            context_tokens,
+            parallel,
+            exact,
+            build: exact.then(murmur_engine::build_id),
             ring,
         };
         let (mut reader, drain): (FrameReader, Drain) = if holder == mesh.mesh().node_id() {
@@ -242,7 +240,7 @@ impl Ring {
                 Ok::<_, NetError>((send, recv))
             };
             // To reach one that died a moment ago would be tried for ten seconds.
-            let asked = while_alive(mesh, holder, asking).await.map_err(|error| error.to_string())?;
+            let asked = while_there(mesh, holder, asking).await.map_err(|error| error.to_string())?;
             let (send, recv) = asked.map_err(|error| error.to_string())?;
             (FrameReader::new(Box::pin(recv), &[]), Box::pin(send))
         };
@@ -330,7 +328,7 @@ impl Ring {
                 match frame.header.kind {
                     // A sign of life is no answer.
                     Kind::Progress => {}
-                    Kind::RouteLost if !self.is_lost_way(index, to.node, &frame.decode()?) => {}
+                    Kind::RouteLost if !self.is_lost_way(index, to.node, &frame)? => {}
                     _ => carry::write(engine, &[frame]).await?,
                 }
             }
@@ -339,33 +337,34 @@ impl Ring {
         tokio::select! {
             ended = outward => ended,
             ended = inward => ended,
-            () = self.lags(index) => Err(silent("who stands by for it has computed what it has not")),
+            () = self.lags(index, to.node) => Err(silent("who stands by for it has computed what it has not")),
         }
     }
 
     /// A host says that what it sends to another does not arrive. True: sessions have lost rows by that, and a way around it is
     /// named.
-    fn is_lost_way(&self, index: usize, from: NodeId, to: &RouteTo) -> bool {
+    fn is_lost_way(&self, index: usize, from: NodeId, said: &Frame) -> Result<bool, FrameError> {
+        let to: RouteTo = said.decode()?;
         let mut seats = self.seats();
-        let Some(next) = seats.get_mut(index + 1) else { return false };
-        if next.taken.as_ref().is_some_and(|taken| taken.to == *to) {
+        let Some(next) = seats.get_mut(index + 1) else { return Ok(false) };
+        if next.taken.as_ref().is_some_and(|taken| taken.to == to) {
             tracing::debug!(from = %from.short(), to = %to.node.short(), "hidden states go through this node now");
             seats[index].detour = Some((from, to.node, Instant::now()));
             show_the_way(&seats, index);
-            return true;
+            return Ok(!said.header.has(FLAG_NEVER_TAKEN));
         }
-        if standby::give_up(next, to) {
+        if standby::give_up(next, &to) {
             show_the_way(&seats, index);
         }
-        false
+        Ok(false)
     }
 }
 
-/// In which order nodes are asked for layers: who has them loaded, who has nothing loaded, who is near. Among those that are
+/// In which order nodes are asked for layers: who has them loaded, who has nothing loaded that is used, who is near. Among those that are
 /// about as near, all drivers ask the same one first: if each had another one load the same layers, no room would be left for
 /// others. For each range that is another one, since several may be lost at once.
 fn order(offer: &Offer, range: LayerRange) -> impl Ord + use<> {
-    let (holds, is_free) = (offer.range() == range, offer.stage.first == offer.stage.end);
+    let (holds, is_free) = (offer.range() == range, offer.is_free());
     let distance = (offer.rtt_us / NEAR_US).max(1.0).log2() as u32;
     let mut id = *offer.node.as_bytes();
     let turned = range.first as usize % id.len();
@@ -403,38 +402,7 @@ fn show_the_way_around(seats: &[Seat], changed: usize) {
 
 /// The next frame of a host.
 async fn hear(mesh: &MeshNode, host: NodeId, reader: &mut FrameReader) -> Result<Option<Frame>, FrameError> {
-    while_alive(mesh, host, reader.next()).await?
-}
-
-/// How long a host may take to give a sign of life. Where a link is full, the question waits behind all that is on its way there,
-/// which the round trip of the connection tells.
-fn sign_of_life(mesh: &MeshNode, host: NodeId) -> Duration {
-    let rtt_ms = rtt_ms(&mesh.mesh().peers(), host).unwrap_or(0.0);
-    Duration::from_secs_f64(ROUND_TRIPS_OF_LIFE * rtt_ms / 1000.0).clamp(SIGN_OF_LIFE, SIGN_OF_LIFE_MAX)
-}
-
-/// Round trip to a host, as QUIC has it now.
-fn rtt_ms(peers: &[PeerView], host: NodeId) -> Option<f64> {
-    peers.iter().find(|peer| peer.record().node == host)?.rtt_ms
-}
-
-/// Waits for what a host is to do. One that is silent for longer than it should be is asked for a sign of life.
-async fn while_alive<T>(mesh: &MeshNode, host: NodeId, doing: impl Future<Output = T>) -> Result<T, FrameError> {
-    tokio::pin!(doing);
-    loop {
-        if let Ok(done) = timeout(SILENCE_MAX, &mut doing).await {
-            return Ok(done);
-        }
-        let is_own = host == mesh.mesh().node_id();
-        let answer = timeout(sign_of_life(mesh, host), mesh.mesh().ping(host));
-        if !is_own && !matches!(answer.await, Ok(Ok(_))) {
-            return Err(silent("it does not answer"));
-        }
-    }
-}
-
-fn silent(why: &'static str) -> FrameError {
-    FrameError::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, why))
+    while_there(mesh, host, reader.next()).await?
 }
 
 /// How the engine finds one of them.
@@ -475,7 +443,7 @@ mod tests {
             layers: 12,
             first: held.first,
             end: held.end,
-            state: ModelState::Ready,
+            state: if held.is_empty() { ModelState::Available } else { ModelState::Ready },
             context_tokens: 512,
             parallel: 1,
             exact: false,

@@ -120,7 +120,7 @@ fn offers(node: &Node, mesh: &MeshNode, model: &Model) -> Result<Vec<Offer>, Ref
         };
         return Err(not_ready(message));
     };
-    let mut offers = form::matching_offers(node, mesh, model, &identity.digest);
+    let (mut offers, _) = form::matching_offers(node, mesh, model, &identity.digest);
     let wanted_tokens = node.options().ctx_tokens.unwrap_or(fit::DEFAULT_CONTEXT_TOKENS);
     if !model.is_spread()
         && let Some(mut stage) = announce::could_offer(node, model, wanted_tokens)

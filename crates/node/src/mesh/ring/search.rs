@@ -6,11 +6,7 @@ use murmur_core::planner::Placement;
 use murmur_protocol::mesh::NodeId;
 
 use super::{AVOIDED, facts, form::Offer};
-
-/// Round trips that differ by a smaller factor than this are the same,
-const RTT_STEP: f64 = 1.25;
-/// and so are those that differ by less than this, in us.
-const RTT_STEP_US: f64 = 1_000.0;
+use crate::mesh::links::is_another_rtt;
 
 /// The memory of the search for a model's ring.
 pub(crate) struct Search {
@@ -109,7 +105,5 @@ impl Search {
 
 /// Whether the same is known of a node, but for the jitter of its round trip.
 fn is_about(seen: &Offer, now: &Offer) -> bool {
-    let (less, more) = (seen.rtt_us.min(now.rtt_us), seen.rtt_us.max(now.rtt_us));
-    let is_near = more <= RTT_STEP * less || more - less <= RTT_STEP_US;
-    is_near && Offer { rtt_us: now.rtt_us, ..seen.clone() } == *now
+    !is_another_rtt(seen.rtt_us, now.rtt_us) && Offer { rtt_us: now.rtt_us, ..seen.clone() } == *now
 }

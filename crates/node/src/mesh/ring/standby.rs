@@ -6,7 +6,8 @@
 //! and may be had anew. So it holds nothing that has to be right: when it steps in, sessions are opened anew as after any loss,
 //! and it says what it has of them, which is nearly everything.
 //!
-//! It also tells sooner than any silence when the first one is lost: see [`super::lag`].
+//! It also tells sooner than any silence when the first one is lost: see [`super::lag`]. A first one that has not done what it has done is
+//! asked whether it is there, and is lost if it does not say so.
 
 use std::{
     collections::HashMap,
@@ -17,21 +18,23 @@ use std::{
 use murmur_gguf::LayerRange;
 use murmur_protocol::{
     frame::{Frame, FrameError, Header, Kind},
-    mesh::{ModelState, NodeId, RingId},
+    mesh::{NodeId, RingId},
     stage::RouteTo,
 };
 use tokio::{
     sync::mpsc,
     task::JoinHandle,
-    time::{sleep, sleep_until, timeout},
+    time::{sleep, sleep_until, timeout, timeout_at},
 };
 
 use super::{
-    DETOUR_MIN, Opened, Ring, SIGN_OF_LIFE, Seat,
+    DETOUR_MIN, Opened, Ring, Seat,
+    alive::{self, PATIENCE},
     carry::{self, Room, Waiting},
     form::{self, Offer},
     hear,
-    lag::LAG_MIN,
+    host::Terms,
+    lag::{Deadlines, LAG_MIN},
     order, show_the_way, show_the_way_around, wishes,
 };
 use crate::{
@@ -41,6 +44,8 @@ use crate::{
 
 /// How often it is looked whether there is a node to stand by.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A host for which somebody stands by has so long for a sign of life: less is lost if it is given up by mistake.
+const PATIENCE_WITH_STANDBY: Duration = Duration::from_millis(50);
 /// A node that refused, or stood by and was given up, is asked again after this.
 const AGAIN: Duration = Duration::from_secs(10);
 /// What waits to be written to one that stands by, bytes. With more it has fallen behind.
@@ -64,9 +69,10 @@ impl Standby {
     }
 
     /// Its connection, once everything is written that it was to be told.
-    async fn steps_in(self) -> Option<(RouteTo, Opened)> {
+    async fn steps_in(self, mesh: &MeshNode) -> Option<(RouteTo, Opened)> {
         drop(self.words);
-        let opened = timeout(SIGN_OF_LIFE, self.carrier).await.ok()?.ok()??;
+        let patience = alive::patience(mesh, self.to.node, PATIENCE);
+        let opened = timeout(patience, self.carrier).await.ok()?.ok()??;
         Some((self.to, opened))
     }
 }
@@ -99,9 +105,10 @@ impl Ring {
 
     /// Whoever stands by for a stage that is lost: from now on it holds it.
     pub(super) async fn steps_in(&self, index: usize) -> Option<(RouteTo, Opened)> {
+        let mesh = self.mesh.upgrade()?;
         let standby = self.seats()[index].standby.take()?;
         let to = standby.to;
-        let opened = standby.steps_in().await;
+        let opened = standby.steps_in(&mesh).await;
         if opened.is_none() {
             tracing::debug!(node = %to.node.short(), "it stood by, and is lost as well");
             show_the_way_around(&self.seats(), index);
@@ -152,26 +159,37 @@ impl Ring {
         }
     }
 
-    /// Returns when the host of a stage owes for too long what whoever stands by has computed.
-    pub(super) async fn lags(&self, index: usize) {
+    /// Returns when the host of a stage owes for too long what whoever stands by has computed, or owes it and is not there.
+    pub(super) async fn lags(&self, index: usize, host: NodeId) {
         let news = Arc::clone(&self.seats()[index].lags);
         loop {
-            let Some(too_late) = self.seats()[index].lag.too_late() else {
+            let deadlines = self.seats()[index].lag.deadlines();
+            let Some(Deadlines { doubtful, too_late }) = deadlines else {
                 news.notified().await;
                 continue;
             };
-            sleep_until(too_late.into()).await;
-            if too_late.elapsed() > LAG_MIN {
-                // This machine was suspended: what has come meanwhile is to be read first.
-                sleep(LAG_MIN).await;
+            until(doubtful).await;
+            let Some(mesh) = self.mesh.upgrade() else { return };
+            if !self.owes(index, |it| it.doubtful) {
+                continue;
             }
-            let mut seats = self.seats();
-            let seat = &mut seats[index];
-            if seat.lag.too_late().is_some_and(|at| at <= Instant::now()) {
-                seat.lag.give_up();
+            let answer = alive::is_there(&mesh, host, PATIENCE_WITH_STANDBY);
+            // It is not given up later for having been asked.
+            let is_there = timeout_at(too_late.into(), answer).await.unwrap_or(true);
+            if is_there {
+                until(too_late).await;
+            }
+            if self.owes(index, |it| if is_there { it.too_late } else { it.doubtful }) {
+                self.seats()[index].lag.give_up();
                 return;
             }
         }
+    }
+
+    /// Whether the host of a stage owes something at this deadline.
+    fn owes(&self, index: usize, deadline: impl Fn(Deadlines) -> Instant) -> bool {
+        let deadlines = self.seats()[index].lag.deadlines();
+        deadlines.is_some_and(|it| deadline(it) <= Instant::now())
     }
 
     /// A stage for which somebody is to stand by, and whom to ask.
@@ -200,22 +218,12 @@ impl Ring {
             let might = |offer: &&Offer| {
                 let is_left_out = busy.contains(&offer.node) || refused.contains_key(&offer.node);
                 let is_allowed = !is_left_out && !is_unfit(offer.node) && wishes::allow(wishes, offer);
-                is_allowed && self.could_stand_by(offer, seat.range)
+                is_allowed && could_stand_by(offer, Terms { range: seat.range, ..self.whole })
             };
             let best = offers.iter().filter(might).min_by_key(|offer| order(offer, seat.range))?;
             Some((index, best.node))
         });
         asked.next()
-    }
-
-    /// Whether a node has these layers, or nothing that it would have to give up for them.
-    fn could_stand_by(&self, Offer { stage, .. }: &Offer, range: LayerRange) -> bool {
-        let is_alike = stage.exact == self.exact && (!self.exact || stage.build == murmur_engine::build_id());
-        let held = LayerRange::new(stage.first, stage.end);
-        let is_free = stage.first == stage.end && stage.state == ModelState::Available;
-        let is_small = stage.layers_max == 0 || range.end - range.first <= stage.layers_max;
-        let holds = held == range && (stage.context_tokens, stage.parallel) == (self.context_tokens, self.parallel);
-        is_alike && (holds || is_free && is_small)
     }
 
     /// Has a host stand by from now on, unless it is not wanted any more.
@@ -230,6 +238,23 @@ impl Ring {
         let carrier = self.runtime.spawn(carry_words(Arc::downgrade(self), self.mesh.clone(), index, to, opened, told));
         seat.standby = Some(Standby { to, computed_rows: 0, room: Room::new(WAITING_BYTES_MAX), words, carrier });
         show_the_way_around(&seats, index);
+    }
+}
+
+/// Whether a node has the layers of these terms, or nothing that anybody would miss if it gave it up for them.
+fn could_stand_by(offer: &Offer, terms: Terms) -> bool {
+    let stage = &offer.stage;
+    let is_alike = stage.exact == terms.exact && (!terms.exact || stage.build == murmur_engine::build_id());
+    let is_small = stage.layers_max == 0 || terms.range.len() <= stage.layers_max;
+    is_alike && (offer.terms() == terms || offer.is_free() && is_small)
+}
+
+/// Waits for a moment. If this machine was suspended meanwhile, what has come is to be read first.
+async fn until(moment: Instant) {
+    let moment = moment.max(Instant::now());
+    sleep_until(moment.into()).await;
+    if moment.elapsed() > LAG_MIN {
+        sleep(LAG_MIN).await;
     }
 }
 

@@ -1,0 +1,134 @@
+//! How long frames take, as measured: what guessing costs, and what it can save.
+
+use murmur_protocol::{frame::GUESS_ROWS_MAX, stage::Step};
+
+/// How much of the newest measurement enters an average.
+const SMOOTHING: f64 = 0.1;
+/// Rows in a step of generated tokens for which times are kept.
+const ROWS_MAX: usize = GUESS_ROWS_MAX as usize;
+
+fn smooth(known: &mut Option<f64>, new: f64) {
+    *known = Some(known.map_or(new, |was| was + SMOOTHING * (new - was)));
+}
+
+/// Time of a step of generated rows in one stage, us, by their number.
+#[derive(Debug, Clone, Default)]
+pub(super) struct RowCosts {
+    us: [Option<f64>; ROWS_MAX + 1],
+}
+
+impl RowCosts {
+    pub(super) fn note(&mut self, step: &Step) {
+        if let Some(known) = self.us.get_mut(step.batch_rows as usize) {
+            smooth(known, f64::from(step.compute_us));
+        }
+    }
+
+    /// Of so many rows, at least one; `None` as long as a single row was never measured. Between what was measured it grows evenly; what
+    /// was never measured is hoped to cost nothing more, which ends with its first measurement.
+    pub(super) fn of(&self, rows: usize) -> Option<f64> {
+        let one = self.us[1]?;
+        let measured = |rows: usize| Some((rows, self.us[rows]?));
+        let below = (1..=rows.min(ROWS_MAX)).rev().find_map(measured)?;
+        let us = match (rows..self.us.len()).find_map(measured) {
+            Some(above) if above.0 > below.0 => {
+                below.1 + (above.1 - below.1) * (rows - below.0) as f64 / (above.0 - below.0) as f64
+            }
+            _ => below.1,
+        };
+        Some(us.max(one))
+    }
+}
+
+/// Of a ring: its stages, the way around it, and the model that guesses.
+#[derive(Debug)]
+pub(super) struct Pace {
+    stages: Vec<RowCosts>,
+    drafter: RowCosts,
+    /// Of the way around the ring, beside computing, us: what it takes at least, and what was measured.
+    travel_us: (f64, Option<f64>),
+    is_one_machine: bool,
+}
+
+impl Pace {
+    pub(super) fn new(stages: usize, travel_us: u64, is_one_machine: bool) -> Pace {
+        let stages = vec![RowCosts::default(); stages];
+        Pace { stages, drafter: RowCosts::default(), travel_us: (travel_us as f64, None), is_one_machine }
+    }
+
+    /// Whether all stages and the model that guesses have the same processors.
+    pub(super) fn is_one_machine(&self) -> bool {
+        self.is_one_machine
+    }
+
+    /// A stage has computed generated rows.
+    pub(super) fn note(&mut self, stage: usize, step: &Step) {
+        self.stages[stage].note(step);
+    }
+
+    /// The model that guesses has.
+    pub(super) fn note_drafter(&mut self, step: &Step) {
+        self.drafter.note(step);
+    }
+
+    /// A frame of so many rows has come around in `us`, not held up by others of its session.
+    pub(super) fn note_ring(&mut self, rows: usize, us: u64) {
+        if let Some(compute_us) = self.compute_us(rows) {
+            smooth(&mut self.travel_us.1, (us as f64 - compute_us).max(0.0));
+        }
+    }
+
+    fn compute_us(&self, rows: usize) -> Option<f64> {
+        self.stages.iter().map(|stage| stage.of(rows)).sum()
+    }
+
+    /// How long a frame of so many rows takes to come around, us. `None`: not measured yet.
+    pub(super) fn ring_us(&self, rows: usize) -> Option<f64> {
+        Some(self.compute_us(rows)? + self.travel_us.1.unwrap_or(0.0).max(self.travel_us.0))
+    }
+
+    /// How soon a frame of so many rows can follow another, us: the slowest stage.
+    pub(super) fn spacing_us(&self, rows: usize) -> Option<f64> {
+        self.stages.iter().map(|stage| stage.of(rows)).try_fold(0.0, |most, us| Some(us?.max(most)))
+    }
+
+    /// How long the model that guesses takes for a token, us: that of the slowest stage, as long as it was never measured.
+    pub(super) fn draft_us(&self) -> Option<f64> {
+        self.drafter.of(1).or_else(|| self.spacing_us(1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(rows: u32, compute_us: u32) -> Step {
+        Step { sampled: Vec::new(), compute_us, batch_rows: rows, threads: 1 }
+    }
+
+    #[test]
+    fn costs_between_measured_ones_grow_evenly_and_those_beyond_are_taken_for_the_last() {
+        let mut costs = RowCosts::default();
+        costs.note(&step(5, 3000));
+        assert_eq!(costs.of(9), None);
+        costs.note(&step(1, 1000));
+        // More than are ever guessed at once.
+        costs.note(&step(17, 9000));
+        assert_eq!([1, 3, 5, 9, 40].map(|rows| costs.of(rows)), [1000.0, 2000.0, 3000.0, 3000.0, 3000.0].map(Some));
+        costs.note(&step(5, 13000));
+        assert_eq!(costs.of(5), Some(4000.0));
+    }
+
+    #[test]
+    fn a_ring_takes_what_its_stages_compute_and_the_way_that_was_measured_but_no_less_than_it_must() {
+        let mut pace = Pace::new(2, 100, false);
+        pace.note(0, &step(1, 1000));
+        assert_eq!(pace.ring_us(1), None);
+        pace.note(1, &step(1, 3000));
+        assert_eq!((pace.ring_us(1), pace.spacing_us(1)), (Some(4100.0), Some(3000.0)));
+        pace.note_ring(1, 64_000);
+        assert_eq!(pace.ring_us(1), Some(64_000.0));
+        (0..200).for_each(|_| pace.note_ring(1, 4000));
+        assert_eq!(pace.ring_us(1), Some(4100.0));
+    }
+}

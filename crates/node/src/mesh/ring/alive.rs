@@ -1,0 +1,65 @@
+//! When a node counts as lost: one rule for all who wait for one, be it the host of a stage, the next one on the way of hidden states,
+//! or one that is said to hold what this one holds.
+
+use std::time::{Duration, Instant};
+
+use murmur_protocol::{frame::FrameError, mesh::NodeId};
+use tokio::time::timeout;
+
+use crate::mesh::MeshNode;
+
+/// A node of which nothing comes for so long is asked for a sign of life. Those that have nothing to say give one twice as often.
+pub(super) const SILENCE_MAX: Duration = Duration::from_millis(500);
+/// It has so long for it, where one has to do without it if it gives none.
+pub(super) const PATIENCE: Duration = Duration::from_millis(500);
+/// Round trips that it has for it, where these are long.
+const ROUND_TRIPS: u32 = 4;
+/// More time than this it never has.
+const PATIENCE_MAX: Duration = Duration::from_secs(5);
+
+/// How long a node may be silent that was asked for a sign of life: `least`, or four round trips where these take longer, and five
+/// seconds at most. Where a link is full, question and answer wait behind all that is on its way there, and that is what the round
+/// trips of the connections with the node tell: a link that is full is no node that is dead.
+pub(super) fn patience(mesh: &MeshNode, node: NodeId, least: Duration) -> Duration {
+    (ROUND_TRIPS * mesh.mesh().round_trip(node).unwrap_or_default()).clamp(least, PATIENCE_MAX)
+}
+
+/// Asks a node for a sign of life. False: it gives none for longer than it should be silent.
+pub(super) async fn is_there(mesh: &MeshNode, node: NodeId, least: Duration) -> bool {
+    if node == mesh.mesh().node_id() {
+        return true;
+    }
+    let (ping, asked) = (mesh.mesh().ping(node), Instant::now());
+    tokio::pin!(ping);
+    loop {
+        // While a link fills up, round trips become longer.
+        let left = patience(mesh, node, least).saturating_sub(asked.elapsed());
+        match timeout(left, &mut ping).await {
+            Ok(answer) => return answer.is_ok(),
+            Err(_) if left.is_zero() => return false,
+            Err(_) => {}
+        }
+    }
+}
+
+/// Waits for what a node is to do, for as long as it gives signs of life.
+pub(super) async fn while_there<T>(
+    mesh: &MeshNode,
+    node: NodeId,
+    doing: impl Future<Output = T>,
+) -> Result<T, FrameError> {
+    tokio::pin!(doing);
+    loop {
+        if let Ok(done) = timeout(SILENCE_MAX, &mut doing).await {
+            return Ok(done);
+        }
+        if !is_there(mesh, node, PATIENCE).await {
+            return Err(silent("it does not answer"));
+        }
+    }
+}
+
+/// Whoever is silent cannot be reached: that is no death that anybody is to blame for.
+pub(super) fn silent(why: &'static str) -> FrameError {
+    FrameError::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, why))
+}

@@ -33,8 +33,8 @@ use murmur_protocol::{
 };
 use tokio::sync::mpsc;
 
-pub use draft::DEPTHS;
 use draft::Plan;
+pub use draft::{DEPTHS, Guessing};
 use pace::Pace;
 pub use session::{Draft, DraftModel, Ending, SessionEvent, SessionRequest};
 use session::{Phase, Rows, Session};
@@ -115,6 +115,8 @@ pub struct Counters {
     pub guessed_by_depth: [u64; DEPTHS],
     /// Of these, those that were right.
     pub right_by_depth: [u64; DEPTHS],
+    /// Time from each wrong guess to the token after the one that was chosen instead, us: what wrong guesses have cost at most.
+    pub rejected_us: u64,
     /// Sessions begun.
     pub sessions: u64,
     /// Stages lost.
@@ -244,9 +246,9 @@ impl Driver {
         self.stopped.as_ref().or(failed).map(String::as_str)
     }
 
-    /// How was guessed lately: rows of a frame, and frames in flight, at most. `None`: not at all so far.
-    pub fn guessing(&self) -> Option<(u32, u32)> {
-        self.last_plan.map(|plan| (plan.rows as u32, plan.depth.div_ceil(plan.rows) as u32))
+    /// How was guessed lately. `None`: not at all so far.
+    pub fn guessing(&self) -> Option<Guessing> {
+        self.last_plan.map(|plan| plan.explained(&self.pace))
     }
 
     /// What each stage has done.
@@ -589,6 +591,8 @@ impl Driver {
         let ended = self.options.ends(token, &session.sampling) || sampled.grammar_ended;
         session.clear();
         self.counters.generated_tokens += 1;
+        let rejected = session.rejected_at.take();
+        self.counters.rejected_us += rejected.map_or(0, |at| self.now_us.saturating_sub(at));
         if let Some(outcome) = session.push(token) {
             self.on_outcome(id, outcome);
         }

@@ -28,7 +28,9 @@ pub use stop::Stop;
 pub use tokenizer::Tokenizer;
 
 use crate::{
-    driver::{Counters, Draft, DraftModel, Driver, DriverOptions, LAG_MAX, NotStarted, SessionEvent, SessionRequest},
+    driver::{
+        Counters, Draft, DraftModel, Driver, DriverOptions, Guessing, LAG_MAX, NotStarted, SessionEvent, SessionRequest,
+    },
     engine::supervisor::{ENDING, Place, Shared, StageCell},
     link::{LinkError, RemoteStage},
 };
@@ -180,8 +182,8 @@ pub struct EngineStatus {
     pub counters: Counters,
     /// The model that guesses, if there is one.
     pub draft: Option<DraftStatus>,
-    /// How was guessed lately: rows of a frame, and frames in flight, at most. `None`: not at all so far.
-    pub guessing: Option<(u32, u32)>,
+    /// How was guessed lately. `None`: not at all so far.
+    pub guessing: Option<Guessing>,
     /// Why requests fail at present, if they do: a stage could not be brought back, for instance.
     pub unavailable: Option<String>,
 }

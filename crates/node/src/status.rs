@@ -35,7 +35,9 @@
 //! | `generated_tokens`, `prompt_tokens`, `cached_tokens` | since it was loaded; prompt tokens computed, and those that need not be |
 //! | `guessed_tokens`, `right_tokens` | tokens that were guessed (`--draft`), and those of them that were right |
 //! | `guessed_by_depth[]`, `right_by_depth[]` | guesses that were compared with what was chosen, and the right ones of them, by how many others waited before each when it was made; the last entry has all further ones. Guesses behind a wrong one are compared with nothing |
-//! | `guessing.rows_per_frame`, `.frames_in_flight` | how was guessed lately: rows sent together, and such frames on their way, at most; null: not at all so far |
+//! | `guessing.rows_per_frame`, `.frames_in_flight`, `.by_model` | how was guessed lately: rows sent together, and such frames on their way, at most; by a model, or looked up; null: not at all so far |
+//! | `guessing.right`, `.around_us`, `.frame_us`, `.token_us` | why so: the part of guesses that was expected to be right, the time of a row around the stages, the time after which one frame can follow another, and what a token was expected to take with that |
+//! | `rejected_us` | time from wrong guesses to the tokens after those that were chosen instead |
 //! | `draft.model`, `.process_id`, `.restarts` | the file of the model that guesses, and its process; null: none does |
 //! | `token_steps`, `token_compute_us` | steps on one row of a sequence that gave its next token, and their time |
 //! | `stages[]` | `layers` from and to; `process_id`, or the `node` that holds it; `restarts`, `load_ms`, `weight_bytes`, `kv_cells`; `computed_rows` for requests of this node; `codec` in which hidden states go on to the next node |
@@ -124,7 +126,16 @@ fn model(model: &Model) -> Value {
             "process_id": draft.process_id,
             "restarts": draft.restarts,
         })),
-        "guessing": status.guessing.map(|(rows, frames)| json!({"rows_per_frame": rows, "frames_in_flight": frames})),
+        "guessing": status.guessing.map(|guessing| json!({
+            "rows_per_frame": guessing.rows_per_frame,
+            "frames_in_flight": guessing.frames_in_flight,
+            "by_model": guessing.by_model,
+            "right": guessing.right,
+            "around_us": guessing.around_us,
+            "frame_us": guessing.frame_us,
+            "token_us": guessing.token_us,
+        })),
+        "rejected_us": status.counters.rejected_us,
         "token_steps": counters.token_steps,
         "token_compute_us": counters.token_compute_us,
         "prompt_tokens": counters.prompt_tokens,

@@ -95,11 +95,47 @@ pub(super) struct Plan {
     pub(super) depth: usize,
     /// The row of a known token waits for guesses that can go with it, instead of hurrying ahead.
     pub(super) waits: bool,
+    /// What part of guesses was expected to be right.
+    right: f64,
+    /// How soon another frame can follow, us.
+    frame_us: f64,
     /// What a token is expected to take, us.
     us_per_token: f64,
 }
 
+/// How was guessed lately, and why.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Guessing {
+    /// By a model; otherwise looked up.
+    pub by_model: bool,
+    /// Rows of a frame at most.
+    pub rows_per_frame: u32,
+    /// Frames on their way at most.
+    pub frames_in_flight: u32,
+    /// What part of guesses was expected to be right, 0 to 1.
+    pub right: f64,
+    /// How long a row is on its way around the ring, us.
+    pub around_us: f64,
+    /// How soon one such frame can follow another, us.
+    pub frame_us: f64,
+    /// What a token was expected to take, us.
+    pub token_us: f64,
+}
+
 impl Plan {
+    /// For people.
+    pub(super) fn explained(&self, pace: &Pace) -> Guessing {
+        Guessing {
+            by_model: self.guesser == Guesser::Model,
+            rows_per_frame: self.rows as u32,
+            frames_in_flight: self.depth.div_ceil(self.rows) as u32,
+            right: self.right,
+            around_us: pace.ring_us(1).unwrap_or_default(),
+            frame_us: self.frame_us,
+            token_us: self.us_per_token,
+        }
+    }
+
     /// The best, if any is better than no guesses. `right`: what part of guesses is; `sessions`: how many share the stages.
     ///
     /// With `R(w)` the time of a frame of `w` rows around the ring, `S(w)` the time after which another can follow, `d` the time of a
@@ -138,6 +174,8 @@ impl Plan {
                 rows,
                 depth: (frames * rows as f64 + (rows - 1) as f64).min(worth).max(0.0) as usize,
                 waits: false,
+                right,
+                frame_us,
                 us_per_token: per_token(ring_us + first / (1.0 - all_right) * frame_us),
             };
             let in_turns = Plan {
@@ -145,6 +183,8 @@ impl Plan {
                 rows,
                 depth: rows - 1,
                 waits: true,
+                right,
+                frame_us,
                 us_per_token: per_token((ring_us + guesses_us - guess_us) / (1.0 - all_right)),
             };
             let streamed = Some(streamed).filter(|_| frames > 0.0);
@@ -259,7 +299,8 @@ impl Guesses {
         let of = |guesser: Guesser| {
             let right = self.aims[guesser as usize].right.min(RIGHT_MAX);
             Plan::of(guesser, right, pace, sessions).or_else(|| {
-                let another = Plan { guesser, rows: 2, depth: 1, waits: false, us_per_token: f64::MAX };
+                let us = pace.ring_us(2)?;
+                let another = Plan { guesser, rows: 2, depth: 1, waits: true, right, frame_us: us, us_per_token: us };
                 Some(another).filter(|_| self.refrained >= ANOTHER_TRY && sessions == 1)
             })
         };

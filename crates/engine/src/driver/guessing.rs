@@ -181,7 +181,7 @@ impl Driver {
         session.guesses.pursuit.iter_mut().for_each(|pursuit| pursuit.forget(newest));
         let Phase::Running { next, in_flight, .. } = &mut session.phase else { return };
         *next = newest;
-        session.alone_since = None;
+        (session.alone_since, session.rejected_at) = (None, Some(self.now_us));
         if std::mem::take(in_flight) > 0 {
             session.epoch += 1;
             let header = Header { epoch: session.epoch, ..Header::new(Kind::Rewind, id) };

@@ -132,6 +132,8 @@ pub(super) struct Session {
     pub(super) guesses: Guesses,
     /// The frame that is on its way was sent when nothing else of the session was: its rows, and when, us.
     pub(super) alone_since: Option<(usize, u64)>,
+    /// When the newest guess was wrong, until a token follows, us.
+    pub(super) rejected_at: Option<u64>,
     /// The first position that each stage computes, of those that it was opened with: see [`Session::plan`].
     pub(super) starts: Vec<u32>,
     pub(super) prompt_tokens: u32,
@@ -158,6 +160,7 @@ impl Session {
             tokens,
             guesses: Guesses::new(*draft != Draft::Off, matches!(draft, Draft::Model(_))),
             alone_since: None,
+            rejected_at: None,
             starts: Vec::new(),
             cached_tokens: 0,
             max_tokens: request.max_tokens,
@@ -267,7 +270,7 @@ impl Session {
     pub(super) fn requeue(&mut self) {
         self.phase = Phase::Queued;
         self.guesses.drop_waiting();
-        self.alone_since = None;
+        (self.alone_since, self.rejected_at) = (None, None);
         self.epoch += 1;
     }
 }

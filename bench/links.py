@@ -30,6 +30,11 @@ it is at 0 ms with nothing but the ring's way added. All hosts are on one machin
 guesses do not run at once as those of real rings do. What they need together for a token is printed as well: where that is not small
 beside (1 - a) L, the figure says more of the machine than of the ring.
 
+*shared*: eight streams together on a ring of two, 60 ms around, with guesses of which 0.85 are right and without: the rate of all, and how
+much slower than their mean the slowest is.
+
+*copied*: one stream that says what it has said before, over and over, on a ring of two, 60 ms around: nearly everything can be looked up.
+
 `./x bench links` builds everything and runs this.
 """
 
@@ -37,13 +42,14 @@ import argparse
 import os
 import pathlib
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 
 import lab
 import servers
 from bench import Table, decode_rate, first_token_s, in_turns, machine, together_rate
 from mesh import layers_of, spread_over, synthetic, ticket_of
 
-PARTS = ("tokens", "streams", "prefill", "codecs", "guesses")
+PARTS = ("tokens", "streams", "prefill", "codecs", "guesses", "shared", "copied")
 SHAPE = "bench-1b"
 CONTEXT = 4608
 ROUND_TRIPS_MS = (0, 5, 20, 50)
@@ -58,6 +64,7 @@ RIGHT_PARTS, RIGHT_PARTS_BARRED = (0.5, 0.7, 0.85, 0.95), (0.7, 0.85)
 # About what one measurement takes, and how many tokens it has.
 GUESSES_S, GUESSED_TOKENS = 3, (16, 1024)
 UNREPEATED = {"frequency_penalty": 1, "presence_penalty": 1}
+SHARED_MS, SHARED_RIGHT, SHARED_TOKENS = 60, 0.85, 160
 
 
 class Ring:
@@ -234,6 +241,53 @@ def guesses_at(options, table, what, rings, right, about_ms, draft_ms):
     )
 
 
+def shared(options, model, table):
+    layers = layers_of(options, model)
+    with lab.Lab(options.lab, 4) as (network, hosts):
+        hosts = list(hosts)
+        spoilt = ("--draft", model, "--draft-spoilt", f"{1 - SHARED_RIGHT:.2f}")
+        with (
+            Ring(options, model, hosts[:2], layers, parallel=STREAMS) as plain,
+            Ring(options, model, hosts[2:], layers, parallel=STREAMS, driver=spoilt) as guessing,
+        ):
+            network.links(SHARED_MS)
+            for server in (plain, guessing):
+                server.generate(servers.unique_prompt(64), 64, **UNREPEATED)
+            for count in (1, STREAMS):
+                sides = in_turns(options.rounds, lambda: stream_rates(guessing, count), lambda: stream_rates(plain, count))
+                what = f"{count} streams at {SHARED_MS} ms, guesses / none"
+                table.pairs(what, "tok/s", *([sum(rates) for rates in side] for side in sides))
+                slowest, mean = ([of(rates) for rates in sides[0]] for of in (min, statistics.mean))
+                table.pairs(f"{what}: slowest / mean", "tok/s", slowest, mean, bar=0.7)
+
+
+def stream_rates(server, count):
+    """Tokens per second of each of `count` streams that start together, prompts included."""
+
+    def rate(_):
+        return SHARED_TOKENS / server.generate(servers.unique_prompt(16), SHARED_TOKENS, **UNREPEATED)[1]
+
+    with ThreadPoolExecutor(count) as streams:
+        return list(streams.map(rate, range(count)))
+
+
+def copied(options, model, table):
+    layers = layers_of(options, model)
+    # One token is far more likely than all others: the answer is that one, over and over.
+    again = {"logit_bias": {str(servers.FIRST_TOKEN): 100}}
+    with lab.Lab(options.lab, 4) as (network, hosts):
+        hosts = list(hosts)
+        with (
+            Ring(options, model, hosts[:2], layers) as plain,
+            Ring(options, model, hosts[2:], layers, driver=("--draft", "lookup")) as guessing,
+        ):
+            network.links(SHARED_MS)
+            for server in (plain, guessing):
+                server.generate(servers.unique_prompt(64), 64, **again)
+            pair = in_turns(options.rounds, lambda: decode_rate(guessing, 1024, **again), lambda: decode_rate(plain, 64, **again))
+            table.pairs(f"copied text at {SHARED_MS} ms, looked up / not", "tok/s", *pair, bar=18)
+
+
 def arguments():
     parser = argparse.ArgumentParser(prog="./x bench links", description="Measures rings of machines with distances between them, in the lab.")
     parser.add_argument("--murmur", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
@@ -249,10 +303,11 @@ def arguments():
 def main():
     options, table = arguments(), Table()
     print(machine())
-    for part, measure in (("tokens", tokens), ("streams", streams), ("prefill", prefill), ("codecs", codecs), ("guesses", guesses)):
-        if part in options.only:
-            shape = GUESSED_SHAPE if part == "guesses" else SHAPE
-            measure(options, next(synthetic(options, [shape])), table)
+    large, small = (tokens, streams, prefill, codecs), (guesses, shared, copied)
+    for part in (*large, *small):
+        if part.__name__ in options.only:
+            shape = GUESSED_SHAPE if part in small else SHAPE
+            part(options, next(synthetic(options, [shape])), table)
 
 
 if __name__ == "__main__":

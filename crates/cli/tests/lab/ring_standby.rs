@@ -161,7 +161,7 @@ fn who_stands_by_goes_on_at_once_where_whoever_held_the_part_was_lost() {
     ];
     for (salt, (stage, moment, fault)) in cases.into_iter().enumerate() {
         let world = World::new(&lab, &files, &["--standby"]);
-        // A ring that has just come up is not mended at once when it is lost again.
+        // An engine waits 100 ms before it replaces a stage that has been up for less than two seconds. This one has answered before.
         world.stands();
         world.driver.complete(&request(salt + cases.len(), Moment::Decode));
         let request = request(salt, moment);

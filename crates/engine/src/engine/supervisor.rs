@@ -162,7 +162,8 @@ impl Shared {
                 true => driver.on_unreachable(stage),
                 false => driver.on_lost(stage),
             });
-            let is_proven = is_explained || loaded_at.elapsed() >= PROVEN_AFTER;
+            // One that cannot be reached is had from somebody else, at once.
+            let is_proven = is_explained || is_unreachable || loaded_at.elapsed() >= PROVEN_AFTER;
             failures = if is_proven { 0 } else { failures + 1 };
             let Some(again) = self.bring_back(stage, died, &mut failures) else {
                 return self.drive(|driver| driver.stop(ENDING));

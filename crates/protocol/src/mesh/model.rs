@@ -135,7 +135,8 @@ pub struct ServedStage {
     pub first: u32,
     /// Layer after the last one held, at most `layers`; `first`: none is held yet.
     pub end: u32,
-    /// How far the stage is from computing. [`ModelState::Available`]: it would be loaded when a driver asks.
+    /// How far the stage is from computing. [`ModelState::Available`]: it would be loaded when a driver asks; with layers
+    /// held, these are loaded, and nobody uses them.
     pub state: ModelState,
     /// Tokens that one request may have, prompt and answer together.
     pub context_tokens: u32,

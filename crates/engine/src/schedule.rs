@@ -3,8 +3,10 @@
 //! Generated rows of many sequences share a batch, and so do short prompts; the two take turns, so a long prompt delays
 //! running streams by one chunk at most. Mixing them would gain little: a chunk keeps the processor busy by itself, and
 //! llama.cpp, with a KV stream for each sequence, computes only equal numbers of rows per sequence together.
+//!
+//! Sequences take turns as well: one that has sent many guesses ahead delays the others by one frame at most.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 /// What the scheduler must know of queued rows.
 pub(crate) trait Rows {
@@ -22,6 +24,8 @@ pub(crate) struct Schedule<W> {
     prefill: VecDeque<W>,
     limits: Limits,
     decoded_last: bool,
+    /// Sequences of the last batch of generated rows.
+    had_turn: HashSet<i32>,
 }
 
 /// Rows of one batch at most.
@@ -43,7 +47,13 @@ impl Limits {
 impl<W: Rows> Schedule<W> {
     /// Nothing is queued yet.
     pub(crate) fn new(limits: Limits) -> Schedule<W> {
-        Schedule { decode: VecDeque::new(), prefill: VecDeque::new(), limits, decoded_last: false }
+        Schedule {
+            decode: VecDeque::new(),
+            prefill: VecDeque::new(),
+            limits,
+            decoded_last: false,
+            had_turn: HashSet::new(),
+        }
     }
 
     /// Queues rows.
@@ -64,22 +74,45 @@ impl<W: Rows> Schedule<W> {
 
     /// The next batch; empty only when nothing is queued.
     pub(crate) fn next_batch(&mut self) -> Vec<W> {
-        let decode = !self.decode.is_empty() && (self.prefill.is_empty() || !self.decoded_last);
-        self.decoded_last = decode;
-        let (queue, rows_max) = match decode {
-            true => (&mut self.decode, self.limits.decode_rows),
-            false => (&mut self.prefill, self.limits.prefill_rows),
-        };
+        self.decoded_last = !self.decode.is_empty() && (self.prefill.is_empty() || !self.decoded_last);
+        let mut batch = if self.decoded_last { self.generated_rows() } else { self.prompt_rows() };
+        // In the order of sequences: then rows come out as they went in.
+        batch.sort_by_key(Rows::sequence);
+        batch
+    }
+
+    /// What has waited longest of a sequence that had no turn last time; if it is a single row, with the next rows of others that are.
+    fn generated_rows(&mut self) -> Vec<W> {
+        let waits = |work: &W| !self.had_turn.contains(&work.sequence());
+        let first = self.decode.iter().position(waits).unwrap_or(0);
+        let mut batch: Vec<W> = self.decode.remove(first).into_iter().collect();
+        let mut seen: HashSet<i32> = batch.iter().map(Rows::sequence).collect();
+        let mut at = 0;
+        while batch.len() < self.limits.decode_rows && batch[0].rows() == 1 {
+            let Some(work) = self.decode.get(at) else { break };
+            // What follows of a sequence must not overtake.
+            let is_next = seen.insert(work.sequence());
+            if is_next && work.rows() == 1 {
+                batch.extend(self.decode.remove(at));
+            } else {
+                at += 1;
+            }
+        }
+        self.had_turn = batch.iter().map(Rows::sequence).collect();
+        batch
+    }
+
+    /// Pieces of one length of different sequences, as far as they come one after the other.
+    fn prompt_rows(&mut self) -> Vec<W> {
+        let (queue, rows_max) = (&mut self.prefill, self.limits.prefill_rows);
         let mut batch: Vec<W> = queue.pop_front().into_iter().collect();
-        // Equal pieces of different sequences, in the order of sequences: then rows come out as they went in.
         let fits = |batch: &[W], work: &W| {
             let is_alike = batch.iter().all(|w| w.sequence() != work.sequence() && w.rows() == work.rows());
-            is_alike && (!decode || work.rows() == 1) && (batch.len() + 1) * work.rows() <= rows_max
+            is_alike && (batch.len() + 1) * work.rows() <= rows_max
         };
         while queue.front().is_some_and(|work| fits(&batch, work)) {
             batch.extend(queue.pop_front());
         }
-        batch.sort_by_key(Rows::sequence);
         batch
     }
 }
@@ -139,6 +172,23 @@ mod tests {
         let mut schedule = queue(&works);
         let sizes: Vec<usize> = std::iter::from_fn(|| Some(schedule.next_batch().len()).filter(|&n| n > 0)).collect();
         assert_eq!(sizes, [7, 7, 6]);
+    }
+
+    #[test]
+    fn a_sequence_with_many_rows_ahead_lets_the_others_have_their_turn() {
+        let mut schedule = queue(&[W(0, 4, false), W(0, 4, false), W(0, 1, false), W(1, 1, false), W(2, 1, false)]);
+        assert_eq!(schedule.next_batch(), [W(0, 4, false)]);
+        assert_eq!(schedule.next_batch(), [W(1, 1, false), W(2, 1, false)]);
+        schedule.push(W(1, 1, false));
+        assert_eq!(schedule.next_batch(), [W(0, 4, false)]);
+        // A single row ahead goes with the others', and none of a sequence goes before an earlier one.
+        assert_eq!(schedule.next_batch(), [W(0, 1, false), W(1, 1, false)]);
+        schedule.push(W(0, 2, false));
+        schedule.push(W(0, 1, false));
+        schedule.push(W(1, 1, false));
+        assert_eq!(schedule.next_batch(), [W(0, 2, false)]);
+        assert_eq!(schedule.next_batch(), [W(0, 1, false), W(1, 1, false)]);
+        assert!(schedule.is_empty());
     }
 
     #[test]

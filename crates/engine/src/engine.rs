@@ -283,8 +283,13 @@ impl Engine {
             patience: options.patience,
         });
         let mut engine = Engine { shared, tokenizer, options, threads: Vec::new() };
+        let heard = |stage, fraction| {
+            if stage < ring_stages {
+                progress(stage, fraction);
+            }
+        };
         let receivers = match elsewhere.is_empty() {
-            true => engine.shared.bring_up_in_turn(progress),
+            true => engine.shared.bring_up_in_turn(&heard),
             false => engine.shared.bring_up_at_once(),
         };
         let receivers = receivers.map_err(|error| stopped_or(&engine.shared.stop, error.into()))?;

@@ -17,8 +17,8 @@ import platform
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import servers
 
@@ -94,24 +94,16 @@ def cached_first_token_ms(server):
     return server.generate(prompt + servers.unique_prompt(8), 1)[1] * 1000
 
 
+def at_once(count, one):
+    """What `one()` gives each of `count` callers that start together."""
+    with ThreadPoolExecutor(count) as callers:
+        return [call.result() for call in [callers.submit(one) for _ in range(count)]]
+
+
 def together_rate(server, count):
     """Tokens per second over all of `count` streams that start together, prompts included."""
-    failures = []
-
-    def one():
-        try:
-            server.generate(servers.unique_prompt(SHORT_PROMPT), STREAM_TOKENS)
-        except SystemExit as failure:
-            failures.append(failure)
-
-    threads = [threading.Thread(target=one) for _ in range(count)]
     begin = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    at_once(count, lambda: server.generate(servers.unique_prompt(SHORT_PROMPT), STREAM_TOKENS))
     return count * STREAM_TOKENS / (time.perf_counter() - begin)
 
 

@@ -42,11 +42,10 @@ import argparse
 import os
 import pathlib
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 
 import lab
 import servers
-from bench import Table, decode_rate, first_token_s, in_turns, machine, together_rate
+from bench import Table, at_once, decode_rate, first_token_s, in_turns, machine, together_rate
 from mesh import layers_of, spread_over, synthetic, ticket_of
 
 PARTS = ("tokens", "streams", "prefill", "codecs", "guesses", "shared", "copied")
@@ -263,12 +262,8 @@ def shared(options, model, table):
 
 def stream_rates(server, count):
     """Tokens per second of each of `count` streams that start together, prompts included."""
-
-    def rate(_):
-        return SHARED_TOKENS / server.generate(servers.unique_prompt(16), SHARED_TOKENS, **UNREPEATED)[1]
-
-    with ThreadPoolExecutor(count) as streams:
-        return list(streams.map(rate, range(count)))
+    seconds = at_once(count, lambda: server.generate(servers.unique_prompt(16), SHARED_TOKENS, **UNREPEATED)[1])
+    return [SHARED_TOKENS / one for one in seconds]
 
 
 def copied(options, model, table):

@@ -29,7 +29,7 @@ use murmur_protocol::{
     codec::Codec,
     frame::{FLAG_FORGET, FLAG_GUESS, FLAG_HANDED_ON, FLAG_HOLD, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
     sampling::{Sampled, SamplingParams, Token},
-    stage::{NotOpened, Open, Opened, Sessions, Step},
+    stage::{NotOpened, Opened, Sessions, Step},
 };
 use tokio::sync::mpsc;
 
@@ -447,14 +447,9 @@ impl Driver {
         let mut header = Header::new(Kind::Open, id);
         header.epoch = session.epoch;
         for stage in 0..stages {
-            let open = Open {
-                prompt: session.tokens[..session.prompt_tokens as usize].to_vec(),
-                generated: session.generated().to_vec(),
-                reserve_cells: session.prompt_tokens + session.max_tokens,
-                sampling: (stage + 1 == stages).then(|| session.sampling.clone()),
-                codec: self.options.codecs.get(stage).copied().unwrap_or_default(),
-            };
-            match Frame::message(header, &open) {
+            let sampling = (stage + 1 == stages).then(|| session.sampling.clone());
+            let codec = self.options.codecs.get(stage).copied().unwrap_or_default();
+            match Frame::message(header, &session.opening(sampling, codec)) {
                 Ok(frame) => self.output.push((stage, frame)),
                 Err(error) => {
                     let reason = format!("the request cannot be sent to the engine: {error}");

@@ -12,7 +12,7 @@ use murmur_gguf::{
     LayerRange,
     synth::{self, Spec, Weights},
 };
-use murmur_protocol::sampling::{Grammar, SamplingParams};
+use murmur_protocol::sampling::{Grammar, SamplingParams, Token};
 
 /// How long frames are on their way to hosts that are far away.
 const WAY: Duration = Duration::from_millis(10);
@@ -53,6 +53,23 @@ async fn answers(engine: &Engine) -> Vec<Answer> {
         answers.push(Answer { cached_tokens: 0, ..run(engine, request).await });
     }
     answers
+}
+
+/// The tokens of an answer. Something happens after each, by how many there are.
+async fn tokens_while(engine: &Engine, request: SessionRequest, happens: impl Fn(usize)) -> Vec<Token> {
+    let mut stream = engine.start(request).unwrap();
+    let mut tokens = Vec::new();
+    while let Some(event) = stream.next().await {
+        match event {
+            SessionEvent::Token(sampled) => {
+                tokens.push(sampled.token);
+                happens(tokens.len());
+            }
+            SessionEvent::Failed(reason) => panic!("{reason}"),
+            _ => {}
+        }
+    }
+    tokens
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -106,21 +123,12 @@ async fn the_model_that_guesses_may_die_and_nobody_waits_for_it() {
     let plain = run(&engine(&lab, &large, ranges(&[0, 8]), Draft::Off), request()).await;
     let spread = Spread::new(&lab, &large, 2);
     let guessing = spread.engine_far(true, WAY, model(&large, 0.1));
-    let mut stream = guessing.start(request()).unwrap();
-    let mut tokens = Vec::new();
-    while let Some(event) = stream.next().await {
-        match event {
-            SessionEvent::Token(sampled) => {
-                tokens.push(sampled.token);
-                if tokens.len() == 20 {
-                    kill(guessing.status().draft.unwrap().process_id.unwrap());
-                }
-            }
-            SessionEvent::Failed(reason) => panic!("{reason}"),
-            _ => {}
+    let dies = |count| {
+        if count == 20 {
+            kill(guessing.status().draft.unwrap().process_id.unwrap());
         }
-    }
-    assert_eq!(tokens, plain.tokens);
+    };
+    assert_eq!(tokens_while(&guessing, request(), dies).await, plain.tokens);
     // It comes back, and guesses again.
     while guessing.status().draft.unwrap().restarts == 0 {
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -151,21 +159,12 @@ async fn a_stage_may_die_while_guesses_are_on_their_way() {
     let plain = run(&engine(&lab, &model, ranges(&[0, 8]), Draft::Off), request()).await;
     for victim in 0..3 {
         let guessing = engine(&lab, &model, ranges(&[0, 2, 5, 8]), Draft::Lookup);
-        let mut stream = guessing.start(request()).unwrap();
-        let mut tokens = Vec::new();
-        while let Some(event) = stream.next().await {
-            match event {
-                SessionEvent::Token(sampled) => {
-                    tokens.push(sampled.token);
-                    if tokens.len() % 40 == 20 {
-                        kill(guessing.status().stages[victim].process_id.unwrap());
-                    }
-                }
-                SessionEvent::Failed(reason) => panic!("{reason}"),
-                _ => {}
+        let dies = |count| {
+            if count % 40 == 20 {
+                kill(guessing.status().stages[victim].process_id.unwrap());
             }
-        }
-        assert_eq!(tokens, plain.tokens, "stage {victim}");
+        };
+        assert_eq!(tokens_while(&guessing, request(), dies).await, plain.tokens, "stage {victim}");
         assert!(guessing.status().stages[victim].restarts > 0);
     }
 }

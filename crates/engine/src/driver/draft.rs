@@ -12,7 +12,7 @@ use std::collections::{HashMap, VecDeque};
 
 use murmur_protocol::{frame::GUESS_ROWS_MAX, sampling::Token};
 
-use super::{pace::Pace, pursuit::Pursuit};
+use super::{pace::Pace, pursuit::Pursuit, session::Draft};
 
 /// Tokens that a guess must follow as they have occurred before.
 const CONTEXT: usize = 3;
@@ -253,10 +253,10 @@ pub(super) struct Guesses {
 }
 
 impl Guesses {
-    pub(super) fn new(is_on: bool, by_model: bool) -> Guesses {
+    pub(super) fn new(draft: &Draft) -> Guesses {
         Guesses {
-            lookup: is_on.then(Lookup::default),
-            pursuit: by_model.then(Pursuit::default),
+            lookup: (*draft != Draft::Off).then(Lookup::default),
+            pursuit: matches!(draft, Draft::Model(_)).then(Pursuit::default),
             aims: [Aim::default(); 2],
             waiting: VecDeque::new(),
             plan: None,
@@ -421,7 +421,7 @@ mod tests {
     #[test]
     fn guesses_that_do_not_pay_are_tried_now_and_then() {
         let dear = pace(1, 1000, 1000, 0, true);
-        let mut guesses = Guesses::new(true, false);
+        let mut guesses = Guesses::new(&Draft::Lookup);
         let tokens = [7; 8];
         let mut made = 0;
         for _ in 0..2 * (ANOTHER_TRY + 1) {

@@ -4,9 +4,10 @@
 //! missed by nobody: sessions go on without guesses while it is away.
 
 use murmur_protocol::{
+    codec::Codec,
     frame::{FLAG_FORGET, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
     sampling::{SamplingParams, Token},
-    stage::{Open, Opened, Step},
+    stage::{Opened, Step},
 };
 
 use super::{
@@ -83,15 +84,9 @@ impl Driver {
         match ask {
             None => {}
             Some(Ask::Open) => {
-                let open = Open {
-                    prompt: session.tokens[..session.prompt_tokens as usize].to_vec(),
-                    generated: session.generated().to_vec(),
-                    reserve_cells: session.prompt_tokens + session.max_tokens,
-                    // The same noise, so that the same token is chosen wherever both models agree.
-                    sampling: Some(SamplingParams { top_logprobs: None, ..session.sampling.clone() }),
-                    codec: Default::default(),
-                };
-                match Frame::message(header, &open) {
+                // The same noise, so that the same token is chosen wherever both models agree.
+                let sampling = SamplingParams { top_logprobs: None, ..session.sampling.clone() };
+                match Frame::message(header, &session.opening(Some(sampling), Codec::default())) {
                     Ok(frame) => self.output.push((drafter, frame)),
                     Err(_) => session.guesses.pursuit.iter_mut().for_each(Pursuit::give_up),
                 }
@@ -198,9 +193,9 @@ impl Driver {
             self.output.retain(|(to, _)| *to != drafter);
         }
         for id in self.sessions.keys().copied().collect::<Vec<_>>() {
-            let session = self.sessions.get_mut(&id).filter(|_| is_death);
-            let pursuit = session.and_then(|session| session.guesses.pursuit.as_mut());
-            pursuit.into_iter().for_each(|pursuit| pursuit.lose(true));
+            if is_death && let Some(session) = self.sessions.get_mut(&id) {
+                session.guesses.pursuit.iter_mut().for_each(|pursuit| pursuit.lose(true));
+            }
             self.advance(id);
         }
     }

@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, path::PathBuf};
 
-use murmur_protocol::sampling::Sampled;
+use murmur_protocol::{sampling::Sampled, stage::Open};
 use proptest::prelude::*;
 
 use super::*;

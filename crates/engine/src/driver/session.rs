@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use murmur_protocol::{
+    codec::Codec,
     sampling::{Sampled, SamplingParams, Token},
-    stage::Opened,
+    stage::{Open, Opened},
 };
 use tokio::sync::mpsc;
 
@@ -158,7 +159,7 @@ impl Session {
             is_held: false,
             prompt_tokens,
             tokens,
-            guesses: Guesses::new(*draft != Draft::Off, matches!(draft, Draft::Model(_))),
+            guesses: Guesses::new(draft),
             alone_since: None,
             rejected_at: None,
             starts: Vec::new(),
@@ -174,6 +175,17 @@ impl Session {
     /// Whether its reader has so much to read that it should have no more for now.
     pub(super) fn is_far_ahead(&self) -> bool {
         self.events.max_capacity() - self.events.capacity() >= LAG_MAX - EVENTS_MARGIN
+    }
+
+    /// What a stage is told when the session begins there, or goes on.
+    pub(super) fn opening(&self, sampling: Option<SamplingParams>, codec: Codec) -> Open {
+        Open {
+            prompt: self.tokens[..self.prompt_tokens as usize].to_vec(),
+            generated: self.generated().to_vec(),
+            reserve_cells: self.prompt_tokens + self.max_tokens,
+            sampling,
+            codec,
+        }
     }
 
     pub(super) fn generated(&self) -> &[Token] {

@@ -1,4 +1,7 @@
-use murmur_protocol::sampling::{Sampled, SamplingParams};
+use murmur_protocol::{
+    sampling::{Sampled, SamplingParams},
+    stage::Open,
+};
 
 use super::{
     session::{DEATHS_MAX, SUSPECT_DEATHS},

@@ -133,8 +133,7 @@ impl Hop {
             return None;
         }
         tracing::debug!(node = %way.to.node.short(), "the next host cannot be reached");
-        let header = Header { flags: FLAG_NEVER_TAKEN, ..Header::new(Kind::RouteLost, 0) };
-        Frame::message(header, &way.to).ok()
+        route_lost(&way.to, FLAG_NEVER_TAKEN).ok()
     }
 
     /// Changes of the route, and ways that are lost: whose. Nothing is lost if it is dropped before it is done.
@@ -178,7 +177,7 @@ impl Hop {
             match way.room.try_take(frame.clone()) {
                 Some(waiting) => way.send(stream, waiting),
                 None => {
-                    back.push(route_lost(&way.to)?);
+                    back.push(route_lost(&way.to, 0)?);
                     self.standby = None;
                 }
             }
@@ -198,9 +197,9 @@ impl Hop {
     }
 }
 
-/// Tells a driver that what goes there does not arrive.
-pub(super) fn route_lost(to: &RouteTo) -> Result<Frame, FrameError> {
-    Frame::message(Header::new(Kind::RouteLost, 0), to)
+/// Tells a driver that what goes there does not arrive, or with [`FLAG_NEVER_TAKEN`] that nothing can.
+pub(super) fn route_lost(to: &RouteTo, flags: u16) -> Result<Frame, FrameError> {
+    Frame::message(Header { flags, ..Header::new(Kind::RouteLost, 0) }, to)
 }
 
 /// Streams to one host.
@@ -433,7 +432,7 @@ mod tests {
         for _ in 0..3 {
             hop.send(hidden(1), &mut back).await.unwrap();
         }
-        assert_eq!(back, [route_lost(&to).unwrap()]);
+        assert_eq!(back, [route_lost(&to, 0).unwrap()]);
         assert!((0..3).all(|_| taken.try_recv().is_ok()));
         assert!(taken_too.try_recv().is_ok() && taken_too.try_recv().is_err());
     }

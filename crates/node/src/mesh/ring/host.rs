@@ -330,7 +330,7 @@ async fn outward(mut answers: mpsc::Receiver<Frame>, mut drain: Drain, mut hop: 
             count = answers.recv_many(&mut frames, ANSWERS_AT_ONCE) => if count == 0 {
                 return Ok(());
             },
-            lost = hop.change() => back.extend(lost.map(|to| hop::route_lost(&to)).transpose()?),
+            lost = hop.change() => back.extend(lost.map(|to| hop::route_lost(&to, 0)).transpose()?),
             () = due => back.push(heartbeat()),
         }
         back.extend(hop.renew().await);

@@ -194,18 +194,21 @@ def guesses(options, model, table):
             with servers.murmur(options.murmur, model, threads=1, context=CONTEXT, parallel=1, host=hosts[0]) as whole:
                 whole.generate(servers.unique_prompt(64), 8)
                 draft_ms = statistics.median(token_ms(whole) for _ in range(options.rounds))
+            # Where there is no distance, the order of the stages does not matter to anybody: rings are formed over one.
+            network.links(FAR_MS)
             with Ring(options, model, hosts[:stages], layers) as plain:
+                network.links(0)
                 plain.generate(servers.unique_prompt(64), 8)
                 near_ms = statistics.median(token_ms(plain) for _ in range(options.rounds))
                 for right in RIGHT_PARTS:
                     spoilt = ("--draft", model, "--draft-spoilt", f"{1 - right:.2f}")
+                    network.links(FAR_MS)
                     with Ring(options, model, hosts[stages:], layers, driver=spoilt) as guessing:
                         for ring_ms in options.rings_ms:
                             # Each of as many hops takes half a round trip.
                             network.links(2 * ring_ms / stages)
                             what = f"ring of {stages} at {ring_ms} ms"
                             guesses_at(options, table, what, (plain, guessing), right, ring_ms + near_ms, draft_ms)
-                    network.links(0)
 
 
 def guesses_at(options, table, what, rings, right, about_ms, draft_ms):

@@ -159,19 +159,38 @@ def replay_of(client):
 
 
 def failover(options, table):
-    shape = {"threads": 1, "context": CONTEXT, "parallel": 1, "exact": True}
     model = next(synthetic(options, [SMALL_SHAPE]))
-    with Mesh(options, model, options.servers, **shape) as mesh:
+    for exact in (True, False):
+        mode = "exact" if exact else "default mode"
+        before_first, in_stream, without_replay, lost = kills(options, model, exact, mode)
+        for name, pauses in (("before the first token", before_first), ("in mid-stream", in_stream), ("all, less the replay", without_replay)):
+            # In exact mode what was generated goes through slower kernels when it is computed again: a prompt's time says nothing of it.
+            if pauses and not (exact and pauses is without_replay):
+                print(f"  {name:24} {len(pauses):>4} kills   {distribution(pauses)}")
+        if not exact:
+            table.limit(f"{model.stem}: kill to next token less replay, median", "ms", 1000 * statistics.median(without_replay), 1000)
+        table.limit(f"{model.stem}, {mode}: streams lost of {options.kills}", "", len(lost), 0)
+        for reason in sorted(set(lost)):
+            print(f"  lost: {reason}")
+
+
+def kills(options, model, exact, mode):
+    """Pauses in seconds: before the first token, in mid-stream, all less the replay of prompt and story; and how streams that were lost ended. In
+    exact mode a stream with another text than without deaths is lost, too."""
+    with Mesh(options, model, options.servers, threads=1, context=CONTEXT, parallel=1, exact=exact) as mesh:
         prompt = servers.unique_prompt(STORY_PROMPT_TOKENS)
         Story(mesh.client, prompt).join()
         undisturbed = Story(mesh.client, prompt)
         undisturbed.join()
         whole_s = undisturbed.times[-1] - undisturbed.begun
+        what = f"{model.stem}, {mode}: {options.servers} servers, stream of {STORY_TOKENS} tokens, {whole_s:.1f} s undisturbed"
+        print(f"{what}; kill -9 of the one that serves, to the next token at the reader:", flush=True)
         replay_s = replay_of(mesh.client)
         before_first, in_stream, without_replay, lost = [], [], [], []
         while len(without_replay) + len(lost) < options.kills:
             mesh.wait()
-            story = Story(mesh.client, prompt)
+            # What a server has computed before it need not compute again; with exact the text is compared with the undisturbed one.
+            story = Story(mesh.client, prompt if exact else servers.unique_prompt(STORY_PROMPT_TOKENS))
             time.sleep(random.uniform(0, LATEST_KILL * whole_s))
             running = mesh.client.ask("GET", "/api/status")["node"]["requests"]
             server = mesh.by_id.get(running[0]["at"]) if running else None
@@ -183,21 +202,13 @@ def failover(options, table):
             server.kill()
             story.join()
             pause_s = story.pause_s(killed)
-            if (story.end, story.text) != ("length", undisturbed.text):
+            if story.end != "length" or exact and story.text != undisturbed.text:
                 lost.append(story.end)
             elif pause_s is not None:
                 (in_stream if read else before_first).append(pause_s)
                 without_replay.append(pause_s - replay_s(STORY_PROMPT_TOKENS + read))
             server.start()
-    what = f"{model.stem}: {options.servers} servers, stream of {STORY_TOKENS} tokens, {whole_s:.1f} s undisturbed"
-    print(f"{what}; kill -9 of the one that serves, to the next token at the reader:")
-    for name, pauses in (("before the first token", before_first), ("in mid-stream", in_stream), ("all, less the replay", without_replay)):
-        if pauses:
-            print(f"  {name:24} {len(pauses):>4} kills   {distribution(pauses)}")
-    table.limit(f"{model.stem}: kill to next token less replay, median", "ms", 1000 * statistics.median(without_replay), 1000)
-    table.limit(f"{model.stem}: streams lost of {options.kills}", "", len(lost), 0)
-    for reason in sorted(set(lost)):
-        print(f"  lost: {reason}")
+    return before_first, in_stream, without_replay, lost
 
 
 def distribution(values_s):

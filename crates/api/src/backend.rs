@@ -393,6 +393,20 @@ pub trait Backend: Send + Sync + 'static {
         let _ = action;
         Box::pin(std::future::ready(Err(Refusal::not_in_a_mesh())))
     }
+    /// For `/api/models`: model files of this node and its mesh, whole or in parts.
+    fn contents(&self) -> Vec<serde_json::Value> {
+        Vec::new()
+    }
+    /// Fetches a model's file from the nodes of the mesh, and says how far it is until it is done. Goes on when nobody listens.
+    fn pull(&self, model: String) -> BoxFuture<'_, Result<mpsc::Receiver<serde_json::Value>, Refusal>> {
+        let _ = model;
+        Box::pin(std::future::ready(Err(Refusal::not_in_a_mesh())))
+    }
+    /// Ends a fetch. False: there was none.
+    fn stop_pull(&self, model: &str) -> bool {
+        let _ = model;
+        false
+    }
     /// For `/metrics`: the node's own part, in Prometheus text format.
     fn metrics(&self) -> String;
 }

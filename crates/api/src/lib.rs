@@ -21,6 +21,7 @@ pub mod limits;
 
 mod body;
 mod choices;
+mod contents;
 mod errors;
 mod fields;
 mod mesh;

@@ -75,5 +75,7 @@ pub const MAX_PLAN_RTT_MS: f64 = 60_000.0;
 pub const MAX_PLAN_NODES: usize = 64;
 /// Bytes of a ticket, an id or the name of a model.
 pub const MAX_MESH_TEXT_BYTES: usize = 4096;
+/// Bytes of the name of a model to pull.
+pub const MAX_MODEL_NAME_BYTES: usize = 256;
 /// Inputs of one embeddings request (OpenAI's own limit).
 pub const MAX_EMBEDDING_INPUTS: usize = 2048;

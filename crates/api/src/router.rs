@@ -16,6 +16,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use crate::{
     ApiOptions, Backend,
     body::{hold, reject},
+    contents,
     errors::ApiError,
     fields::shorten,
     limits::IN_FLIGHT_RETRY_AFTER,
@@ -72,6 +73,9 @@ pub(crate) fn routes(state: Arc<AppState>) -> Router {
         .route("/v1/models", get(openai::models::list))
         .route("/v1/models/{*id}", get(openai::models::retrieve))
         .route("/api/status", get(native::status))
+        .route("/api/models", get(contents::list))
+        .route("/api/models/pull", post(contents::pull))
+        .route("/api/models/stop", post(contents::stop))
         .route("/api/mesh", get(mesh::show))
         .route("/api/mesh/invite", post(mesh::invite))
         .route("/api/mesh/join", post(mesh::join))
@@ -107,7 +111,7 @@ async fn admit(State(state): State<Arc<AppState>>, request: Request, next: Next)
 async fn not_found(method: Method, uri: Uri, request: Request) -> Response {
     let message = format!(
         "There is nothing at {method} {}. This server has /v1/chat/completions, /v1/completions, /v1/embeddings, \
-         /v1/models, /health, /metrics, /api/status and /api/mesh.",
+         /v1/models, /health, /metrics, /api/status, /api/models and /api/mesh.",
         shorten(uri.path())
     );
     reject(request, ApiError::new(StatusCode::NOT_FOUND, message).code("unknown_url")).await

@@ -291,13 +291,40 @@ pub(crate) enum Models {
         #[arg(required = true)]
         names: Vec<ModelName>,
     },
-    /// Download a model from a hub (HF_ENDPOINT, HF_HOME and HF_TOKEN are honoured); an interrupted download goes on
+    /// Download a model: from a hub (HF_ENDPOINT, HF_HOME and HF_TOKEN are honoured), or from the nodes of the mesh that the running
+    /// server is in. What an interrupted download has got is kept
     Pull {
-        /// hf:owner/repo[@revision][:quant]; quant may also be a file of the repository
-        model: murmur_store::HubRef,
-        /// The name in the store [default: from the file's name]
+        /// hf:owner/repo[@revision][:quant], where quant may also be a file of the repository; or the name of a model of the mesh
+        model: ModelRef,
+        /// The name in the store, for a model of a hub [default: from the file's name]
         #[arg(long)]
         name: Option<ModelName>,
+        /// End the server's download of a model of the mesh
+        #[arg(long, conflicts_with = "name")]
+        stop: bool,
+    },
+    /// Keep models whatever the quota of `gc`
+    Pin {
+        /// Names from the store
+        #[arg(required = true)]
+        names: Vec<ModelName>,
+        /// Let them go again when room is short
+        #[arg(long)]
+        off: bool,
+    },
+    /// Remove files that came from other nodes, those that are not whole and those that were not used for longest first, until the rest
+    /// takes no more than the quota. What is pinned or in use stays, and so does every file that was not fetched from nodes
+    Gc {
+        /// What may stay, such as 50GiB [default: nothing]
+        #[arg(long, value_name = "SIZE")]
+        quota: Option<Size>,
+    },
+    /// Read all files of the store through and compare them with their digests
+    Fsck,
+    /// List the model files that the nodes of the mesh have, of which the running server is one
+    Search {
+        /// Only those with this in their name
+        text: Option<String>,
     },
 }
 

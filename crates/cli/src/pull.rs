@@ -90,12 +90,12 @@ impl Progress {
 }
 
 /// Draws on standard error, and only when that is a terminal.
-fn new_bar(total_bytes: u64, resumed_bytes: u64) -> ProgressBar {
+pub(crate) fn new_bar(total_bytes: u64, resumed_bytes: u64) -> ProgressBar {
     const REDRAWS_PER_SECOND: u8 = 8;
     let bar = ProgressBar::with_draw_target(Some(total_bytes), ProgressDrawTarget::stderr_with_hz(REDRAWS_PER_SECOND));
-    if let Ok(style) =
-        ProgressStyle::with_template("{wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}")
-    {
+    if let Ok(style) = ProgressStyle::with_template(
+        "{wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta} {msg}",
+    ) {
         bar.set_style(style);
     }
     bar.set_position(resumed_bytes);

@@ -24,7 +24,7 @@ fn wrong_use_ends_with_code_2_and_says_what_is_wrong() {
         (&["serve", "--max-requests", "0"], "--max-requests"),
         (&["status", "--api", "nowhere"], "--api"),
         (&["status", "--log", "=,="], "log filter"),
-        (&["models", "pull", "not-a-reference"], "hf:owner/repo"),
+        (&["models", "pull", "./a-path.gguf"], "hf:owner/repo"),
         (&["models", "import", "x.gguf", "--name", "../up"], "name"),
         (&["run", "m", "--temperature", "NaN"], "0 to 100"),
         (&["serve", "m", "--alias", "a", "--alias", "b"], "--alias"),
@@ -34,6 +34,12 @@ fn wrong_use_ends_with_code_2_and_says_what_is_wrong() {
     for (arguments, says) in cases {
         home.run(arguments).fails(2, says);
     }
+}
+
+#[test]
+fn a_name_that_is_of_no_hub_is_pulled_by_a_server_and_without_one_both_ways_are_told() {
+    let outcome = Home::new().run(["models", "pull", "some-name", "--api", &unused_address()]);
+    outcome.fails(5, "hf:owner/repo").fails(5, "murmur client --mesh");
 }
 
 #[test]

@@ -10,6 +10,7 @@
 //! - [`prefix`] and [`router`]: which peer gets a request, in predicted milliseconds.
 //! - [`planner`]: which nodes hold which layers of a model that is split, in predicted time.
 //! - [`request`]: a request's way from its first peer to its last token, whoever dies meanwhile.
+//! - [`swarm`]: from whom which part of a model's file is fetched.
 
 pub mod health;
 pub mod membership;
@@ -18,4 +19,5 @@ pub mod planner;
 pub mod prefix;
 pub mod request;
 pub mod router;
+pub mod swarm;
 pub mod time;

@@ -62,6 +62,8 @@ pub struct EngineOptions {
     pub program: PathBuf,
     /// The GGUF file.
     pub model: PathBuf,
+    /// The file is named after its content: whenever it was touched, its slices stay good.
+    pub content_addressed: bool,
     /// Where slices of the file are kept.
     pub slices_dir: PathBuf,
     /// A pooling model instead of a generating one.
@@ -487,7 +489,7 @@ pub(crate) fn stage_load(options: &EngineOptions, gguf: &Gguf, range: LayerRange
     };
     let path = match (first, last) {
         (true, true) => options.model.clone(),
-        _ => slices::slice_file(&options.slices_dir, gguf, range)?,
+        _ => slices::slice_file(&options.slices_dir, gguf, range, options.content_addressed)?,
     };
     Ok(Load {
         kv_cells: options.context_tokens * options.parallel,

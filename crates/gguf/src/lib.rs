@@ -7,7 +7,7 @@
 //! The second half is about layers. [`slice()`] writes the part of a model that one stage of a ring runs, as a GGUF file of
 //! its own that unpatched llama.cpp loads: layers renumbered from zero, the embedding only in the first stage, the head
 //! only in the last. [`tokenizer_card`] is what is left without any layer. [`Manifest`] says what a model is, in bytes and digests; [`synth`] makes small random models of every
-//! supported architecture for tests and large ones for benchmarks.
+//! supported architecture for tests and large ones for benchmarks. [`groups`] are the pieces in which a file travels.
 //!
 //! The format's specification is `docs/gguf.md` of ggml; where it is silent, `ggml/src/gguf.cpp` decides.
 //! Start reading at [`mod@gguf`], then [`mod@slice`].
@@ -17,6 +17,7 @@ pub mod card;
 pub mod error;
 pub mod facts;
 pub mod gguf;
+pub mod groups;
 mod layout;
 pub mod manifest;
 pub mod parse;
@@ -35,10 +36,11 @@ pub use card::tokenizer_card;
 pub use error::{GgufError, GgufErrorKind};
 pub use facts::Facts;
 pub use gguf::Gguf;
-pub use manifest::{Digest, Manifest};
+pub use groups::{GROUP_BYTES, GroupSet};
+pub use manifest::{ByteRange, Digest, Manifest};
 pub use parse::TensorInfo;
 pub use range::{LayerRange, allowed_cuts, even_cuts, sliceable};
-pub use slice::{SliceError, slice};
+pub use slice::{SliceError, slice, slice_ranges};
 pub use tensor_type::TensorType;
 pub use value::{Array, StringArray, Value};
 pub use vocabulary::same_vocabulary;

@@ -348,7 +348,7 @@ impl Hashed {
 }
 
 /// Sorts ranges and joins those with no more than padding between them.
-fn join(mut ranges: Vec<ByteRange>, alignment: u64) -> Vec<ByteRange> {
+pub(crate) fn join(mut ranges: Vec<ByteRange>, alignment: u64) -> Vec<ByteRange> {
     ranges.sort_by_key(|range| range.start);
     let mut joined: Vec<ByteRange> = vec![];
     for range in ranges {

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use crate::arch::{Arch, Head, Window};
 use crate::facts::Facts;
 use crate::gguf::Gguf;
+use crate::manifest::{ByteRange, join};
 use crate::parse::TensorInfo;
 use crate::range::LayerRange;
 use crate::tensor_type::TensorType;
@@ -139,18 +140,16 @@ pub(crate) struct Source<'a> {
 ///
 /// The file says in `murmur.slice.first`, `.end` and `.layers` what it is a part of.
 pub fn slice(gguf: &Gguf, range: LayerRange, out: impl AsRef<Path>) -> Result<(), SliceError> {
-    let source = Source::of(gguf)?;
-    source.check(range)?;
-    let read_error = |source| SliceError::Read { path: gguf.path().to_path_buf(), source };
-    let file = File::open(gguf.path()).map_err(read_error)?;
-    if file.metadata().map_err(read_error)?.len() != gguf.file_bytes() {
-        return Err(SliceError::Changed { path: gguf.path().to_path_buf() });
-    }
-    let mut writer = SliceWriter { source: &source, range, file: Arc::new(file), builder: GgufBuilder::default() };
-    writer.keys()?;
-    writer.tensors()?;
-    writer.builder.write(out)?;
+    SliceWriter::plan(&Source::of(gguf)?, range)?.builder.write(out)?;
     Ok(())
+}
+
+/// The bytes of the file that [`slice()`] reads for `range`, ascending: the header and the tensors of the stage, joined where
+/// only padding lies between. Nothing else needs to be on disk for the stage file to be written.
+pub fn slice_ranges(gguf: &Gguf, range: LayerRange) -> Result<Vec<ByteRange>, SliceError> {
+    let mut reads = SliceWriter::plan(&Source::of(gguf)?, range)?.reads;
+    reads.push(ByteRange { start: 0, end: gguf.header_bytes() });
+    Ok(join(reads, gguf.alignment().into()))
 }
 
 impl<'a> Source<'a> {
@@ -306,9 +305,26 @@ struct SliceWriter<'a, 'b> {
     range: LayerRange,
     file: Arc<File>,
     builder: GgufBuilder<'static>,
+    /// What is copied from the file.
+    reads: Vec<ByteRange>,
 }
 
-impl SliceWriter<'_, '_> {
+impl<'a, 'b> SliceWriter<'a, 'b> {
+    /// Decides what the stage file consists of; nothing of the tensors is read yet.
+    fn plan(source: &'b Source<'a>, range: LayerRange) -> Result<Self, SliceError> {
+        source.check(range)?;
+        let gguf = source.gguf;
+        let read_error = |source| SliceError::Read { path: gguf.path().to_path_buf(), source };
+        let file = File::open(gguf.path()).map_err(read_error)?;
+        if file.metadata().map_err(read_error)?.len() != gguf.file_bytes() {
+            return Err(SliceError::Changed { path: gguf.path().to_path_buf() });
+        }
+        let mut plan = Self { source, range, file: Arc::new(file), builder: GgufBuilder::default(), reads: vec![] };
+        plan.keys()?;
+        plan.tensors()?;
+        Ok(plan)
+    }
+
     fn is_first(&self) -> bool {
         self.range.first == 0
     }
@@ -434,6 +450,7 @@ impl SliceWriter<'_, '_> {
     fn copy(&mut self, name: &str, tensor: &TensorInfo) -> Result<(), SliceError> {
         let source = TensorSource::FileRange { file: Arc::clone(&self.file), offset: tensor.offset };
         self.builder.tensor(name, &tensor.dims, tensor.ty, source)?;
+        self.reads.push(ByteRange { start: tensor.offset, end: tensor.offset + tensor.bytes });
         Ok(())
     }
 

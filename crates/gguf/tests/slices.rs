@@ -10,7 +10,7 @@ use std::path::Path;
 use murmur_gguf::synth::{self, Spec};
 use murmur_gguf::{
     Array, Gguf, GgufBuilder, LayerRange, SliceError, TensorSource, TensorType, Value, allowed_cuts, even_cuts, slice,
-    sliceable,
+    slice_ranges, sliceable,
 };
 
 const SLICEABLE: &[&str] = &[
@@ -124,6 +124,34 @@ fn the_first_stage_takes_tokens_and_the_last_gives_logits() {
             assert!(data(&last, "token_embd.weight").iter().all(|&b| b == 0));
         } else {
             assert!(last.tensor("output.weight").is_none());
+        }
+    }
+}
+
+#[test]
+fn a_slice_reads_the_bytes_that_it_says_and_no_others() {
+    for name in SLICEABLE.iter().chain(&["smollm3"]) {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = write(&common::tiny(name).with_layers(8), folder.path());
+        let original = std::fs::read(whole.path()).unwrap();
+        let edges: Vec<u32> = std::iter::once(0).chain(allowed_cuts(&whole)).chain([8]).collect();
+        for (i, &first) in edges.iter().enumerate() {
+            for &end in edges[i + 1..].iter().filter(|&&end| end - first < 8) {
+                let range = LayerRange::new(first, end);
+                let from_all = std::fs::read(cut(&whole, range, folder.path()).path()).unwrap();
+                let ranges = slice_ranges(&whole, range).unwrap();
+                assert!(ranges.windows(2).all(|pair| pair[0].end < pair[1].start), "{name} {range}: {ranges:?}");
+
+                let mut sparse = vec![0xFF; original.len()];
+                for (start, end) in ranges.iter().map(|r| (r.start as usize, r.end as usize)) {
+                    sparse[start..end].copy_from_slice(&original[start..end]);
+                }
+                assert!(sparse != original, "{name} {range}");
+                let path = folder.path().join("sparse.gguf");
+                std::fs::write(&path, &sparse).unwrap();
+                let from_some = cut(&Gguf::open(&path).unwrap(), range, folder.path());
+                assert!(std::fs::read(from_some.path()).unwrap() == from_all, "{name} {range}");
+            }
         }
     }
 }

@@ -10,6 +10,8 @@ use std::{
     os::fd::AsFd,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -28,6 +30,9 @@ const INTERFACE: &str = "eth0";
 /// Packets that the kernel keeps for the router before it drops what the host sends.
 const SEND_QUEUE_PACKETS: u32 = 1000;
 const TUN_DEVICE: &str = "/dev/net/tun";
+/// What was killed is waited for this long at most, and looked for this often.
+const DEATH_MAX: Duration = Duration::from_secs(5);
+const DEATH_POLL: Duration = Duration::from_millis(2);
 
 /// Says what this machine or user lacks to run a lab. None where all is there.
 pub(crate) fn missing() -> Option<String> {
@@ -164,7 +169,14 @@ fn kill_programs(name: &str) -> Result<usize, LabError> {
     let own = rustix::process::getpid();
     let pids = listed.lines().filter_map(|line| Pid::from_raw(line.trim().parse().ok()?)).filter(|pid| *pid != own);
     // A program that has ended by itself in the meantime is none that was killed.
-    Ok(pids.filter(|pid| rustix::process::kill_process(*pid, Signal::KILL).is_ok()).count())
+    let killed: Vec<Pid> = pids.filter(|pid| rustix::process::kill_process(*pid, Signal::KILL).is_ok()).collect();
+    // What it held, such as locks on files, is free when it has left the namespace.
+    let is_there = |pid: &Pid| fs::read_link(format!("/proc/{}/ns/net", pid.as_raw_nonzero())).is_ok();
+    let begun = Instant::now();
+    while begun.elapsed() < DEATH_MAX && killed.iter().any(is_there) {
+        thread::sleep(DEATH_POLL);
+    }
+    Ok(killed.len())
 }
 
 fn ip(arguments: &[&str]) -> Result<String, LabError> {

@@ -9,7 +9,7 @@
 //! - [`hello`]: the greeting with which every control and work connection begins. [`admission`] remembers who was
 //!   greeted, and lets nobody else into the overlay.
 //! - [`gossip`]: records are broadcast. [`anti_entropy`]: neighbours compare what they know, since broadcasts get lost.
-//! - [`mdns`], [`nostr`], [`ticket`]: finding the first peers. All of it yields hints; only a greeting proves anything.
+//! - [`mdns`], [`nostr`], [`ticket`], [`remembered`]: finding the first peers. All of it yields hints; only a greeting proves anything.
 //! - `state`: the one task that owns the table; start reading there, with [`mesh`] beside it.
 //! - [`seed`]: an infrastructure node's services.
 //!
@@ -38,6 +38,7 @@ pub mod mdns;
 pub mod mesh;
 pub mod nostr;
 pub mod probe;
+pub mod remembered;
 mod revocations;
 pub mod seed;
 pub mod serve;

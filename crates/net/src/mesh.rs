@@ -30,7 +30,7 @@ use crate::nostr::Publisher;
 use crate::shared::Shared;
 use crate::state::{COMMANDS_MAX, Command, OwnRecord, State, Table};
 use crate::ticket::Invitation;
-use crate::{NetError, clock, data_dir, gossip, hello, mdns, nostr, serve};
+use crate::{NetError, clock, data_dir, gossip, hello, mdns, nostr, remembered, serve};
 
 /// Work of others that waits to be taken, at most. What comes beyond is refused at once.
 pub const WORK_QUEUE_MAX: usize = 256;
@@ -238,6 +238,8 @@ impl Mesh {
         tasks.spawn(state.run(command_queue));
         tasks.spawn(topic_task);
         tasks.spawn(serve::accept(Arc::clone(&shared)));
+        let remembered = remembered::recall(&options.data_dir, shared.identity.mesh);
+        tasks.spawn(remembered::keep(options.data_dir.clone(), shared.identity.mesh, table_watch.clone()));
         if options.mdns {
             tasks.spawn(local_network(Arc::clone(&shared), beacon));
         }
@@ -251,6 +253,9 @@ impl Mesh {
         };
         for contact in options.bootstrap {
             mesh.command(Command::Bootstrap(contact)).await?;
+        }
+        for contact in remembered {
+            mesh.command(Command::Found(contact)).await?;
         }
         if let MeshChoice::Ticket(ticket) = &options.mesh {
             mesh.command(Command::Bootstrap(issuer(ticket.ticket()))).await?;

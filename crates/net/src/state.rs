@@ -18,8 +18,8 @@ use iroh::endpoint::Connection;
 use murmur_core::membership::{Aged, Answer, Digest, Membership, Opening, Outcome, Verified};
 use murmur_core::overlay::{Join, Overlay};
 use murmur_protocol::mesh::{
-    Addresses, Capabilities, Control, Differing, MachineSpeed, MeasuredLink, NodeId, NodeRecord, Ranges, RecordError,
-    Role, ServedModel, ServedStage, SignedRecord, Summary,
+    Addresses, Capabilities, Control, Differing, HeldContent, MachineSpeed, MeasuredLink, NodeId, NodeRecord, Ranges,
+    RecordError, Role, ServedModel, ServedStage, SignedRecord, Summary,
 };
 use rand::seq::{IteratorRandom, SliceRandom};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -113,6 +113,8 @@ pub struct OwnRecord {
     pub links: Vec<MeasuredLink>,
     /// How fast its machine is, once that is measured.
     pub machine: Option<MachineSpeed>,
+    /// Models' files of which it hands out what it has.
+    pub contents: Vec<HeldContent>,
     /// What it can do.
     pub capabilities: Capabilities,
     /// Memory in which it could load models, in bytes.
@@ -128,6 +130,7 @@ impl Default for OwnRecord {
             stages: Vec::new(),
             links: Vec::new(),
             machine: None,
+            contents: Vec::new(),
             capabilities: Capabilities::NONE,
             memory_free_bytes: 0,
         }
@@ -431,6 +434,7 @@ impl State {
             stages: if tombstone { Vec::new() } else { self.own.stages.clone() },
             links: if tombstone { Vec::new() } else { self.own.links.clone() },
             machine: self.own.machine,
+            contents: self.own.contents.clone(),
             software: identity.software.clone(),
             capabilities: self.own.capabilities,
             memory_free_bytes: self.own.memory_free_bytes,

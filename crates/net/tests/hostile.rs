@@ -192,6 +192,7 @@ fn unsigned(key: &NodeKey) -> NodeRecord {
         stages: Vec::new(),
         links: Vec::new(),
         machine: None,
+        contents: Vec::new(),
     }
 }
 

@@ -7,7 +7,10 @@ mod common;
 use std::{sync::mpsc, thread, time::Duration};
 
 use common::{QUICK, all_know_all, join, lists, meet, open_invitation, options, public, soon, start, until};
-use murmur_net::{Mesh, MeshChoice, MeshOptions, NetError, Path, PeerView, Timing, endpoint::WORK_IDLE_TIMEOUT_MS};
+use murmur_net::{
+    Mesh, MeshChoice, MeshOptions, NetError, Path, PeerView, Timing, endpoint::WORK_IDLE_TIMEOUT_MS,
+    remembered::CONTACTS_FILE,
+};
 use murmur_protocol::mesh::{Capabilities, MeasuredLink, NodeId, NodeKey};
 
 #[tokio::test]
@@ -100,6 +103,27 @@ async fn a_node_that_leaves_is_gone_everywhere_long_before_its_record_expires() 
     assert!(left.elapsed().as_secs() < 20, "it took {:?}", left.elapsed());
     assert!(matches!(nodes[3].mesh.update(|own| own.memory_free_bytes = 1).await, Err(NetError::Closed)));
     assert!(nodes[3].mesh.accept_work().await.is_none());
+}
+
+#[tokio::test]
+async fn nodes_that_start_again_find_those_whom_they_knew_without_any_help() {
+    let nodes = meet(start(public()).await, 2).await;
+    let written = async {
+        while !nodes.iter().all(|node| node.folder.path().join(CONTACTS_FILE).exists()) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    soon("it is written down who is there", written).await;
+    let mut folders = Vec::new();
+    for common::Node { mesh, folder } in nodes {
+        mesh.leave().await;
+        folders.push(folder);
+    }
+    let mut again = Vec::new();
+    for folder in folders {
+        again.push(common::Node { mesh: Mesh::start(options(&folder, public())).await.unwrap(), folder });
+    }
+    all_know_all(&again).await;
 }
 
 #[tokio::test]

@@ -9,7 +9,8 @@ use std::{
 
 use murmur_api::{
     backend::{
-        Backend, BoxFuture, Embeddings, GenerateRequest, Generation, MeshAction, ModelCard, ModelKind, Prompt, Refusal,
+        Backend, BoxFuture, Embeddings, GenerateRequest, Generation, MeshAction, ModelCard, ModelKind, ModelState,
+        Prompt, Refusal,
     },
     limits::{FAILED_RETRY_AFTER, LOADING_RETRY_AFTER},
 };
@@ -20,7 +21,7 @@ use murmur_sampling::{Sampler, SamplingError, StopMatcher, Vocabulary};
 use tokio::sync::mpsc;
 
 use crate::{
-    Node, NodeError,
+    Node, NodeError, contents,
     generate::{EVENTS_MAX, Pump, Source},
     mesh::{MeshNode, RemoteModel, RemoteRequest},
     model::{LoadedModel, Model, with_causes, with_texts},
@@ -77,8 +78,8 @@ impl Node {
                 let card = with_texts(&model.card(), reader.tokenizer.vocabulary());
                 Ok(Target::OnDemand(at, reader, Arc::new(card)))
             }
-            // Others may have a ring.
-            None if self.models[at].is_spread() => match self.remote(id).await {
+            // Others may have it, or a ring for it.
+            None if self.models[at].is_spread() || self.models[at].is_supplied() => match self.remote(id).await {
                 Err(Refusal::NoSuchModel { .. }) => {
                     let state = self.models[at].state();
                     Err(state.refusal(id).unwrap_or_else(|| being_loaded(id)))
@@ -91,8 +92,14 @@ impl Node {
 
     async fn remote(&self, id: &str) -> Result<Target, Refusal> {
         let mesh = self.mesh.get().ok_or_else(|| no_such_model(id))?;
-        let model =
-            mesh.remotes().iter().find(|model| model.card.id == id).cloned().ok_or_else(|| no_such_model(id))?;
+        let model = mesh.remotes().iter().find(|model| model.card.id == id).cloned();
+        let model = model.ok_or_else(|| match self.wanted.iter().find(|wanted| wanted.name == id) {
+            Some(wanted) => Refusal::NotReady {
+                retry_after: LOADING_RETRY_AFTER,
+                message: wanted.waiting().unwrap_or_else(|| format!("{id} is being loaded: try again shortly")),
+            },
+            None => no_such_model(id),
+        })?;
         let reader = mesh.reader(&model, &self.readers).await.map_err(|error| Refusal::NotReady {
             retry_after: FAILED_RETRY_AFTER,
             message: format!("{id} cannot be used at present, its vocabulary cannot be had: {}", with_causes(&error)),
@@ -332,8 +339,17 @@ fn control_token(vocabulary: &Vocabulary, text: &str) -> Option<Token> {
 
 impl Backend for Node {
     fn models(&self) -> Vec<Arc<ModelCard>> {
-        let mut cards: Vec<_> = self.models.iter().map(Model::card).collect();
         let remotes = self.mesh.get().map(|mesh| mesh.remotes()).unwrap_or_default();
+        // What is still on its way here others may have ready.
+        let ready =
+            |id: &str| remotes.iter().find(|remote| remote.card.id == id && remote.card.state == ModelState::Ready);
+        let card = |model: &Model| match model.card() {
+            card if model.is_supplied() && card.state != ModelState::Ready => {
+                ready(&card.id).map_or(card, |remote| Arc::clone(&remote.card))
+            }
+            card => card,
+        };
+        let mut cards: Vec<_> = self.models.iter().map(card).collect();
         let unhidden = remotes.iter().filter(|remote| self.models.find(&remote.card.id).is_none());
         cards.extend(unhidden.map(|remote| Arc::clone(&remote.card)));
         cards
@@ -395,6 +411,22 @@ impl Backend for Node {
             let mesh = self.mesh.get().ok_or_else(Refusal::not_in_a_mesh)?;
             mesh.act(self, action).await
         })
+    }
+
+    fn contents(&self) -> Vec<serde_json::Value> {
+        contents::view(self)
+    }
+
+    fn pull(&self, model: String) -> BoxFuture<'_, Result<mpsc::Receiver<serde_json::Value>, Refusal>> {
+        Box::pin(async move {
+            let mesh = self.mesh.get().ok_or_else(Refusal::not_in_a_mesh)?;
+            let ending = || Refusal::Failed { message: "this node is stopping".to_owned() };
+            self.pulls.begin(&mesh.node().ok_or_else(ending)?, mesh, model)
+        })
+    }
+
+    fn stop_pull(&self, model: &str) -> bool {
+        self.pulls.stop(model)
     }
 
     fn status(&self) -> serde_json::Value {

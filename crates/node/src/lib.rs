@@ -7,6 +7,7 @@
 
 mod activity;
 mod backend;
+mod contents;
 mod draft;
 pub mod fit;
 mod generate;
@@ -25,6 +26,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use contents::TakeError;
 pub use draft::DraftWish;
 pub use murmur_api::backend::RingWishes;
 pub use murmur_engine::{CHILD_SUBCOMMAND, child};
@@ -33,6 +35,7 @@ use murmur_protocol::{codec::Codec, mesh::MachineSpeed};
 use tokio::task::JoinSet;
 
 use crate::{
+    contents::{Library, give::Giving, pace::Pace, pull::Pulls, wanted::Wanted},
     model::Model,
     models::Models,
     readers::Readers,
@@ -47,6 +50,10 @@ pub struct NodeOptions {
     pub data_dir: PathBuf,
     /// The models to serve, loaded from the start to the end.
     pub models: Vec<ModelSpec>,
+    /// Whether other nodes may have of this one: its models, its layers, its files.
+    pub contributes: bool,
+    /// Names of models that others have: found in the mesh and fetched from there, as far as this node needs them.
+    pub wanted: Vec<String>,
     /// Further models, each loaded when somebody asks for it. What cannot be read, or has the name of another, is left out.
     pub on_demand: Vec<ModelSpec>,
     /// How long a model on demand stays loaded that nobody asks for.
@@ -81,6 +88,12 @@ pub struct NodeOptions {
     pub peer_wait: Duration,
     /// What other nodes may have of this one.
     pub sharing: Sharing,
+    /// Whether other nodes may have the files of its models.
+    pub hands_out_files: bool,
+    /// Bytes of model files that go out per second, at most; `None`: as fast as it goes.
+    pub upload_bytes_per_s: Option<u64>,
+    /// The same of those that come in.
+    pub download_bytes_per_s: Option<u64>,
     /// Layers on a GPU, in builds with a back end for one.
     pub gpu_layers: i32,
     /// The binary that has the engine's child process as a hidden subcommand.
@@ -174,6 +187,23 @@ pub enum NodeError {
         /// Why not.
         reason: String,
     },
+    /// The file cannot be read.
+    #[error("{path} cannot be read", path = .path.display())]
+    Unread {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Parts of a file cannot be kept.
+    #[error(transparent)]
+    Store(#[from] murmur_store::StoreError),
+    /// Nobody in the mesh has a model of this name.
+    #[error("no node of the mesh has a model called {0}; `murmur models search` lists what there is")]
+    Nowhere(String),
+    /// Parts of a file cannot be had from other nodes.
+    #[error(transparent)]
+    Take(#[from] TakeError),
     /// Two models with one name.
     #[error("two models are called {0}; give one of them another name")]
     SameName(String),
@@ -206,6 +236,13 @@ pub struct Node {
     mesh: mesh::MeshCell,
     requests: Arc<Requests>,
     gate: Gate,
+    /// Models' files, and parts of them.
+    library: Library,
+    pulls: Pulls,
+    giving: Giving,
+    taking_pace: Pace,
+    /// Models that are to come from others.
+    wanted: Vec<Arc<Wanted>>,
     /// Where models may be spread over a mesh.
     machine: Option<MachineSpeed>,
     /// Lets models go that nobody uses.
@@ -220,9 +257,14 @@ impl Node {
         if options.sharing.pause_when_active && !activity::can_be_seen() {
             return Err(NodeError::ActivityUnseen);
         }
-        let machine = (options.spread && !options.models.is_empty()).then(|| measure::machine(options.threads));
+        let machine = (options.spread && options.contributes).then(|| measure::machine(options.threads));
         let (gate, readers) = (Gate::new(options.sharing.clone()), Readers::new(options.engine_program.clone()));
         Ok(Node {
+            library: Library::new(&options.data_dir),
+            pulls: Pulls::default(),
+            giving: Giving::new(options.upload_bytes_per_s),
+            taking_pace: Pace::new(options.download_bytes_per_s),
+            wanted: options.wanted.iter().cloned().map(Wanted::new).map(Arc::new).collect(),
             models: Arc::new(Models::open(options)?),
             readers,
             mesh: mesh::MeshCell::new(),
@@ -278,6 +320,8 @@ impl Node {
     pub async fn shutdown(self: Arc<Self>) {
         self.stop();
         self.leave_mesh().await;
+        // What came from the mesh in between.
+        self.stop();
         let mut tending = std::mem::take(&mut *self.tending.lock().unwrap_or_else(PoisonError::into_inner));
         tending.shutdown().await;
         // Dropping an engine waits for its processes.

@@ -20,6 +20,7 @@ use tokio::sync::watch;
 
 use crate::{
     LoadProgress, ModelSpec, NodeError, NodeOptions, Threads,
+    contents::wanted::Supply,
     draft::Guessing,
     fit,
     mesh::{
@@ -29,6 +30,7 @@ use crate::{
             host::{Holding, Terms},
         },
     },
+    models::List,
 };
 
 /// Prompt rows per chunk. A long prompt delays running streams by one chunk; larger chunks read the weights less often.
@@ -68,6 +70,8 @@ pub(crate) struct Model {
     loads: watch::Sender<()>,
     /// What it is to other nodes; `None` inside: it cannot be offered.
     identity: OnceLock<Option<ModelIdentity>>,
+    /// Where its bytes come from, if the file is not all here.
+    supply: OnceLock<Supply>,
     /// Who guesses for it; for one on demand, once it is to be loaded.
     guessing: OnceLock<Guessing>,
     /// Why and how it is spread over the mesh, if it is.
@@ -224,6 +228,7 @@ impl Model {
             }),
             loads: watch::Sender::new(()),
             identity: OnceLock::new(),
+            supply: OnceLock::new(),
             guessing,
             spread: OnceLock::new(),
             ring: Mutex::default(),
@@ -265,6 +270,16 @@ impl Model {
     /// Says what it is to other nodes, if it can be offered to them. The first word counts.
     pub(crate) fn identify(&self, identity: Option<ModelIdentity>) {
         let _ = self.identity.set(identity);
+    }
+
+    /// Says where its bytes come from. The first word counts.
+    pub(crate) fn supplied_by(&self, supply: Supply) {
+        let _ = self.supply.set(supply);
+    }
+
+    /// Whether its bytes come from others.
+    pub(crate) fn is_supplied(&self) -> bool {
+        self.supply.get().is_some()
     }
 
     /// Its layers.
@@ -312,9 +327,9 @@ impl Model {
 
     /// Whether it can be asked now.
     pub(crate) fn state(&self) -> ModelState {
-        let (loaded, is_loading) = {
+        let (loaded, is_loading, failure) = {
             let life = self.life();
-            (life.loaded.clone(), life.is_loading)
+            (life.loaded.clone(), life.is_loading, life.failure.clone())
         };
         match loaded {
             None if self.on_demand => ModelState::Available { loading: is_loading.then(|| self.fraction()) },
@@ -322,7 +337,10 @@ impl Model {
                 let waiting = self.ring().0;
                 ModelState::Waiting { reason: waiting.unwrap_or_else(|| "other nodes are being looked for".to_owned()) }
             }
-            None => ModelState::Loading { fraction: self.fraction() },
+            None => match failure.filter(|_| !is_loading) {
+                Some(reason) => ModelState::Failed { reason },
+                None => ModelState::Loading { fraction: self.fraction() },
+            },
             Some(loaded) => match loaded.engine.status().unavailable {
                 None => ModelState::Ready,
                 Some(reason) => ModelState::Failed { reason },
@@ -459,7 +477,7 @@ impl Model {
 
     /// Sets memory aside for a load, beside the other models of the node. `None`: it is loaded, or somebody loads it.
     /// Callers see to it that one plan is made at a time.
-    pub(crate) fn plan(&self, options: &NodeOptions, models: &[Model]) -> Result<Option<Plan>, NodeError> {
+    pub(crate) fn plan(&self, options: &NodeOptions, models: &List) -> Result<Option<Plan>, NodeError> {
         {
             let life = self.life();
             if life.is_ended {
@@ -558,6 +576,9 @@ impl Model {
     /// Loads layers of it for rings. Blocks.
     pub(crate) fn load_stage(&self, terms: Terms, options: &NodeOptions) -> Result<Host, NodeError> {
         let Terms { range, context_tokens, parallel, exact } = terms;
+        if let Some(supply) = self.supply.get() {
+            supply.fetch(&Gguf::open(&self.spec.path)?, &[range], &|_| ())?;
+        }
         let engine_options =
             EngineOptions { exact, ..self.engine_options(options, vec![range], context_tokens, parallel) };
         let host = Host::load(&engine_options, range, &self.holding_stop, |_| {});
@@ -608,6 +629,12 @@ impl Model {
         progress: &dyn Fn(LoadProgress),
     ) -> Result<Engine, NodeError> {
         let Plan { file, ranges, parallel, context_tokens, elsewhere, codecs, travel_us, draft, stop } = plan;
+        if let Some(supply) = self.supply.get() {
+            let is_here = |at: &usize| elsewhere.get(*at).is_none_or(Option::is_none);
+            let here: Vec<LayerRange> = (0..ranges.len()).filter(is_here).map(|at| ranges[at]).collect();
+            let heard = |fraction: f32| self.progress.store((fraction * PROGRESS_PARTS) as u32, Ordering::Relaxed);
+            supply.fetch(&file.gguf, &here, &heard)?;
+        }
         let engine_options = EngineOptions {
             embedding: file.embedding,
             codecs,
@@ -639,6 +666,7 @@ impl Model {
         EngineOptions {
             program: options.engine_program.clone(),
             model: self.spec.path.clone(),
+            content_addressed: self.is_supplied(),
             slices_dir: slices_dir(options),
             embedding: false,
             ranges,
@@ -676,7 +704,7 @@ impl Model {
     }
 
     /// Memory for this model, beside what the others have; for layers of one that is spread, beside what its own ring has here.
-    pub(crate) fn available_bytes(&self, options: &NodeOptions, models: &[Model]) -> u64 {
+    pub(crate) fn available_bytes(&self, options: &NodeOptions, models: &List) -> u64 {
         let own = std::ptr::from_ref(self);
         let claims = models.iter().filter(|other| !std::ptr::eq(*other, own)).map(Model::claim_bytes);
         let (planned, outstanding) = claims.fold((0, 0), |sum, claim| (sum.0 + claim.0, sum.1 + claim.1));
@@ -699,7 +727,7 @@ impl Model {
         file: &ModelFile,
         options: &NodeOptions,
         (parallel, stages): (u32, u32),
-        models: &[Model],
+        models: &List,
     ) -> Result<(fit::Demand, u32, Draft), NodeError> {
         let weights_bytes = file.gguf.file_bytes();
         let batch_rows = chunk_rows(options.exact).max(parallel);

@@ -5,7 +5,7 @@
 //! [`crate::fit`] says: nothing is loaded that does not fit.
 
 use std::{
-    ops::Deref,
+    ops::{Deref, Index},
     sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
@@ -14,8 +14,9 @@ use murmur_engine::{SessionEvent, SessionRequest, SessionStream, StartError};
 use tokio::{sync::watch, time::MissedTickBehavior};
 
 use crate::{
-    LoadProgress, NodeError, NodeOptions,
-    mesh::ring::host::Terms,
+    LoadProgress, ModelSpec, NodeError, NodeOptions,
+    contents::wanted::Supply,
+    mesh::{ModelIdentity, ring::host::Terms},
     model::{self, LoadedModel, Model, RingOptions, with_causes},
 };
 
@@ -24,18 +25,44 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How often those who wait for a load hear how far it is.
 const TELL_EVERY: Duration = Duration::from_millis(500);
 
-/// All of them, in the order in which they are listed.
+/// Models in the order in which they are listed. It grows and never shrinks, so that a model keeps its place.
+#[derive(Default)]
+pub(crate) struct List(boxcar::Vec<Model>);
+
+impl List {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Model> {
+        self.0.iter().map(|(_, model)| model)
+    }
+
+    pub(crate) fn get(&self, at: usize) -> Option<&Model> {
+        self.0.get(at)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.count()
+    }
+}
+
+impl Index<usize> for List {
+    type Output = Model;
+
+    fn index(&self, at: usize) -> &Model {
+        &self.0[at]
+    }
+}
+
+/// All of them.
 pub(crate) struct Models {
-    list: Vec<Model>,
+    list: List,
     options: NodeOptions,
     /// Held while it is found out whether one more fits, so that two do not count on the same room.
     planning: Mutex<()>,
 }
 
 impl Deref for Models {
-    type Target = [Model];
+    type Target = List;
 
-    fn deref(&self) -> &[Model] {
+    fn deref(&self) -> &List {
         &self.list
     }
 }
@@ -43,19 +70,21 @@ impl Deref for Models {
 impl Models {
     /// Reads the headers of the models' files. Blocks.
     pub(crate) fn open(options: NodeOptions) -> Result<Models, NodeError> {
-        let mut list: Vec<Model> = Vec::new();
+        let list = List::default();
         for spec in &options.models {
             if list.iter().any(|model| model.id() == spec.id) {
                 return Err(NodeError::SameName(spec.id.clone()));
             }
-            list.push(Model::open(spec, &options, false)?);
+            list.0.push(Model::open(spec, &options, false)?);
         }
         for spec in &options.on_demand {
             if list.iter().any(|model| model.id() == spec.id) {
                 continue;
             }
             match Model::open(spec, &options, true) {
-                Ok(model) => list.push(model),
+                Ok(model) => {
+                    list.0.push(model);
+                }
                 Err(error) => tracing::warn!("{} is not offered: {}", spec.id, with_causes(&error)),
             }
         }
@@ -71,26 +100,44 @@ impl Models {
         self.list.iter().position(|model| model.id() == id)
     }
 
+    /// One more, of which only the header is here. Returns its place. Blocks.
+    pub(crate) fn add(&self, spec: &ModelSpec, identity: ModelIdentity, supply: Supply) -> Result<usize, NodeError> {
+        let model = Model::open(spec, &self.options, false)?;
+        model.identify(Some(identity));
+        model.supplied_by(supply);
+        let _planning = self.planning.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.find(&spec.id) {
+            Some(_) => Err(NodeError::SameName(spec.id.clone())),
+            None => Ok(self.list.0.push(model)),
+        }
+    }
+
     /// Loads those that are not on demand, one after the other. Blocks. The first that cannot be loaded ends it.
     pub(crate) fn load(&self, progress: &dyn Fn(LoadProgress)) -> Result<(), NodeError> {
         for model in self.list.iter().filter(|model| !model.is_on_demand()) {
-            if self.is_beyond_share(model)? {
-                continue;
-            }
-            let planned = self.plan(model);
-            // What does not fit this node is one for the mesh; what would but for the model that guesses is not.
-            if let (Err(NodeError::Fit { shortage, .. }), true) = (&planned, self.options.spread)
-                && !shortage.fits_without_draft
-                && model.spread_over_mesh(&self.options, shortage.to_string())?
-            {
-                continue;
-            }
-            if let Some(plan) = planned? {
-                model.load(plan, &self.options, progress)?;
-            }
+            self.load_one(model, progress)?;
         }
         self.tidy_slices();
         Ok(())
+    }
+
+    /// Loads a model, or spreads it over the mesh. Blocks.
+    pub(crate) fn load_one(&self, model: &Model, progress: &dyn Fn(LoadProgress)) -> Result<(), NodeError> {
+        if self.is_beyond_share(model)? {
+            return Ok(());
+        }
+        let planned = self.plan(model);
+        // What does not fit this node is one for the mesh; what would but for the model that guesses is not.
+        if let (Err(NodeError::Fit { shortage, .. }), true) = (&planned, self.options.spread)
+            && !shortage.fits_without_draft
+            && model.spread_over_mesh(&self.options, shortage.to_string())?
+        {
+            return Ok(());
+        }
+        match planned? {
+            Some(plan) => model.load(plan, &self.options, progress),
+            None => Ok(()),
+        }
     }
 
     /// Whether a model is one for the mesh, because this node is not to hold it whole.

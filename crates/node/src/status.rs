@@ -6,6 +6,8 @@
 //! | `tokens_per_s.api`, `.nodes` | tokens that came for this node's own API, and for other nodes; average over the last 5 s |
 //! | `requests[]` | answers in progress, the oldest first, see below |
 //! | `models[]` | this machine's models, see below |
+//! | `wanted[]` | models that were to come from other nodes: `name`, and what each is `waiting` for; null: it is one of `models` |
+//! | `contents[]` | model files that are here, or parts of them, see below |
 //! | `sharing` | what other nodes may have, where the node offers models to a mesh; else null |
 //! | `sharing.paused` | why nothing of theirs is taken now; null: it is taken |
 //! | `sharing.requests`, `.requests_max` | of theirs in progress, and how many may be; null: what the models take |
@@ -22,6 +24,17 @@
 //! | `generated_tokens` | tokens of the answer so far |
 //! | `tokens_per_s` | since the first token; null before the second |
 //! | `age_ms` | since it was asked |
+//!
+//! One of `contents`:
+//!
+//! | field | |
+//! |---|---|
+//! | `digest`, `name` | of the file, and of the model |
+//! | `file_bytes`, `held_bytes` | of the whole file, and those that are here |
+//! | `fetch.wanted_bytes`, `.done_bytes`, `.doubled_bytes` | what is wanted, how much of it has come, and what came twice; `fetch` is null when nothing is being fetched |
+//! | `fetch.bytes_per_s`, `.eta_s`, `.stuck` | how fast it comes, when all is there at this rate, why nothing comes |
+//! | `fetch.sources[]` | `node`, `state`, `rtt_ms`, `bytes_per_s`, `received_bytes`, `owed_requests` of each node that has some of it |
+//! | `liars[]` | nodes that have sent what is not of it; they are not asked for it while they are there |
 //!
 //! One of `models`, once it is loaded:
 //!
@@ -58,7 +71,7 @@ use serde_json::{Value, json};
 use crate::{Node, model::Model};
 
 pub(crate) fn node(node: &Node) -> Value {
-    let offers = node.mesh.get().is_some() && !node.models.is_empty();
+    let offers = node.mesh.get().is_some() && node.options().contributes;
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "process_id": std::process::id(),
@@ -67,6 +80,8 @@ pub(crate) fn node(node: &Node) -> Value {
         "requests": node.requests.list(),
         "sharing": offers.then(|| node.gate.view(node.requests.of_others())),
         "models": node.models.iter().map(model).collect::<Vec<_>>(),
+        "wanted": node.wanted.iter().map(|wanted| wanted.view()).collect::<Vec<_>>(),
+        "contents": node.library.list().iter().map(|shelf| shelf.view()).collect::<Vec<_>>(),
     })
 }
 

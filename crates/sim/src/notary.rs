@@ -97,5 +97,6 @@ pub(crate) fn record(node: NodeId, mesh: MeshId, sequence: u64, ttl_ms: u32, tom
         stages: Vec::new(),
         links: Vec::new(),
         machine: None,
+        contents: Vec::new(),
     }
 }

@@ -2,7 +2,9 @@
 
 use std::{io, path::PathBuf};
 
-use murmur_gguf::GgufErrorKind;
+use murmur_gguf::{Digest, GgufErrorKind};
+
+use crate::files;
 
 /// What sort of failure it was, for callers that map it to an exit code or an HTTP status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -171,20 +173,113 @@ pub enum StoreError {
         /// The lock file.
         lock: PathBuf,
     },
+    /// What is kept of a content cannot be used.
+    #[error("{path} cannot be used: {why}. {advice}")]
+    BadContent {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        why: String,
+        /// What to do.
+        advice: String,
+    },
+    /// A size that a content cannot have.
+    #[error("the content {digest} cannot be as large as was said: {why}. Whoever said so is wrong: ask others")]
+    ContentSize {
+        /// Which.
+        digest: Digest,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Bytes that are not here were to be sent.
+    #[error("the bytes {start}..{end} of the content {digest} are not here. Fetch them first")]
+    ContentLacks {
+        /// Which.
+        digest: Digest,
+        /// The first byte that is not here.
+        start: u64,
+        /// The next one that is, or the end.
+        end: u64,
+    },
+    /// Bytes that were verified once are not the same any more.
+    #[error(
+        "{path} is damaged at byte {at}: it was right when it was written. Suspect the disk; `murmur models fsck` finds what else is damaged, and what is will be fetched again."
+    )]
+    ContentDamaged {
+        /// The file.
+        path: PathBuf,
+        /// Where, in bytes.
+        at: u64,
+    },
+    /// A file that lies elsewhere is not the one any more that was read.
+    #[error("{path} has changed since it was read, or while it was. Import it again when nobody writes to it")]
+    ContentChanged {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file that lies elsewhere is never written to.
+    #[error("{path} is the user's own file and is never changed. Remove the model, if it is to be fetched anew")]
+    ContentIsReference {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Somebody else writes to the content.
+    #[error(
+        "{holder} writes to the content {digest} (it holds {lock}). Wait for it, or end it: what has arrived is kept"
+    )]
+    ContentInUse {
+        /// Which.
+        digest: Digest,
+        /// "process 123"
+        holder: String,
+        /// The lock file.
+        lock: PathBuf,
+    },
+    /// The content was removed while it was open.
+    #[error("the content {digest} was removed meanwhile. Begin again, if it is still wanted")]
+    ContentGone {
+        /// Which.
+        digest: Digest,
+    },
+    /// A model of which not everything is here.
+    #[error("the model '{name}' is not whole yet: {held} of {bytes} are here. Go on with: murmur models pull {name}")]
+    Incomplete {
+        /// Its name.
+        name: String,
+        /// What is here, in words.
+        held: String,
+        /// What there is, in words.
+        bytes: String,
+    },
+    /// Whoever was sent a content does not take it any more.
+    #[error("sending broke off: {0}")]
+    Send(#[source] io::Error),
 }
 
 impl StoreError {
     /// What sort of failure it was.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::BadReference { .. } | Self::NameTaken { .. } | Self::BadHubSetting { .. } => ErrorKind::Usage,
-            Self::NoSuchModel { .. } | Self::NotOnHub { .. } => ErrorKind::NotFound,
-            Self::BadModel { .. } | Self::WrongChecksum { .. } | Self::BadIndex { .. } => ErrorKind::Damaged,
+            Self::BadReference { .. }
+            | Self::NameTaken { .. }
+            | Self::BadHubSetting { .. }
+            | Self::ContentIsReference { .. } => ErrorKind::Usage,
+            Self::NoSuchModel { .. } | Self::NotOnHub { .. } | Self::ContentGone { .. } => ErrorKind::NotFound,
+            Self::BadModel { .. }
+            | Self::WrongChecksum { .. }
+            | Self::BadIndex { .. }
+            | Self::BadContent { .. }
+            | Self::ContentSize { .. }
+            | Self::ContentDamaged { .. }
+            | Self::ContentChanged { .. } => ErrorKind::Damaged,
             Self::NoSpace { .. } => ErrorKind::NoSpace,
-            Self::HubRefuses { .. } | Self::HubUnavailable { .. } | Self::PullInProgress { .. } => {
-                ErrorKind::Unavailable
-            }
-            Self::BadHubAnswer { .. } => ErrorKind::Other,
+            Self::HubRefuses { .. }
+            | Self::HubUnavailable { .. }
+            | Self::PullInProgress { .. }
+            | Self::ContentLacks { .. }
+            | Self::ContentInUse { .. }
+            | Self::Incomplete { .. } => ErrorKind::Unavailable,
+            Self::BadHubAnswer { .. } | Self::Send(_) => ErrorKind::Other,
             Self::Gguf(error) => match error.kind() {
                 GgufErrorKind::NotFound => ErrorKind::NotFound,
                 GgufErrorKind::PermissionDenied => ErrorKind::Unavailable,
@@ -200,6 +295,10 @@ impl StoreError {
         }
     }
 
+    pub(crate) fn content_in_use(digest: Digest, lock: PathBuf) -> Self {
+        Self::ContentInUse { digest, holder: files::lock_holder(&lock), lock }
+    }
+
     pub(crate) fn io(doing: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { doing, path, source }
@@ -212,6 +311,9 @@ fn advice_for(source: &io::Error) -> &'static str {
         io::ErrorKind::NotFound => "Check the path.",
         io::ErrorKind::PermissionDenied => "Give this user access to it, or choose another place with --data-dir.",
         io::ErrorKind::ReadOnlyFilesystem => "The file system is read-only; choose another place with --data-dir.",
+        io::ErrorKind::FileTooLarge => {
+            "This file system takes no file that large; choose another place with --data-dir."
+        }
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "Free some space and try again.",
         _ => "If it happens again, run `murmur doctor`.",
     }

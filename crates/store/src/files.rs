@@ -40,9 +40,10 @@ pub(crate) fn demand_space(path: &Path, needs_bytes: u64, place: &'static str) -
     }
 }
 
-/// Replaces `path` by `content` so that a reader, or a crash, sees the old or the new file and nothing between.
+/// Replaces `path` by `content` so that a reader, or a crash, sees the old or the new file and nothing between. One at a time: the caller
+/// holds a lock.
 pub(crate) fn replace_file(path: &Path, content: &[u8]) -> Result<(), StoreError> {
-    let temporary = path.with_extension(format!("tmp-{}", std::process::id()));
+    let temporary = path.with_extension("tmp");
     let written = File::create(&temporary).and_then(|mut file| {
         file.write_all(content)?;
         file.sync_all()?;
@@ -51,10 +52,36 @@ pub(crate) fn replace_file(path: &Path, content: &[u8]) -> Result<(), StoreError
     if let Err(source) = written {
         // The first failure is the one to tell; the leftover is harmless.
         let _ = std::fs::remove_file(&temporary);
-        return Err(StoreError::Io { doing: "write", path: path.to_owned(), source });
+        return Err(write_failed(source, path, content.len() as u64));
     }
     sync_parent(path);
     Ok(())
+}
+
+/// Why `path`, in the data directory, could not be written to; `needs_bytes` more were to come, if that is known and not 0.
+pub(crate) fn write_failed(source: io::Error, path: &Path, needs_bytes: u64) -> StoreError {
+    if !is_full(&source) {
+        return StoreError::Io { doing: "write", path: path.to_owned(), source };
+    }
+    let directory = path.parent().unwrap_or(path).to_owned();
+    StoreError::NoSpace {
+        needs: if needs_bytes == 0 {
+            "more is needed".to_owned()
+        } else {
+            format!("{} more are needed", human_bytes(needs_bytes))
+        },
+        available: match available_bytes(&directory) {
+            Some(bytes) => format!("{} are free", human_bytes(bytes)),
+            None => "the disk is full".to_owned(),
+        },
+        path: directory,
+        place: "--data-dir",
+        kept: " What has arrived is kept.".to_owned(),
+    }
+}
+
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Makes a rename durable. Best effort: not every file system lets a directory be synced.
@@ -64,7 +91,8 @@ pub(crate) fn sync_parent(path: &Path) {
     }
 }
 
-/// A lock between processes, held until dropped (and by the kernel dropped with the process).
+/// A lock between processes, held until dropped (and by the kernel dropped with the process). The file says who has it.
+#[derive(Debug)]
 pub(crate) struct FileLock {
     _file: File,
 }
@@ -81,13 +109,23 @@ impl FileLock {
     pub(crate) fn try_take(path: &Path) -> Result<Option<Self>, StoreError> {
         let file = open_lock(path).map_err(StoreError::io("open the lock", path))?;
         match file.try_lock() {
-            Ok(()) => Ok(Some(Self { _file: file })),
+            Ok(()) => {
+                // For whoever is refused; a lock is one without it, too.
+                let _ = file.set_len(0).and_then(|()| write!(&file, "{}", std::process::id()));
+                Ok(Some(Self { _file: file }))
+            }
             Err(std::fs::TryLockError::WouldBlock) => Ok(None),
             Err(std::fs::TryLockError::Error(source)) => {
                 Err(StoreError::Io { doing: "lock", path: path.to_owned(), source })
             }
         }
     }
+}
+
+/// Who holds a lock, in words.
+pub(crate) fn lock_holder(path: &Path) -> String {
+    let number = std::fs::read_to_string(path).ok().and_then(|text| text.parse::<u32>().ok());
+    number.map_or_else(|| "another process".to_owned(), |number| format!("process {number}"))
 }
 
 fn open_lock(path: &Path) -> io::Result<File> {

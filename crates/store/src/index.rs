@@ -6,12 +6,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use murmur_gguf::Digest;
 use serde::{Deserialize, Serialize};
 
 use crate::{error::StoreError, files, reference::ModelName};
 
 /// The layout that this code writes. A newer one is refused, an older one would be read and rewritten.
-const INDEX_VERSION: u32 = 1;
+const INDEX_VERSION: u32 = 2;
 /// An index larger than this is not ours.
 const INDEX_BYTES_MAX: u64 = 16 << 20;
 
@@ -28,6 +29,9 @@ pub struct ModelEntry {
     pub added_unix_s: u64,
     /// Where it came from, and so what removing it deletes.
     pub origin: Origin,
+    /// Whether it is kept whatever the quota says.
+    #[serde(default)]
+    pub pinned: bool,
 }
 
 /// Where a model came from.
@@ -52,6 +56,11 @@ pub enum Origin {
         sha256: Option<String>,
         /// Whether murmur downloaded it (deleted with the entry) or found it in the cache (left there).
         downloaded: bool,
+    },
+    /// From peers: a content, which is deleted with the entry. It may not be whole yet, or not any more.
+    Mesh {
+        /// BLAKE3 of the whole file.
+        digest: Digest,
     },
 }
 
@@ -101,6 +110,7 @@ impl Index {
 
     /// Replaces the index.
     pub(crate) fn write(&mut self, path: &Path) -> Result<(), StoreError> {
+        self.version = INDEX_VERSION;
         self.models.sort_by(|a, b| a.name.cmp(&b.name));
         let mut text = serde_json::to_vec_pretty(self).map_err(|e| StoreError::BadIndex {
             path: path.to_owned(),

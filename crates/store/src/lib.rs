@@ -4,14 +4,18 @@
 //! large and people already have them, so a model is imported *by reference* unless a copy is asked for, and a model
 //! that is pulled from a hub lies in the hub's own cache (`HF_HOME`), where every other tool finds it too.
 //!
-//! Start reading at [`Store`], then [`mod@reference`] (what a user may write as `MODEL`) and [`hub`] (the transfer).
+//! What comes from peers is a [content]: verified in groups of 16 KiB, kept in parts, served on.
+//!
+//! Start reading at [`Store`], then [`mod@reference`] (what a user may write as `MODEL`), [`hub`] (the transfer) and [`content`].
 //!
 //! ```text
 //! <data-dir>/models/index.json    the index, replaced atomically, guarded by index.lock
 //! <data-dir>/models/files/        copies made by `import --copy`
+//! <data-dir>/models/contents/     bytes from peers, whole or in parts, by digest
 //! <data-dir>/slices/              layer ranges cut out for stages; anything in it can be made again
 //! ```
 
+pub mod content;
 mod error;
 mod files;
 pub mod hub;
@@ -19,9 +23,12 @@ mod index;
 mod inspect;
 pub mod reference;
 mod store;
+mod upkeep;
 
+pub use content::{CONTENT_BYTES_MAX, Content, ContentEntry, Contents, DecodeError, GROUP_BYTES};
 pub use error::{ErrorKind, StoreError};
 pub use files::available_bytes;
 pub use index::{ModelEntry, Origin};
 pub use reference::{HubRef, ModelName, ModelRef};
 pub use store::{ImportOptions, Removed, Resolved, Store};
+pub use upkeep::{Checked, Collected, Health};

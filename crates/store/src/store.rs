@@ -6,6 +6,7 @@ use std::{
 };
 
 use crate::{
+    content::{Content, Contents},
     error::StoreError,
     files::{self, FileLock},
     hub::select,
@@ -63,6 +64,11 @@ impl Store {
         Ok(path)
     }
 
+    /// What has come from peers, by digest.
+    pub fn contents(&self) -> Contents {
+        Contents::below(&self.root)
+    }
+
     /// Every model, by name.
     pub fn list(&self) -> Result<Vec<ModelEntry>, StoreError> {
         Ok(Index::read(&self.index_path())?.models)
@@ -91,20 +97,44 @@ impl Store {
         } else {
             (path, Origin::Reference)
         };
-        self.add(ModelEntry { name, path, size_bytes, added_unix_s: unix_now_s(), origin })
+        self.add(ModelEntry { name, path, size_bytes, added_unix_s: unix_now_s(), origin, pinned: false })
+    }
+
+    /// Enters what has come from peers, or is on its way, under a name. Once it is whole, it must be a model.
+    pub fn add_content(&self, name: ModelName, content: &Content) -> Result<ModelEntry, StoreError> {
+        if content.is_complete() {
+            inspect::check_model_file(content.path())?;
+        }
+        self.add(ModelEntry {
+            name,
+            path: content.path().to_owned(),
+            size_bytes: content.bytes(),
+            added_unix_s: unix_now_s(),
+            origin: Origin::Mesh { digest: content.digest() },
+            pinned: false,
+        })
     }
 
     /// Removes a model: the entry always, the file when the store put it there.
     pub fn remove(&self, name: &ModelName) -> Result<Removed, StoreError> {
-        let entry = self.update(|index| match index.models.iter().position(|entry| entry.name == *name) {
-            Some(at) => Ok(index.models.remove(at)),
-            None => Err(no_such_model(name.as_str(), index)),
+        let mut freed_bytes = 0;
+        let entry = self.update(|index| {
+            let Some(entry) = index.find(name).cloned() else { return Err(no_such_model(name.as_str(), index)) };
+            index.models.retain(|other| other.name != *name);
+            // What somebody is fetching stays, and so does its name.
+            if let Origin::Mesh { digest } = &entry.origin
+                && !index.models.iter().any(|other| other.origin == entry.origin)
+            {
+                freed_bytes = self.contents().remove(digest)?;
+            }
+            Ok(entry)
         })?;
         // Entry first, file second: a crash between leaves a file too many, never a name without its file.
         let still_used = self.list()?.iter().any(|other| other.path == entry.path);
         let deleted = match &entry.origin {
             _ if still_used => Ok(0),
             Origin::Reference | Origin::Hub { downloaded: false, .. } => Ok(0),
+            Origin::Mesh { .. } => Ok(freed_bytes),
             Origin::Copy => delete(&entry.path),
             Origin::Hub { downloaded: true, .. } => crate::hub::layout::delete_snapshot_file(&entry.path),
         };
@@ -118,7 +148,7 @@ impl Store {
         match model {
             ModelRef::Path(path) => resolve_path(path),
             ModelRef::Name(name) => match Index::read(&self.index_path())?.find(name) {
-                Some(entry) => Ok(Resolved { name: entry.name.clone(), path: entry.path.clone() }),
+                Some(entry) => self.resolve_entry(entry),
                 // A file without an ending in the current directory is what the user meant, when the store has no such name.
                 None if Path::new(name.as_str()).is_file() => resolve_path(Path::new(name.as_str())),
                 None => Err(no_such_model(name.as_str(), &Index::read(&self.index_path())?)),
@@ -136,14 +166,30 @@ impl Store {
         }
     }
 
+    fn resolve_entry(&self, entry: &ModelEntry) -> Result<Resolved, StoreError> {
+        let Origin::Mesh { digest } = &entry.origin else {
+            return Ok(Resolved { name: entry.name.clone(), path: entry.path.clone() });
+        };
+        match self.contents().find(digest)? {
+            Some(content) if content.is_complete() => {
+                Ok(Resolved { name: entry.name.clone(), path: content.path().to_owned() })
+            }
+            part => Err(StoreError::Incomplete {
+                name: entry.name.to_string(),
+                held: files::human_bytes(part.map_or(0, |part| part.held_bytes())),
+                bytes: files::human_bytes(entry.size_bytes),
+            }),
+        }
+    }
+
     /// Adds an entry whose file is in place. The same file under the same name is not an error: it is refreshed.
     pub(crate) fn add(&self, entry: ModelEntry) -> Result<ModelEntry, StoreError> {
         self.update(|index| {
             match index.models.iter_mut().find(|old| old.name == entry.name) {
-                Some(old) if old.path == entry.path || same_hub_file(&old.origin, &entry.origin) => {
+                Some(old) if old.path == entry.path || is_same_source(&old.origin, &entry.origin) => {
                     let keeps_ownership =
                         matches!(old.origin, Origin::Hub { downloaded: true, .. }) && old.path == entry.path;
-                    *old = entry.clone();
+                    *old = ModelEntry { pinned: old.pinned, ..entry.clone() };
                     if let (Origin::Hub { downloaded, .. }, true) = (&mut old.origin, keeps_ownership) {
                         *downloaded = true;
                     }
@@ -158,7 +204,7 @@ impl Store {
         })
     }
 
-    fn update<T>(&self, change: impl FnOnce(&mut Index) -> Result<T, StoreError>) -> Result<T, StoreError> {
+    pub(crate) fn update<T>(&self, change: impl FnOnce(&mut Index) -> Result<T, StoreError>) -> Result<T, StoreError> {
         files::create_directory(&self.root)?;
         let _lock = FileLock::wait(&self.root.join("index.lock"))?;
         let mut index = Index::read(&self.index_path())?;
@@ -199,7 +245,7 @@ fn name_of(path: &Path) -> Result<ModelName, StoreError> {
     ModelName::from_file_name(&path.file_name().unwrap_or_default().to_string_lossy())
 }
 
-fn no_such_model(name: &str, index: &Index) -> StoreError {
+pub(crate) fn no_such_model(name: &str, index: &Index) -> StoreError {
     let advice = match index.models.as_slice() {
         [] => {
             "The store is empty: `murmur models import FILE` or `murmur models pull hf:owner/repo` fills it.".to_owned()
@@ -236,8 +282,9 @@ fn was_pulled_as(entry: &ModelEntry, wanted: &HubRef) -> bool {
     }
 }
 
-fn same_hub_file(a: &Origin, b: &Origin) -> bool {
+fn is_same_source(a: &Origin, b: &Origin) -> bool {
     match (a, b) {
+        (Origin::Mesh { digest: a }, Origin::Mesh { digest: b }) => a == b,
         (Origin::Hub { repo: repo_a, file: file_a, .. }, Origin::Hub { repo: repo_b, file: file_b, .. }) => {
             repo_a == repo_b && file_a == file_b
         }

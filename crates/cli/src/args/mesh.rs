@@ -14,7 +14,7 @@ use murmur_node::sharing::{Sharing, Window};
 use murmur_protocol::mesh::{Role, SignedTicket, ticket::MESH_NAME_BYTES_MAX};
 
 use super::ServerArgs;
-use crate::units::Period;
+use crate::units::{Period, Size};
 
 /// How a node takes part in a mesh.
 #[derive(Debug, Clone, Args)]
@@ -67,6 +67,15 @@ pub(crate) struct LimitArgs {
     /// that does not fit into memory [default: as many as fit]
     #[arg(long, env = "MURMUR_MAX_LAYERS", value_name = "N", value_parser = value_parser!(u32).range(1..))]
     pub(crate) max_layers: Option<u32>,
+    /// Hand out no files of models to other nodes, only answers
+    #[arg(long, env = "MURMUR_KEEP_FILES", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
+    pub(crate) keep_files: bool,
+    /// Send so many bytes of model files a second at most, such as 2MiB [default: as many as go]
+    #[arg(long, env = "MURMUR_MAX_UPLOAD", value_name = "SIZE")]
+    pub(crate) max_upload: Option<Size>,
+    /// Fetch so many bytes of model files a second at most [default: as many as come]
+    #[arg(long, env = "MURMUR_MAX_DOWNLOAD", value_name = "SIZE")]
+    pub(crate) max_download: Option<Size>,
     /// Take nothing new of other nodes while this machine is used. It is when, within the last minute, other programs had more
     /// than a tenth of its processors (and at least half of one) on average over 10 s, or something was typed in a terminal
     #[arg(long, env = "MURMUR_PAUSE_WHEN_ACTIVE", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]

@@ -76,6 +76,8 @@ pub(super) async fn node_options(
     Ok(NodeOptions {
         data_dir: session.data_dir.clone(),
         models: models.into_iter().map(|model| ModelSpec { path: model.path, id: model.id }).collect(),
+        contributes: true,
+        wanted: Vec::new(),
         on_demand: Vec::new(),
         idle: Duration::ZERO,
         stages: engine.stages,
@@ -95,6 +97,9 @@ pub(super) async fn node_options(
         exact: engine.exact,
         peer_wait: Duration::ZERO,
         sharing: Sharing::default(),
+        hands_out_files: true,
+        upload_bytes_per_s: None,
+        download_bytes_per_s: None,
         gpu_layers: engine.gpu_layers,
         engine_program: engine_program()?,
     })
@@ -105,6 +110,8 @@ pub(super) fn client_options(session: &Session, peer_wait: Period) -> anyhow::Re
     Ok(NodeOptions {
         data_dir: session.data_dir.clone(),
         models: Vec::new(),
+        contributes: false,
+        wanted: Vec::new(),
         on_demand: Vec::new(),
         idle: Duration::ZERO,
         stages: 1,
@@ -121,6 +128,9 @@ pub(super) fn client_options(session: &Session, peer_wait: Period) -> anyhow::Re
         exact: false,
         peer_wait: peer_wait.into(),
         sharing: Sharing::default(),
+        hands_out_files: true,
+        upload_bytes_per_s: None,
+        download_bytes_per_s: None,
         gpu_layers: 0,
         engine_program: engine_program()?,
     })

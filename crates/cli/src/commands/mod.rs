@@ -8,6 +8,7 @@ mod launch;
 mod machine;
 mod memberships;
 mod mesh;
+mod mesh_models;
 mod models;
 mod pages;
 mod run;
@@ -18,6 +19,7 @@ mod server;
 mod show;
 mod status;
 mod top;
+mod upkeep;
 
 use std::path::PathBuf;
 

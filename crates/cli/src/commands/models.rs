@@ -3,11 +3,16 @@
 use std::time::{Duration, SystemTime};
 
 use murmur_gguf::synth::{self, Spec};
-use murmur_store::{ImportOptions, ModelEntry, ModelName, Origin, Store};
+use murmur_store::{ImportOptions, ModelEntry, ModelName, ModelRef, Origin, Store};
 use serde_json::{Value, json};
 
-use super::{Session, show, small_runtime};
-use crate::{args::Models, pull, ui, units::Size};
+use super::{Session, mesh_models, show, small_runtime, upkeep};
+use crate::{
+    args::Models,
+    exit::{Code, Failure},
+    pull, ui,
+    units::Size,
+};
 
 pub(super) fn run(session: &Session, command: Models) -> anyhow::Result<()> {
     let store = session.store();
@@ -29,10 +34,22 @@ pub(super) fn run(session: &Session, command: Models) -> anyhow::Result<()> {
             ui::print(&format!("{} ({})", file.display(), Size(bytes)))
         }
         Models::Rm { names } => remove(session, &store, &names),
-        Models::Pull { model, name } => {
+        Models::Pull { model: ModelRef::Hub(model), name, stop: false } => {
             let entry = small_runtime()?.block_on(pull::pull(&store, &model, name, session.global.quiet))?;
             added(session, &entry, "pulled")
         }
+        Models::Pull { model: ModelRef::Name(model), name: None, stop } => {
+            small_runtime()?.block_on(mesh_models::pull(session, &model, stop))
+        }
+        Models::Pull { .. } => Err(Failure::because(
+            Code::Usage,
+            "only a model of a hub can have another name or a path: pull hf:owner/repo[:quant] --name NAME. A model of the mesh keeps its \
+             name, and its download can be stopped: pull NAME [--stop]",
+        )),
+        Models::Pin { names, off } => upkeep::pin(session, &store, &names, off),
+        Models::Gc { quota } => upkeep::collect(session, &store, quota.map_or(0, |quota| quota.0)),
+        Models::Fsck => upkeep::check(session, &store),
+        Models::Search { text } => small_runtime()?.block_on(mesh_models::search(session, text.as_deref())),
     }
 }
 
@@ -105,6 +122,7 @@ fn origin(entry: &ModelEntry) -> String {
         Origin::Reference => entry.path.display().to_string(),
         Origin::Copy => "copy".to_owned(),
         Origin::Hub { repo, file, .. } => format!("hf:{repo}:{file}"),
+        Origin::Mesh { .. } => "mesh".to_owned(),
     }
 }
 

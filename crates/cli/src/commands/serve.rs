@@ -2,7 +2,7 @@
 
 use murmur_node::{ModelSpec, NodeOptions};
 use murmur_protocol::codec::Codec;
-use murmur_store::ModelRef;
+use murmur_store::{ModelRef, StoreError};
 
 use super::{
     Session, launch,
@@ -45,35 +45,54 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
         ));
     }
     let plan = async {
-        let models = models(session, &args).await?;
-        let on_demand = if args.on_demand { others(session, &models)? } else { Vec::new() };
+        let Models { here, elsewhere } = models(session, &args, mesh.is_some()).await?;
+        let on_demand = if args.on_demand { others(session, &here)? } else { Vec::new() };
         let node = NodeOptions {
+            wanted: elsewhere,
             on_demand,
             idle: args.idle.into(),
             sharing: args.limits.sharing(),
+            hands_out_files: !args.limits.keep_files,
+            upload_bytes_per_s: args.limits.max_upload.map(|size| size.0),
+            download_bytes_per_s: args.limits.max_download.map(|size| size.0),
             layers_max: args.limits.max_layers,
             lossy: Codec::ALL.into_iter().filter(|codec| (Codec::F16..=args.codec).contains(codec)).collect(),
             ring: args.ring.wishes(),
             standby: args.standby,
             spread: mesh.is_some(),
             peer_wait: args.mesh.wait.into(),
-            ..launch::node_options(session, models, &args.engine).await?
+            ..launch::node_options(session, here, &args.engine).await?
         };
         Ok(Plan { node, mesh })
     };
     server::run(session, &args.server, plan)
 }
 
-/// The models to serve, under the names that clients use.
-async fn models(session: &Session, args: &Serve) -> anyhow::Result<Vec<LocalModel>> {
+/// What is to be served.
+#[derive(Default)]
+struct Models {
+    /// Models of this machine, under the names that clients use.
+    here: Vec<LocalModel>,
+    /// Names that other nodes know.
+    elsewhere: Vec<String>,
+}
+
+/// What was named. What is not on this machine may be in the mesh, where there is one.
+async fn models(session: &Session, args: &Serve, has_mesh: bool) -> anyhow::Result<Models> {
     let wanted = match args.models.is_empty() {
         false => args.models.clone(),
         true if args.on_demand => Vec::new(),
         true => vec![only_model(session)?],
     };
-    let mut models: Vec<LocalModel> = Vec::new();
+    let Models { here: mut models, mut elsewhere } = Models::default();
     for (at, reference) in wanted.iter().enumerate() {
-        let mut model = target::local(session, reference).await?;
+        let mut model = match (target::local(session, reference).await, reference) {
+            (Err(error), ModelRef::Name(name)) if has_mesh && is_unknown(&error) => {
+                elsewhere.push(name.to_string());
+                continue;
+            }
+            (found, _) => found?,
+        };
         if let Some(alias) = args.alias.get(at) {
             model.id = alias.to_string();
         }
@@ -90,7 +109,11 @@ async fn models(session: &Session, args: &Serve) -> anyhow::Result<Vec<LocalMode
         }
         models.push(model);
     }
-    Ok(models)
+    Ok(Models { here: models, elsewhere })
+}
+
+fn is_unknown(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(StoreError::NoSuchModel { .. }))
 }
 
 /// All other models of the store.

@@ -14,7 +14,7 @@ pub mod screen;
 
 use std::{
     ffi::OsStr,
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
@@ -160,8 +160,13 @@ impl Server {
     pub fn ready(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        let ready: serde_json::Value = serde_json::from_str(&line).unwrap();
+        let mut said = BufReader::new(child.stdout.as_mut().unwrap());
+        said.read_line(&mut line).unwrap();
+        let ready: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|_| {
+            // It has ended, and says why.
+            said.read_to_string(&mut line).unwrap();
+            panic!("it did not start: {line}")
+        });
         let address = ready["address"].as_str().unwrap_or_default().to_owned();
         Self { child, address, ready }
     }

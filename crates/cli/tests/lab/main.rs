@@ -7,6 +7,7 @@
 mod clocks;
 #[path = "../common/mod.rs"]
 mod common;
+mod contents;
 mod death;
 mod faults;
 mod join;

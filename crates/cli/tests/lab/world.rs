@@ -16,7 +16,7 @@ use crate::common::{
 };
 
 /// The model in this repository.
-const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/demo/murmur-demo-q8_0.gguf");
+pub const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/demo/murmur-demo-q8_0.gguf");
 
 /// No help in finding each other and in reaching each other.
 pub const UNAIDED: [&str; 3] = ["--relay=none", "--no-nostr", "--no-mdns"];
@@ -86,6 +86,11 @@ impl<'a> Node<'a> {
         let files = files.iter().map(|file| file.to_str().unwrap());
         let serve: Vec<&str> = ["serve", "--exact", "--threads=1"].into_iter().chain(files).collect();
         Self::start(host, home, &[&serve, arguments].concat())
+    }
+
+    /// One that serves the demo model by its name, without having its file.
+    pub fn fetching(host: HostHandle<'a>, home: Home, arguments: &[&str]) -> Self {
+        Self::start(host, home, &[&["serve", "demo", "--exact", "--threads=1"], arguments].concat())
     }
 
     /// The founder of a private mesh, which serves.
@@ -210,7 +215,8 @@ impl<'a> Node<'a> {
     pub fn waits_for_its_models(&self) {
         until(&format!("{} has its models", self.host.name()), || {
             let status = self.status();
-            status["models"].as_array().unwrap().iter().all(|model| model["state"] == "ready").then_some(())
+            let models = status["models"].as_array().unwrap();
+            (!models.is_empty() && models.iter().all(|model| model["state"] == "ready")).then_some(())
         });
     }
 

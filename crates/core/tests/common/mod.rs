@@ -62,6 +62,7 @@ fn verified(mesh: MeshId, node: NodeId, sequence: u64, tombstone: bool) -> Arc<V
         stages: Vec::new(),
         links: Vec::new(),
         machine: None,
+        contents: Vec::new(),
     };
     Verified::trusted(record, SignedRecord::from_bytes([0; 100]).unwrap())
 }

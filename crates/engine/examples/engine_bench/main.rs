@@ -51,6 +51,7 @@ impl Place<'_> {
         let options = EngineOptions {
             program: PathBuf::from(self.child),
             model,
+            content_addressed: false,
             slices_dir: PathBuf::from(self.scratch),
             embedding: false,
             ranges: even_cuts(&gguf, stages).expect("the model has so many layers"),

@@ -1,6 +1,7 @@
 //! The folder of slices: each layer range of a model file is cut once and kept, and the folder does not grow for ever.
 //!
-//! A slice is named after its source's identity (path, size, time of change), so a file that changed gets new ones. Beside
+//! A slice is named after its source's identity (path, size, time of change), so a file that changed gets new ones. The time does not
+//! count for a file that is named after its content: while it is fetched in parts, it is touched all the time. Beside
 //! the slices of a source lies a note with its path, by which [`prune`] sees that it is gone or has changed.
 
 use std::{
@@ -21,8 +22,14 @@ pub const UNUSED_SLICES_BYTES_MAX: u64 = 32 << 30;
 const NOTE: &str = "source";
 
 /// The file that holds a layer range: cut once, kept under the identity of its source.
-pub(super) fn slice_file(folder: &Path, gguf: &Gguf, range: LayerRange) -> Result<PathBuf, EngineError> {
-    let identity = source_identity(gguf.path()).map_err(|e| EngineError::Io("the model file cannot be read", e))?;
+pub(super) fn slice_file(
+    folder: &Path,
+    gguf: &Gguf,
+    range: LayerRange,
+    content_addressed: bool,
+) -> Result<PathBuf, EngineError> {
+    let identity = source_identity(gguf.path(), content_addressed)
+        .map_err(|e| EngineError::Io("the model file cannot be read", e))?;
     let path = folder.join(format!("{identity}-{}-{}.gguf", range.first, range.end));
     if path.exists() {
         // Its time of change is when it was used last; one that cannot be set costs a new cut some day.
@@ -39,11 +46,12 @@ pub(super) fn slice_file(folder: &Path, gguf: &Gguf, range: LayerRange) -> Resul
 }
 
 /// What tells one state of a model file from another: 16 hex digits.
-fn source_identity(path: &Path) -> io::Result<String> {
+fn source_identity(path: &Path, content_addressed: bool) -> io::Result<String> {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let metadata = fs::metadata(path)?;
     let mut hasher = DefaultHasher::new();
-    (path.canonicalize()?, metadata.len(), metadata.modified().ok(), env!("CARGO_PKG_VERSION")).hash(&mut hasher);
+    let changed = if content_addressed { None } else { metadata.modified().ok() };
+    (path.canonicalize()?, metadata.len(), changed, env!("CARGO_PKG_VERSION")).hash(&mut hasher);
     Ok(format!("{:016x}", hasher.finish()))
 }
 
@@ -99,7 +107,9 @@ fn slices(folder: &Path) -> Vec<Slice> {
 
 fn is_current(folder: &Path, identity: &str) -> bool {
     let Ok(source) = fs::read_to_string(folder.join(identity).with_extension(NOTE)) else { return false };
-    source_identity(Path::new(&source)).is_ok_and(|now| now == identity)
+    [false, true]
+        .into_iter()
+        .any(|addressed| source_identity(Path::new(&source), addressed).is_ok_and(|now| now == identity))
 }
 
 #[cfg(test)]
@@ -117,7 +127,7 @@ mod tests {
     }
 
     fn cut(folder: &Path, gguf: &Gguf, first: u32) -> PathBuf {
-        slice_file(&folder.join("slices"), gguf, LayerRange::new(first, first + 1)).unwrap()
+        slice_file(&folder.join("slices"), gguf, LayerRange::new(first, first + 1), false).unwrap()
     }
 
     #[test]
@@ -135,6 +145,19 @@ mod tests {
         let left: Vec<_> = entries(&folder.join("slices")).collect();
         assert_eq!(left.len(), 3, "{left:?}");
         assert!(stranger.exists());
+    }
+
+    #[test]
+    fn a_slice_of_a_file_that_is_named_after_its_content_stays_good_when_the_file_is_touched() {
+        let temporary = tempfile::tempdir().unwrap();
+        let (folder, range) = (temporary.path().join("slices"), LayerRange::new(0, 1));
+        let gguf = source(temporary.path(), "a.gguf");
+        let cut = || slice_file(&folder, &gguf, range, true).unwrap();
+        let before = cut();
+        File::options().append(true).open(gguf.path()).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        assert_eq!(cut(), before);
+        assert_eq!(prune(&folder, &HashSet::new(), u64::MAX), 0);
+        assert!(before.exists());
     }
 
     #[test]

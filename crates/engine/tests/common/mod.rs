@@ -41,6 +41,7 @@ impl Lab {
         EngineOptions {
             program: env!("CARGO_BIN_EXE_murmur-engine-child").into(),
             model: model.to_owned(),
+            content_addressed: false,
             slices_dir: self.dir.path().join("slices"),
             embedding: false,
             ranges,

@@ -8,7 +8,7 @@ use std::{
 use murmur_api::backend::{ModelKind, ModelState as State};
 use murmur_engine::EngineStatus;
 use murmur_protocol::mesh::{
-    MeasuredLink, ModelDigest, ModelState, ServedModel, ServedStage,
+    HeldContent, MeasuredLink, ModelDigest, ModelState, ServedModel, ServedStage,
     model::{BUILD_BYTES_MAX, MODEL_NAME_BYTES_MAX},
 };
 use tokio::time::MissedTickBehavior;
@@ -28,7 +28,7 @@ const SPEED_STEP: f64 = 0.1;
 pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
     let mut ticks = tokio::time::interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut told: (Vec<ServedModel>, Vec<ServedStage>, Vec<MeasuredLink>) = Default::default();
+    let mut told: (Vec<ServedModel>, Vec<ServedStage>, Vec<MeasuredLink>, Vec<HeldContent>) = Default::default();
     loop {
         ticks.tick().await;
         let Some((node, mesh)) = both(&node, &mesh) else { return };
@@ -61,7 +61,8 @@ pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
         }
         let peers = mesh.mesh().peers();
         let links = mesh.links().look(peers.iter().filter(|peer| links::shares_a_model(peer, &shared)), Instant::now());
-        let now = (models, stages, links);
+        let contents = if node.options().hands_out_files { node.library.held() } else { Vec::new() };
+        let now = (models, stages, links, contents);
         if now == told {
             continue;
         }
@@ -69,7 +70,7 @@ pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
         let memory_free_bytes = fit::available_bytes().unwrap_or(0) / MEMORY_STEP_BYTES * MEMORY_STEP_BYTES;
         let machine = node.machine();
         let update = mesh.mesh().update(|own| {
-            (own.models, own.stages, own.links) = now;
+            (own.models, own.stages, own.links, own.contents) = now;
             own.memory_free_bytes = memory_free_bytes;
             own.machine = machine;
         });
@@ -99,8 +100,7 @@ async fn identify(node: &Arc<Node>) {
     let node = Arc::clone(node);
     let identified = tokio::task::spawn_blocking(move || {
         let Some(model) = node.models.get(at) else { return };
-        let memory = node.options().data_dir.join("digests.json");
-        match ModelIdentity::of(model.path(), &memory) {
+        match ModelIdentity::of(model.id(), model.path(), &node.library) {
             Ok(identity) => model.identify(Some(identity)),
             Err(error) => {
                 tracing::error!("{} cannot be offered to the mesh: {error}", model.id());

@@ -14,6 +14,7 @@ mod announce;
 mod catalogue;
 mod identity;
 mod links;
+mod places;
 mod request;
 pub(crate) mod ring;
 mod view;
@@ -30,14 +31,16 @@ use murmur_api::backend::{MeshAction, Refusal};
 use murmur_core::{health::Health, router::Router, time::Now};
 use murmur_net::{Mesh, MeshOptions, NetError};
 use murmur_protocol::mesh::{Capabilities, Role};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
 pub(crate) use catalogue::{CatalogueError, RemoteModel};
-pub(crate) use identity::ModelIdentity;
+pub(crate) use identity::{IdentityError, ModelIdentity};
+pub(crate) use places::Places;
 pub(crate) use request::{RemoteRequest, RemoteStream};
 
 use crate::{
     Node,
+    contents::wanted,
     readers::{Reader, Readers},
 };
 use catalogue::Catalogue;
@@ -45,10 +48,12 @@ use links::LinkBook;
 use worker::Speeds;
 
 /// What this build can do for others.
-const CAPABILITIES: Capabilities = Capabilities::GRAMMARS.with(Capabilities::LOGPROBS).with(Capabilities::CARDS);
+const CAPABILITIES: Capabilities =
+    Capabilities::GRAMMARS.with(Capabilities::LOGPROBS).with(Capabilities::CARDS).with(Capabilities::CONTENTS);
 
 /// A node's part in a mesh.
 pub(crate) struct MeshNode {
+    node: Weak<Node>,
     mesh: Arc<Mesh>,
     started: Instant,
     /// Who gets a request, and what is known of them. Held for an instant only.
@@ -71,7 +76,7 @@ struct Dispatch {
 
 impl MeshNode {
     /// The moment, for the pure machines.
-    fn now(&self) -> Now {
+    pub(crate) fn now(&self) -> Now {
         Now::from_ms(u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX))
     }
 
@@ -81,6 +86,11 @@ impl MeshNode {
 
     fn links(&self) -> &LinkBook {
         &self.links
+    }
+
+    /// The node that is in the mesh; `None`: it ends.
+    pub(crate) fn node(&self) -> Option<Arc<Node>> {
+        self.node.upgrade()
     }
 
     /// The mesh itself.
@@ -113,6 +123,14 @@ impl MeshNode {
         view::act(node, self, action).await
     }
 
+    /// Has something done until the mesh is left.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those that are over are of no more use to anybody.
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(task)
+    }
+
     async fn leave(&self) {
         let mut tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         tasks.shutdown().await;
@@ -134,10 +152,13 @@ impl Node {
         if self.mesh.get().is_some() {
             return Err(twice());
         }
-        options.own.role = if self.models.is_empty() { Role::Client } else { Role::Worker };
-        options.own.capabilities = if self.models.is_empty() { Capabilities::NONE } else { CAPABILITIES };
+        (options.own.role, options.own.capabilities) = match self.options().contributes {
+            true => (Role::Worker, CAPABILITIES),
+            false => (Role::Client, Capabilities::NONE),
+        };
         let data_dir = options.data_dir.clone();
         let node = Arc::new(MeshNode {
+            node: Arc::downgrade(self),
             mesh: Arc::new(Mesh::start(options).await?),
             started: Instant::now(),
             dispatch: Mutex::default(),
@@ -152,13 +173,16 @@ impl Node {
             return Err(twice());
         }
         let mut tasks = node.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.models.is_empty() {
+        if self.options().contributes {
             tasks.spawn(announce::run(Arc::downgrade(self), Arc::downgrade(&node)));
             tasks.spawn(worker::run(Arc::downgrade(self), Arc::downgrade(&node)));
             if self.options().spread {
                 tasks.spawn(ring::run(Arc::downgrade(self), Arc::downgrade(&node)));
                 tasks.spawn(links::run(Arc::downgrade(self), Arc::downgrade(&node)));
             }
+        }
+        for wanted in &self.wanted {
+            tasks.spawn(wanted::run(Arc::downgrade(self), Arc::downgrade(&node), Arc::clone(wanted)));
         }
         drop(tasks);
         Ok(())
@@ -178,7 +202,7 @@ impl Node {
 }
 
 /// Both, while the node is there.
-fn both(node: &Weak<Node>, mesh: &Weak<MeshNode>) -> Option<(Arc<Node>, Arc<MeshNode>)> {
+pub(crate) fn both(node: &Weak<Node>, mesh: &Weak<MeshNode>) -> Option<(Arc<Node>, Arc<MeshNode>)> {
     Some((node.upgrade()?, mesh.upgrade()?))
 }
 

@@ -438,8 +438,17 @@ async fn converse(
             }
             Work::Failed(failed) => return Ok(Event::Failed { attempt, code: failed.code }),
             Work::Unknown { .. } => continue,
-            Work::Open(_) | Work::GetCard(_) | Work::Card(_) | Work::CardPart(_) | Work::Stage(_) | Work::Hop(_) => {
-                return Err(NetError::Protocol("a driver's message from a worker".to_owned()));
+            Work::Open(_)
+            | Work::GetCard(_)
+            | Work::Card(_)
+            | Work::CardPart(_)
+            | Work::Stage(_)
+            | Work::Hop(_)
+            | Work::WatchContent(_)
+            | Work::Content(_)
+            | Work::Fetch(_)
+            | Work::Sending => {
+                return Err(NetError::Protocol("a worker answers with something else".to_owned()));
             }
         };
         if seen.send(said).await.is_err() {

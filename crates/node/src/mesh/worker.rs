@@ -30,10 +30,12 @@ use tokio::{
 
 use super::{
     CAPABILITIES, MeshNode, ModelIdentity, both,
+    places::{Place, Places},
     ring::{self, FrameReader},
 };
 use crate::{
     Node, NodeError,
+    contents::give,
     model::{LoadedModel, Model, with_causes},
     models::{Awaited, LocalStream},
     requests::{Asker, Request as Listed},
@@ -78,55 +80,10 @@ impl Speeds {
     }
 }
 
-/// Who has how many requests here.
-#[derive(Default)]
-struct Places(Mutex<HashMap<NodeId, usize>>);
-
-/// One of them. Dropped, it is free.
-struct Place {
-    places: Arc<Places>,
-    node: NodeId,
-}
-
-impl Places {
-    fn counts(&self) -> MutexGuard<'_, HashMap<NodeId, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn take(self: &Arc<Self>, node: NodeId) -> Option<Place> {
-        let mut counts = self.counts();
-        let count = counts.entry(node).or_default();
-        if *count >= STREAMS_PER_NODE_MAX {
-            return None;
-        }
-        *count += 1;
-        Some(Place { places: Arc::clone(self), node })
-    }
-
-    /// Whether a node has its share of `parallel` requests and more, with this one.
-    fn is_beyond_share(&self, node: NodeId, parallel: usize) -> bool {
-        let counts = self.counts();
-        let share = parallel.div_ceil(counts.len().max(1));
-        counts.get(&node).is_some_and(|&count| count > share)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut counts = self.places.counts();
-        if let Some(count) = counts.get_mut(&self.node) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.node);
-            }
-        }
-    }
-}
-
 /// Takes requests until the mesh is left.
 pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
     let Some(accepting) = mesh.upgrade().map(|mesh| Arc::clone(mesh.mesh())) else { return };
-    let places = Arc::new(Places::default());
+    let places = Arc::new(Places::new(STREAMS_PER_NODE_MAX));
     let mut requests = JoinSet::new();
     loop {
         tokio::select! {
@@ -150,6 +107,12 @@ async fn serve(node: Arc<Node>, mesh: Arc<MeshNode>, places: Arc<Places>, reques
     let answered = match timeout(OPEN_DEADLINE, reader.expect()).await {
         Ok(Ok(Work::Open(open))) => generate(&node, &mesh, &place, *open, &mut send).await,
         Ok(Ok(Work::GetCard(model))) => hand_out_card(&node, model, &mut send).await,
+        Ok(Ok(Work::WatchContent(model))) => give::tell(&node, model, &mut send).await,
+        Ok(Ok(Work::Fetch(fetch))) => {
+            // Counted there.
+            drop(place);
+            return give::send(&node, peer, fetch, send).await;
+        }
         Ok(Ok(Work::Stage(open))) => {
             let reader = frames(reader);
             return ended(peer, ring::host::serve(node, mesh, *open, reader, Box::pin(send)).await);

@@ -38,6 +38,9 @@ impl Capabilities {
     /// Compares tables by their summaries. Said in greetings; in a record it means nothing.
     pub const SUMMARIES: Capabilities = Capabilities(1 << 4);
 
+    /// Hands out bytes of the model files that its record lists.
+    pub const CONTENTS: Capabilities = Capabilities(1 << 5);
+
     /// Both sets together.
     pub const fn with(self, other: Capabilities) -> Capabilities {
         Capabilities(self.0 | other.0)

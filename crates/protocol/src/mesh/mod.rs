@@ -20,6 +20,7 @@ mod body;
 pub mod card;
 mod check;
 pub mod contact;
+pub mod content;
 pub mod control;
 pub mod error;
 pub mod hello;
@@ -45,6 +46,7 @@ mod proto {
 
 pub use card::{CardAssembly, CardError, card_digest};
 pub use contact::ContactError;
+pub use content::{Content, Fetch, HeldContent};
 pub use control::{AgedRecord, Control, Redeem, Redeemed};
 pub use error::{BadSignature, MessageError};
 pub use hello::{Capabilities, Hello, PROTOCOL_VERSIONS, Refusal, RefusalCode, negotiate};

@@ -16,6 +16,7 @@ use prost::Message;
 
 use super::body::Body;
 use super::check::{self, open_enum};
+use super::content::{CONTENTS_MAX, HeldContent};
 use super::error::{BadSignature, MessageError};
 use super::hello::{Capabilities, SOFTWARE_BYTES_MAX};
 use super::id::{MeshId, NodeId};
@@ -144,6 +145,8 @@ pub struct NodeRecord {
     pub links: Vec<MeasuredLink>,
     /// How fast its machine is. `None`: not measured.
     pub machine: Option<MachineSpeed>,
+    /// Models' files of which it hands out what it has, at most [`CONTENTS_MAX`], digests all different.
+    pub contents: Vec<HeldContent>,
 }
 
 /// Why a record is not believed.
@@ -178,17 +181,21 @@ impl NodeRecord {
         Ok(SignedRecord(key::sealed(key.sign(DOMAIN, &body), &body).into()))
     }
 
-    /// Leaves out links, models once no link is left, and then stages, from the end until the record can be signed, and says
-    /// how many models and stages: a node with more than a record holds must not vanish from the mesh. Put what matters most
-    /// first. Links are the first to go, because without them a ring is only slower. Stages are the last, because a model that
-    /// is left out others may serve as well, but a ring that lacks a stage is a model that nobody serves.
+    /// Leaves out links, contents once no link is left, then models and then stages, from the end until the record can be
+    /// signed, and says how many models and stages: a node with more than a record holds must not vanish from the mesh. Put what
+    /// matters most first. Links are the first to go, because without them a ring is only slower. Stages are the last, because a model
+    /// that is left out others may serve as well, but a ring that lacks a stage is a model that nobody serves.
     pub fn shorten(&mut self) -> usize {
         let before = self.models.len() + self.stages.len();
         self.models.truncate(MODELS_MAX);
         self.stages.truncate(STAGES_MAX);
         self.links.truncate(LINKS_MAX);
+        self.contents.truncate(CONTENTS_MAX);
         while matches!(self.encode(), Err(MessageError::TooLarge { .. }))
-            && (self.links.pop().is_some() || self.models.pop().is_some() || self.stages.pop().is_some())
+            && (self.links.pop().is_some()
+                || self.contents.pop().is_some()
+                || self.models.pop().is_some()
+                || self.stages.pop().is_some())
         {}
         before - self.models.len() - self.stages.len()
     }
@@ -203,6 +210,7 @@ impl Body for NodeRecord {
         check_scalars(self.ttl_ms, &self.software)?;
         check_models(&self.models)?;
         check_stages(&self.stages)?;
+        check_contents(&self.contents)?;
         Ok(proto::NodeRecord {
             node: self.node.as_bytes().to_vec(),
             mesh: self.mesh.as_bytes().to_vec(),
@@ -219,6 +227,7 @@ impl Body for NodeRecord {
             stages: self.stages.iter().map(ServedStage::to_proto).collect::<Result<_, _>>()?,
             links: measured::to_proto(&self.links)?,
             machine: self.machine.map(MachineSpeed::to_proto),
+            contents: self.contents.iter().map(HeldContent::to_proto).collect::<Result<_, _>>()?,
         })
     }
 
@@ -230,6 +239,9 @@ impl Body for NodeRecord {
         check::count("stages", proto.stages.len(), STAGES_MAX)?;
         let stages: Vec<_> = proto.stages.into_iter().map(ServedStage::from_proto).collect::<Result<_, _>>()?;
         check_stages(&stages)?;
+        check::count("contents", proto.contents.len(), CONTENTS_MAX)?;
+        let contents: Vec<_> = proto.contents.into_iter().map(HeldContent::from_proto).collect::<Result<_, _>>()?;
+        check_contents(&contents)?;
         Ok(NodeRecord {
             node: NodeId::from_bytes(check::array("node", &proto.node)?),
             mesh: MeshId::from_bytes(check::array("mesh", &proto.mesh)?),
@@ -246,6 +258,7 @@ impl Body for NodeRecord {
             stages,
             links: measured::from_proto(&proto.links)?,
             machine: proto.machine.map(MachineSpeed::from_proto),
+            contents,
         })
     }
 }
@@ -269,6 +282,14 @@ fn check_stages(stages: &[ServedStage]) -> Result<(), MessageError> {
     check::count("stages", stages.len(), STAGES_MAX)?;
     if !check::all_differ(stages.iter().map(|stage| stage.digest)) {
         return Err(MessageError::Invalid { what: "stages", why: "a model occurs twice" });
+    }
+    Ok(())
+}
+
+fn check_contents(contents: &[HeldContent]) -> Result<(), MessageError> {
+    check::count("contents", contents.len(), CONTENTS_MAX)?;
+    if !check::all_differ(contents.iter().map(|content| content.digest)) {
+        return Err(MessageError::Invalid { what: "contents", why: "a file occurs twice" });
     }
     Ok(())
 }

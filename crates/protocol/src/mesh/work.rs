@@ -31,6 +31,8 @@
 //!   frames: Hidden ...
 //! ```
 //!
+//! How bytes of model files are asked for stands at [`super::content`].
+//!
 //! After [`Work::Stage`] both directions carry [`crate::frame`]s and nothing else, as between a driver and its child process,
 //! only that the request itself stands for the frame that says what to load. The driver's [`Route`](crate::stage::Route) says
 //! where hidden states go: back on this stream, or to another host on streams of their own, one for each session that runs. Each
@@ -40,6 +42,7 @@
 use super::body::Body;
 use super::card::{CARD_BYTES_MAX, CARD_PART_BYTES_MAX};
 use super::check::{self, open_enum};
+use super::content::{Content, Fetch, WatchContent};
 use super::error::MessageError;
 use super::hello::REASON_BYTES_MAX;
 use super::id::{ModelDigest, RingId, TokenizerDigest};
@@ -87,6 +90,14 @@ pub enum Work {
     Stage(Box<StageOpen>),
     /// Host of the stage before: the hidden states of the ring that the receiver knows under this id follow, as frames.
     Hop(RingId),
+    /// What have you of this file?
+    WatchContent(ModelDigest),
+    /// What a holder has of it.
+    Content(Content),
+    /// Send me these bytes.
+    Fetch(Fetch),
+    /// They follow.
+    Sending,
     /// A message that this version does not know: to be ignored. Encodes as an empty one.
     Unknown {
         /// Its kind.
@@ -240,6 +251,10 @@ const CARD: u16 = 9;
 const CARD_PART: u16 = 10;
 const STAGE: u16 = 11;
 const HOP: u16 = 12;
+const WATCH_CONTENT: u16 = 13;
+const CONTENT: u16 = 14;
+const FETCH: u16 = 15;
+const SENDING: u16 = 16;
 
 impl Message for Work {
     fn kind(&self) -> u16 {
@@ -256,6 +271,10 @@ impl Message for Work {
             Work::CardPart(_) => CARD_PART,
             Work::Stage(_) => STAGE,
             Work::Hop(_) => HOP,
+            Work::WatchContent(_) => WATCH_CONTENT,
+            Work::Content(_) => CONTENT,
+            Work::Fetch(_) => FETCH,
+            Work::Sending => SENDING,
             Work::Unknown { kind } => *kind,
         }
     }
@@ -274,6 +293,10 @@ impl Message for Work {
             CARD_PART => CardPart::BYTES_MAX,
             STAGE => StageOpen::BYTES_MAX,
             HOP => Hop::BYTES_MAX,
+            WATCH_CONTENT => WatchContent::BYTES_MAX,
+            CONTENT => Content::BYTES_MAX,
+            FETCH => Fetch::BYTES_MAX,
+            SENDING => 0,
             _ => UNKNOWN_BODY_BYTES_MAX,
         }
     }
@@ -292,7 +315,11 @@ impl Message for Work {
             Work::CardPart(bytes) => CardPart(bytes.clone()).encode(),
             Work::Stage(open) => open.encode(),
             Work::Hop(ring) => Hop(*ring).encode(),
-            Work::Unknown { kind } if (OPEN..=HOP).contains(kind) => {
+            Work::WatchContent(model) => WatchContent(*model).encode(),
+            Work::Content(content) => content.encode(),
+            Work::Fetch(fetch) => fetch.encode(),
+            Work::Sending => Ok(Vec::new()),
+            Work::Unknown { kind } if (OPEN..=SENDING).contains(kind) => {
                 Err(MessageError::Invalid { what: "kind", why: "it is known, and its message is not given" })
             }
             Work::Unknown { .. } => Ok(Vec::new()),
@@ -313,6 +340,10 @@ impl Message for Work {
             CARD_PART => Work::CardPart(CardPart::decode(body)?.0),
             STAGE => Work::Stage(Box::new(Body::decode(body)?)),
             HOP => Work::Hop(Hop::decode(body)?.0),
+            WATCH_CONTENT => Work::WatchContent(WatchContent::decode(body)?.0),
+            CONTENT => Work::Content(Body::decode(body)?),
+            FETCH => Work::Fetch(Body::decode(body)?),
+            SENDING => Work::Sending,
             kind => Work::Unknown { kind },
         })
     }

@@ -29,6 +29,8 @@ fn vectors() -> String {
     add(&mut text, "record with stages", &stages, stages.sign(&node_key(1)).unwrap().as_bytes());
     let measured = NodeRecord { links: samples::links(), machine: Some(samples::machine()), ..stages };
     add(&mut text, "record with what was measured", &measured, measured.sign(&node_key(1)).unwrap().as_bytes());
+    let holding = NodeRecord { contents: samples::contents(), ..samples::record() };
+    add(&mut text, "record with contents", &holding, holding.sign(&node_key(1)).unwrap().as_bytes());
     let member = NodeRecord {
         mesh: mesh_key().mesh_id(),
         certificate: Some(samples::certificate().sign(&mesh_key()).unwrap()),
@@ -101,7 +103,15 @@ fn what_was_written_down_is_read_as_what_it_meant() {
             _ if name.starts_with("record of") => {
                 format!("{:?}", SignedRecord::from_bytes(bytes()).unwrap().verify(mesh_key().mesh_id()).unwrap())
             }
-            _ if matches!(name, "record" | "record with stages" | "record with what was measured" | "tombstone") => {
+            _ if matches!(
+                name,
+                "record"
+                    | "record with stages"
+                    | "record with what was measured"
+                    | "record with contents"
+                    | "tombstone"
+            ) =>
+            {
                 format!("{:?}", SignedRecord::from_bytes(bytes()).unwrap().verify(MeshId::public("home")).unwrap())
             }
             _ if name == "contact" => format!("{:?}", contact::open(&bytes()).unwrap().1),
@@ -117,5 +127,5 @@ fn what_was_written_down_is_read_as_what_it_meant() {
         assert_eq!(&found, meaning, "{name}");
         read += 1;
     }
-    assert_eq!(read, 10 + samples::controls().len() + samples::works().len());
+    assert_eq!(read, 11 + samples::controls().len() + samples::works().len());
 }

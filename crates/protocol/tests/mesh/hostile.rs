@@ -1,5 +1,8 @@
 //! Bytes from strangers: forged, damaged, cut, oversized, of another mesh or nothing at all.
 
+use std::ops::Range;
+
+use murmur_protocol::mesh::content::{CONTENTS_MAX, FETCH_RANGES_MAX, FILE_BYTES_MAX, GROUP_BYTES, HELD_RANGES_MAX};
 use murmur_protocol::mesh::control::{DIGEST_ENTRIES_MAX, RECORDS_MAX};
 use murmur_protocol::mesh::open::REQUEST_TOKENS_MAX;
 use murmur_protocol::mesh::summary::RANGES_MAX;
@@ -19,6 +22,32 @@ fn decode<M: Message>(mut bytes: &[u8]) -> Result<Option<M>, MessageError> {
 
 fn framed(kind: u16, body: &[u8]) -> Vec<u8> {
     [(body.len() as u32).to_le_bytes().as_slice(), &kind.to_le_bytes(), body].concat()
+}
+
+/// A number as protobuf writes it.
+fn varint(mut number: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while number > 0x7f {
+        bytes.push(0x80 | (number & 0x7f) as u8);
+        number >>= 7;
+    }
+    bytes.push(number as u8);
+    bytes
+}
+
+/// A field that is a number.
+fn number(field: u64, number: u64) -> Vec<u8> {
+    [varint(field << 3), varint(number)].concat()
+}
+
+/// A field that is bytes, text, a message or packed numbers.
+fn field(field: u64, bytes: &[u8]) -> Vec<u8> {
+    [varint(field << 3 | 2), varint(bytes.len() as u64), bytes.to_vec()].concat()
+}
+
+/// A field that is a list of numbers.
+fn packed(at: u64, numbers: &[u64]) -> Vec<u8> {
+    field(at, &numbers.iter().copied().flat_map(varint).collect::<Vec<_>>())
 }
 
 /// What was read once can be sent, and is then read as the same.
@@ -173,6 +202,183 @@ fn a_record_that_breaks_a_rule_is_not_signed() {
     }
 }
 
+fn held(digest: u8) -> HeldContent {
+    HeldContent { digest: ModelDigest::from_bytes([digest; 32]), ..samples::contents().remove(0) }
+}
+
+#[test]
+fn contents_that_break_a_rule_are_neither_signed_nor_read() {
+    let key = node_key(1);
+    // As it travels, whatever it says.
+    let raw = |content: &HeldContent| {
+        let HeldContent { digest, name, file_bytes, held_bytes } = content;
+        let fields =
+            [field(1, digest.as_bytes()), field(2, name.as_bytes()), number(3, *file_bytes), number(4, *held_bytes)];
+        field(16, &fields.concat())
+    };
+    let signed = |contents: &[Vec<u8>]| {
+        let body = [&record().sign(&key).unwrap().as_bytes()[64..], &contents.concat()].concat();
+        SignedRecord::from_bytes([key.sign("murmur node record v1", &body).as_slice(), &body].concat()).unwrap()
+    };
+    let read = |contents: &[Vec<u8>]| signed(contents).verify(record().mesh);
+    let with = |contents: Vec<HeldContent>| NodeRecord { contents, ..record() };
+
+    let most: Vec<_> = (0..CONTENTS_MAX as u8).map(held).collect();
+    assert_eq!(read(&most.iter().map(raw).collect::<Vec<_>>()), Ok(with(most.clone())));
+    assert!(with(most.clone()).sign(&key).is_ok());
+    let largest = HeldContent { file_bytes: FILE_BYTES_MAX, held_bytes: FILE_BYTES_MAX, ..held(1) };
+    assert_eq!(read(&[raw(&largest)]), Ok(with(vec![largest])));
+
+    let broken = [
+        [most, vec![held(0xff)]].concat(),
+        vec![held(1), held(2), held(1)],
+        vec![HeldContent { name: String::new(), ..held(1) }],
+        vec![HeldContent { name: "n".repeat(97), ..held(1) }],
+        vec![HeldContent { name: "qwen3\x1b[2J".into(), ..held(1) }],
+        vec![HeldContent { name: "qwen3\n".into(), ..held(1) }],
+        vec![HeldContent { file_bytes: 0, held_bytes: 0, ..held(1) }],
+        vec![HeldContent { file_bytes: FILE_BYTES_MAX + 1, ..held(1) }],
+        vec![HeldContent { file_bytes: u64::MAX, held_bytes: u64::MAX, ..held(1) }],
+        vec![HeldContent { held_bytes: held(1).file_bytes + 1, ..held(1) }],
+        vec![HeldContent { held_bytes: u64::MAX, ..held(1) }],
+    ];
+    for contents in broken {
+        assert!(
+            matches!(read(&contents.iter().map(raw).collect::<Vec<_>>()), Err(RecordError::Message(_))),
+            "{contents:?}"
+        );
+        assert!(matches!(with(contents.clone()).sign(&key), Err(RecordError::Message(_))), "{contents:?}");
+    }
+    let without_digest = [field(2, b"n"), number(3, 5)].concat();
+    let short_digest = [field(1, &[1; 31]), without_digest.clone()].concat();
+    let no_text = [field(1, &[1; 32]), field(2, &[0xff, 0xfe]), number(3, 5)].concat();
+    for content in [without_digest, short_digest, no_text, b"\xff".to_vec()] {
+        assert!(matches!(read(&[field(16, &content)]), Err(RecordError::Message(_))), "{content:?}");
+    }
+}
+
+#[test]
+fn ranges_that_are_not_apart_ascending_and_of_the_file_are_neither_sent_nor_read() {
+    const G: u64 = GROUP_BYTES;
+    const FILE_BYTES: u64 = 100 * G + 7;
+    let content = |held| Work::Content(Content { file_bytes: FILE_BYTES, header_bytes: 9, held });
+    let fetch = |ranges| Work::Fetch(Fetch { model: samples::model().digest, ranges });
+    // As they travel: the distance from the end before, and the length, of each.
+    let read_content = |numbers: &[u64]| {
+        let body = [number(1, FILE_BYTES), number(2, 9), packed(3, numbers)].concat();
+        decode::<Work>(&framed(content(Vec::new()).kind(), &body))
+    };
+    let read_fetch = |numbers: &[u64]| {
+        let body = [field(1, samples::model().digest.as_bytes()), packed(2, numbers)].concat();
+        decode::<Work>(&framed(fetch(Vec::new()).kind(), &body))
+    };
+    let ranges = |pairs: &[(u64, u64)]| pairs.iter().map(|&(start, end)| start..end).collect::<Vec<Range<u64>>>();
+    let apart = |count: usize| (0..count as u64).map(|at| 2 * at * G..(2 * at + 1) * G).collect::<Vec<_>>();
+
+    let right = ranges(&[(0, G), (3 * G, 100 * G + 7)]);
+    let numbers = [0, G, 2 * G, 97 * G + 7];
+    assert_eq!(read_content(&numbers), Ok(Some(content(right.clone()))));
+    assert_eq!(read_fetch(&numbers), Ok(Some(fetch(right))));
+    assert_eq!(read_content(&[]), Ok(Some(content(Vec::new()))), "it may have nothing");
+    assert_eq!(read_fetch(&[]), Err(MessageError::Missing("ranges")));
+    assert_eq!(encode(&fetch(Vec::new())), Err(MessageError::Missing("ranges")));
+
+    let wrong = [
+        ranges(&[(0, 2 * G), (G, 3 * G)]),
+        ranges(&[(0, 9 * G), (G, 3 * G)]),
+        ranges(&[(0, G), (G, 2 * G)]),
+        ranges(&[(4 * G, 5 * G), (0, G)]),
+        ranges(&[(G, 2 * G), (G, 2 * G)]),
+        ranges(&[(G, G)]),
+        ranges(&[(2 * G, G)]),
+        ranges(&[(0, FILE_BYTES_MAX + 1)]),
+        ranges(&[(0, u64::MAX)]),
+        ranges(&[(u64::MAX - G, u64::MAX)]),
+    ];
+    for ranges in wrong {
+        assert!(matches!(encode(&content(ranges.clone())), Err(MessageError::Invalid { .. })), "{ranges:?}");
+        assert!(matches!(encode(&fetch(ranges.clone())), Err(MessageError::Invalid { .. })), "{ranges:?}");
+    }
+    let wrong: [&[u64]; 10] = [
+        &[0, G, 2 * G],
+        &[0],
+        &[0, G, 0, G],
+        &[G, 0],
+        &[0, 0, G, G],
+        &[0, FILE_BYTES_MAX + 1],
+        &[0, u64::MAX],
+        &[u64::MAX, u64::MAX],
+        // Where numbers wrap around, these would be the first groups once more.
+        &[0, 3 * G, u64::MAX - 3 * G + 1, G],
+        &[0, 3 * G, G, u64::MAX - 4 * G + 1, 0, G],
+    ];
+    for numbers in wrong {
+        assert!(matches!(read_content(numbers), Err(MessageError::Invalid { .. })), "{numbers:?}");
+        assert!(matches!(read_fetch(numbers), Err(MessageError::Invalid { .. })), "{numbers:?}");
+    }
+    // Only of a content it is known where it ends, and only a request has to begin with groups.
+    for end in [FILE_BYTES + 1, FILE_BYTES_MAX] {
+        assert!(matches!(encode(&content(ranges(&[(0, end)]))), Err(MessageError::Invalid { .. })), "{end}");
+        assert!(matches!(read_content(&[0, end]), Err(MessageError::Invalid { .. })), "{end}");
+    }
+    for (start, end) in [(1, G), (G - 1, 2 * G), (G + 512, 3 * G)] {
+        assert!(matches!(encode(&fetch(ranges(&[(start, end)]))), Err(MessageError::Invalid { .. })), "{start}");
+        assert!(matches!(read_fetch(&[start, end - start]), Err(MessageError::Invalid { .. })), "{start}");
+    }
+
+    let longest = Content { file_bytes: FILE_BYTES_MAX, header_bytes: FILE_BYTES_MAX, held: apart(HELD_RANGES_MAX) };
+    for message in [Work::Content(longest.clone()), fetch(apart(FETCH_RANGES_MAX))] {
+        assert_eq!(decode::<Work>(&encode(&message).unwrap()), Ok(Some(message)));
+    }
+    let too_long = Work::Content(Content { held: apart(HELD_RANGES_MAX + 1), ..longest });
+    for message in [too_long, fetch(apart(FETCH_RANGES_MAX + 1))] {
+        assert!(matches!(encode(&message), Err(MessageError::TooMany { .. })));
+    }
+    for more in [1, 2] {
+        let too_many = vec![G; 2 * FETCH_RANGES_MAX + more];
+        assert!(matches!(read_fetch(&too_many), Err(MessageError::TooMany { .. })));
+        let too_many = vec![1; 2 * HELD_RANGES_MAX + more];
+        assert!(matches!(read_content(&too_many), Err(MessageError::TooMany { .. })));
+    }
+}
+
+#[test]
+fn a_content_has_from_one_byte_to_four_tebibytes_and_a_header_within() {
+    let kind = Work::Content(Content { file_bytes: 1, header_bytes: 0, held: Vec::new() }).kind();
+    for (file_bytes, header_bytes, is_right) in [
+        (1, 0, true),
+        (1, 1, true),
+        (FILE_BYTES_MAX, FILE_BYTES_MAX, true),
+        (0, 0, false),
+        (FILE_BYTES_MAX + 1, 0, false),
+        (u64::MAX, 0, false),
+        (1, 2, false),
+        (FILE_BYTES_MAX, u64::MAX, false),
+    ] {
+        let message = Work::Content(Content { file_bytes, header_bytes, held: Vec::new() });
+        let read = decode::<Work>(&framed(kind, &[number(1, file_bytes), number(2, header_bytes)].concat()));
+        if is_right {
+            assert_eq!(read, Ok(Some(message)));
+        } else {
+            assert!(matches!(read, Err(MessageError::Invalid { .. })), "{message:?}");
+            assert!(matches!(encode(&message), Err(MessageError::Invalid { .. })), "{message:?}");
+        }
+    }
+}
+
+#[test]
+fn a_file_is_asked_for_by_a_whole_digest() {
+    let fetch = Work::Fetch(Fetch { model: samples::model().digest, ranges: Vec::new() });
+    let watch = Work::WatchContent(samples::model().digest);
+    for digest in [0, 31, 33, 64] {
+        let named = field(1, &vec![0x11; digest]);
+        for (kind, body) in [(watch.kind(), named.clone()), (fetch.kind(), [named, packed(2, &[0, 7])].concat())] {
+            let read = decode::<Work>(&framed(kind, &body));
+            assert!(matches!(read, Err(MessageError::Missing(_) | MessageError::Invalid { .. })), "{digest}: {read:?}");
+        }
+    }
+}
+
 #[test]
 fn a_length_above_the_kinds_limit_is_refused_before_the_body_comes() {
     let header = |length: u32, kind: u16| [length.to_le_bytes().as_slice(), &kind.to_le_bytes()].concat();
@@ -266,17 +472,7 @@ fn a_digest_with_duplicates_keeps_the_highest_number() {
 #[test]
 fn summaries_of_no_sensible_number_of_ranges_and_ranges_beyond_all_summaries_are_refused() {
     let kind = Control::Summary(samples::summary()).kind();
-    let body = |ranges: usize| {
-        let mut body = vec![0x12]; // packed fingerprints (field 2)
-        let mut length = 4 * ranges;
-        while length > 0x7f {
-            body.push(0x80 | (length & 0x7f) as u8);
-            length >>= 7;
-        }
-        body.push(length as u8);
-        body.extend(vec![0xff; 4 * ranges]);
-        body
-    };
+    let body = |ranges: usize| field(2, &vec![0xff; 4 * ranges]); // packed fingerprints
     for ranges in [1, 64, RANGES_MAX] {
         let Ok(Some(Control::Summary(read))) = decode::<Control>(&framed(kind, &body(ranges))) else { panic!() };
         assert_eq!(read.fingerprints(), vec![u32::MAX; ranges]);

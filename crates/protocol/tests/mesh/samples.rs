@@ -73,6 +73,18 @@ pub(crate) fn machine() -> MachineSpeed {
     MachineSpeed { read_bytes_per_s: 21_000_000_000, multiply_adds_per_s: 48_000_000_000 }
 }
 
+pub(crate) fn contents() -> Vec<HeldContent> {
+    let part = HeldContent {
+        digest: ModelDigest::from_bytes([0x77; 32]),
+        name: "llama-3.3-70b:q4_k_m".into(),
+        file_bytes: 42_520_398_432,
+        held_bytes: 17_179_869_184,
+    };
+    let whole =
+        HeldContent { digest: ModelDigest::from_bytes([0x11; 32]), held_bytes: part.file_bytes, ..part.clone() };
+    vec![part, whole]
+}
+
 pub(crate) fn record() -> NodeRecord {
     NodeRecord {
         node: node_key(1).node_id(),
@@ -93,6 +105,7 @@ pub(crate) fn record() -> NodeRecord {
         stages: Vec::new(),
         links: Vec::new(),
         machine: None,
+        contents: Vec::new(),
     }
 }
 
@@ -263,6 +276,20 @@ pub(crate) fn works() -> Vec<(&'static str, Work)> {
         ("card part", Work::CardPart(b"card".to_vec())),
         ("stage", Work::Stage(Box::new(stage_open()))),
         ("hop", Work::Hop(stage_open().ring)),
+        ("question for a content", Work::WatchContent(model().digest)),
+        (
+            "content",
+            Work::Content(Content {
+                file_bytes: 42_520_398_432,
+                header_bytes: 7_831_552,
+                held: vec![0..8_388_608, 21_260_189_696..38_439_059_456],
+            }),
+        ),
+        (
+            "request for bytes",
+            Work::Fetch(Fetch { model: model().digest, ranges: vec![0..16_384, 1_048_576..3_145_728] }),
+        ),
+        ("the bytes follow", Work::Sending),
         ("unknown", Work::Unknown { kind: 999 }),
     ]
 }
@@ -345,6 +372,39 @@ fn any_links() -> impl Strategy<Value = Vec<MeasuredLink>> {
     ways.prop_map(|ways| ways.iter().map(|(peer, way)| MeasuredLink::to(peer, way.0, way.1)).collect())
 }
 
+fn any_contents() -> impl Strategy<Value = Vec<HeldContent>> {
+    let held = (any_text(20), 1..=content::FILE_BYTES_MAX, any::<prop::sample::Index>());
+    btree_map(any_id::<ModelDigest>(), held, 0..4).prop_map(|contents| {
+        let held = |(digest, (name, file_bytes, held)): (_, (String, u64, prop::sample::Index))| {
+            let name = if name.is_empty() { "a".to_owned() } else { name };
+            let held_bytes = held.index(usize::try_from(file_bytes).unwrap()) as u64;
+            HeldContent { digest, name, file_bytes, held_bytes }
+        };
+        contents.into_iter().map(held).collect()
+    })
+}
+
+/// Whole groups, apart from each other.
+fn any_ranges(count: std::ops::Range<usize>) -> impl Strategy<Value = Vec<std::ops::Range<u64>>> {
+    vec((1..1_000u64, 1..1_000u64), count).prop_map(|pairs| {
+        let mut at = 0;
+        let range = |(gap, length)| {
+            let start = at + gap * content::GROUP_BYTES;
+            at = start + length * content::GROUP_BYTES;
+            start..at
+        };
+        pairs.into_iter().map(range).collect()
+    })
+}
+
+fn any_content() -> impl Strategy<Value = Content> {
+    (any_ranges(0..20), 1..1_000u64, any::<prop::sample::Index>()).prop_map(|(held, more, header)| {
+        let file_bytes = held.last().map_or(0, |last| last.end) + more;
+        let header_bytes = header.index(usize::try_from(file_bytes).unwrap()) as u64;
+        Content { file_bytes, header_bytes, held }
+    })
+}
+
 pub(crate) fn any_stage_open() -> impl Strategy<Value = StageOpen> {
     let figures = (1..=open::REQUEST_TOKENS_MAX as u32, 1..=ring::STAGE_PARALLEL_MAX);
     ((any_id(), any::<[u8; 16]>()), any_layers(1), figures, option::of(any_text(64)), any::<bool>()).prop_map(
@@ -375,10 +435,11 @@ pub(crate) fn any_record(mesh: MeshId) -> impl Strategy<Value = (NodeRecord, Nod
             option::of(any_certificate()),
             any_links(),
             any::<Option<(u64, u64)>>(),
+            any_contents(),
         ),
     )
         .prop_map(move |(key, (sequence, ttl_ms, tombstone, role, addresses), (models, stages), rest)| {
-            let (software, capabilities, memory_free_bytes, certificate, links, machine) = rest;
+            let (software, capabilities, memory_free_bytes, certificate, links, machine, contents) = rest;
             let record = NodeRecord {
                 node: key.node_id(),
                 mesh,
@@ -398,6 +459,7 @@ pub(crate) fn any_record(mesh: MeshId) -> impl Strategy<Value = (NodeRecord, Nod
                     read_bytes_per_s,
                     multiply_adds_per_s,
                 }),
+                contents,
             };
             (record, key)
         })
@@ -585,6 +647,10 @@ pub(crate) fn any_work() -> impl Strategy<Value = Work> {
         vec(any::<u8>(), 1..300).prop_map(Work::CardPart),
         any_stage_open().prop_map(|open| Work::Stage(Box::new(open))),
         any::<[u8; 16]>().prop_map(|ring| Work::Hop(ring.into())),
+        any_id().prop_map(Work::WatchContent),
+        any_content().prop_map(Work::Content),
+        (any_id(), any_ranges(1..20)).prop_map(|(model, ranges)| Work::Fetch(Fetch { model, ranges })),
+        Just(Work::Sending),
         (100..=u16::MAX).prop_map(|kind| Work::Unknown { kind }),
     ]
 }

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use murmur_gguf::ByteRange;
 use reqwest::{Method, Response, StatusCode, Url, header, redirect};
 use serde::Deserialize;
 
-use super::HubConfig;
+use super::{HubConfig, select};
 use crate::{
     error::StoreError,
     reference::{HubRef, is_safe_relative_path},
@@ -23,9 +24,9 @@ const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
 /// A repository at one commit.
 #[derive(Debug)]
-pub(super) struct Listing {
-    pub(super) commit: String,
-    pub(super) files: Vec<String>,
+struct Listing {
+    commit: String,
+    files: Vec<String>,
 }
 
 /// A file on the hub.
@@ -89,7 +90,7 @@ impl Client {
     }
 
     /// The files of a repository, and the commit they are of.
-    pub(super) async fn list(&self, wanted: &HubRef) -> Result<Listing, StoreError> {
+    async fn list(&self, wanted: &HubRef) -> Result<Listing, StoreError> {
         #[derive(Deserialize)]
         struct Answer {
             sha: String,
@@ -104,7 +105,7 @@ impl Client {
         let url = self.url(&format!("api/models/{}/revision/{}", wanted.repo, encode(&wanted.revision, false)))?;
         let text = self
             .with_retries(|| async {
-                let mut response = self.ask(&self.following, Method::GET, url.clone(), None, &what).await?;
+                let mut response = self.ask(&self.following, Method::GET, url.clone(), &[], &what).await?;
                 let mut text = Vec::new();
                 while let Some(piece) = response.chunk().await.map_err(|e| self.temporary(&e))? {
                     if text.len() + piece.len() > LISTING_BYTES_MAX {
@@ -126,6 +127,14 @@ impl Client {
         Ok(Listing { commit: answer.sha, files })
     }
 
+    /// The commit that is meant, and the file of it.
+    pub(super) async fn choose(&self, wanted: &HubRef) -> Result<(String, String), StoreError> {
+        let listing = self.list(wanted).await?;
+        let name = format!("hf:{}", wanted.repo);
+        let file = select::choose(&listing.files, wanted.wanted.as_deref(), &name, self.config.endpoint())?;
+        Ok((listing.commit, file.to_owned()))
+    }
+
     /// Size and checksum of a file at a commit.
     pub(super) async fn describe(
         &self,
@@ -139,7 +148,7 @@ impl Client {
             .with_retries(|| async {
                 let mut url = origin.clone();
                 for _ in 0..=REDIRECTS_MAX {
-                    let response = self.ask(&self.direct, Method::HEAD, url.clone(), None, what).await?;
+                    let response = self.ask(&self.direct, Method::HEAD, url.clone(), &[], what).await?;
                     // A renamed repository redirects within the hub; a large file redirects away from it.
                     match redirect_within(&url, &response) {
                         Some(next) => url = next,
@@ -169,8 +178,20 @@ impl Client {
 
     /// Starts a transfer from `offset`.
     pub(super) async fn get_from(&self, remote: &RemoteFile, offset: u64) -> Result<Response, Failure> {
-        let range = (offset > 0).then(|| format!("bytes={offset}-"));
-        self.ask(&self.following, Method::GET, remote.url.clone(), range, &remote.file).await
+        let range = (offset > 0).then(|| (header::RANGE, format!("bytes={offset}-")));
+        self.ask(&self.following, Method::GET, remote.url.clone(), range.as_slice(), &remote.file).await
+    }
+
+    /// Starts a transfer of a range that is not empty; of the whole file, if its bytes do not have this ETag any more.
+    pub(super) async fn get_range(
+        &self,
+        remote: &RemoteFile,
+        range: ByteRange,
+        etag: Option<&str>,
+    ) -> Result<Response, Failure> {
+        let mut headers = vec![(header::RANGE, format!("bytes={}-{}", range.start, range.end - 1))];
+        headers.extend(etag.map(|etag| (header::IF_RANGE, etag.to_owned())));
+        self.ask(&self.following, Method::GET, remote.url.clone(), &headers, &remote.file).await
     }
 
     /// Sends a request and sorts the answer. Redirects that the client does not follow count as success.
@@ -179,7 +200,7 @@ impl Client {
         client: &reqwest::Client,
         method: Method,
         url: Url,
-        range: Option<String>,
+        headers: &[(header::HeaderName, String)],
         what: &str,
     ) -> Result<Response, Failure> {
         let mut request = client.request(method, url).header(header::ACCEPT_ENCODING, "identity");
@@ -187,8 +208,8 @@ impl Client {
         if let Some(token) = self.config.token() {
             request = request.bearer_auth(token);
         }
-        if let Some(range) = range {
-            request = request.header(header::RANGE, range);
+        for (name, value) in headers {
+            request = request.header(name, value);
         }
         let response = request.send().await.map_err(|error| self.temporary(&error))?;
         let status = response.status();
@@ -322,6 +343,39 @@ fn retry_after(response: &Response) -> Option<Duration> {
     Some(Duration::from_secs(seconds))
 }
 
+/// What part of a file an answer is (RFC 9110, section 14.4).
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct ContentRange {
+    /// `None` when it says that it has no such part.
+    pub(super) bytes: Option<ByteRange>,
+    /// Of the whole file, if the server knows.
+    pub(super) total_bytes: Option<u64>,
+}
+
+impl ContentRange {
+    pub(super) fn of(response: &Response) -> Option<Self> {
+        Self::parse(response.headers().get(header::CONTENT_RANGE)?.to_str().ok()?)
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let (span, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
+        let number = |text: &str| text.trim().parse::<u64>().ok();
+        let bytes = match span.trim() {
+            "*" => None,
+            span => {
+                let (start, last) = span.split_once('-')?;
+                let (start, end) = (number(start)?, number(last)?.checked_add(1)?);
+                if start >= end {
+                    return None;
+                }
+                Some(ByteRange { start, end })
+            }
+        };
+        let total_bytes = if total.trim() == "*" { None } else { Some(number(total)?) };
+        Some(Self { bytes, total_bytes })
+    }
+}
+
 fn redirect_within(url: &Url, response: &Response) -> Option<Url> {
     if !response.status().is_redirection() {
         return None;
@@ -360,5 +414,47 @@ fn whole_story(error: &reqwest::Error) -> String {
         Some(last) => last.clone(),
         None if error.is_connect() => "no connection".to_owned(),
         None => "the request failed".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_content_range_is_read_or_refused() {
+        let part = |start, end, total_bytes| Some(ContentRange { bytes: Some(ByteRange { start, end }), total_bytes });
+        assert_eq!(ContentRange::parse("bytes 5-9/100"), part(5, 10, Some(100)));
+        assert_eq!(ContentRange::parse(" bytes 0-0/*"), part(0, 1, None));
+        assert_eq!(ContentRange::parse("bytes */7"), Some(ContentRange { bytes: None, total_bytes: Some(7) }));
+        for bad in [
+            "",
+            "bytes",
+            "bytes 5/9",
+            "bytes 5-9",
+            "bytes a-b/9",
+            "bytes 9-5/100",
+            "bytes 5-18446744073709551615/9",
+            "bytes 1-2/x",
+        ] {
+            assert_eq!(ContentRange::parse(bad), None, "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_content_range_of_a_stranger_is_a_part_that_there_can_be_or_refused(
+            text in prop_oneof!["\\PC{0,40}", "bytes [-*+ 0-9]{0,22}/[*0-9]{0,21}"],
+        ) {
+            if let Some(ContentRange { bytes, total_bytes }) = ContentRange::parse(&text) {
+                prop_assert!(bytes.is_none_or(|bytes| bytes.start < bytes.end), "{text}");
+                let span = bytes.map_or("*".to_owned(), |bytes| format!("{}-{}", bytes.start, bytes.end - 1));
+                let total = total_bytes.map_or("*".to_owned(), |total| total.to_string());
+                let again = ContentRange::parse(&format!("bytes {span}/{total}"));
+                prop_assert_eq!(again, Some(ContentRange { bytes, total_bytes }));
+            }
+        }
     }
 }

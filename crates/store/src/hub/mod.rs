@@ -8,17 +8,23 @@
 //!
 //! The order of a pull: list the repository at one commit, choose a file, ask for its size and checksum, check the
 //! disk, download with resume, compare the SHA-256, and only then give the file its name in the cache.
+//!
+//! A [`HubFile`] gives ranges of a file, to whoever can verify them otherwise: a hub is one more source for what comes from peers.
 
 mod client;
 mod config;
 pub(crate) mod layout;
+mod range;
 pub(crate) mod select;
 mod transfer;
 
 use std::{sync::Arc, time::Duration};
 
-pub use self::config::HubConfig;
 use self::{client::Client, layout::RepoCache};
+pub use self::{
+    config::HubConfig,
+    range::{HubFile, RangeError},
+};
 use crate::{
     error::StoreError,
     files::{self, FileLock},
@@ -78,23 +84,16 @@ impl Store {
     ) -> Result<ModelEntry, StoreError> {
         let client = Client::new(config)?;
         let what = wanted.to_string();
-        let listing = client.list(wanted).await?;
-        let file = select::choose(
-            &listing.files,
-            wanted.wanted.as_deref(),
-            &format!("hf:{}", wanted.repo),
-            config.endpoint(),
-        )?
-        .to_owned();
+        let (commit, file) = client.choose(wanted).await?;
         let name = match name {
             Some(name) => name,
             None => ModelName::from_file_name(file.rsplit('/').next().unwrap_or(&file))?,
         };
         self.demand_free_name(&name, &wanted.repo, &file)?;
 
-        let remote = client.describe(&wanted.repo, &listing.commit, &file, &what).await?;
+        let remote = client.describe(&wanted.repo, &commit, &file, &what).await?;
         let cache = RepoCache::new(config.cache_dir(), wanted);
-        let path = cache.snapshot(&listing.commit, &file);
+        let path = cache.snapshot(&commit, &file);
         let downloaded = if cache.has(&remote.etag, remote.size_bytes) {
             on_event(PullEvent::AlreadyThere { file: file.clone() });
             false
@@ -112,17 +111,24 @@ impl Store {
             cache.complete(&remote.etag)?;
             true
         };
-        cache.link(&remote.etag, &listing.commit, &file)?;
+        cache.link(&remote.etag, &commit, &file)?;
         inspect::check_model_file(&path)?;
         let origin = Origin::Hub {
             repo: wanted.repo.clone(),
             revision: wanted.revision.clone(),
-            commit: listing.commit,
+            commit,
             file,
             sha256: remote.sha256,
             downloaded,
         };
-        self.add(ModelEntry { name, path, size_bytes: remote.size_bytes, added_unix_s: unix_now_s(), origin })
+        self.add(ModelEntry {
+            name,
+            path,
+            size_bytes: remote.size_bytes,
+            added_unix_s: unix_now_s(),
+            origin,
+            pinned: false,
+        })
     }
 
     /// Refuses a name that another model has, before hours of download rather than after.

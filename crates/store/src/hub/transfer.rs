@@ -9,12 +9,12 @@ use std::{
     path::Path,
 };
 
-use reqwest::{Response, StatusCode, header};
+use reqwest::{Response, StatusCode};
 use sha2::{Digest, Sha256};
 
 use super::{
     PullEvent,
-    client::{Client, Failure, RemoteFile},
+    client::{Client, ContentRange, Failure, RemoteFile},
 };
 use crate::{error::StoreError, files};
 
@@ -126,18 +126,12 @@ async fn attempt(
     Ok(())
 }
 
-/// Whether a partial answer is the part that was asked for (RFC 9110, section 14.4).
+/// Whether a partial answer is the part that was asked for.
 fn starts_at(response: &Response, offset: u64, total_bytes: u64) -> bool {
-    let range = response
-        .headers()
-        .get(header::CONTENT_RANGE)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|text| text.trim().strip_prefix("bytes "));
-    let Some((span, total)) = range.and_then(|range| range.split_once('/')) else {
-        return false;
-    };
-    let start = span.split_once('-').and_then(|(start, _)| start.trim().parse::<u64>().ok());
-    start == Some(offset) && (total.trim() == "*" || total.trim().parse() == Ok(total_bytes))
+    ContentRange::of(response).is_some_and(|part| {
+        let starts_there = part.bytes.is_some_and(|bytes| bytes.start == offset);
+        starts_there && part.total_bytes.is_none_or(|total| total == total_bytes)
+    })
 }
 
 impl<'a> Partial<'a> {

@@ -1,0 +1,62 @@
+//! Model files of the node and its mesh: `GET /api/models`, `POST /api/models/pull` and `stop`.
+//!
+//! Whoever may use the API may do all of it, as with the [mesh](crate::mesh).
+
+use std::{convert::Infallible, sync::Arc};
+
+use axum::{
+    Json,
+    body::Body,
+    extract::State,
+    http::header,
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use futures::stream;
+use serde_json::{Value, json};
+
+use crate::{
+    body::JsonObject,
+    errors::ApiError,
+    fields::{Fields, too_long},
+    limits::MAX_MODEL_NAME_BYTES,
+    router::AppState,
+};
+
+/// `GET /api/models`: the model files that this node and the nodes of its mesh have, or have parts of.
+pub(crate) async fn list(State(state): State<Arc<AppState>>) -> Json<Value> {
+    Json(json!({"models": state.backend.contents()}))
+}
+
+/// `POST /api/models/pull`: `{"model"}`, a name that a node of the mesh has, to a stream of server-sent events that say how far it is.
+/// The last has the `state` `done` or `failed`. It goes on when nobody listens any more.
+pub(crate) async fn pull(
+    State(state): State<Arc<AppState>>,
+    JsonObject(map): JsonObject,
+) -> Result<Response, ApiError> {
+    let events = state.backend.pull(name(map)?).await?;
+    let body = stream::unfold(events, |mut events| async move {
+        let event: Value = events.recv().await?;
+        Some((Ok::<_, Infallible>(Bytes::from(format!("data: {event}\n\n"))), events))
+    });
+    let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-cache")];
+    Ok((headers, Body::from_stream(body)).into_response())
+}
+
+/// `POST /api/models/stop`: `{"model"}`, to `{"stopped"}`: false if it was not being pulled. What has come is kept.
+pub(crate) async fn stop(
+    State(state): State<Arc<AppState>>,
+    JsonObject(map): JsonObject,
+) -> Result<Json<Value>, ApiError> {
+    Ok(Json(json!({"stopped": state.backend.stop_pull(&name(map)?)})))
+}
+
+fn name(map: serde_json::Map<String, Value>) -> Result<String, ApiError> {
+    let mut fields = Fields::new(map);
+    let name = fields.required_string("model")?;
+    fields.finish()?;
+    match name.len() {
+        0..=MAX_MODEL_NAME_BYTES => Ok(name),
+        bytes => Err(too_long("model", bytes, MAX_MODEL_NAME_BYTES)),
+    }
+}

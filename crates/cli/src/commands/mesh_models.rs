@@ -1,0 +1,130 @@
+//! `murmur models pull` and `search` for the models of a mesh: the running server, which is in it, does the work.
+
+use indicatif::ProgressBar;
+use murmur_store::ModelName;
+use serde_json::{Value, json};
+
+use super::Session;
+use crate::{
+    exit::{Code, Failure},
+    pull, ui,
+    units::Size,
+};
+
+/// Has the server fetch a model, and shows how far it is. Ctrl-C ends the showing only.
+pub(super) async fn pull(session: &Session, model: &ModelName, stop: bool) -> anyhow::Result<()> {
+    let client = session.client();
+    if !client.is_there().await {
+        return Err(Failure::because(
+            Code::Unavailable,
+            format!(
+                "{model} would be a model of a mesh, which is pulled by the server that is in it, and none listens at {}. Start one, such as \
+                 `murmur client --mesh NAME`; or name a model of a hub as hf:owner/repo[:quant]",
+                client.address()
+            ),
+        ));
+    }
+    let request = json!({"model": model});
+    if stop {
+        let answer = client.post("/api/models/stop", &request).await?;
+        if session.global.json {
+            return ui::print_json(&answer);
+        }
+        let what = if answer["stopped"] == true { "stopped; what has come is kept" } else { "was not being pulled" };
+        ui::say(&format!("{model} {what}"));
+        return Ok(());
+    }
+    let mut events = client.stream("/api/models/pull", &request).await?;
+    let mut shown: Option<ProgressBar> = None;
+    loop {
+        let event = tokio::select! {
+            event = events.next() => event?,
+            _ = tokio::signal::ctrl_c() => {
+                shown.iter().for_each(ProgressBar::finish_and_clear);
+                let advice = format!(
+                    "the server goes on with it. `murmur models pull {model}` shows how far it is, with --stop it ends"
+                );
+                return Err(Failure::because(Code::Interrupted, advice));
+            }
+        };
+        let Some(event) = event else {
+            return Err(Failure::because(Code::Unavailable, "the server has ended. Pull again: what has come is kept"));
+        };
+        let event: Value = serde_json::from_str(&event)?;
+        let bytes = |what: &str| event.get(what).and_then(Value::as_u64).unwrap_or(0);
+        let (total, held) = (bytes("file_bytes"), bytes("held_bytes"));
+        match event["state"].as_str() {
+            Some("fetching") if !session.global.quiet => {
+                let bar = shown.get_or_insert_with(|| {
+                    ui::say(&format!("pulling {model} ({}) from the mesh", Size(total)));
+                    pull::new_bar(total, held)
+                });
+                bar.set_position(held);
+                bar.set_message(sources(&event["fetch"]));
+            }
+            Some("done") => {
+                shown.iter().for_each(ProgressBar::finish_and_clear);
+                if session.global.json {
+                    return ui::print_json(&event);
+                }
+                ui::say(&format!("pulled {model} ({})", Size(total)));
+                ui::say(&format!("try: murmur run {model}"));
+                return Ok(());
+            }
+            Some("failed") => {
+                shown.iter().for_each(ProgressBar::finish_and_clear);
+                let reason = event["reason"].as_str().unwrap_or("the server does not say why");
+                return Err(Failure::because(Code::Failed, ui::without_controls(reason)));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// From how many nodes something comes, or why nothing does.
+fn sources(fetch: &Value) -> String {
+    if let Some(stuck) = fetch["stuck"].as_str() {
+        return ui::without_controls(stuck);
+    }
+    let owing = |source: &&Value| source["owed_requests"].as_u64() > Some(0);
+    match fetch["sources"].as_array().map_or(0, |sources| sources.iter().filter(owing).count()) {
+        0 => String::new(),
+        1 => "from 1 node".to_owned(),
+        nodes => format!("from {nodes} nodes"),
+    }
+}
+
+/// What there is in the mesh.
+pub(super) async fn search(session: &Session, text: Option<&str>) -> anyhow::Result<()> {
+    let answer = session.client().get("/api/models").await?;
+    let wanted = text.unwrap_or_default().to_lowercase();
+    let is_wanted = |file: &&Value| file["name"].as_str().is_some_and(|name| name.to_lowercase().contains(&wanted));
+    let files: Vec<&Value> = answer["models"].as_array().into_iter().flatten().filter(is_wanted).collect();
+    if session.global.json {
+        return ui::print_json(&files);
+    }
+    if files.is_empty() {
+        ui::say("no node of the mesh has such a model");
+        return Ok(());
+    }
+    let rows: Vec<Vec<String>> = files.into_iter().map(row).collect();
+    ui::print(&ui::table(&["NAME", "SIZE", "HERE", "NODES", "NEAREST", "DIGEST"], &rows, &[1, 2, 3, 4]))
+}
+
+fn row(file: &Value) -> Vec<String> {
+    let total = file["file_bytes"].as_u64().unwrap_or(0);
+    let part = |bytes: &Value| match bytes.as_u64() {
+        Some(0) | None => "-".to_owned(),
+        Some(bytes) => format!("{} %", bytes.saturating_mul(100) / total.max(1)),
+    };
+    let nodes = file["nodes"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let nearest = nodes.iter().filter_map(|node| node["rtt_ms"].as_f64()).min_by(f64::total_cmp);
+    vec![
+        ui::without_controls(file["name"].as_str().unwrap_or_default()),
+        Size(total).to_string(),
+        part(&file["held_bytes"]),
+        nodes.len().to_string(),
+        nearest.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.0} ms")),
+        file["digest"].as_str().unwrap_or_default().chars().take(16).collect(),
+    ]
+}

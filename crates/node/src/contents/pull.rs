@@ -1,0 +1,151 @@
+//! Whole files that a user wants to have: found by name in the mesh, fetched, and entered in the store. A pull goes on when whoever
+//! began it has gone.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use murmur_api::backend::Refusal;
+use murmur_store::ModelName;
+use serde_json::{Value, json};
+use tokio::{
+    sync::{mpsc, watch},
+    task::AbortHandle,
+    time::timeout,
+};
+
+use super::{
+    Shelf,
+    wanted::{begin, blocking, search},
+};
+use crate::{Node, NodeError, mesh::MeshNode, model::with_causes};
+
+/// So long it is waited for a node that has the model.
+const SEARCH_MAX: Duration = Duration::from_secs(30);
+/// How often those who listen hear how far it is.
+const TELL_EVERY: Duration = Duration::from_millis(500);
+/// What those may leave unread.
+const EVENTS_MAX: usize = 4;
+
+/// Those that run, by name.
+#[derive(Default)]
+pub(crate) struct Pulls(Mutex<BTreeMap<String, Pull>>);
+
+struct Pull {
+    state: watch::Receiver<State>,
+    task: AbortHandle,
+}
+
+#[derive(Clone)]
+enum State {
+    Searching,
+    Fetching(Arc<Shelf>),
+    Done(Arc<Shelf>),
+    Failed(String),
+}
+
+impl State {
+    fn view(&self) -> Value {
+        match self {
+            State::Searching => json!({"state": "searching"}),
+            State::Fetching(shelf) | State::Done(shelf) => {
+                let mut view = shelf.view();
+                view["state"] = if matches!(self, State::Done(_)) { "done" } else { "fetching" }.into();
+                view["path"] = shelf.content.path().to_string_lossy().into();
+                view
+            }
+            State::Failed(reason) => json!({"state": "failed", "reason": reason}),
+        }
+    }
+
+    fn is_last(&self) -> bool {
+        matches!(self, State::Done(_) | State::Failed(_))
+    }
+}
+
+impl Pulls {
+    fn pulls(&self) -> MutexGuard<'_, BTreeMap<String, Pull>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins to pull a model, or listens to a pull that runs.
+    pub(crate) fn begin(
+        &self,
+        node: &Arc<Node>,
+        mesh: &Arc<MeshNode>,
+        name: String,
+    ) -> Result<mpsc::Receiver<Value>, Refusal> {
+        let checked: ModelName = name.parse().map_err(|error: murmur_store::StoreError| Refusal::BadRequest {
+            message: error.to_string(),
+            param: Some("model".to_owned()),
+            code: None,
+        })?;
+        let mut pulls = self.pulls();
+        pulls.retain(|_, pull| !pull.task.is_finished());
+        let state = match pulls.get(&name) {
+            Some(pull) => pull.state.clone(),
+            None => {
+                let (tell, state) = watch::channel(State::Searching);
+                let (node, mesh_node) = (Arc::clone(node), Arc::clone(mesh));
+                let task = mesh.spawn(async move {
+                    let last = match run(&node, &mesh_node, checked, &tell).await {
+                        Ok(shelf) => State::Done(shelf),
+                        Err(error) => State::Failed(with_causes(&error)),
+                    };
+                    tell.send_replace(last);
+                });
+                pulls.insert(name, Pull { state: state.clone(), task });
+                state
+            }
+        };
+        let (events, heard) = mpsc::channel(EVENTS_MAX);
+        tokio::spawn(tell_on(state, events));
+        Ok(heard)
+    }
+
+    /// Ends one. False: there was none.
+    pub(crate) fn stop(&self, name: &str) -> bool {
+        let pull = self.pulls().remove(name);
+        pull.is_some_and(|pull| {
+            let runs = !pull.task.is_finished();
+            pull.task.abort();
+            runs
+        })
+    }
+}
+
+/// Tells somebody how far it is, until it is over or nobody listens.
+async fn tell_on(mut state: watch::Receiver<State>, events: mpsc::Sender<Value>) {
+    loop {
+        let now = state.borrow_and_update().clone();
+        if events.send(now.view()).await.is_err() || now.is_last() {
+            return;
+        }
+        if let Ok(Err(_)) = timeout(TELL_EVERY, state.changed()).await {
+            let stopped = json!({"state": "failed", "reason": "it was stopped; what has come is kept"});
+            let _ = events.send(stopped).await;
+            return;
+        }
+    }
+}
+
+async fn run(
+    node: &Arc<Node>,
+    mesh: &Arc<MeshNode>,
+    name: ModelName,
+    tell: &watch::Sender<State>,
+) -> Result<Arc<Shelf>, NodeError> {
+    let found = timeout(SEARCH_MAX, search(&mut mesh.mesh().watch(), name.as_str())).await.ok().flatten();
+    let digest = found.ok_or_else(|| NodeError::Nowhere(name.to_string()))?;
+    let begun = |shelf: &Arc<Shelf>| drop(tell.send_replace(State::Fetching(Arc::clone(shelf))));
+    let shelf = begin(node, mesh, name.as_str(), digest, begun).await?;
+    shelf.fetch(node, mesh, &[shelf.whole()], false).await?;
+    let node = Arc::clone(node);
+    blocking(move || {
+        shelf.enter(&node.options().data_dir)?;
+        Ok(shelf)
+    })
+    .await
+}

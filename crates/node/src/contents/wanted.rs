@@ -1,0 +1,290 @@
+//! Models that a user has asked for by a name that only others know: found in the mesh, fetched as far as this node needs
+//! them, and served like its own.
+//!
+//! First comes the header of the file. It says whether the model fits: then all of it is fetched; else it is spread over the
+//! mesh, and of it only come the layers that this node is asked to hold.
+
+use std::{
+    cmp::Reverse,
+    collections::BTreeMap,
+    fs::File,
+    io::Read,
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::Duration,
+};
+
+use murmur_gguf::{ByteRange, Gguf, LayerRange};
+use murmur_net::Table;
+use murmur_protocol::mesh::{HeldContent, ModelDigest, content::GROUP_BYTES};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use super::{Shelf, length, take::TELL_EVERY};
+use crate::{
+    ModelSpec, Node, NodeError,
+    mesh::{IdentityError, MeshNode, ModelIdentity, both},
+    model::with_causes,
+};
+
+/// Before what could not be had is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+/// Where nodes claim several lengths of a file, one that is not proven within this gives way to the next.
+const PROOF_MAX: Duration = Duration::from_secs(5);
+/// So many times it is tried to prove one.
+const PROOFS_MAX: usize = 16;
+/// Of a header whose length nobody tells, so much is fetched first.
+const HEADER_BYTES_GUESSED: u64 = 1 << 20;
+/// No header is longer.
+const HEADER_BYTES_MAX: u64 = 256 << 20;
+
+/// A name that was asked for, and how far it is.
+pub(crate) struct Wanted {
+    pub(crate) name: String,
+    state: Mutex<State>,
+}
+
+enum State {
+    Looking,
+    /// Its header comes.
+    Found,
+    /// It is one of the node's models.
+    Listed,
+    Failed(String),
+}
+
+impl Wanted {
+    pub(crate) fn new(name: String) -> Wanted {
+        Wanted { name, state: Mutex::new(State::Looking) }
+    }
+
+    fn set(&self, state: State) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+    }
+
+    /// What it is waiting for; `None`: it is there.
+    pub(crate) fn waiting(&self) -> Option<String> {
+        match &*self.state.lock().unwrap_or_else(PoisonError::into_inner) {
+            State::Looking => Some(format!("no node of the mesh has {} yet", self.name)),
+            State::Found => Some(format!("the header of {} is being fetched", self.name)),
+            State::Listed => None,
+            State::Failed(reason) => Some(reason.clone()),
+        }
+    }
+
+    /// For `/api/status`.
+    pub(crate) fn view(&self) -> Value {
+        json!({"name": self.name, "waiting": self.waiting()})
+    }
+}
+
+/// Where the bytes of a model come from that are not here.
+pub(crate) struct Supply {
+    pub(crate) node: Weak<Node>,
+    pub(crate) mesh: Weak<MeshNode>,
+    pub(crate) shelf: Arc<Shelf>,
+}
+
+impl Supply {
+    /// Fetches what these layers need, or the whole file where they are all of it. `heard`: the part of it that is here. Blocks.
+    pub(crate) fn fetch(
+        &self,
+        gguf: &Gguf,
+        ranges: &[LayerRange],
+        heard: &(dyn Fn(f32) + Sync),
+    ) -> Result<(), NodeError> {
+        let layers: u32 = ranges.iter().map(|range| range.len()).sum();
+        let wanted = match gguf.layer_count().is_none_or(|all| all == layers) {
+            true => vec![self.shelf.whole()],
+            false => {
+                let each = ranges.iter().map(|range| murmur_gguf::slice_ranges(gguf, *range));
+                each.collect::<Result<Vec<_>, _>>()?.concat()
+            }
+        };
+        let (Some(node), Some(mesh)) = (self.node.upgrade(), self.mesh.upgrade()) else {
+            return Err(NodeError::Interrupted);
+        };
+        let all = length(&wanted).max(1);
+        let told = async {
+            loop {
+                heard(1.0 - length(&self.shelf.content.missing(&wanted)) as f32 / all as f32);
+                tokio::time::sleep(TELL_EVERY).await;
+            }
+        };
+        tokio::runtime::Handle::current().block_on(async {
+            tokio::select! {
+                fetched = self.shelf.fetch(&node, &mesh, &wanted, true) => fetched.map_err(NodeError::Take),
+                () = told => Err(NodeError::Interrupted),
+            }
+        })?;
+        // Where it is not entered under its name, it is found by its digest, as long as others have it.
+        if let Err(error) = self.shelf.enter(&node.options().data_dir) {
+            tracing::warn!("{} is not entered in the store: {}", self.shelf.name, with_causes(&error));
+        }
+        Ok(())
+    }
+}
+
+/// Finds a model by its name and adds it to the node's.
+pub(crate) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>, wanted: Arc<Wanted>) {
+    let Some(mut table) = mesh.upgrade().map(|mesh| mesh.mesh().watch()) else { return };
+    while let Some(digest) = search(&mut table, &wanted.name).await {
+        let Some((strong, mesh)) = both(&node, &mesh) else { return };
+        let added = add(&strong, &mesh, &wanted, digest).await;
+        drop((strong, mesh));
+        match added {
+            Ok(at) => {
+                wanted.set(State::Listed);
+                return load(node, at).await;
+            }
+            Err(error) => {
+                tracing::warn!("{}: {}", wanted.name, with_causes(&error));
+                wanted.set(State::Failed(with_causes(&error)));
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+/// The file that nodes mean by a name, as soon as one has some of it. `None`: the mesh was left.
+pub(super) async fn search(table: &mut watch::Receiver<Table>, name: &str) -> Option<ModelDigest> {
+    loop {
+        let found = find(&table.borrow_and_update(), name);
+        match found {
+            Some(digest) => return Some(digest),
+            None => table.changed().await.ok()?,
+        }
+    }
+}
+
+/// The file that most nodes mean by a name.
+fn find(table: &Table, name: &str) -> Option<ModelDigest> {
+    let is_it = |content: &&HeldContent| content.held_bytes > 0 && is_meant(content.digest, &content.name, name);
+    by_count(contents(table).filter(is_it).map(|content| content.digest)).into_iter().next()
+}
+
+/// The lengths that a file has by what nodes say, first what most of them say.
+fn lengths(table: &Table, digest: ModelDigest) -> Vec<u64> {
+    by_count(contents(table).filter(|content| content.digest == digest).map(|content| content.file_bytes))
+}
+
+/// All that nodes have. None has the same file twice.
+fn contents(table: &Table) -> impl Iterator<Item = &HeldContent> {
+    table.values().flat_map(|known| &known.verified.record().contents)
+}
+
+/// What occurs, first what occurs most often.
+fn by_count<T: Ord>(items: impl Iterator<Item = T>) -> Vec<T> {
+    let mut counts: BTreeMap<T, usize> = BTreeMap::new();
+    items.for_each(|item| *counts.entry(item).or_default() += 1);
+    let mut counts: Vec<(T, usize)> = counts.into_iter().collect();
+    counts.sort_by_key(|(_, count)| Reverse(*count));
+    counts.into_iter().map(|(item, _)| item).collect()
+}
+
+/// Begins the file with this digest, once more where nothing comes of it. Its length is what anybody may claim: it is the one that its
+/// last group proves, which comes before all others.
+pub(super) async fn begin(
+    node: &Arc<Node>,
+    mesh: &Arc<MeshNode>,
+    name: &str,
+    digest: ModelDigest,
+    begun: impl Fn(&Arc<Shelf>),
+) -> Result<Arc<Shelf>, NodeError> {
+    let mut table = mesh.mesh().watch();
+    let mut failed = NodeError::Nowhere(name.to_owned());
+    for turn in 0..PROOFS_MAX {
+        let claims = lengths(&table.borrow_and_update(), digest);
+        let Some(file_bytes) = claims.get(turn % claims.len().max(1)).copied() else { break };
+        let proof = async {
+            let (own, name) = (Arc::clone(node), name.to_owned());
+            let shelf = blocking(move || Ok(own.library.begin(&name, digest, file_bytes)?)).await?;
+            begun(&shelf);
+            let last = ByteRange { start: (file_bytes - 1) / GROUP_BYTES * GROUP_BYTES, end: file_bytes };
+            shelf.fetch(node, mesh, &[last], true).await?;
+            Ok(shelf)
+        };
+        let is_disputed = claims.len() > 1;
+        tokio::select! {
+            proof = proof => match proof {
+                Err(error) if is_disputed => failed = error,
+                proof => return proof,
+            },
+            () = tokio::time::sleep(PROOF_MAX), if is_disputed => {}
+            _ = table.wait_for(|table| lengths(table, digest) != claims) => {}
+        }
+        // Meanwhile who fetched under this claim ends.
+        tokio::time::sleep(2 * TELL_EVERY).await;
+    }
+    Err(failed)
+}
+
+/// A name, or one with the beginning of a digest, as lists have it where two files share a name.
+fn is_meant(digest: ModelDigest, name: &str, wanted: &str) -> bool {
+    wanted == name
+        || wanted.strip_prefix(name).and_then(|rest| rest.strip_prefix('@')) == Some(&digest.short().to_string())
+}
+
+async fn add(node: &Arc<Node>, mesh: &Arc<MeshNode>, wanted: &Wanted, digest: ModelDigest) -> Result<usize, NodeError> {
+    let shelf = begin(node, mesh, &wanted.name, digest, |_| wanted.set(State::Found)).await?;
+    fetch_header(node, mesh, &shelf).await?;
+    let supply = Supply { node: Arc::downgrade(node), mesh: Arc::downgrade(mesh), shelf };
+    let (node, spec) =
+        (Arc::clone(node), ModelSpec { path: supply.shelf.content.path().to_owned(), id: wanted.name.clone() });
+    blocking(move || {
+        let unusable =
+            |error: IdentityError| NodeError::Unusable { path: spec.path.clone(), reason: error.to_string() };
+        let identity = ModelIdentity::known(&spec.path, digest).map_err(unusable)?;
+        node.models.add(&spec, identity, supply)
+    })
+    .await
+}
+
+/// Loads it, or spreads it over the mesh, as the models that were there from the start. What fails is tried again for as long as
+/// there is a node; the model's own state says why.
+async fn load(node: Weak<Node>, at: usize) {
+    let mut told = String::new();
+    while let Some(node) = node.upgrade() {
+        let outcome = blocking(move || node.models.load_one(&node.models[at], &|_| ())).await;
+        match outcome {
+            Ok(()) | Err(NodeError::Interrupted) => return,
+            Err(error) if with_causes(&error) != told => {
+                told = with_causes(&error);
+                tracing::warn!("{told}");
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// The first groups say what is in the file.
+async fn fetch_header(node: &Arc<Node>, mesh: &Arc<MeshNode>, shelf: &Arc<Shelf>) -> Result<(), NodeError> {
+    let file_bytes = shelf.content.bytes();
+    let mut guessed = match *shelf.header_bytes.borrow() {
+        0 => HEADER_BYTES_GUESSED,
+        told => told,
+    };
+    loop {
+        let bytes = guessed.min(file_bytes).min(HEADER_BYTES_MAX);
+        shelf.fetch(node, mesh, &[ByteRange { start: 0, end: bytes }], true).await?;
+        let path = shelf.content.path().to_owned();
+        let read = blocking(move || {
+            let file = File::open(&path).map_err(|error| NodeError::Unread { path: path.clone(), source: error })?;
+            Ok(Gguf::from_reader(std::io::BufReader::new(file).take(bytes), file_bytes, path))
+        });
+        match read.await? {
+            Ok(gguf) => {
+                shelf.header_bytes.send_replace(gguf.data_offset());
+                return Ok(());
+            }
+            Err(error) if bytes == file_bytes || bytes == HEADER_BYTES_MAX => return Err(error.into()),
+            Err(_) => guessed = bytes.max(GROUP_BYTES) * 4,
+        }
+    }
+}
+
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
+) -> Result<T, NodeError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| NodeError::Interrupted)?
+}

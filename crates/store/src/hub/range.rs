@@ -1,0 +1,161 @@
+//! Ranges of a file on a hub: one more source for a file that comes in parts.
+//!
+//! Nothing is kept and nothing tried again here: who asks has other sources, and decides when to come back. Whether the bytes
+//! are the right ones is theirs to check as well; here is made sure that they are the part that was asked for, of the file
+//! that the hub had at the beginning.
+
+use std::{sync::OnceLock, time::Duration};
+
+use murmur_gguf::ByteRange;
+use reqwest::{Response, StatusCode, header};
+
+use super::{
+    HubConfig,
+    client::{Client, ContentRange, Failure, RemoteFile},
+};
+use crate::{error::StoreError, reference::HubRef};
+
+/// A file on a hub, at one commit.
+pub struct HubFile {
+    client: Client,
+    remote: RemoteFile,
+    commit: String,
+    /// Of the bytes, where they are sent from. It is another one than the hub's own if that is another host.
+    etag: OnceLock<String>,
+}
+
+/// Why a range has not come, or not all of it. `E`: what the sink says.
+#[derive(Debug, thiserror::Error)]
+pub enum RangeError<E> {
+    /// The hub is overloaded or cannot be reached, or the transfer stalled or broke off.
+    #[error("{endpoint} cannot be used now: {why}. Ask again later, or somebody else")]
+    Later {
+        /// The hub.
+        endpoint: String,
+        /// Why.
+        why: String,
+        /// How long the hub asks to be left alone.
+        retry_after: Option<Duration>,
+    },
+    /// The file is not the one any more that it was.
+    #[error("{file} on {endpoint} has changed since it was looked up: {why}. Look it up again")]
+    Changed {
+        /// The file.
+        file: String,
+        /// The hub.
+        endpoint: String,
+        /// What is different.
+        why: String,
+    },
+    /// Asking again would not help.
+    #[error(transparent)]
+    Final(StoreError),
+    /// The sink does not take the bytes.
+    #[error("the bytes were not taken: {0}")]
+    Sink(E),
+}
+
+impl HubFile {
+    /// Looks a file up on a hub. Tries several times where that may help.
+    pub async fn open(config: &HubConfig, wanted: &HubRef) -> Result<Self, StoreError> {
+        let client = Client::new(config)?;
+        let (commit, file) = client.choose(wanted).await?;
+        let remote = client.describe(&wanted.repo, &commit, &file, &wanted.to_string()).await?;
+        Ok(Self { client, remote, commit, etag: OnceLock::new() })
+    }
+
+    /// Its path in the repository.
+    pub fn file(&self) -> &str {
+        &self.remote.file
+    }
+
+    /// The commit at which it was looked up.
+    pub fn commit(&self) -> &str {
+        &self.commit
+    }
+
+    /// Its length.
+    pub fn bytes(&self) -> u64 {
+        self.remote.size_bytes
+    }
+
+    /// What the hub says its SHA-256 is, in lower-case hex.
+    pub fn sha256(&self) -> Option<&str> {
+        self.remote.sha256.as_deref()
+    }
+
+    /// Gets a range, piece by piece and in order. What `sink` has taken is part of it also where it does not end well.
+    ///
+    /// `range` lies in `0..bytes()`; what lies outside never comes. Dropping the future ends the transfer.
+    pub async fn read_range<E>(
+        &self,
+        range: ByteRange,
+        mut sink: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), RangeError<E>> {
+        let range = ByteRange { start: range.start, end: range.end.min(self.bytes()) };
+        if range.start >= range.end {
+            return Ok(());
+        }
+        let mut response = self.ask(range).await?;
+        let mut left = range.end - range.start;
+        while let Some(piece) = response.chunk().await.map_err(|error| self.failed(self.client.temporary(&error)))? {
+            if piece.len() as u64 > left {
+                return Err(self.bad("it sends more bytes than were asked for"));
+            }
+            sink(&piece).map_err(RangeError::Sink)?;
+            left -= piece.len() as u64;
+        }
+        if left > 0 {
+            return Err(self.failed(Failure::Temporary { why: "the transfer broke off".to_owned(), retry_after: None }));
+        }
+        Ok(())
+    }
+
+    /// An answer whose body is this range of the file.
+    async fn ask<E>(&self, range: ByteRange) -> Result<Response, RangeError<E>> {
+        let etag = self.etag.get().map(String::as_str);
+        let response =
+            self.client.get_range(&self.remote, range, etag).await.map_err(|failure| self.failed(failure))?;
+        let part = ContentRange::of(&response);
+        let total_bytes = match response.status() {
+            StatusCode::OK => response.content_length(),
+            _ => part.as_ref().and_then(|part| part.total_bytes),
+        };
+        if let Some(total_bytes) = total_bytes.filter(|total| *total != self.bytes()) {
+            return Err(self.changed(format!("it had {} bytes and has {total_bytes}", self.bytes())));
+        }
+        let now = response.headers().get(header::ETAG).and_then(|value| value.to_str().ok());
+        // A weak one does not name bytes.
+        if let Some(now) = now.filter(|now| now.starts_with('"')) {
+            let first = self.etag.get_or_init(|| now.to_owned());
+            if first != now {
+                return Err(self.changed(format!("its ETag was {first} and is {now}")));
+            }
+        }
+        match response.status() {
+            StatusCode::PARTIAL_CONTENT if part.is_some_and(|part| part.bytes == Some(range)) => Ok(response),
+            StatusCode::PARTIAL_CONTENT => Err(self.bad("it sends another range than was asked for")),
+            StatusCode::OK if range.end - range.start == self.bytes() => Ok(response),
+            StatusCode::OK => Err(self.bad("it sends whole files only, and no ranges of them")),
+            status => Err(self.bad(&format!("{status} for a range of {}", self.file()))),
+        }
+    }
+
+    fn failed<E>(&self, failure: Failure) -> RangeError<E> {
+        match failure {
+            Failure::Temporary { why, retry_after } => {
+                RangeError::Later { endpoint: self.client.config.endpoint().to_owned(), why, retry_after }
+            }
+            Failure::Final(error) => RangeError::Final(error),
+        }
+    }
+
+    fn changed<E>(&self, why: String) -> RangeError<E> {
+        let endpoint = self.client.config.endpoint().to_owned();
+        RangeError::Changed { file: self.file().to_owned(), endpoint, why }
+    }
+
+    fn bad<E>(&self, why: &str) -> RangeError<E> {
+        RangeError::Final(self.client.bad_answer(why))
+    }
+}

@@ -15,6 +15,10 @@ after the other.
 
 *codecs*: hidden states as f16 and q8 against f32 over two machines, on links of 20 and 100 Mbit/s.
 
+*deaths*: one of three machines that hold a model is killed with -9, in an answer and in a prompt, where others stand by
+(`--standby`) and where others have to load its layers: the longest silence in an answer, and how much later than usual the first
+token of a prompt comes. What the layers' new host computes once more is a part of it. The driver holds no layers.
+
 *guesses*: a small model over two and four machines, so that the way around the ring is what a token takes, with guesses of a model of
 which a known part is right: it is the same file, and the rest of its guesses are spoilt (`--draft-spoilt`). Answers are greedy, with a
 penalty for repetitions, as random weights would repeat themselves and all could be looked up. With
@@ -41,14 +45,16 @@ much slower than their mean the slowest is.
 import argparse
 import os
 import pathlib
+import random
 import statistics
+import time
 
 import lab
 import servers
 from bench import Table, at_once, decode_rate, first_token_s, in_turns, machine, together_rate
-from mesh import layers_of, spread_over, synthetic, ticket_of
+from mesh import Story, distribution, layers_of, spread_over, synthetic, ticket_of
 
-PARTS = ("tokens", "streams", "prefill", "codecs", "guesses", "shared", "copied")
+PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "shared", "copied")
 SHAPE = "bench-1b"
 CONTEXT = 4608
 ROUND_TRIPS_MS = (0, 5, 20, 50)
@@ -57,6 +63,10 @@ STREAMS = 8
 PROMPT_TOKENS, PREFILL_STAGES = 4096, 4
 CHUNK_TOKENS = 256
 CODECS, RATES_MBIT_S = ("f16", "q8"), (20, 100)
+DEATHS_SHAPE, DEATHS_STAGES, DEATHS_MS = "bench-0.5b", 3, (0, 20)
+# Where in an answer or a prompt somebody is killed, as parts of the time that it takes undisturbed.
+DEATHS_BETWEEN = (0.1, 0.8)
+DEATHS_PROMPT, DEATHS_ANSWER = 512, 48
 # Small, so that computing hides no link.
 GUESSED_SHAPE, GUESSED_STAGES, RINGS_MS = "llama", (2, 4), (0, 20, 60, 100, 200)
 RIGHT_PARTS, RIGHT_PARTS_BARRED = (0.5, 0.7, 0.85, 0.95), (0.7, 0.85)
@@ -67,11 +77,11 @@ SHARED_MS, SHARED_RIGHT, SHARED_TOKENS = 60, 0.85, 160
 
 
 class Ring:
-    """A model over the hosts of a lab; a context manager whose value is the node on the first of them. `driver`: arguments of
-    that one alone."""
+    """A model over the hosts of a lab, or `stages` of them; a context manager whose value is the node on the first of them.
+    `driver`: arguments of that one alone."""
 
-    def __init__(self, options, model, hosts, layers, parallel=1, arguments=(), driver=()):
-        limit = (*spread_over(layers, len(hosts)), *arguments)
+    def __init__(self, options, model, hosts, layers, parallel=1, arguments=(), driver=(), stages=None):
+        limit = (*spread_over(layers, stages or len(hosts)), *arguments)
         shape = {"threads": 1, "context": CONTEXT, "parallel": parallel}
 
         def node(host, joining):
@@ -186,6 +196,67 @@ def codecs(options, model, table):
                     table.pairs(f"first token of {2 * CHUNK_TOKENS} {what}", "ms", *pair, lower_is_better=True)
 
 
+def deaths(options, model, table):
+    layers = layers_of(options, model)
+    with lab.Lab(options.lab, 1 + 2 * DEATHS_STAGES) as (network, hosts):
+        for standby in (("--standby",), ()):
+            network.links(0)
+            driver = ("--max-memory", "1MiB", *standby)
+            ring = Ring(options, model, list(hosts), layers, driver=driver, stages=DEATHS_STAGES)
+            with ring as first:
+                by_id = {node.ask("GET", "/api/mesh")["node"]: node for node in ring.nodes[1:]}
+                for round_trip_ms in DEATHS_MS:
+                    network.links(round_trip_ms)
+                    for moment, prompt, answer in (("an answer", 16, DEATHS_ANSWER), ("a prompt", DEATHS_PROMPT, 1)):
+                        pauses_s, lost = pauses(options, first, by_id, prompt, answer, bool(standby))
+                        what = f"killed in {moment} at {round_trip_ms} ms, {'one stands by' if standby else 'nobody stands by'}"
+                        print(f"{what}: {len(pauses_s)} kills   {distribution(pauses_s)}", flush=True)
+                        bar_ms = 2 * round_trip_ms + 200 if standby else 1000
+                        table.limit(f"{what}, median", "ms", 1000 * statistics.median(pauses_s), bar_ms)
+                        table.limit(f"{what}: streams lost", "", lost, 0)
+
+
+def pauses(options, first, by_id, prompt, answer, standby):
+    """What kills of hosts cost an answer of so many tokens to a prompt of so many, in seconds, and how many were lost."""
+
+    def stages():
+        return first.ask("GET", "/api/status")["node"]["models"][0]["stages"]
+
+    def complete():
+        held = stages()
+        return len(held) == DEATHS_STAGES and all(stage["node"] and (stage["standby"] or not standby) for stage in held)
+
+    def story():
+        return Story(first, servers.unique_prompt(prompt), answer)
+
+    first.wait(complete)
+    undisturbed = [told(story()) for _ in range(3)]
+    first_s, whole_s = (statistics.median(times) for times in zip(*undisturbed, strict=True))
+    begin_s = first_s if answer > 1 else 0
+    paused_s, lost = [], 0
+    while len(paused_s) + lost < options.kills:
+        first.wait(complete)
+        victim = by_id[random.choice(stages())["node"]]
+        disturbed = story()
+        time.sleep(begin_s + random.uniform(*DEATHS_BETWEEN) * (whole_s - begin_s))
+        killed = time.perf_counter()
+        victim.kill()
+        _, end_s = told(disturbed)
+        if disturbed.end != "length":
+            print(f"  lost: {disturbed.end}")
+            lost += 1
+        elif (pause_s := disturbed.pause_s(killed) if answer > 1 else end_s - whole_s) is not None:
+            paused_s.append(pause_s)
+        victim.launch()
+    return paused_s, lost
+
+
+def told(story):
+    """Seconds until the first token of a story, and until its end."""
+    story.join()
+    return (story.times or [time.perf_counter()])[0] - story.begun, time.perf_counter() - story.begun
+
+
 def guesses(options, model, table):
     layers = layers_of(options, model)
     for stages in GUESSED_STAGES:
@@ -293,6 +364,7 @@ def arguments():
     parser.add_argument("--llama", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--models", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5, help="pairs per figure (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=12, help="machines to kill for each figure of `deaths` (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"what to measure (default: all): {', '.join(PARTS)}")
     parser.add_argument("--rings-ms", nargs="+", type=float, default=RINGS_MS, metavar="MS", help="ways around the rings of `guesses` (default: 0 20 60 100 200)")
     return parser.parse_args()
@@ -301,11 +373,15 @@ def arguments():
 def main():
     options, table = arguments(), Table()
     print(machine())
-    large, small = (tokens, streams, prefill, codecs), (guesses, shared, copied)
-    for part in (*large, *small):
-        if part.__name__ in options.only:
-            shape = GUESSED_SHAPE if part in small else SHAPE
-            part(options, next(synthetic(options, [shape])), table)
+    shapes = {
+        SHAPE: (tokens, streams, prefill, codecs),
+        DEATHS_SHAPE: (deaths,),
+        GUESSED_SHAPE: (guesses, shared, copied),
+    }
+    for shape, parts in shapes.items():
+        for part in parts:
+            if part.__name__ in options.only:
+                part(options, next(synthetic(options, [shape])), table)
 
 
 if __name__ == "__main__":

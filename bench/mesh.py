@@ -15,6 +15,9 @@ model, and between them one QUIC connection over loopback. One core is left to t
 computation of a token takes the same time. What is more is the way around: to the first stage, from each to the next,
 and back.
 
+*hop*: the same with a model of the same width of which hardly anything has to be computed, so that what a token takes longer is what
+hops cost: engine process to node, over QUIC to the next node, and into its engine process.
+
 *requests*: requests for one token each, many at a time, of a model as small as possible: through the API, through the
 API of another node, and straight into an engine.
 
@@ -37,7 +40,7 @@ import time
 import servers
 from bench import Table, bench_models, decode_rate, first_token_s, in_turns, machine, prefill_rate
 
-PARTS = ("failover", "overhead", "ring", "requests")
+PARTS = ("failover", "overhead", "ring", "hop", "requests")
 # Small, so that a story is over soon and what is measured is the mesh.
 SMALL_SHAPE = "llama"
 STORY_PROMPT_TOKENS, STORY_TOKENS = 64, 1000
@@ -46,6 +49,7 @@ LATEST_KILL = 0.9
 REPLAY_LENGTHS, REPLAY_ROUNDS = 5, 5
 FIRST_TOKEN_PAIRS = 51
 RING_SHAPE, RING_STAGES = "bench-1b", (2, 4)
+HOP_SHAPE, HOP_STAGES, HOP_PAIRS = "bench-wide", 4, 15
 CONTEXT = 2048
 CONCURRENCY, REQUESTS = 8, 2000
 
@@ -117,11 +121,11 @@ class Mesh:
 class Story(threading.Thread):
     """A streamed completion, read as it comes: the times of its tokens, its text, and how it ended."""
 
-    def __init__(self, server, prompt):
+    def __init__(self, server, prompt, tokens=STORY_TOKENS):
         super().__init__()
         self.server, self.times, self.text, self.end = server, [], "", "cut off"
         self.body = {
-            "model": server.model, "prompt": prompt, "max_tokens": STORY_TOKENS, "temperature": 1, "seed": 7,
+            "model": server.model, "prompt": prompt, "max_tokens": tokens, "temperature": 1, "seed": 7,
             "ignore_eos": True,
         }
         self.begun = time.perf_counter()
@@ -232,23 +236,34 @@ def overhead(options, table):
             table.limit(f"{model.stem}: first token, remote - local", "ms", statistics.median(more_ms), 5)
 
 
+@contextlib.contextmanager
+def whole_and_ring(options, shape, stages):
+    """A server that holds a model whole, and a driver of a ring of `stages` nodes that holds one part of it."""
+    model = next(synthetic(options, [shape]))
+    limit, given = spread_over(layers_of(options, model), stages), {"threads": 1, "context": CONTEXT, "parallel": 1}
+    with servers.murmur(options.murmur, model, **given) as whole, Mesh(options, model, stages, limit, **given) as mesh:
+        driver = mesh.servers[0]
+        driver.model = whole.model
+        for server in (driver, whole):
+            server.generate(servers.unique_prompt(64), 8)
+        yield whole, driver
+
+
 def ring(options, table):
-    model = next(synthetic(options, [RING_SHAPE]))
-    layers = layers_of(options, model)
-    shape = {"threads": 1, "context": CONTEXT, "parallel": 1}
     for stages in RING_STAGES:
-        limit = spread_over(layers, stages)
-        with servers.murmur(options.murmur, model, **shape) as whole, Mesh(options, model, stages, limit, **shape) as mesh:
-            driver = mesh.servers[0]
-            driver.model = whole.model
-            for server in (driver, whole):
-                server.generate(servers.unique_prompt(64), 8)
+        with whole_and_ring(options, RING_SHAPE, stages) as (whole, driver):
             pair = in_turns(options.rounds, lambda: decode_rate(driver), lambda: decode_rate(whole))
-            table.pairs(f"{model.stem}: decode, ring of {stages} / whole", "tok/s", *pair)
-            hops_us = [1e6 * (1 / there - 1 / here) / (stages + 1) for there, here in zip(*pair, strict=True)]
-            table.limit(f"{model.stem}: a hop in a ring of {stages}", "us", statistics.median(hops_us), 300)
+            table.pairs(f"{RING_SHAPE}: decode, ring of {stages} / whole", "tok/s", *pair)
             pair = in_turns(options.rounds, lambda: prefill_rate(driver), lambda: prefill_rate(whole))
-            table.pairs(f"{model.stem}: prefill, ring of {stages} / whole", "tok/s", *pair)
+            table.pairs(f"{RING_SHAPE}: prefill, ring of {stages} / whole", "tok/s", *pair)
+
+
+def hop(options, table):
+    with whole_and_ring(options, HOP_SHAPE, HOP_STAGES) as (whole, driver):
+        pair = in_turns(HOP_PAIRS, lambda: decode_rate(driver), lambda: decode_rate(whole))
+    # The driver holds a part itself, so each part is followed by one hop.
+    hops_us = [1e6 * (1 / there - 1 / here) / HOP_STAGES for there, here in zip(*pair, strict=True)]
+    table.limit(f"{HOP_SHAPE}: a hop in a ring of {HOP_STAGES}", "us", statistics.median(hops_us), 300)
 
 
 def requests(options, table):
@@ -283,7 +298,7 @@ def arguments():
 def main():
     options, table = arguments(), Table()
     print(machine())
-    for part, measure in (("failover", failover), ("overhead", overhead), ("ring", ring), ("requests", requests)):
+    for part, measure in (("failover", failover), ("overhead", overhead), ("ring", ring), ("hop", hop), ("requests", requests)):
         if part in options.only:
             measure(options, table)
 

@@ -238,7 +238,9 @@ async fn work_goes_on_after_a_moments_silence_and_ends_when_it_lasts_long_before
         let mut heard = [0; 3];
         work.recv.read_exact(&mut heard).await.unwrap();
         assert_eq!(&heard, question);
-        work.send.write_all(&heard).await.unwrap();
+        until(&worker, "the driver is listed", |table| !table.is_empty()).await;
+        common::with_paths(&worker).await;
+        work.send.write_all(&heard).await.unwrap(); // from here on it is silent
     }
     let ended = soon("the work ends", work.recv.read(&mut [0])).await;
     assert!(ended.is_err(), "{ended:?}");

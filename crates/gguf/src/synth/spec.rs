@@ -128,6 +128,7 @@ impl Spec {
         "bert",
         "bench-1b",
         "bench-0.5b",
+        "bench-wide",
     ];
 
     /// The presets that are small: every one but the benchmarks.
@@ -259,6 +260,13 @@ impl Spec {
                     optional_tensors: QKV_BIASES.to_vec(),
                     ..spec(Arch::Qwen2, facts)
                 }
+            }
+            // Hidden states as wide as those of a model of 1B, and next to nothing to compute.
+            "bench-wide" => {
+                let mut facts = shape(4, 8, 2, 32);
+                facts.embedding_length = 2048;
+                facts.feed_forward_length = 256;
+                Self { weights: Weights::Q8_0, tied: true, ..spec(Arch::Llama, facts) }
             }
             _ => {
                 return Err(SynthError::UnknownPreset { name: name.to_owned() });

@@ -78,6 +78,19 @@ def decode_rate(server, tokens=DECODE_TOKENS, **more):
     return (tokens - 1) / (many - one)
 
 
+def token_and_compute_ms(server):
+    """How long a token takes after the first, and for how long engines compute in it, as the server counts."""
+
+    def counted():
+        model = server.ask("GET", "/api/status")["node"]["models"][0]
+        return model["token_steps"], model["token_compute_us"]
+
+    before = counted()
+    token_ms = 1000 / decode_rate(server)
+    steps, compute_us = (now - then for now, then in zip(counted(), before, strict=True))
+    return token_ms, compute_us / steps / 1000
+
+
 def first_token_s(server, length):
     return server.generate(servers.unique_prompt(length), 1)[1]
 

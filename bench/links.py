@@ -34,6 +34,10 @@ it is at 0 ms with nothing but the ring's way added. All hosts are on one machin
 guesses do not run at once as those of real rings do. What they need together for a token is printed as well: where that is not small
 beside (1 - a) L, the figure says more of the machine than of the ring.
 
+*pair*: the demo model over two machines and the small model that was trained with it to guess, at several ways around the ring: stories at
+temperature 0, with and without guesses, and the same through `llama-server` with half of the layers on an `ggml-rpc-server`, with and
+without the same model as its draft.
+
 *shared*: eight streams together on a ring of two, 60 ms around, with guesses of which 0.85 are right and without: the rate of all, and how
 much slower than their mean the slowest is.
 
@@ -43,6 +47,7 @@ much slower than their mean the slowest is.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import random
@@ -51,10 +56,10 @@ import time
 
 import lab
 import servers
-from bench import Table, at_once, decode_rate, first_token_s, in_turns, machine, together_rate
+from bench import Table, at_once, decode_rate, first_token_s, in_turns, machine, together_rate, token_and_compute_ms
 from mesh import Story, distribution, layers_of, spread_over, synthetic, ticket_of
 
-PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "shared", "copied")
+PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "pair", "shared", "copied")
 SHAPE = "bench-1b"
 CONTEXT = 4608
 ROUND_TRIPS_MS = (0, 5, 20, 50)
@@ -73,6 +78,9 @@ RIGHT_PARTS, RIGHT_PARTS_BARRED = (0.5, 0.7, 0.85, 0.95), (0.7, 0.85)
 # About what one measurement takes, and how many tokens it has.
 GUESSES_S, GUESSED_TOKENS = 3, (16, 1024)
 UNREPEATED = {"frequency_penalty": 1, "presence_penalty": 1}
+DEMO, DEMO_DRAFT = (pathlib.Path(__file__).parent.parent / "models" / "demo" / f"murmur-demo-{name}.gguf" for name in ("q8_0", "draft-q8_0"))
+DEMO_CONTEXT, STORY_WORDS = 512, 250
+NAMES, FRIENDS = ("Lily", "Tom", "Mia", "Ben", "Sue", "Max"), ("a kitten", "a dog", "a bird", "a frog", "a bear", "a duck")
 SHARED_MS, SHARED_RIGHT, SHARED_TOKENS = 60, 0.85, 160
 
 
@@ -80,9 +88,9 @@ class Ring:
     """A model over the hosts of a lab, or `stages` of them; a context manager whose value is the node on the first of them.
     `driver`: arguments of that one alone."""
 
-    def __init__(self, options, model, hosts, layers, parallel=1, arguments=(), driver=(), stages=None):
+    def __init__(self, options, model, hosts, layers, parallel=1, arguments=(), driver=(), stages=None, context=CONTEXT):
         limit = (*spread_over(layers, stages or len(hosts)), *arguments)
-        shape = {"threads": 1, "context": CONTEXT, "parallel": parallel}
+        shape = {"threads": 1, "context": context, "parallel": parallel}
 
         def node(host, joining):
             mesh = (*joining, *servers.offline(host.address), *limit)
@@ -135,10 +143,11 @@ def tokens(options, model, table):
                 network.links(round_trip_ms)
                 pair = in_turns(options.rounds, lambda: token_ms(ring), lambda: token_ms(rpc))
                 table.pairs(f"token at {round_trip_ms} ms, ring of 2 / llama.cpp RPC", "ms", *pair, lower_is_better=True)
-                pair = in_turns(options.rounds, lambda: token_ms(ring), lambda: token_ms(whole))
-                more = statistics.median(spread - alone for spread, alone in zip(*pair, strict=True))
-                what = f"token at {round_trip_ms} ms less one on one machine less the round trip"
-                table.limit(what, "ms", more - round_trip_ms, 1)
+                spread, alone = in_turns(options.rounds, lambda: token_and_compute_ms(ring), lambda: token_and_compute_ms(whole))
+                rest_ms = statistics.median(token - compute for token, compute in spread) - round_trip_ms
+                table.limit(f"token at {round_trip_ms} ms less computing and the round trip", "ms", rest_ms, 1)
+                token, compute = (statistics.median(both[at] - one[at] for both, one in zip(spread, alone, strict=True)) for at in (0, 1))
+                print(f"  a token takes {token:.1f} ms longer than on one machine, of which stages compute {compute:.1f} ms longer", flush=True)
 
 
 def streams(options, model, table):
@@ -314,6 +323,51 @@ def guesses_at(options, table, what, rings, right, about_ms, draft_ms):
     )
 
 
+def pair(options, _, table):
+    shape = {"threads": 1, "context": DEMO_CONTEXT, "parallel": 1}
+    layers = layers_of(options, DEMO)
+    with lab.Lab(options.lab, 4) as (network, hosts), contextlib.ExitStack() as running:
+        hosts = list(hosts)
+        plain, guessing = (
+            running.enter_context(Ring(options, DEMO, at, layers, driver=("--draft", draft), context=DEMO_CONTEXT))
+            for at, draft in ((hosts[:2], "off"), (hosts[2:], DEMO_DRAFT))
+        )
+        far = running.enter_context(servers.rpc_server(options.llama, host=hosts[1]))
+        rpc, rpc_guessing = (
+            running.enter_context(
+                servers.llama_server(options.llama, DEMO, **shape, host=hosts[0], rpc=(far.address, layers // 2 + 1), draft=draft)
+            )
+            for draft in (None, DEMO_DRAFT)
+        )
+        for ring_ms in options.rings_ms:
+            network.links(ring_ms)
+            for server in (plain, guessing, rpc, rpc_guessing):
+                story_rate(server)
+            for name, ours, theirs in (
+                ("guesses / none", guessing, plain),
+                ("ring / llama.cpp RPC, no guesses", plain, rpc),
+                ("ring / llama.cpp RPC, guesses", guessing, rpc_guessing),
+            ):
+                rates = in_turns(options.rounds, lambda: story_rate(ours), lambda: story_rate(theirs))
+                table.pairs(f"stories at {ring_ms:g} ms, {name}", "tok/s", *rates)
+
+
+def story_rate(server):
+    """Tokens per second after the first of a story that has not been told before."""
+    words = f"Tell me a story about {random.choice(NAMES)} and {random.choice(FRIENDS)} number {random.randint(0, 999)}."
+    body = {
+        "model": server.model, "prompt": f"<|im_start|>user\n{words}<|im_end|>\n<|im_start|>assistant\n",
+        "max_tokens": STORY_WORDS, "temperature": 0, "stream_options": {"include_usage": True},
+    }
+    begun, tokens = None, 0
+    for event in server.stream(body):
+        if event.get("choices") and begun is None:
+            begun = time.perf_counter()
+        if event.get("usage"):
+            tokens = event["usage"]["completion_tokens"]
+    return (tokens - 1) / (time.perf_counter() - begun)
+
+
 def shared(options, model, table):
     layers = layers_of(options, model)
     with lab.Lab(options.lab, 4) as (network, hosts):
@@ -366,7 +420,7 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=5, help="pairs per figure (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=12, help="machines to kill for each figure of `deaths` (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"what to measure (default: all): {', '.join(PARTS)}")
-    parser.add_argument("--rings-ms", nargs="+", type=float, default=RINGS_MS, metavar="MS", help="ways around the rings of `guesses` (default: 0 20 60 100 200)")
+    parser.add_argument("--rings-ms", nargs="+", type=float, default=RINGS_MS, metavar="MS", help="ways around the rings of `guesses` and `pair` (default: 0 20 60 100 200)")
     return parser.parse_args()
 
 
@@ -376,7 +430,7 @@ def main():
     shapes = {
         SHAPE: (tokens, streams, prefill, codecs),
         DEATHS_SHAPE: (deaths,),
-        GUESSED_SHAPE: (guesses, shared, copied),
+        GUESSED_SHAPE: (guesses, pair, shared, copied),
     }
     for shape, parts in shapes.items():
         for part in parts:

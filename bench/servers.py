@@ -212,9 +212,11 @@ def client(binary):
     return Server("client", command)
 
 
-def llama_server(folder, model, *, threads, context, parallel, host=None, rpc=None):
-    """`rpc`: address of an RPC server, and how many layers it computes."""
+def llama_server(folder, model, *, threads, context, parallel, host=None, rpc=None, draft=None):
+    """`rpc`: address of an RPC server, and how many layers it computes. `draft`: a model that guesses, on this host."""
     elsewhere = () if rpc is None else ("--rpc", rpc[0], "--n-gpu-layers", rpc[1])
+    if draft is not None:
+        elsewhere += ("--model-draft", draft, "--threads-draft", threads, "--device-draft", "none")
 
     def command(port, _):
         return [

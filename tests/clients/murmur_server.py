@@ -34,10 +34,17 @@ def run(*args, **kwargs):
     return subprocess.run([binary(), *map(str, args)], capture_output=True, text=True, timeout=REQUEST_LIMIT_S, **kwargs)
 
 
+_taken = []
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port on which nothing listens. The system gives it to nobody who asks for any, since a socket of this process has it; a
+    server that asks for just this one, and lets it be shared as servers do, gets it all the same."""
+    taken = socket.socket()
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    taken.bind(("127.0.0.1", 0))
+    _taken.append(taken)
+    return taken.getsockname()[1]
 
 
 class Server:

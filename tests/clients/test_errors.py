@@ -145,7 +145,7 @@ def test_overload_is_refused_with_a_time_to_come_back(server):
                 if len(waiting) % 20:
                     continue
                 try:
-                    client.with_options(timeout=0.5).chat.completions.create(
+                    client.with_options(timeout=5).chat.completions.create(
                         model=server.model, messages=QUESTION, max_tokens=1
                     )
                 except openai.APITimeoutError:

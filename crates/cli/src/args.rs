@@ -11,7 +11,7 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueHint, value_parser};
 use murmur_protocol::codec::Codec;
-use murmur_store::{ModelName, ModelRef, StoreError};
+use murmur_store::{ModelName, ModelRef, StoreError, hub::HUB_SEARCH_MAX};
 
 use crate::{
     exit::EXIT_CODES_HELP,
@@ -291,8 +291,8 @@ pub(crate) enum Models {
         #[arg(required = true)]
         names: Vec<ModelName>,
     },
-    /// Download a model: from a hub (HF_ENDPOINT, HF_HOME and HF_TOKEN are honoured), or from the nodes of the mesh that the running
-    /// server is in. What an interrupted download has got is kept
+    /// Download a model: from a hub (HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured), or from the nodes of the mesh that
+    /// the running server is in; what both have comes from both. What an interrupted download has got is kept
     Pull {
         /// hf:owner/repo[@revision][:quant], where quant may also be a file of the repository; or the name of a model of the mesh
         model: ModelRef,
@@ -303,7 +303,7 @@ pub(crate) enum Models {
         #[arg(long, conflicts_with = "name")]
         stop: bool,
     },
-    /// Keep models whatever the quota of `gc`
+    /// Keep models whatever the quota
     Pin {
         /// Names from the store
         #[arg(required = true)]
@@ -312,20 +312,56 @@ pub(crate) enum Models {
         #[arg(long)]
         off: bool,
     },
-    /// Remove files that came from other nodes, those that are not whole and those that were not used for longest first, until the rest
-    /// takes no more than the quota. What is pinned or in use stays, and so does every file that was not fetched from nodes
+    /// Show or set how much of what was downloaded the store keeps. Before a download and in a running server, those that were not used
+    /// for longest go to make room. What is pinned or in use stays, and so does every file that was not downloaded by murmur
+    Quota {
+        /// What may stay, such as 200GiB, or none for any amount; what is too much goes at once [default: show it]
+        quota: Option<Quota>,
+    },
+    /// Remove what was downloaded from nodes and hubs, those that are not whole and those that were not used for longest first, until
+    /// the rest takes no more than the quota. What is pinned or in use stays, and so does every file that was not downloaded by murmur
     Gc {
-        /// What may stay, such as 50GiB [default: nothing]
+        /// What may stay, such as 50GiB [default: the quota of the store; nothing, where it has none]
         #[arg(long, value_name = "SIZE")]
         quota: Option<Size>,
     },
     /// Read all files of the store through and compare them with their digests
     Fsck,
-    /// List the model files that the nodes of the mesh have, of which the running server is one
+    /// List the model files that the nodes of the mesh have, of which the running server is one; or look on a hub
     Search {
         /// Only those with this in their name
         text: Option<String>,
+        /// Look on the hub (HF_ENDPOINT) instead: repositories with GGUF files, what each has, and whether it fits this machine
+        #[arg(long, requires = "text")]
+        hub: bool,
+        /// Repositories of the hub that are shown at most
+        #[arg(long, value_name = "N", default_value = "10", requires = "hub", value_parser = value_parser!(u16).range(1..=HUB_SEARCH_MAX as i64))]
+        limit: u16,
     },
+    /// List models that are good for their size, and which of them this machine can run
+    Recommended {
+        /// For a machine with so much memory to spare, such as 16GiB [default: what this one has free]
+        #[arg(long, value_name = "SIZE")]
+        memory: Option<Size>,
+    },
+}
+
+/// What may stay of what was downloaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Quota {
+    Unlimited,
+    Bytes(u64),
+}
+
+impl FromStr for Quota {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::Unlimited),
+            size => Ok(Self::Bytes(size.parse::<Size>().map_err(|why| format!("{why}, or none"))?.0)),
+        }
+    }
 }
 
 /// `murmur top`.
@@ -403,6 +439,14 @@ mod tests {
         assert!(matches!(draft("small-q4"), Draft::Model(ModelRef::Name(_))));
         assert!(matches!(draft("hf:owner/repo:Q4_0"), Draft::Model(ModelRef::Hub(_))));
         assert!("".parse::<Draft>().is_err());
+    }
+
+    #[test]
+    fn a_quota_is_a_size_or_none() {
+        assert_eq!("none".parse(), Ok(Quota::Unlimited));
+        assert_eq!("200G".parse(), Ok(Quota::Bytes(200 << 30)));
+        assert!("lots".parse::<Quota>().unwrap_err().contains("or none"));
+        assert!("0".parse::<Quota>().is_err());
     }
 
     #[test]

@@ -2,12 +2,12 @@
 
 use std::{
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use murmur_store::{
-    HubRef, ModelEntry, ModelName, Store,
+    Download, HubRef, ModelEntry, ModelName, Store,
     hub::{HubConfig, OnPullEvent, PullEvent},
 };
 
@@ -16,6 +16,9 @@ use crate::{
     ui,
     units::{Size, human_duration},
 };
+
+/// Hexadecimal digits of a digest in a message.
+const DIGEST_DIGITS: usize = 16;
 
 /// Pulls a model; Ctrl-C ends it and keeps what is there.
 pub(crate) async fn pull(
@@ -54,13 +57,18 @@ impl Progress {
             let Ok(mut bar) = bar.lock() else { return };
             match event {
                 _ if quiet => {}
-                PullEvent::Chosen { file, total_bytes, resumed_bytes } => {
+                PullEvent::MadeRoom { removed } => {
+                    removed.iter().for_each(|download| ui::say(&removal(download)));
+                }
+                PullEvent::Chosen { file, licence, total_bytes, resumed_bytes } => {
                     let going_on = if resumed_bytes > 0 {
                         format!(", going on after {}", Size(resumed_bytes))
                     } else {
                         String::new()
                     };
-                    ui::say(&format!("pulling {} ({}{going_on})", ui::without_controls(&file), Size(total_bytes)));
+                    let licence = licence.map_or_else(String::new, |licence| format!(", licence {licence}"));
+                    let line = format!("pulling {file} ({}{licence}{going_on})", Size(total_bytes));
+                    ui::say(&ui::without_controls(&line));
                     *bar = Some(new_bar(total_bytes, resumed_bytes));
                 }
                 PullEvent::AlreadyThere { file } => {
@@ -86,6 +94,28 @@ impl Progress {
         if let Ok(Some(bar)) = self.bar.lock().as_deref_mut() {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// What went to make room, and why it was this.
+pub(crate) fn removal(download: &Download) -> String {
+    let name = match (download.names.as_slice(), &download.digest) {
+        ([], Some(digest)) => digest.to_string().chars().take(DIGEST_DIGITS).collect(),
+        ([], None) => download.path.display().to_string(),
+        (names, _) => names.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+    };
+    let part = if download.is_whole { "" } else { "only a part of it was here, " };
+    format!("removed {name} to make room, {} freed: {part}last used {}", Size(download.bytes), age(download.used))
+}
+
+/// How long ago something was, as people say it.
+pub(crate) fn age(then: SystemTime) -> String {
+    let seconds = SystemTime::now().duration_since(then).map_or(0, |age| age.as_secs());
+    match seconds {
+        0..120 => "just now".to_owned(),
+        120..7200 => format!("{} minutes ago", seconds / 60),
+        7200..172_800 => format!("{} hours ago", seconds / 3600),
+        _ => format!("{} days ago", seconds / 86_400),
     }
 }
 

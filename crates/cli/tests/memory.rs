@@ -75,13 +75,29 @@ fn takes_what_was_set_aside(weights: Weights) {
     for server in [&first, &second] {
         until("the ring is ready", || (status(server)["state"] == "ready").then_some(()));
     }
-    let request = json!({"model": "demo", "prompt": "ba ".repeat(1_500), "max_tokens": 8, "ignore_eos": true});
-    http::complete(&first.address, &request);
+    let mut salt = 0;
+    let mut fills_up = || {
+        salt += 1;
+        let prompt = format!("ba{salt} {}", "ba ".repeat(1_500));
+        let request = json!({"model": "demo", "prompt": prompt, "max_tokens": 8, "ignore_eos": true});
+        http::complete(&first.address, &request);
+    };
+    fills_up();
     for server in [&first, &second] {
         let status: Value = status(server);
         let process = status["ring"]["process_id"].as_u64().unwrap();
         let planned = status["memory_bytes_planned"].as_u64().unwrap();
-        let taken = memory(process, "Rss");
+        // Where others need memory, the system takes some away that is needed again at the next request.
+        let taken = until("what was set aside is taken", || {
+            let taken = memory(process, "Rss");
+            assert!(taken <= planned, "{taken} of {planned}: {status}");
+            if planned > taken + taken / 10 {
+                eprintln!("{taken} of {planned} bytes are taken");
+                fills_up();
+                return None;
+            }
+            Some(taken)
+        });
         eprintln!(
             "layers {}: {:.0} MiB were set aside, {:.0} are taken, {:.0} of them anonymous; shared pages by part {:.0}",
             status["ring"]["held"],
@@ -90,7 +106,6 @@ fn takes_what_was_set_aside(weights: Weights) {
             memory(process, "Anonymous") as f64 / 1048576.0,
             memory(process, "Pss") as f64 / 1048576.0,
         );
-        assert!(taken <= planned && planned <= taken + taken / 10, "{taken} of {planned}: {status}");
     }
 }
 
@@ -112,12 +127,18 @@ fn the_model_that_guesses_for_a_ring_runs_at_its_driver_and_its_memory_is_set_as
     for server in [&first, &second] {
         until("the ring is ready", || (status(server)["state"] == "ready").then_some(()));
     }
-    let request =
-        json!({"model": "tiny", "prompt": "ba na ".repeat(20), "max_tokens": 200, "ignore_eos": true, "seed": 1});
-    assert_eq!(http::complete(&first.address, &request), http::complete(&second.address, &request));
-    let [with, without] = [&first, &second].map(status);
+    let mut seed = 0;
+    // Whether a guess pays is decided by times that are measured; on a busy machine it may not for a while.
+    let with = until("a token is guessed", || {
+        seed += 1;
+        let prompt = "ba na ".repeat(20);
+        let request = json!({"model": "tiny", "prompt": prompt, "max_tokens": 200, "ignore_eos": true, "seed": seed});
+        assert_eq!(http::complete(&first.address, &request), http::complete(&second.address, &request));
+        Some(status(&first)).filter(|with| with["guessed_tokens"].as_u64() > Some(0))
+    });
+    let without = status(&second);
     assert_eq!(with["draft"]["model"], "draft.gguf");
-    assert!(with["draft"]["process_id"].is_u64() && with["guessed_tokens"].as_u64() > Some(0), "{with}");
+    assert!(with["draft"]["process_id"].is_u64(), "{with}");
     assert_eq!((&without["draft"], &without["guessed_tokens"]), (&Value::Null, &json!(0)));
     let planned = |status: &Value| status["memory_bytes_planned"].as_u64().unwrap();
     assert!(planned(&with) > planned(&without) + draft_bytes, "{with}\n{without}");

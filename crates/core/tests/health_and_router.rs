@@ -68,6 +68,20 @@ fn a_peer_that_is_gone_is_left_alone_at_once_and_tried_by_one_request_after_a_gr
 }
 
 #[test]
+fn what_a_peer_says_next_of_itself_does_not_undo_what_is_known_of_it() {
+    let (router, mut health) = (Router::new(), Health::new());
+    for (number, verdict) in [(1, Verdict::Gone), (2, Verdict::NoMemory), (3, Verdict::Busy { retry_ms: 5_000 })] {
+        health.note(node(number), model(), verdict, T0);
+    }
+    // Each says that it has nothing to do, and is faster than ever.
+    let boast = ServedModel { decode_us_per_token: 1, prefill_us_per_token: 1, ..served() };
+    let peers: Vec<(NodeId, ServedModel)> = (1..=4).map(|number| (node(number), boast.clone())).collect();
+    let ranking = ranked(&router, &facts(&prompt(10)), &peers, &health);
+    assert_eq!(order(&ranking), [node(4)]);
+    assert_eq!(ranking.excluded.len(), 3);
+}
+
+#[test]
 fn a_probe_that_never_ends_does_not_lock_a_peer_out_for_ever() {
     let mut health = Health::new();
     health.note(node(1), model(), Verdict::Gone, T0);

@@ -412,6 +412,21 @@ fn a_worker_that_leaves_in_good_order_is_not_blamed() {
 }
 
 #[test]
+fn an_answer_that_was_left_unread_for_too_long_goes_on_at_the_same_peer_and_blames_nobody() {
+    let mut driven = Driven::streaming();
+    driven.tell(Event::ReaderFull);
+    let mut said = driven.after(60_000, Event::ReaderReady);
+    said.extend(driven.tell(Event::Failed { attempt: AttemptId(0), code: FailureCode::LeaseExpired }));
+    assert!(said.iter().all(|action| !matches!(action, Action::Report { .. })), "{said:?}");
+    driven.tell(offers([]));
+    driven.wait(asks_for_peers_again);
+    assert!(says(&driven.tell(offers([1])), &opens(1, 1)));
+    assert_eq!(driven.session.generated().len(), 10);
+    driven.after(100, tokens(1, 10..12));
+    assert_eq!(driven.emitted(), [truth(10), truth(11)]);
+}
+
+#[test]
 fn a_client_that_leaves_cancels_everything() {
     let mut driven = Driven::streaming();
     driven.wait(asks_for_peers);

@@ -26,8 +26,8 @@ use crate::{
 
 /// Below the owner's programs: idle time is what a node contributes.
 const NICENESS: i32 = 10;
-/// After an answer the driver's next frame comes within this, mostly. Sleeping and being woken takes as long, so the
-/// thread looks at the socket this long before it sleeps.
+/// After an answer of a whole model the driver's next frame comes within this, mostly. Sleeping and being woken takes as long, so the
+/// thread looks at the socket this long before it sleeps. After an answer of one stage of several, others compute first.
 const PATIENCE: Duration = Duration::from_micros(150);
 /// Bytes read at once.
 const READ_BYTES: usize = 1 << 16;
@@ -48,16 +48,18 @@ struct Inbox {
     socket: UnixStream,
     bytes: Vec<u8>,
     chunk: Vec<u8>,
+    /// How long it looks for a frame before it sleeps.
+    patience: Duration,
 }
 
 impl Inbox {
     fn new(socket: UnixStream) -> Inbox {
-        Inbox { socket, bytes: Vec::new(), chunk: vec![0; READ_BYTES] }
+        Inbox { socket, bytes: Vec::new(), chunk: vec![0; READ_BYTES], patience: Duration::ZERO }
     }
 
     /// Every frame that has arrived; waits for one if `wait`. `None`: the parent has closed the socket.
     fn take(&mut self, wait: bool) -> Result<Option<Vec<Frame>>, ChildError> {
-        let impatient = Instant::now() + PATIENCE;
+        let impatient = Instant::now() + self.patience;
         let mut frames = Vec::new();
         loop {
             let arrived = loop {
@@ -103,6 +105,9 @@ pub fn run(socket: UnixStream) -> Result<(), ChildError> {
     let Some(mut frames) = inbox.take(true)? else { return Ok(()) };
     let first = frames.drain(..1).next().filter(|f| f.header.kind == Kind::Load).ok_or(ChildError::NoLoad)?;
     let load: Load = first.decode()?;
+    if load.role == (Role::Stage { first: true, last: true }) {
+        inbox.patience = PATIENCE;
+    }
     let mut server = match Server::load(&load, &mut out) {
         Ok(server) => server,
         Err(error) => {

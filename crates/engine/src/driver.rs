@@ -364,18 +364,18 @@ impl Driver {
             return self.on_drafter(Health::Failed(reason.to_owned()));
         }
         self.health[stage] = Health::Failed(reason.to_owned());
-        self.fail_all(reason);
+        self.end_all(|| SessionEvent::Lost(reason.to_owned()));
     }
 
     /// The engine ends: every session fails, now and later.
     pub fn stop(&mut self, reason: &str) {
         self.stopped = Some(reason.to_owned());
-        self.fail_all(reason);
+        self.end_all(|| SessionEvent::Failed(reason.to_owned()));
     }
 
-    fn fail_all(&mut self, reason: &str) {
+    fn end_all(&mut self, last: impl Fn() -> SessionEvent) {
         for id in self.sessions.keys().copied().collect::<Vec<_>>() {
-            self.fail(id, reason.to_owned());
+            self.end(id, last());
         }
     }
 
@@ -700,8 +700,12 @@ impl Driver {
     }
 
     fn fail(&mut self, id: u64, reason: String) {
+        self.end(id, SessionEvent::Failed(reason));
+    }
+
+    fn end(&mut self, id: u64, last: SessionEvent) {
         if let Some(session) = self.sessions.get(&id) {
-            Self::tell(&mut self.news, session, SessionEvent::Failed(reason));
+            Self::tell(&mut self.news, session, last);
         }
         self.remove(id, true);
     }

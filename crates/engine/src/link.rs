@@ -21,6 +21,8 @@ use murmur_protocol::{
 use rustix::net::SendFlags;
 use watch::Watch;
 
+use crate::Stop;
+
 /// Hidden subcommand of the binary that runs [`crate::child::run`] on standard input.
 pub const CHILD_SUBCOMMAND: &str = "engine-child";
 /// Bytes of a child's standard error that are kept for the message about its death.
@@ -67,11 +69,11 @@ pub enum LinkError {
 /// A stage on another machine, or one that may be: whoever implements this finds it and carries the frames.
 pub trait RemoteStage: Send + Sync {
     /// Connects to whoever holds the layers now: a socket on which both ends send frames as a driver and its child do, what
-    /// to load left out. It ends when the stage is lost. Blocks.
+    /// to load left out. It ends when the stage is lost. Blocks, until `stop` at most.
     ///
     /// # Errors
     /// Why nobody holds them, for people.
-    fn connect(&self) -> Result<UnixStream, String>;
+    fn connect(&self, stop: &Stop) -> Result<UnixStream, String>;
 
     /// Why the last connection ended, for people.
     fn lost_because(&self) -> String;
@@ -269,8 +271,8 @@ impl Link {
     }
 
     /// Connects to a stage on another machine. Blocks.
-    pub(crate) fn connect(stage: &Arc<dyn RemoteStage>) -> Result<(Link, Receiver), LinkError> {
-        let socket = stage.connect().map_err(LinkError::Lost)?;
+    pub(crate) fn connect(stage: &Arc<dyn RemoteStage>, stop: &Stop) -> Result<(Link, Receiver), LinkError> {
+        let socket = stage.connect(stop).map_err(LinkError::Lost)?;
         Link::over(socket, Far::Elsewhere(stage.clone()), None)
     }
 

@@ -39,7 +39,7 @@ async fn a_lossy_codec_rounds_a_little_and_rows_that_are_sent_again_as_they_were
         while let Some(event) = stream.next().await {
             match event {
                 SessionEvent::Token(sampled) => tokens.push(sampled.token),
-                SessionEvent::Failed(reason) => panic!("{reason}"),
+                SessionEvent::Failed(reason) | SessionEvent::Lost(reason) => panic!("{reason}"),
                 _ => continue,
             }
             if tokens.len() == 5 {

@@ -7,7 +7,7 @@ mod common;
 use std::time::Duration;
 
 use common::{spread::Spread, *};
-use murmur_engine::{Counters, Draft, DraftModel, Engine, EngineOptions, SessionEvent, SessionRequest, Stop};
+use murmur_engine::{Counters, Draft, DraftModel, Engine, EngineOptions, SessionRequest, Stop};
 use murmur_gguf::{
     LayerRange,
     synth::{self, Spec, Weights},
@@ -57,19 +57,7 @@ async fn answers(engine: &Engine) -> Vec<Answer> {
 
 /// The tokens of an answer. Something happens after each, by how many there are.
 async fn tokens_while(engine: &Engine, request: SessionRequest, happens: impl Fn(usize)) -> Vec<Token> {
-    let mut stream = engine.start(request).unwrap();
-    let mut tokens = Vec::new();
-    while let Some(event) = stream.next().await {
-        match event {
-            SessionEvent::Token(sampled) => {
-                tokens.push(sampled.token);
-                happens(tokens.len());
-            }
-            SessionEvent::Failed(reason) => panic!("{reason}"),
-            _ => {}
-        }
-    }
-    tokens
+    read_while(engine.start(request).unwrap(), happens).await.unwrap().tokens
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -129,10 +117,8 @@ async fn the_model_that_guesses_may_die_and_nobody_waits_for_it() {
         }
     };
     assert_eq!(tokens_while(&guessing, request(), dies).await, plain.tokens);
-    // It comes back, and guesses again.
-    while guessing.status().draft.unwrap().restarts == 0 {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    until("it comes back", || (guessing.status().draft.unwrap().restarts > 0).then_some(()));
+    // And guesses again.
     let before = guessing.status().counters.right_tokens;
     assert_eq!(run(&guessing, request()).await.tokens, plain.tokens);
     assert!(guessing.status().counters.right_tokens > before);

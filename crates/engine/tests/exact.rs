@@ -4,8 +4,6 @@
 
 mod common;
 
-use std::time::Duration;
-
 use common::*;
 use murmur_engine::{Engine, SessionEvent, SessionRequest, Stop};
 use murmur_gguf::synth::Weights;
@@ -101,20 +99,17 @@ async fn a_killed_stage_is_not_noticed(stages: &[u32], victim: usize, phase: Pha
         };
         if now && !killed {
             killed = true;
-            let before = children();
+            let before = lab.children();
             kill(stage_pid(&engine, victim).unwrap());
             if let Phase::Reload = phase {
                 // The replacement is killed as well, as early as it can be seen.
-                while children().iter().all(|pid| before.contains(pid)) {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
-                children().into_iter().filter(|pid| !before.contains(pid)).for_each(kill);
+                kill(lab.child_besides(&before));
             }
         }
         match event {
             SessionEvent::Token(sampled) => tokens.push(sampled.token),
             SessionEvent::Ended(_) => break,
-            SessionEvent::Failed(reason) => panic!("{reason}"),
+            SessionEvent::Failed(reason) | SessionEvent::Lost(reason) => panic!("{reason}"),
             SessionEvent::Prefill { .. } | SessionEvent::Guesses { .. } => {}
         }
     }

@@ -17,8 +17,6 @@ use murmur_protocol::{
 /// Far less than anyone waits in earnest, and enough for a tiny model on a busy machine.
 const IMPATIENT: Patience =
     Patience { silence_floor: Duration::from_millis(400), failed_pause: Duration::from_millis(50) };
-/// Longer than anything here takes, shorter than the patience of tests that must not need it.
-const LIMIT: Duration = Duration::from_secs(25);
 
 fn options(lab: &Lab, bounds: &[u32], patience: Patience) -> EngineOptions {
     let model = lab.tiny("llama", Weights::F32);
@@ -27,18 +25,6 @@ fn options(lab: &Lab, bounds: &[u32], patience: Patience) -> EngineOptions {
 
 fn load(options: EngineOptions) -> Engine {
     Engine::load(options, Stop::new(), |_, _| {}).unwrap()
-}
-
-/// The new process, once there is one.
-fn child_besides(known: &[u32]) -> u32 {
-    let started = Instant::now();
-    loop {
-        if let Some(pid) = children().into_iter().find(|pid| !known.contains(pid)) {
-            return pid;
-        }
-        assert!(started.elapsed() < LIMIT);
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 async fn a_hung_stage_is_not_noticed(bounds: &[u32], victim: usize) {
@@ -57,7 +43,7 @@ async fn a_hung_stage_is_not_noticed(bounds: &[u32], victim: usize) {
                 }
             }
             SessionEvent::Ended(_) => break,
-            SessionEvent::Failed(reason) => panic!("{reason}"),
+            SessionEvent::Failed(reason) | SessionEvent::Lost(reason) => panic!("{reason}"),
             SessionEvent::Prefill { .. } | SessionEvent::Guesses { .. } => {}
         }
     }
@@ -74,9 +60,10 @@ async fn an_engine_process_that_hangs_is_not_noticed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idle_engine_process_is_left_alone_however_long_it_is_silent() {
     let lab = Lab::new();
-    let engine = load(options(&lab, &[0, 8], Patience { silence_floor: Duration::from_millis(20), ..IMPATIENT }));
+    let engine = load(options(&lab, &[0, 8], Patience { silence_floor: Duration::from_millis(200), ..IMPATIENT }));
     run(&engine, request(prompt(30, 1), 5, greedy())).await;
     let (before, pid) = (engine.status().stages[0].restarts, stage_pid(&engine, 0));
+    // Five times the silence after which one that owes something is dead.
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!((engine.status().stages[0].restarts, stage_pid(&engine, 0)), (before, pid));
 }
@@ -122,9 +109,9 @@ async fn a_stage_that_cannot_be_loaded_again_fails_with_the_reason_and_comes_bac
 fn an_engine_ends_at_once_while_a_stage_loads_or_is_to_be_tried_again_later() {
     let lab = Lab::new();
     let engine = load(options(&lab, &[0, 8], Patience::default()));
-    let known = children();
+    let known = lab.children();
     kill(stage_pid(&engine, 0).unwrap());
-    stop_process(child_besides(&known));
+    stop_process(lab.child_besides(&known));
     let started = Instant::now();
     drop(engine);
     assert!(started.elapsed() < LIMIT, "while it loads");
@@ -134,9 +121,7 @@ fn an_engine_ends_at_once_while_a_stage_loads_or_is_to_be_tried_again_later() {
     let engine = load(options);
     std::fs::rename(&model, lab.dir.path().join("away")).unwrap();
     kill(stage_pid(&engine, 0).unwrap());
-    while engine.status().unavailable.is_none() {
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    until("it is to be tried again later", || engine.status().unavailable);
     let started = Instant::now();
     drop(engine);
     assert!(started.elapsed() < LIMIT, "while it pauses");
@@ -145,12 +130,12 @@ fn an_engine_ends_at_once_while_a_stage_loads_or_is_to_be_tried_again_later() {
 #[test]
 fn loading_can_be_stopped() {
     let lab = Lab::new();
-    let (options, stop, known) = (options(&lab, &[0, 8], Patience::default()), Stop::new(), children());
+    let (options, stop, known) = (options(&lab, &[0, 8], Patience::default()), Stop::new(), lab.children());
     let loading = std::thread::spawn({
         let stop = stop.clone();
         move || Engine::load(options, stop, |_, _| {})
     });
-    stop_process(child_besides(&known));
+    stop_process(lab.child_besides(&known));
     stop.stop();
     assert!(matches!(loading.join().unwrap().err(), Some(EngineError::Stopped)));
 }

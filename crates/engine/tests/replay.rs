@@ -46,7 +46,7 @@ async fn read_and(mut stream: SessionStream, phase: Phase, mut then: impl FnMut(
         match stream.next().await.expect("the stream goes on until its ending") {
             SessionEvent::Token(sampled) => tokens.push(sampled.token),
             SessionEvent::Ended(_) => break,
-            SessionEvent::Failed(reason) => panic!("{reason}"),
+            SessionEvent::Failed(reason) | SessionEvent::Lost(reason) => panic!("{reason}"),
             SessionEvent::Prefill { .. } | SessionEvent::Guesses { .. } => {}
         }
         let is_now = match phase {

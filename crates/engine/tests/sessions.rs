@@ -4,8 +4,6 @@
 
 mod common;
 
-use std::time::Duration;
-
 use common::*;
 use murmur_engine::{Ending, Engine, SessionEvent, StartError, Stop};
 use murmur_gguf::{LayerRange, synth::Weights};
@@ -181,8 +179,8 @@ async fn a_tokenizer_process_that_is_killed_is_replaced() {
     let engine = whole(&lab);
     let expected = engine.tokenize("one two three", true, false).await.unwrap();
     let stages: Vec<u32> = (0..1).filter_map(|s| stage_pid(&engine, s)).collect();
-    children().into_iter().filter(|pid| !stages.contains(pid)).for_each(kill);
-    tokio::time::timeout(Duration::from_secs(20), async {
+    lab.children().into_iter().filter(|pid| !stages.contains(pid)).for_each(kill);
+    tokio::time::timeout(LIMIT, async {
         assert_eq!(engine.tokenize("one two three", true, false).await.unwrap(), expected);
     })
     .await

@@ -4,11 +4,15 @@
 
 mod common;
 
-use std::sync::mpsc;
+use std::{
+    os::unix::net::UnixStream,
+    sync::{Arc, mpsc},
+    thread,
+};
 
 use common::{spread::Spread, *};
 use futures::future::join_all;
-use murmur_engine::{Guest, Host, HostError, SessionEvent};
+use murmur_engine::{Engine, EngineError, Guest, Host, HostError, RemoteStage, Stop};
 use murmur_gguf::{LayerRange, synth::Weights};
 use murmur_protocol::{
     codec::Codec,
@@ -57,12 +61,12 @@ async fn a_stage_that_dies_is_found_elsewhere_and_no_token_changes() {
     let driver = spread.engine();
     for stage in 0..2 {
         let asked = || request(prompt(100, stage), 200, sampled(5));
-        let answer = async { read(driver.start(asked()).unwrap()).await.unwrap() };
-        let dying = async {
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-            kill(spread.holders[stage as usize].host().process_id().unwrap());
+        let dies = |tokens| {
+            if tokens == 5 {
+                kill(spread.holders[stage as usize].host().process_id().unwrap());
+            }
         };
-        let (answer, ()) = tokio::join!(answer, dying);
+        let answer = read_while(driver.start(asked()).unwrap(), dies).await.unwrap();
         assert_eq!(answer.logprob_bits, run(&whole, asked()).await.logprob_bits);
         assert_eq!(driver.status().stages[stage as usize].restarts, 1);
     }
@@ -80,26 +84,15 @@ async fn hosts_beside_a_dead_one_compute_nothing_twice_for_any_of_their_drivers(
         let drivers = [spread.engine_with(true), spread.engine_with(true)];
         let asked = |n: i32| request(prompt(30 + 40 * n as usize, n), TOKENS, sampled(n as u64));
         let mut streams: Vec<_> = (0..6).map(|n| drivers[n as usize % 2].start(asked(n)).unwrap()).collect();
-        let mut watched = streams.pop().unwrap();
+        let watched = streams.pop().unwrap();
         let others = join_all(streams.into_iter().map(read));
-        let last = async {
-            let mut tokens = Vec::new();
-            while let Some(event) = watched.next().await {
-                match event {
-                    SessionEvent::Token(sampled) => {
-                        tokens.push(sampled.token);
-                        if tokens.len() == 5 {
-                            kill(spread.holders[victim].host().process_id().unwrap());
-                        }
-                    }
-                    SessionEvent::Failed(reason) => panic!("{reason}"),
-                    _ => {}
-                }
+        let last = read_while(watched, |tokens| {
+            if tokens == 5 {
+                kill(spread.holders[victim].host().process_id().unwrap());
             }
-            tokens
-        };
+        });
         let (others, last) = tokio::join!(others, last);
-        let answers: Vec<_> = others.into_iter().map(|answer| answer.unwrap().tokens).chain([last]).collect();
+        let answers: Vec<_> = others.into_iter().chain([last]).map(|answer| answer.unwrap().tokens).collect();
         for (n, answer) in (0..).zip(answers) {
             assert_eq!(answer, run(&whole, asked(n)).await.tokens, "{victim} dies, request {n}");
         }
@@ -205,4 +198,36 @@ fn sessions_that_a_driver_does_not_have_any_more_make_room() {
     assert!(answered.iter().take(6).all(|frame| frame.header.kind == Kind::Opened));
     guest.send(open(16)).unwrap();
     assert_eq!(answered.recv().unwrap().header.kind, Kind::NotOpened);
+}
+
+/// A stage that nobody ever finds.
+struct Nowhere(mpsc::Sender<()>);
+
+impl RemoteStage for Nowhere {
+    fn connect(&self, stop: &Stop) -> Result<UnixStream, String> {
+        self.0.send(()).unwrap();
+        while !stop.is_stopped() {
+            thread::yield_now();
+        }
+        Err("it is not wanted any more".to_owned())
+    }
+
+    fn lost_because(&self) -> String {
+        String::new()
+    }
+}
+
+#[test]
+fn an_engine_that_still_looks_for_its_stages_can_be_stopped() {
+    let lab = Lab::new();
+    let model = lab.tiny("llama", Weights::Q8_0);
+    let options = lab.options(&model, vec![LayerRange::new(0, layers(&model))], true);
+    let (stop, (looks, looking)) = (Stop::new(), mpsc::channel());
+    let loading = thread::spawn({
+        let stop = stop.clone();
+        move || Engine::load_spread(options, &[Some(Arc::new(Nowhere(looks)))], stop, |_, _| {}).err()
+    });
+    looking.recv().unwrap();
+    stop.stop();
+    assert!(matches!(loading.join().unwrap(), Some(EngineError::Stopped)));
 }

@@ -67,9 +67,8 @@ const TEXTS: &[&str] = &[
     "\u{0}\u{7f}\u{ffff}",
 ];
 
-fn start(card: &Path) -> Result<Tokenizer, EngineError> {
-    let program = env!("CARGO_BIN_EXE_murmur-engine-child").into();
-    Tokenizer::start(program, card, Patience::default().silence_floor)
+fn start(lab: &Lab, card: &Path) -> Result<Tokenizer, EngineError> {
+    Tokenizer::start(lab.program.clone(), card, Patience::default().silence_floor)
 }
 
 /// Writes a model's card beside the lab's models.
@@ -98,7 +97,7 @@ async fn are_alike(card: &Tokenizer, model: &Tokenizer) {
 
 async fn a_card_does_for(lab: &Lab, model: &Path) {
     let card = card_of(lab, model);
-    are_alike(&start(&card).unwrap(), &start(model).unwrap()).await;
+    are_alike(&start(lab, &card).unwrap(), &start(lab, model).unwrap()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -126,7 +125,7 @@ async fn a_card_without_the_model_serves_as_the_engine_of_the_whole_model_does()
     let engine: Engine = lab.engine(&model, ranges(&[0, layers(&model)]), false);
     let card = card_of(&lab, &model);
     std::fs::remove_file(&model).unwrap();
-    are_alike(&start(&card).unwrap(), engine.tokenizer()).await;
+    are_alike(&start(&lab, &card).unwrap(), engine.tokenizer()).await;
     let kept = engine.tokenizer().clone();
     drop(engine);
     assert!(matches!(kept.tokenize("a", false, false).await, Err(EngineError::Stopped)));
@@ -136,7 +135,7 @@ async fn a_card_without_the_model_serves_as_the_engine_of_the_whole_model_does()
 #[tokio::test(flavor = "multi_thread")]
 async fn the_child_of_a_tokenizer_is_replaced_when_it_dies_and_ends_with_it() {
     let lab = Lab::new();
-    let tokenizer = start(&card_of(&lab, &lab.tiny("llama", Weights::F32))).unwrap();
+    let tokenizer = start(&lab, &card_of(&lab, &lab.tiny("llama", Weights::F32))).unwrap();
     let expected = tokenizer.tokenize("one two three", true, false).await.unwrap();
     let first = tokenizer.process_id().unwrap();
     kill(first);
@@ -148,7 +147,7 @@ async fn the_child_of_a_tokenizer_is_replaced_when_it_dies_and_ends_with_it() {
         }
     };
     drop(tokenizer);
-    assert!(!children().contains(&second));
+    assert!(!lab.children().contains(&second));
 }
 
 #[test]
@@ -162,7 +161,7 @@ fn a_card_that_is_damaged_or_no_vocabulary_is_refused_before_llama_cpp_sees_it()
     renamed[at] = b'T';
     for bytes in [&bytes[..bytes.len() / 2], b"no GGUF at all", b"", &renamed] {
         std::fs::write(&bad, bytes).unwrap();
-        assert!(matches!(start(&bad), Err(EngineError::Gguf(_))));
+        assert!(matches!(start(&lab, &bad), Err(EngineError::Gguf(_))));
     }
-    assert!(matches!(start(&lab.dir.path().join("nothing")), Err(EngineError::Gguf(_))));
+    assert!(matches!(start(&lab, &lab.dir.path().join("nothing")), Err(EngineError::Gguf(_))));
 }

@@ -17,7 +17,7 @@ use std::{
 use murmur_lab::{Host, Lab, Link, NatKind, Site, Topology, Wire};
 
 /// For what must come: far longer than it takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// For what must not come. Too short a wait could hide a fault but not invent one; the counters say that it was dropped.
 const SILENCE: Duration = Duration::from_millis(100);
 
@@ -56,6 +56,19 @@ fn echo(socket: UdpSocket) {
     }
 }
 
+/// Measures anew until a figure is as it should be. A busy machine makes things later now and then, but not for ever.
+fn until_measured<T: std::fmt::Debug>(mut measure: impl FnMut() -> T, is_right: impl Fn(&T) -> bool) {
+    let started = Instant::now();
+    loop {
+        let measured = measure();
+        if is_right(&measured) {
+            return;
+        }
+        eprintln!("measured {measured:?}, which is not as it should be");
+        assert!(started.elapsed() < PATIENCE, "it never was");
+    }
+}
+
 /// One packet there and back.
 fn round_trip(socket: &UdpSocket, to: SocketAddr, number: u32) -> Option<Duration> {
     let sent = Instant::now();
@@ -90,14 +103,17 @@ fn a_round_trip_takes_the_delay_that_was_asked_for() {
     topology.hosts[0].up = Link::delay(7.0);
     topology.default_route = Link::delay(3.5);
     with_echo(&topology, |lab, socket, to| {
-        let trips = |from: u32| (from..from + 30).map(|n| round_trip(socket, to, n).unwrap()).min().unwrap();
-        // Never less; at times more, when the machine is busy, but not always.
-        let shortest = trips(0);
-        assert!((Duration::from_millis(14)..Duration::from_millis(17)).contains(&shortest), "{shortest:?}");
+        let mut numbers = 0..;
+        let mut trip = || round_trip(socket, to, numbers.next().unwrap()).unwrap();
+        let mut delayed = || {
+            let took = trip();
+            assert!(took >= Duration::from_millis(14), "{took:?} is less than was asked for");
+            took
+        };
+        until_measured(&mut delayed, |took| *took < Duration::from_millis(17));
         lab.set_link(&Wire::Up("a".into()), &Link::default()).unwrap();
         lab.set_route("a", "b", &Link::default()).unwrap();
-        let shortest = trips(100);
-        assert!(shortest < Duration::from_millis(3), "{shortest:?} after the delay was taken away");
+        until_measured(trip, |took| *took < Duration::from_millis(3));
     });
 }
 
@@ -106,10 +122,15 @@ fn jitter_spreads_the_delays_over_its_range() {
     let mut topology = Topology::of_hosts(["a", "b"]);
     topology.hosts[1].down = Link { jitter_ms: 10.0, ..Link::delay(2.0) };
     with_echo(&topology, |_, socket, to| {
-        let mut trips: Vec<f64> = (0..100).map(|n| round_trip(socket, to, n).unwrap().as_secs_f64() * 1e3).collect();
-        trips.sort_by(f64::total_cmp);
-        assert!(trips[0] >= 2.0, "{trips:?}");
-        assert!(trips[10] < 7.0 && trips[90] > 7.0, "{trips:?}");
+        let mut numbers = 0..;
+        let mut trip = || round_trip(socket, to, numbers.next().unwrap()).unwrap().as_secs_f64() * 1e3;
+        let hundred = || {
+            let mut trips: Vec<f64> = (0..100).map(|_| trip()).collect();
+            trips.sort_by(f64::total_cmp);
+            assert!(trips[0] >= 2.0, "{trips:?}");
+            trips
+        };
+        until_measured(hundred, |trips| trips[10] < 7.0 && trips[90] > 7.0);
     });
 }
 
@@ -214,12 +235,13 @@ fn a_rate_is_what_tcp_gets_and_not_more() {
     topology.hosts[0].up = Link { delay_ms: 5.0, ..Link::rate(20.0) };
     let Some(lab) = lab(&topology) else { return };
     let data = vec![7; 2_000_000];
-    let (received, took) = transfer(&lab, "a", "b", &data);
-    assert_eq!(received.len(), data.len());
-    let mbit_s = data.len() as f64 * 8.0 / took.as_secs_f64() / 1e6;
-    eprintln!("{mbit_s:.1} Mbit/s of 20");
+    let rate_mbit_s = || {
+        let (received, took) = transfer(&lab, "a", "b", &data);
+        assert_eq!(received.len(), data.len());
+        data.len() as f64 * 8.0 / took.as_secs_f64() / 1e6
+    };
     // Headers take 4 %. The receiver may have fallen behind the first byte by what the buffers hold.
-    assert!((8.0..22.0).contains(&mbit_s), "{mbit_s} Mbit/s");
+    until_measured(rate_mbit_s, |mbit_s| (8.0..22.0).contains(mbit_s));
 }
 
 #[test]
@@ -248,17 +270,21 @@ fn multicast_reaches_the_hosts_of_the_same_site() {
 fn programs_run_on_their_host_and_know_the_others_by_name() {
     let Some(lab) = lab(&Topology::of_hosts(["a", "b"])) else { return };
     let host = lab.host("a").unwrap();
-    let started = Instant::now();
-    let output = host
-        .command("sh")
-        .args(["-c", "getent hosts b; getent ahostsv4 nobody.example || echo unknown; ip -o -4 address show eth0"])
-        .output()
-        .unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.starts_with(&lab.host("b").unwrap().address().to_string()), "{text}");
-    assert!(text.contains(&host.address().to_string()), "{text}");
-    assert!(text.contains("unknown"), "{text}");
-    assert!(started.elapsed() < Duration::from_secs(4), "a name server was waited for");
+    let ask = || {
+        let started = Instant::now();
+        let output = host
+            .command("sh")
+            .args(["-c", "getent hosts b; getent ahostsv4 nobody.example || echo unknown; ip -o -4 address show eth0"])
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.starts_with(&lab.host("b").unwrap().address().to_string()), "{text}");
+        assert!(text.contains(&host.address().to_string()), "{text}");
+        assert!(text.contains("unknown"), "{text}");
+        started.elapsed()
+    };
+    // A resolver waits five seconds for a name server.
+    until_measured(ask, |took| *took < Duration::from_secs(4));
 }
 
 #[test]

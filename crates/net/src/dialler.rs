@@ -13,7 +13,7 @@ use iroh::{EndpointAddr, RelayUrl};
 use murmur_core::time::Now;
 use murmur_protocol::mesh::{Addresses, NodeId};
 use tokio::sync::oneshot;
-use tokio::task::JoinSet;
+use tokio::task::{self, JoinSet};
 use tokio::time::timeout;
 
 use crate::contact::{Contact, endpoint_id};
@@ -62,6 +62,16 @@ pub(crate) enum Waiting {
     Connection(oneshot::Sender<Result<Connection, NetError>>),
 }
 
+impl Waiting {
+    fn tell(self, outcome: impl FnOnce() -> Result<Connection, NetError>) {
+        // Whoever has stopped waiting needs no answer.
+        match self {
+            Waiting::Greeting(reply) => drop(reply.send(outcome().map(drop))),
+            Waiting::Connection(reply) => drop(reply.send(outcome())),
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Candidate {
     addresses: Addresses,
@@ -76,7 +86,8 @@ struct Candidate {
 pub(crate) struct Dialler {
     candidates: BTreeMap<NodeId, Candidate>,
     waiting: HashMap<(NodeId, Purpose), Vec<Waiting>>,
-    dials: JoinSet<(NodeId, Purpose, Dialled)>,
+    dials: JoinSet<Dialled>,
+    under_way: HashMap<task::Id, (NodeId, Purpose)>,
 }
 
 impl Dialler {
@@ -144,7 +155,8 @@ impl Dialler {
         if let Some(others) = self.waiting.get_mut(&(node, purpose)) {
             match waiting {
                 Some(waiting) if others.len() < WAITING_MAX => others.push(waiting),
-                _ => {}
+                Some(waiting) => waiting.tell(|| Err(NetError::unreachable(node, "too many wait for that already"))),
+                None => {}
             }
             return;
         }
@@ -152,22 +164,24 @@ impl Dialler {
         let found = self.candidates.get(&node).map(|candidate| &candidate.addresses);
         let target = target(node, told.into_iter().chain(found));
         let shared = Arc::clone(shared);
-        self.dials.spawn(async move {
-            let dialled = match target {
-                Ok(target) => dial(&shared, node, target, purpose).await,
-                Err(error) => Err(error),
-            };
-            (node, purpose, dialled)
-        });
+        let dialling = self.dials.spawn(async move { dial(&shared, node, target?, purpose).await });
+        self.under_way.insert(dialling.id(), (node, purpose));
     }
 
     /// The next dial that has ended. Pends while none is under way.
     pub(crate) async fn ended(&mut self) -> (NodeId, Purpose, Dialled) {
         loop {
-            match self.dials.join_next().await {
-                Some(Ok(ended)) => return ended,
-                Some(Err(error)) => tracing::error!(%error, "dialling failed within"),
+            let (id, dialled) = match self.dials.join_next_with_id().await {
+                Some(Ok((id, dialled))) => (id, Some(dialled)),
+                Some(Err(error)) => {
+                    tracing::error!(%error, "dialling failed within");
+                    (error.id(), None)
+                }
                 None => std::future::pending().await,
+            };
+            if let Some((node, purpose)) = self.under_way.remove(&id) {
+                let failed = || Err(NetError::unreachable(node, "dialling it failed within"));
+                return (node, purpose, dialled.unwrap_or_else(failed));
             }
         }
     }
@@ -192,11 +206,7 @@ impl Dialler {
             self.candidates.insert(node, candidate);
         }
         for waiting in self.waiting.remove(&(node, purpose)).unwrap_or_default() {
-            // Whoever has stopped waiting needs no answer.
-            match waiting {
-                Waiting::Greeting(reply) => drop(reply.send(told(node, dialled).map(drop))),
-                Waiting::Connection(reply) => drop(reply.send(told(node, dialled))),
-            }
+            waiting.tell(|| told(node, dialled));
         }
     }
 }
@@ -271,6 +281,19 @@ mod tests {
         }
         dialler.note(contact.node, Purpose::Control, &failed(), now);
         assert_eq!(dialler.due(now.plus_ms(PAUSE_MS_MAX)).count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_dial_that_fails_within_is_told_to_those_that_wait_and_can_be_tried_again() {
+        let (mut dialler, node) = (Dialler::default(), contact(1).node);
+        let (reply, told) = oneshot::channel();
+        dialler.waiting.insert((node, Purpose::Control), vec![Waiting::Greeting(reply)]);
+        let dialling = dialler.dials.spawn(async { panic!("as a test wants it") });
+        dialler.under_way.insert(dialling.id(), (node, Purpose::Control));
+        let (node, purpose, dialled) = dialler.ended().await;
+        dialler.note(node, purpose, &dialled, Now::ZERO);
+        assert!(matches!(told.await.unwrap(), Err(NetError::Unreachable { .. })));
+        assert!(!dialler.is_dialling(&node) && dialler.under_way.is_empty());
     }
 
     #[test]

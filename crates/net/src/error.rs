@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use murmur_protocol::mesh::{MeshId, MessageError, NodeId, Refusal};
 
+use crate::stream::StreamEnd;
+
 /// Why something on the network, or about the node's place in it, did not work.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
@@ -58,6 +60,9 @@ pub enum NetError {
     /// The other side did not keep a deadline.
     #[error("no {0} in time")]
     Late(&'static str),
+    /// The other side has reset a stream.
+    #[error("the other side has ended the stream: {0}")]
+    Ended(StreamEnd),
     /// The other side broke the protocol.
     #[error("the other side broke the protocol: {0}")]
     Protocol(String),

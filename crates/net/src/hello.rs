@@ -12,12 +12,11 @@
 //!
 //! Who is silent, or slow, is dropped at the deadline. Who sends something else is told so and dropped.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use iroh::endpoint::{Connection, RecvStream, SendStream};
-use murmur_protocol::mesh::{
-    Capabilities, Control, NodeId, PROTOCOL_VERSIONS, Redeem, Redeemed, Refusal, RefusalCode, Ticket, negotiate,
-};
+use murmur_protocol::mesh::{Capabilities, Control, NodeId, Redeem, Redeemed, Refusal, RefusalCode, Ticket, negotiate};
 use tokio::time::timeout;
 
 use crate::NetError;
@@ -104,11 +103,15 @@ pub(crate) async fn answer(
 }
 
 /// Redeems a ticket at its issuer, on a connection made for it.
-pub(crate) async fn redeem(connection: &Connection, ticket: &Ticket) -> Result<Redeemed, NetError> {
+pub(crate) async fn redeem(
+    connection: &Connection,
+    ticket: &Ticket,
+    versions: &RangeInclusive<u32>,
+) -> Result<Redeemed, NetError> {
     let murmur_protocol::mesh::Admission::Private { secret, .. } = &ticket.admission else {
         return Err(NetError::Ticket("a ticket for a public mesh needs no redeeming".into()));
     };
-    let message = Redeem { versions: PROTOCOL_VERSIONS, mesh: ticket.mesh, ticket: ticket.id, secret: secret.clone() };
+    let message = Redeem { versions: versions.clone(), mesh: ticket.mesh, ticket: ticket.id, secret: secret.clone() };
     let redeeming = async {
         let (mut send, mut reader) = open(connection, ticket.issuer).await?;
         stream::write(&mut send, &Control::Redeem(message)).await?;
@@ -124,7 +127,7 @@ pub(crate) async fn redeem(connection: &Connection, ticket: &Ticket) -> Result<R
 }
 
 fn redeemed(identity: &Identity, peer: NodeId, redeem: &Redeem) -> Result<Redeemed, Refusal> {
-    negotiate(&PROTOCOL_VERSIONS, &redeem.versions)?;
+    negotiate(&identity.versions, &redeem.versions)?;
     if redeem.mesh != identity.mesh {
         return Err(Refusal::new(RefusalCode::WrongMesh, "this node belongs to another mesh"));
     }

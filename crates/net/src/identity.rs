@@ -1,5 +1,6 @@
 //! Who this node is, and of which mesh: what the greeting and the records are made from.
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -22,6 +23,8 @@ pub(crate) struct Identity {
     pub mesh: MeshId,
     pub mesh_name: String,
     pub software: String,
+    /// Versions of the protocol that it speaks.
+    pub versions: RangeInclusive<u32>,
     pub private: Option<Private>,
 }
 
@@ -60,7 +63,15 @@ impl Identity {
     /// In a public mesh.
     pub(crate) fn public(key: NodeKey, name: &str, software: &str) -> Self {
         let (mesh, node) = (MeshId::public(name), key.node_id());
-        Identity { key, node, mesh, mesh_name: name.to_owned(), software: software.to_owned(), private: None }
+        Identity {
+            key,
+            node,
+            mesh,
+            mesh_name: name.to_owned(),
+            software: software.to_owned(),
+            versions: PROTOCOL_VERSIONS,
+            private: None,
+        }
     }
 
     /// In a private mesh, with what the data folder holds about it.
@@ -78,6 +89,7 @@ impl Identity {
             mesh: credentials.mesh,
             mesh_name: credentials.name.clone(),
             software: software.to_owned(),
+            versions: PROTOCOL_VERSIONS,
             private: Some(Private {
                 certificate: Mutex::new(credentials.certificate.clone()),
                 data_dir: data_dir.to_owned(),
@@ -135,7 +147,7 @@ impl Identity {
     /// The own greeting.
     pub(crate) fn hello(&self, capabilities: Capabilities) -> Hello {
         Hello {
-            versions: PROTOCOL_VERSIONS,
+            versions: self.versions.clone(),
             software: self.software.clone(),
             capabilities,
             mesh: self.mesh,
@@ -146,7 +158,7 @@ impl Identity {
 
     /// Decides about a greeting of `peer`, whom QUIC has proven to be that node.
     pub(crate) fn judge(&self, hello: &Hello, peer: NodeId) -> Result<Greeted, Refusal> {
-        let version = negotiate(&PROTOCOL_VERSIONS, &hello.versions)?;
+        let version = negotiate(&self.versions, &hello.versions)?;
         if hello.mesh != self.mesh {
             return Err(Refusal::new(RefusalCode::WrongMesh, "this node belongs to another mesh"));
         }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use iroh::TransportAddr;
-use iroh::endpoint::Connection;
+use iroh::endpoint::{Connection, ConnectionError};
 use murmur_protocol::mesh::NodeId;
 
 use crate::admission::close;
@@ -94,6 +94,16 @@ impl Links {
     /// How many there are.
     pub(crate) fn len(&self) -> usize {
         self.by_node().len()
+    }
+}
+
+/// Whether a connection was closed because another one of the pair is kept.
+pub(crate) fn is_duplicate(connection: &Connection) -> bool {
+    match connection.close_reason() {
+        Some(ConnectionError::ApplicationClosed(closed)) => closed.error_code == close::DUPLICATE,
+        // We have closed it ourselves.
+        Some(ConnectionError::LocallyClosed) => true,
+        _ => false,
     }
 }
 

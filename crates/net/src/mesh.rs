@@ -1,5 +1,6 @@
 //! A node's place in a mesh: what the rest of the program holds.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,8 +12,8 @@ use murmur_core::membership::{
 };
 use murmur_protocol::mesh::record::TTL_MS_MAX;
 use murmur_protocol::mesh::{
-    Admission as TicketAdmission, BearerSecret, Capabilities, Control, MeshId, NodeId, NodeRecord, Revocation,
-    SignedTicket, Ticket, TicketId,
+    Admission as TicketAdmission, BearerSecret, Capabilities, Control, MeshId, NodeId, NodeRecord, PROTOCOL_VERSIONS,
+    Revocation, SignedTicket, Ticket, TicketId,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -25,10 +26,10 @@ use crate::credentials::Credentials;
 use crate::dialler::DIAL_DEADLINE_MS;
 use crate::endpoint::{self, Bound, EndpointOptions, MESH_ALPN, causes};
 use crate::identity::Identity;
-use crate::links::{self, Flow, Links, Path};
+use crate::links::{self, Flow, Link, Links, Path};
 use crate::nostr::Publisher;
 use crate::shared::Shared;
-use crate::state::{COMMANDS_MAX, Command, OwnRecord, State, Table};
+use crate::state::{COMMANDS_MAX, Command, LINKS_WANTED, Limits, OwnRecord, State, Table};
 use crate::ticket::Invitation;
 use crate::{NetError, clock, data_dir, gossip, hello, mdns, nostr, remembered, serve};
 
@@ -37,6 +38,12 @@ pub const WORK_QUEUE_MAX: usize = 256;
 
 /// Within this time a stream for work is open, on a connection that stands.
 pub const OPEN_DEADLINE_MS: u64 = 5_000;
+
+/// How long a peer may leave unread what it has asked for.
+pub const LEASE_MS: u32 = 60_000;
+
+/// Control connections over which one ping is tried: of two that both ends have dialled at the same moment one is closed.
+const PING_LINKS_MAX: usize = 3;
 
 /// How long leaving waits for neighbours to take notice.
 pub const LEAVE_DEADLINE_MS: u64 = 2_000;
@@ -67,6 +74,8 @@ pub struct Timing {
     pub exchange_every_ms: u64,
     /// How often it is looked at whether the overlay has to join somebody, in milliseconds.
     pub heal_every_ms: u64,
+    /// How long a peer may leave unread what it has asked for, in milliseconds. Kept by who does work for others.
+    pub lease_ms: u32,
 }
 
 impl Default for Timing {
@@ -76,6 +85,7 @@ impl Default for Timing {
             renew_every_ms: RENEW_EVERY_MS,
             exchange_every_ms: 10_000,
             heal_every_ms: 15_000,
+            lease_ms: LEASE_MS,
         }
     }
 }
@@ -101,6 +111,10 @@ pub struct MeshOptions {
     pub own: OwnRecord,
     /// Times.
     pub timing: Timing,
+    /// Control connections that are wanted: [`LINKS_WANTED`], and fewer where a small mesh is to be like a large one.
+    pub links_wanted: usize,
+    /// Versions of the protocol that the node speaks: [`PROTOCOL_VERSIONS`], and others where an older or newer node is to be met.
+    pub versions: RangeInclusive<u32>,
 }
 
 impl MeshOptions {
@@ -116,6 +130,8 @@ impl MeshOptions {
             software: concat!("murmur/", env!("CARGO_PKG_VERSION")).into(),
             own: OwnRecord::default(),
             timing: Timing::default(),
+            links_wanted: LINKS_WANTED,
+            versions: PROTOCOL_VERSIONS,
         }
     }
 }
@@ -162,6 +178,7 @@ pub struct Mesh {
     table: watch::Receiver<Table>,
     work: tokio::sync::Mutex<mpsc::Receiver<Work>>,
     own: Mutex<OwnRecord>,
+    left: watch::Sender<bool>,
     tasks: Mutex<JoinSet<()>>,
 }
 
@@ -174,7 +191,7 @@ impl Mesh {
     /// # Errors [`NetError`]: options that cannot be honoured, damaged files, a refused ticket, an endpoint that cannot
     /// be bound.
     pub async fn start(options: MeshOptions) -> Result<Mesh, NetError> {
-        check(&options.timing)?;
+        check(&options)?;
         let relays = nostr::relay_urls(&options.nostr)?;
         let key = endpoint::node_key(&options.data_dir)?;
         let first_sequence = first_sequence(&options.data_dir)?;
@@ -183,7 +200,7 @@ impl Mesh {
         let gate = Gate { admission: Arc::clone(&admission), commands: commands.clone() };
         let bound = endpoint::bind(&options.data_dir, &key, &options.endpoint, gate).await?;
         let identity = match identify(&options, &bound, &key).await {
-            Ok(identity) => identity,
+            Ok(identity) => Identity { versions: options.versions.clone(), ..identity },
             Err(error) => {
                 bound.endpoint.close().await;
                 return Err(error);
@@ -234,7 +251,8 @@ impl Mesh {
             },
         );
         let own = options.own.clone();
-        let state = State::new(Arc::clone(&shared), membership, options.timing, own, topic, own_addresses, table);
+        let limits = Limits { timing: options.timing, links_wanted: options.links_wanted };
+        let state = State::new(Arc::clone(&shared), membership, limits, own, topic, own_addresses, table);
         tasks.spawn(state.run(command_queue));
         tasks.spawn(topic_task);
         tasks.spawn(serve::accept(Arc::clone(&shared)));
@@ -249,6 +267,7 @@ impl Mesh {
             table: table_watch,
             work: tokio::sync::Mutex::new(work),
             own: Mutex::new(options.own),
+            left: watch::Sender::new(false),
             tasks: Mutex::new(tasks),
         };
         for contact in options.bootstrap {
@@ -293,12 +312,13 @@ impl Mesh {
         let table = Arc::clone(&self.table.borrow());
         let workers = self.workers();
         let view = |(node, known): (&NodeId, &crate::state::Known)| {
-            let link = self.shared.links.get(node);
-            let (rtt_ms, path) = link.as_ref().map_or((None, Path::Unknown), |link| links::path(&link.connection));
+            let (link, worker) = (self.shared.links.get(node), workers.get(node));
+            let connection = link.as_ref().map(|link| &link.connection).or(worker);
+            let (rtt_ms, path) = connection.map_or((None, Path::Unknown), links::path);
             PeerView {
                 verified: Arc::clone(&known.verified),
                 rtt_ms,
-                flow: workers.get(node).and_then(links::flow),
+                flow: worker.and_then(links::flow),
                 path,
                 since: known.since,
                 clock_ahead_ms: link.map(|link| link.greeted.clock_ahead_ms),
@@ -311,10 +331,8 @@ impl Mesh {
     /// others as well. `None`: there is no connection.
     pub fn round_trip(&self, node: NodeId) -> Option<Duration> {
         let mut connections = Vec::from_iter(self.shared.links.get(&node).map(|link| link.connection.clone()));
-        connections.extend(self.workers().get(&node).cloned());
-        let guests = self.shared.guests();
-        connections.extend(guests.iter().filter(|guest| guest.node == node).map(|guest| guest.connection.clone()));
-        connections.iter().filter(|connection| connection.close_reason().is_none()).filter_map(links::round_trip).max()
+        connections.extend(self.shared.work_connections(&node));
+        connections.iter().filter_map(links::round_trip).max()
     }
 
     /// The table of the other nodes as it changes. Connections and their round-trip times are in [`Mesh::peers`] only.
@@ -335,7 +353,8 @@ impl Mesh {
         self.command(Command::Update(own)).await
     }
 
-    /// Opens a stream for one request to another node, over the connection that stands or a new one.
+    /// Opens a stream for one request to another node, over the connection that stands or a new one. Whoever works for this node is to
+    /// give signs of life as well: with a new connection for work comes one for control, if there is none.
     ///
     /// # Errors
     /// [`NetError::Unreachable`], [`NetError::Refused`], [`NetError::Late`]: try another node.
@@ -362,25 +381,39 @@ impl Mesh {
     /// # Errors
     /// [`NetError::Unreachable`], [`NetError::Refused`], [`NetError::Late`].
     pub async fn ping(&self, node: NodeId) -> Result<Duration, NetError> {
-        let link = match self.shared.links.get(&node) {
-            Some(link) => link,
-            None => {
-                self.shared.ask(|reply| Command::Greet { node, reply }).await??;
-                self.shared.links.get(&node).ok_or_else(|| NetError::unreachable(node, "it hung up"))?
+        let mut links_left = PING_LINKS_MAX;
+        loop {
+            let link = self.link(node).await?;
+            let (nonce, asked) = (rand::random(), Instant::now());
+            links_left -= 1;
+            match serve::ask(&link, &Control::Ping(nonce)).await {
+                Ok(Some(Control::Pong(answer))) if answer == nonce => return Ok(asked.elapsed()),
+                Ok(_) => return Err(NetError::protocol("a ping was answered with something else")),
+                // It gave way to another one.
+                Err(_) if links_left > 0 && links::is_duplicate(&link.connection) => {}
+                Err(error) => return Err(error),
             }
-        };
-        let nonce = rand::random();
-        let asked = Instant::now();
-        match serve::ask(&link, &Control::Ping(nonce)).await? {
-            Some(Control::Pong(answer)) if answer == nonce => Ok(asked.elapsed()),
-            _ => Err(NetError::protocol("a ping was answered with something else")),
         }
+    }
+
+    /// The control connection to a node, which is dialled if there is none.
+    async fn link(&self, node: NodeId) -> Result<Arc<Link>, NetError> {
+        if let Some(link) = self.shared.links.get(&node) {
+            return Ok(link);
+        }
+        self.shared.ask(|reply| Command::Link { node, reply }).await??;
+        self.shared.links.get(&node).ok_or_else(|| NetError::unreachable(node, "it hung up"))
     }
 
     /// The next request of another node; `None` once the mesh has been left. May be called from several tasks.
     pub async fn accept_work(&self) -> Option<Work> {
-        // The lock is the queue of those that wait, and guards nothing else.
-        self.work.lock().await.recv().await
+        let mut left = self.left.subscribe();
+        tokio::select! {
+            biased;
+            _ = left.wait_for(|left| *left) => None,
+            // The lock is the queue of those that wait, and guards nothing else.
+            work = async { self.work.lock().await.recv().await } => work,
+        }
     }
 
     /// Makes a ticket that leads others here.
@@ -480,7 +513,7 @@ impl Mesh {
         }
         let mut tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         tasks.shutdown().await;
-        self.work.lock().await.close();
+        self.left.send_replace(true);
         self.shared.endpoint.close().await;
     }
 
@@ -493,7 +526,12 @@ impl Mesh {
     }
 }
 
-fn check(timing: &Timing) -> Result<(), NetError> {
+fn check(options: &MeshOptions) -> Result<(), NetError> {
+    let (timing, versions) = (&options.timing, &options.versions);
+    if versions.is_empty() {
+        let reason = format!("none is from {} to {}", versions.start(), versions.end());
+        return Err(NetError::Option { what: "versions of the protocol", reason });
+    }
     if !(1..=TTL_MS_MAX).contains(&timing.ttl_ms) || timing.renew_every_ms > u64::from(timing.ttl_ms) / RENEWALS_PER_TTL
     {
         let reason =
@@ -554,7 +592,7 @@ async fn redeem(options: &MeshOptions, bound: &Bound, ticket: &Ticket, node: Nod
         .map_err(|_| unreachable("it does not answer".into()))?
         .map_err(|error| unreachable(causes(&error)))?;
     debug_assert_eq!(node_id(connection.remote_id()), ticket.issuer);
-    let redeemed = hello::redeem(&connection, ticket).await?;
+    let redeemed = hello::redeem(&connection, ticket, &options.versions).await?;
     redeemed.certificate.verify(ticket.mesh, node, clock::unix_ms()).map_err(NetError::protocol)?;
     let credentials = Credentials {
         mesh: ticket.mesh,

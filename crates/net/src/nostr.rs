@@ -44,8 +44,11 @@ pub const RELAYS_MAX: usize = 8;
 /// Longest content of an event.
 pub const CONTENT_BYTES_MAX: usize = 4_096;
 
-/// Pause before publishing is tried again on a relay that did not take it.
+/// Pause before publishing is tried again on a relay that did not take it; each further failure doubles it.
 const RETRY_MS: u64 = 3_000;
+
+/// Longest pause: a relay that comes back is found within it, and one that takes nothing is not asked all the time.
+const RETRY_MS_MAX: u64 = 5 * 60_000;
 
 /// File of the key that signs events, in the data folder.
 const KEY_FILE: &str = "nostr.key";
@@ -104,19 +107,25 @@ impl Publisher {
         };
         tokio::select! {
             () = listen => {}
-            () = self.publish(&client, own) => {}
+            () = self.publish(&relay, &client, own) => {}
         }
     }
 
-    async fn publish(&self, client: &Client, mut own: watch::Receiver<Addresses>) {
+    async fn publish(&self, relay: &RelayUrl, client: &Client, mut own: watch::Receiver<Addresses>) {
+        let mut failures = 0;
         loop {
             client.wait_for_connection(Duration::from_millis(RETRY_MS)).await;
             let addresses = own.borrow_and_update().clone();
             let reachable = addresses.relay.is_some() || !addresses.direct.is_empty();
-            if reachable && !self.send(client, &addresses).await {
-                sleep(Duration::from_millis(RETRY_MS)).await;
+            if reachable && let Err(reason) = self.send(client, &addresses).await {
+                if failures == 0 {
+                    tracing::info!(%relay, reason, "a Nostr relay does not take how this node can be reached; it will be tried again");
+                }
+                sleep(Duration::from_millis(pause_ms(failures))).await;
+                failures += 1;
                 continue;
             }
+            failures = 0;
             let again = Instant::now() + Duration::from_secs(PUBLISH_EVERY_S);
             tokio::select! {
                 changed = own.changed() => if changed.is_err() { return },
@@ -125,20 +134,19 @@ impl Publisher {
         }
     }
 
-    async fn send(&self, client: &Client, addresses: &Addresses) -> bool {
+    /// The error: why the relay does not have it now, and may have it later.
+    async fn send(&self, client: &Client, addresses: &Addresses) -> Result<(), String> {
         let event = match self.event(addresses, Timestamp::now()) {
             Ok(event) => event,
             Err(error) => {
                 tracing::error!(%error, "the own contact cannot be published");
-                return true;
+                return Ok(());
             }
         };
         match client.send_event(&event).await {
-            Ok(output) => !output.success.is_empty(),
-            Err(error) => {
-                tracing::debug!(%error, "publishing failed, it will be tried again");
-                false
-            }
+            Ok(output) if !output.success.is_empty() => Ok(()),
+            Ok(output) => Err(output.failed.into_values().next().unwrap_or_else(|| "it does not answer".to_owned())),
+            Err(error) => Err(error.to_string()),
         }
     }
 
@@ -179,6 +187,11 @@ impl Publisher {
         let (node, addresses) = contact::open(&content).ok()?;
         (node != self.node_key.node_id()).then_some(Contact { node, addresses })
     }
+}
+
+/// Pause after a failure that so many others came before.
+fn pause_ms(failures_before: u32) -> u64 {
+    RETRY_MS.saturating_mul(1 << failures_before.min(10)).min(RETRY_MS_MAX)
 }
 
 /// The relays to use, checked and without duplicates.
@@ -242,6 +255,13 @@ mod tests {
         for stranger in [publisher(2, None), publisher(2, Some(8))] {
             assert_eq!(stranger.contact(&event, now), None);
         }
+    }
+
+    #[test]
+    fn a_relay_that_takes_nothing_is_asked_less_and_less_often() {
+        let pauses: Vec<u64> = (0..40).map(pause_ms).collect();
+        assert_eq!((pauses[0], pauses[1], pauses[39]), (RETRY_MS, 2 * RETRY_MS, RETRY_MS_MAX));
+        assert!(pauses.is_sorted());
     }
 
     #[test]

@@ -22,6 +22,9 @@ pub const REMEMBERED_MAX: usize = 32;
 /// The file is written once in so long, at most, and when something has changed only.
 const WRITE_EVERY: Duration = Duration::from_secs(1);
 
+/// So long after it could not be written it is tried again.
+const WRITE_AGAIN_AFTER: Duration = Duration::from_secs(30);
+
 /// Nodes of the same mesh that were there the last time. What cannot be read is of no use, and written anew.
 pub(crate) fn recall(data_dir: &Path, mesh: MeshId) -> Vec<Contact> {
     let stored: Option<(MeshId, Vec<EndpointAddr>)> = data_dir::read_json(&data_dir.join(CONTACTS_FILE)).ok().flatten();
@@ -42,6 +45,9 @@ pub(crate) async fn keep(data_dir: PathBuf, mesh: MeshId, mut table: watch::Rece
         let writing = tokio::task::spawn_blocking(move || data_dir::replace_json(&path, &stored));
         if let Ok(Err(error)) = writing.await {
             tracing::warn!(%error, "it is not remembered who is in the mesh");
+            sleep(WRITE_AGAIN_AFTER).await;
+            table.mark_changed();
+            continue;
         }
         written = now;
         sleep(WRITE_EVERY).await;

@@ -54,22 +54,28 @@ impl Revocations {
     /// [`NetError::Protocol`] if the mesh's owner did not sign it; [`NetError::File`].
     pub(crate) fn offer(&self, signed: SignedRevocations) -> Result<bool, NetError> {
         let list = signed.verify(self.mesh).map_err(NetError::protocol)?;
-        self.replace(list, signed)
+        self.replace(&mut self.newest(), list, signed)
     }
 
     /// Revokes; the mesh's key signs. False if it was revoked before.
     pub(crate) fn add(&self, revocation: Revocation, owner: &MeshKey) -> Result<bool, NetError> {
-        let known = self.newest().as_ref().map(|(list, _)| list.clone());
+        // Held until it is written: of two at the same moment both count.
+        let mut newest = self.newest();
+        let known = newest.as_ref().map(|(list, _)| list.clone());
         let mut list = known.unwrap_or_else(|| RevocationList::new(self.mesh));
         if !list.add(revocation) {
             return Ok(false);
         }
         let signed = list.sign(owner).map_err(NetError::protocol)?;
-        self.replace(list, signed)
+        self.replace(&mut newest, list, signed)
     }
 
-    fn replace(&self, list: RevocationList, signed: SignedRevocations) -> Result<bool, NetError> {
-        let mut newest = self.newest();
+    fn replace(
+        &self,
+        newest: &mut Option<(RevocationList, SignedRevocations)>,
+        list: RevocationList,
+        signed: SignedRevocations,
+    ) -> Result<bool, NetError> {
         if newest.as_ref().is_some_and(|(known, _)| known.version >= list.version) {
             return Ok(false);
         }
@@ -100,6 +106,27 @@ mod tests {
 
         let restarted = Revocations::load(folder.path(), mesh).unwrap();
         assert_eq!(restarted.signed(), revocations.signed());
+    }
+
+    #[test]
+    fn of_revocations_at_the_same_moment_none_is_lost() {
+        const EACH: u8 = 50;
+        let folder = tempfile::tempdir().unwrap();
+        let owner = MeshKey::from_bytes(&[5; 32]);
+        let revocations = Revocations::load(folder.path(), owner.mesh_id()).unwrap();
+        std::thread::scope(|scope| {
+            for first in [0, EACH] {
+                let (revocations, owner) = (&revocations, &owner);
+                scope.spawn(move || {
+                    for number in first..first + EACH {
+                        let node = NodeId::from_bytes([number; 32]);
+                        assert!(revocations.add(Revocation::Node(node), owner).unwrap());
+                    }
+                });
+            }
+        });
+        let list = revocations.signed().unwrap().verify(owner.mesh_id()).unwrap();
+        assert_eq!((list.version, list.nodes.len()), (u64::from(2 * EACH), usize::from(2 * EACH)));
     }
 
     #[test]

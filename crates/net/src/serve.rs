@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use iroh::endpoint::{Incoming, IncomingAddr, RecvStream, SendStream, VarInt};
+use iroh::endpoint::{Connection, Incoming, IncomingAddr, RecvStream, SendStream, VarInt};
 use murmur_core::membership::Verified;
 use murmur_protocol::mesh::{Control, NodeId, Redeemed, RefusalCode, SignedRecord, SignedRevocations};
 use tokio::task::JoinSet;
@@ -21,11 +21,11 @@ use crate::anti_entropy;
 use crate::contact::node_id;
 use crate::endpoint::{GOSSIP_ALPN, MESH_ALPN, WORK_ALPN, causes};
 use crate::hello::{self, Answered, HELLO_DEADLINE_MS};
-use crate::links::Link;
+use crate::links::{self, Link};
 use crate::mesh::Work;
 use crate::shared::{Guest, Shared};
 use crate::state::Command;
-use crate::stream::{self, Reader};
+use crate::stream::{self, Reader, StreamEnd};
 
 /// Handshakes and greetings in progress, at most.
 pub const GREETINGS_MAX: usize = 256;
@@ -45,11 +45,14 @@ pub const WORK_STREAMS_MAX: u32 = 256;
 /// Within this time a control stream other than an exchange of records is over.
 pub const STREAM_DEADLINE_MS: u64 = 5_000;
 
-/// Within this time a peer that lives answers on a connection that stands.
+/// Within this time a peer that lives answers on a connection that stands, where round trips are short.
 pub const SIGN_OF_LIFE_MS: u64 = 1_000;
 
-/// QUIC code of a work stream that is reset because nobody takes it.
-pub(crate) const WORK_REFUSED: VarInt = VarInt::from_u32(5);
+/// Round trips that it has for it, where these are long: question and answer wait behind all that is on its way there.
+pub const SIGN_OF_LIFE_ROUND_TRIPS: u32 = 4;
+
+/// More time than this it never has: that of any other question.
+pub const SIGN_OF_LIFE_MS_MAX: u64 = STREAM_DEADLINE_MS;
 
 /// Counts what is in progress, in all and per key.
 #[derive(Debug)]
@@ -207,17 +210,41 @@ async fn connection(
     drop(counted);
 }
 
-/// A peer dials although a connection to it stands: both have dialled at the same moment, or it has died and come back. Then
-/// nobody answers on the old connections, and until QUIC gives them up iroh sends what is meant for the peer where it was.
+/// A peer dials although a connection to it stands: both have dialled at the same moment, it wants one for something else, or it has died
+/// and come back. Then nothing comes over the old connections, and until QUIC gives them up iroh sends what is meant for the peer where
+/// it was.
+///
+/// Who is slow to answer has not died: where links are full, questions wait. What tells is whether QUIC hears anything, which the question
+/// asks for.
 async fn bury_earlier_life(shared: &Shared, peer: NodeId) {
     let Some(old) = shared.links.get(&peer) else { return };
+    let begun = |connection: Connection| (heard(&connection), connection);
+    let link = begun(old.connection.clone());
+    let others: Vec<_> = shared.work_connections(&peer).into_iter().map(begun).collect();
+    let says_something = |(before, connection): &(u64, Connection)| heard(connection) > *before;
+    let connections = [&link].into_iter().chain(&others).map(|(_, connection)| connection);
+    let longest = connections.filter_map(links::round_trip).max().unwrap_or_default();
+    let (least, most) = (Duration::from_millis(SIGN_OF_LIFE_MS), Duration::from_millis(SIGN_OF_LIFE_MS_MAX));
+    let patience = (SIGN_OF_LIFE_ROUND_TRIPS * longest).clamp(least, most);
     let ping = Control::Ping(rand::random());
-    let answer = timeout(Duration::from_millis(SIGN_OF_LIFE_MS), ask(&old, &ping)).await;
+    let answer = timeout(patience, ask(&old, &ping)).await;
     // Of several connections of the new life the first has buried the old one.
-    if !matches!(answer, Ok(Ok(Some(_)))) && old.connection.close_reason().is_none() {
+    let is_over = old.connection.close_reason().is_some();
+    if is_over || matches!(answer, Ok(Ok(Some(_)))) || says_something(&link) {
+        return;
+    }
+    if others.iter().any(says_something) {
+        tracing::info!(node = %peer.short(), "of several connections with a node the one for control has died");
+        old.connection.close(close::DUPLICATE, b"silent");
+    } else {
         tracing::info!(node = %peer.short(), "a node has come back");
         shared.disconnect(&peer);
     }
+}
+
+/// Datagrams that have come over a connection.
+fn heard(connection: &Connection) -> u64 {
+    connection.stats().udp_rx.datagrams
 }
 
 /// Serves a control connection until it ends.
@@ -341,9 +368,8 @@ async fn intake(shared: &Shared, guest: Guest) {
     while let Ok((send, recv)) = connection.accept_bi().await {
         if let Err(unsent) = shared.work.try_send(Work { node: peer, send, recv }) {
             // The driver tries elsewhere at once rather than wait in a queue that does not move.
-            let mut work = unsent.into_inner();
-            let _ = work.send.reset(WORK_REFUSED);
-            let _ = work.recv.stop(WORK_REFUSED);
+            let Work { mut send, mut recv, .. } = unsent.into_inner();
+            StreamEnd::Busy.tell(&mut send, Some(&mut recv));
         }
     }
     shared.guests().retain(|other| other.connection.stable_id() != id);

@@ -78,6 +78,20 @@ impl Shared {
         }
     }
 
+    /// Those that this node has dialled to send work to.
+    pub(crate) fn worker_ids(&self) -> Vec<NodeId> {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner).keys().copied().collect()
+    }
+
+    /// The live connections for work with a peer, whoever has dialled them.
+    pub(crate) fn work_connections(&self, node: &NodeId) -> Vec<Connection> {
+        let worker = self.workers.lock().unwrap_or_else(PoisonError::into_inner).get(node).cloned();
+        let guests = self.guests();
+        let invited = guests.iter().filter(|guest| guest.node == *node).map(|guest| guest.connection.clone());
+        let all = worker.into_iter().chain(invited);
+        all.filter(|connection| connection.close_reason().is_none()).collect()
+    }
+
     /// The connections over which others send work.
     pub(crate) fn guests(&self) -> MutexGuard<'_, Vec<Guest>> {
         self.guests.lock().unwrap_or_else(PoisonError::into_inner)

@@ -73,6 +73,8 @@ pub(crate) enum Command {
     Bootstrap(Contact),
     /// A peer has to be greeted before the overlay talks to it.
     Greet { node: NodeId, reply: oneshot::Sender<Result<(), NetError>> },
+    /// A control connection is wanted.
+    Link { node: NodeId, reply: oneshot::Sender<Result<(), NetError>> },
     /// A connection for work is wanted.
     Work { node: NodeId, reply: oneshot::Sender<Result<Connection, NetError>> },
     /// A peer has dialled and was greeted.
@@ -158,10 +160,18 @@ pub struct Known {
 /// The other nodes of the mesh. A snapshot, cheap to clone.
 pub type Table = Arc<BTreeMap<NodeId, Known>>;
 
+/// How often, and how much at most.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) timing: Timing,
+    /// Control connections that are wanted.
+    pub(crate) links_wanted: usize,
+}
+
 pub(crate) struct State {
     shared: Arc<Shared>,
     membership: Membership,
-    timing: Timing,
+    limits: Limits,
     own: OwnRecord,
     /// What did not fit into the own record.
     left_out: usize,
@@ -183,7 +193,7 @@ impl State {
     pub(crate) fn new(
         shared: Arc<Shared>,
         membership: Membership,
-        timing: Timing,
+        limits: Limits,
         own: OwnRecord,
         topic: Topic,
         own_addresses: watch::Sender<Addresses>,
@@ -191,11 +201,11 @@ impl State {
     ) -> Self {
         let now = Instant::now();
         State {
-            exchange_due: now + Duration::from_millis(timing.exchange_every_ms),
-            heal_due: now + Duration::from_millis(timing.heal_every_ms),
+            exchange_due: now + Duration::from_millis(limits.timing.exchange_every_ms),
+            heal_due: now + Duration::from_millis(limits.timing.heal_every_ms),
             shared,
             membership,
-            timing,
+            limits,
             own,
             left_out: 0,
             own_addresses,
@@ -259,9 +269,12 @@ impl State {
             Command::Found(contact) => self.found(&contact, false),
             Command::Bootstrap(contact) => self.found(&contact, true),
             Command::Greet { node, reply } => self.greet(node, reply),
+            Command::Link { node, reply } => self.link(node, Some(reply)),
             Command::Work { node, reply } => {
                 let waiting = Waiting::Connection(reply);
                 self.dial(node, Purpose::Work, Some(waiting));
+                // A handshake would be too long to wait for when a sign of life is wanted.
+                self.link(node, None);
             }
             Command::LinkUp(link) => self.link_up(&link),
             Command::LinkDown(link) => {
@@ -298,14 +311,14 @@ impl State {
             self.renew();
         }
         if self.exchange_due <= Instant::now() {
-            self.exchange_due = Instant::now() + Duration::from_millis(self.timing.exchange_every_ms);
+            self.exchange_due = Instant::now() + Duration::from_millis(self.limits.timing.exchange_every_ms);
             let links = self.shared.links.all();
             if let Some(link) = links.into_iter().choose(&mut rand::rng()) {
                 self.exchange(link);
             }
         }
         if self.heal_due <= Instant::now() {
-            self.heal_due = Instant::now() + Duration::from_millis(self.timing.heal_every_ms);
+            self.heal_due = Instant::now() + Duration::from_millis(self.limits.timing.heal_every_ms);
             self.heal();
             self.drop_expired_members();
             for link in self.shared.links.all() {
@@ -484,6 +497,16 @@ impl State {
         }
     }
 
+    /// Sees to it that there is a control connection.
+    fn link(&mut self, node: NodeId, reply: Option<oneshot::Sender<Result<(), NetError>>>) {
+        match (self.shared.links.get(&node), reply) {
+            (None, reply) => self.dial(node, Purpose::Control, reply.map(Waiting::Greeting)),
+            // Whoever has stopped waiting needs no answer.
+            (Some(_), Some(reply)) => drop(reply.send(Ok(()))),
+            (Some(_), None) => {}
+        }
+    }
+
     fn dial(&mut self, node: NodeId, purpose: Purpose, waiting: Option<Waiting>) {
         let told = self.known.get(&node).map(|known| known.verified.record().addresses.clone());
         self.dialler.dial(&self.shared, node, purpose, told.as_ref(), waiting);
@@ -494,7 +517,7 @@ impl State {
         if !self.dialler.has_room() {
             return;
         }
-        let wanted = LINKS_WANTED.saturating_sub(self.shared.links.len());
+        let wanted = self.limits.links_wanted.saturating_sub(self.shared.links.len());
         let now = clock::now();
         let unlinked =
             |node: &NodeId| self.shared.links.get(node).is_none() && !self.shared.admission.is_shut_out(node);
@@ -519,10 +542,16 @@ impl State {
         if let Err(error) = &dialled {
             tracing::debug!(node = %node.short(), %error, "dialling failed");
         }
+        // Who waits for it finds it in its place.
+        let link = match (purpose, &dialled) {
+            (Purpose::Control, Ok((connection, greeted))) => {
+                let link = Link::new(node, connection.clone(), greeted.clone(), true);
+                self.shared.links.add(self.shared.identity.node, link)
+            }
+            _ => None,
+        };
         self.dialler.note(node, purpose, &dialled, clock::now());
-        let (Purpose::Control, Ok((connection, greeted))) = (purpose, dialled) else { return };
-        let link = Link::new(node, connection, greeted, true);
-        if let Some(link) = self.shared.links.add(self.shared.identity.node, link) {
+        if let Some(link) = link {
             self.serving.spawn(serve::control(Arc::clone(&self.shared), Arc::clone(&link)));
             self.link_up(&link);
             self.exchange(link);
@@ -596,6 +625,7 @@ impl State {
             tracing::info!(node = %node.short(), "a node is no member any more");
             self.membership.expel(&node, clock::now());
             self.remove(&node);
+            self.shared.disconnect(&node);
         }
         self.drop_expired_members();
         for link in self.shared.links.all() {
@@ -610,6 +640,12 @@ impl State {
         let greeted = links.iter().map(|link| (link.node, &link.greeted));
         for (node, greeted) in greeted.chain(guests.iter().map(|guest| (guest.node, &guest.greeted))) {
             if !self.shared.identity.is_member(greeted) {
+                self.shared.disconnect(&node);
+            }
+        }
+        // Those that work for this node may have no other connection with it.
+        for node in self.shared.worker_ids() {
+            if self.known.get(&node).is_some_and(|known| !self.shared.identity.accepts(known.verified.record())) {
                 self.shared.disconnect(&node);
             }
         }

@@ -1,12 +1,52 @@
 //! Messages on a QUIC stream: bounded by their kind's limit, and by a deadline that the caller sets.
 
-use iroh::endpoint::{RecvStream, SendStream};
+use iroh::endpoint::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 use murmur_protocol::mesh::wire::{self, Decoder, Message};
 
 use crate::NetError;
 
 /// Bytes that are taken from QUIC at once.
 const CHUNK_BYTES: usize = 16 * 1024;
+
+/// Why a stream was reset: said by a code of QUIC where no message can be, before one was read, or when the other end reads nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum StreamEnd {
+    /// There is no room for it now: nothing of it was read.
+    #[error("it has no room for another stream now")]
+    Busy,
+    /// What was sent was left unread for too long.
+    #[error("what it sent was left unread for too long")]
+    LeaseExpired,
+    /// For another reason, or for none.
+    #[error("it has reset the stream (code {0})")]
+    Other(u64),
+}
+
+impl StreamEnd {
+    /// The code. 0 is what a stream ends with that is dropped.
+    fn code(self) -> VarInt {
+        match self {
+            StreamEnd::Busy => VarInt::from_u32(5),
+            StreamEnd::LeaseExpired => VarInt::from_u32(6),
+            StreamEnd::Other(code) => VarInt::from_u64(code).unwrap_or(VarInt::MAX),
+        }
+    }
+
+    /// What a code of QUIC says.
+    pub fn of(code: VarInt) -> StreamEnd {
+        let known = [StreamEnd::Busy, StreamEnd::LeaseExpired];
+        known.into_iter().find(|end| end.code() == code).unwrap_or(StreamEnd::Other(code.into_inner()))
+    }
+
+    /// Ends a stream so. What was written and not read yet is lost.
+    pub fn tell(self, send: &mut SendStream, recv: Option<&mut RecvStream>) {
+        // Both fail only for a stream that has ended already.
+        let _ = send.reset(self.code());
+        if let Some(recv) = recv {
+            let _ = recv.stop(self.code());
+        }
+    }
+}
 
 /// Reads messages of one kind of stream, one after the other.
 #[derive(Debug)]
@@ -27,7 +67,7 @@ impl<M: Message> Reader<M> {
     /// dropped before it is done.
     ///
     /// # Errors
-    /// [`NetError::Message`], [`NetError::Protocol`]: the stream is of no more use.
+    /// [`NetError::Message`], [`NetError::Ended`], [`NetError::Protocol`]: the stream is of no more use.
     pub async fn next(&mut self) -> Result<Option<M>, NetError> {
         loop {
             let mut rest = self.chunk.get(self.used..).unwrap_or_default();
@@ -46,6 +86,7 @@ impl<M: Message> Reader<M> {
                 }
                 Ok(None) if self.decoder.is_at_boundary() => return Ok(None),
                 Ok(None) => return Err(NetError::protocol("a stream ended within a message")),
+                Err(ReadError::Reset(code)) => return Err(NetError::Ended(StreamEnd::of(code))),
                 Err(error) => return Err(NetError::protocol(format!("a stream broke: {error}"))),
             }
         }
@@ -69,10 +110,13 @@ impl<M: Message> Reader<M> {
 /// Writes one message.
 ///
 /// # Errors
-/// [`NetError::Message`] for one that no peer would read; [`NetError::Protocol`] when the stream has broken.
+/// [`NetError::Message`] for one that no peer would read; [`NetError::Ended`], [`NetError::Protocol`] when the stream has ended.
 pub async fn write<M: Message>(stream: &mut SendStream, message: &M) -> Result<(), NetError> {
     let bytes = wire::encode(message)?;
-    stream.write_all(&bytes).await.map_err(|error| NetError::protocol(format!("a stream broke: {error}")))
+    stream.write_all(&bytes).await.map_err(|error| match error {
+        WriteError::Stopped(code) => NetError::Ended(StreamEnd::of(code)),
+        error => NetError::protocol(format!("a stream broke: {error}")),
+    })
 }
 
 /// Says that nothing more comes.

@@ -43,7 +43,8 @@ fn engine_failed(error: EngineError) -> Refusal {
 
 /// What generates: a model of this machine, or one of the mesh.
 enum Target {
-    Local(Arc<LoadedModel>),
+    /// The model at this place in the list, which is loaded.
+    Local(usize, Arc<LoadedModel>),
     /// The model at this place in the list, which is to be loaded for it.
     OnDemand(usize, Arc<Reader>, Arc<ModelCard>),
     Remote(Arc<MeshNode>, Arc<RemoteModel>, Arc<Reader>, Arc<ModelCard>),
@@ -52,14 +53,14 @@ enum Target {
 impl Target {
     fn card(&self) -> &Arc<ModelCard> {
         match self {
-            Target::Local(model) => &model.card,
+            Target::Local(_, model) => &model.card,
             Target::OnDemand(.., card) | Target::Remote(.., card) => card,
         }
     }
 
     fn tokenizer(&self) -> &Arc<Tokenizer> {
         match self {
-            Target::Local(model) => model.engine.tokenizer(),
+            Target::Local(_, model) => model.engine.tokenizer(),
             Target::OnDemand(_, reader, _) | Target::Remote(_, _, reader, _) => &reader.tokenizer,
         }
     }
@@ -70,7 +71,7 @@ impl Node {
     async fn target(&self, id: &str) -> Result<Target, Refusal> {
         let Some(at) = self.models.find(id) else { return self.remote(id).await };
         match self.models[at].used() {
-            Some(loaded) => Ok(Target::Local(loaded)),
+            Some(loaded) => Ok(Target::Local(at, loaded)),
             None if self.models[at].is_on_demand() => {
                 let model = &self.models[at];
                 let unread = |error: ReaderError| engine_message(id, &error);
@@ -151,9 +152,9 @@ impl Node {
     ) -> Result<Source, Refusal> {
         let local = |prompt, sampling| SessionRequest { prompt, generated: Vec::new(), max_tokens, sampling };
         match target {
-            Target::Local(model) => {
+            Target::Local(at, model) => {
                 let id = model.card.id.clone();
-                let started = LocalStream::start(model, local(prompt, sampling));
+                let started = LocalStream::start(&self.models, at, model, local(prompt, sampling));
                 started.map(Source::Local).map_err(|error| not_started(error, &id))
             }
             Target::OnDemand(at, _, card) => {
@@ -174,7 +175,7 @@ impl Node {
         if target.card().kind != ModelKind::Generate {
             return Err(wrong_kind(&request.model, ModelKind::Generate));
         }
-        let prompt = tokens(&target, request.prompt).await?;
+        let prompt = tokens(target.tokenizer(), target.card(), request.prompt).await?;
         let context = target.card().context_tokens;
         let length = prompt.len() as u32;
         if prompt.is_empty() {
@@ -230,7 +231,7 @@ impl Node {
             if matches!(&input, Prompt::Text(text) if text.is_empty()) {
                 return Err(bad_request(format!("input {index} is empty: there is nothing to embed"), "input"));
             }
-            let tokens = tokens(&Target::Local(model.clone()), input).await?;
+            let tokens = tokens(model.engine.tokenizer(), &model.card, input).await?;
             let (length, context) = (tokens.len() as u32, model.card.context_tokens);
             if tokens.is_empty() || length > context {
                 let message = format!("input {index} has {length} tokens; this model takes 1 to {context}");
@@ -310,13 +311,12 @@ fn not_taken(error: RequestError, id: &str) -> Refusal {
     }
 }
 
-async fn tokens(target: &Target, prompt: Prompt) -> Result<Vec<Token>, Refusal> {
-    let tokenizer = target.tokenizer();
+async fn tokens(tokenizer: &Tokenizer, card: &ModelCard, prompt: Prompt) -> Result<Vec<Token>, Refusal> {
     match prompt {
         Prompt::Text(text) => tokenizer.tokenize(&text, true, false).await.map_err(engine_failed),
         Prompt::Rendered(text) => {
             // A template that writes the beginning-of-sequence token itself must not get a second one.
-            let bos = &target.card().bos_text;
+            let bos = &card.bos_text;
             let written = !bos.is_empty() && text.starts_with(bos);
             tokenizer.tokenize(&text, !written, true).await.map_err(engine_failed)
         }
@@ -379,14 +379,14 @@ impl Backend for Node {
     fn tokenize(&self, model: String, prompt: Prompt) -> BoxFuture<'_, Result<Vec<Token>, Refusal>> {
         Box::pin(async move {
             let target = self.target(&model).await?;
-            tokens(&target, prompt).await
+            tokens(target.tokenizer(), target.card(), prompt).await
         })
     }
 
     fn detokenize(&self, model: String, tokens_given: Vec<Token>) -> BoxFuture<'_, Result<String, Refusal>> {
         Box::pin(async move {
             let target = self.target(&model).await?;
-            let ids = tokens(&target, Prompt::Tokens(tokens_given)).await?;
+            let ids = tokens(target.tokenizer(), target.card(), Prompt::Tokens(tokens_given)).await?;
             let vocabulary = target.tokenizer().vocabulary();
             let bytes: Vec<u8> = ids.iter().flat_map(|&token| vocabulary.bytes(token).iter().copied()).collect();
             Ok(String::from_utf8_lossy(&bytes).into_owned())

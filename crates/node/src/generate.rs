@@ -48,7 +48,7 @@ impl Source {
                     match waking.next().await {
                         Awaited::Loading(fraction) => return Some(Heard::Loading(fraction)),
                         Awaited::Failed(reason) => return failed(reason),
-                        Awaited::Loaded(model) => match LocalStream::start(model, *request.take()?) {
+                        Awaited::Loaded(model) => match waking.start(model, *request.take()?) {
                             Ok(session) => *self = Source::Local(session),
                             Err(error) => return failed(error.to_string()),
                         },
@@ -127,7 +127,7 @@ impl Pump {
                     };
                     self.done(finish, &account).await
                 }
-                Some(SessionEvent::Failed(message)) => self.fail(message).await,
+                Some(SessionEvent::Failed(message) | SessionEvent::Lost(message)) => self.fail(message).await,
                 None => self.fail("the generation ended without a reason".into()).await,
             };
             if last.is_none() {

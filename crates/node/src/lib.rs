@@ -32,6 +32,7 @@ pub use murmur_api::backend::RingWishes;
 pub use murmur_engine::{CHILD_SUBCOMMAND, child};
 pub use murmur_net as net;
 use murmur_protocol::{codec::Codec, mesh::MachineSpeed};
+use murmur_store::hub::HubConfig;
 use tokio::task::JoinSet;
 
 use crate::{
@@ -94,6 +95,8 @@ pub struct NodeOptions {
     pub upload_bytes_per_s: Option<u64>,
     /// The same of those that come in.
     pub download_bytes_per_s: Option<u64>,
+    /// The hub, from which files come as well that other nodes have; `None`: from nodes alone.
+    pub hub: Option<HubConfig>,
     /// Layers on a GPU, in builds with a back end for one.
     pub gpu_layers: i32,
     /// The binary that has the engine's child process as a hidden subcommand.

@@ -37,6 +37,9 @@ use crate::{
 const CHUNK_ROWS: u32 = 256;
 /// The same in exact mode, where the attention scores of a chunk are written out.
 const CHUNK_ROWS_EXACT: u32 = 128;
+/// A process that computes for others, owes them an answer and is silent is ended after this at the earliest: they have somebody else to
+/// go to, so a false alarm costs them a moment.
+const HOSTED_SILENCE_FLOOR: Duration = Duration::from_secs(4);
 /// Requests that may wait for their turn; more are refused with 429.
 const QUEUE_MAX: usize = 64;
 /// Loading progress is counted in so many parts.
@@ -579,8 +582,9 @@ impl Model {
         if let Some(supply) = self.supply.get() {
             supply.fetch(&Gguf::open(&self.spec.path)?, &[range], &|_| ())?;
         }
+        let patience = Patience { silence_floor: HOSTED_SILENCE_FLOOR, ..Patience::default() };
         let engine_options =
-            EngineOptions { exact, ..self.engine_options(options, vec![range], context_tokens, parallel) };
+            EngineOptions { exact, patience, ..self.engine_options(options, vec![range], context_tokens, parallel) };
         let host = Host::load(&engine_options, range, &self.holding_stop, |_| {});
         host.map_err(|source| NodeError::Engine { model: self.spec.id.clone(), source })
     }

@@ -7,7 +7,7 @@
 use std::{
     ops::{Deref, Index},
     sync::{Arc, Mutex, PoisonError, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use murmur_engine::{SessionEvent, SessionRequest, SessionStream, StartError};
@@ -24,6 +24,8 @@ use crate::{
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How often those who wait for a load hear how far it is.
 const TELL_EVERY: Duration = Duration::from_millis(500);
+/// An answer whose ring is gone waits so long for the next one.
+const NEXT_RING_MAX: Duration = Duration::from_secs(60);
 
 /// Models in the order in which they are listed. It grows and never shrinks, so that a model keeps its place.
 #[derive(Default)]
@@ -300,6 +302,11 @@ impl Waking {
         }
     }
 
+    /// Starts an answer on it.
+    pub(crate) fn start(&self, loaded: Arc<LoadedModel>, request: SessionRequest) -> Result<LocalStream, StartError> {
+        LocalStream::start(&self.models, self.at, loaded, request)
+    }
+
     /// Waits for its end.
     pub(crate) async fn loaded(mut self) -> Result<Arc<LoadedModel>, String> {
         loop {
@@ -312,19 +319,89 @@ impl Waking {
     }
 }
 
-/// An answer of this machine's own engine. The model is not let go before it is over.
+/// An answer of this machine's own engine. The model is not let go before it is over. When stages of a ring are lost and nobody can hold
+/// them, the answer goes on around the next ring.
 pub(crate) struct LocalStream {
-    stream: SessionStream,
-    _model: Arc<LoadedModel>,
+    models: Arc<Models>,
+    at: usize,
+    /// What another engine would be asked for: with the tokens that have come.
+    request: SessionRequest,
+    place: Place,
+    /// Whether it has had another engine before. What is known of the prompt was told then.
+    has_moved: bool,
+}
+
+/// Where an answer is made.
+enum Place {
+    Engine {
+        stream: SessionStream,
+        _model: Arc<LoadedModel>,
+    },
+    /// Nowhere, until there is another ring, or until then.
+    Waiting {
+        reason: String,
+        until: Instant,
+    },
 }
 
 impl LocalStream {
-    pub(crate) fn start(model: Arc<LoadedModel>, request: SessionRequest) -> Result<LocalStream, StartError> {
-        let stream = model.engine.start(request)?;
-        Ok(LocalStream { stream, _model: model })
+    /// Starts one on the model at this place, which is loaded.
+    pub(crate) fn start(
+        models: &Arc<Models>,
+        at: usize,
+        loaded: Arc<LoadedModel>,
+        request: SessionRequest,
+    ) -> Result<LocalStream, StartError> {
+        let stream = loaded.engine.start(request.clone())?;
+        let place = Place::Engine { stream, _model: loaded };
+        Ok(LocalStream { models: Arc::clone(models), at, request, place, has_moved: false })
     }
 
+    /// The next event. Nothing is lost if it is dropped before it is done.
     pub(crate) async fn next(&mut self) -> Option<SessionEvent> {
-        self.stream.next().await
+        loop {
+            match &mut self.place {
+                Place::Engine { stream, .. } => match stream.next().await? {
+                    SessionEvent::Lost(reason) if self.models[self.at].is_spread() => {
+                        self.place = Place::Waiting { reason, until: Instant::now() + NEXT_RING_MAX };
+                    }
+                    SessionEvent::Lost(reason) => return Some(SessionEvent::Failed(reason)),
+                    SessionEvent::Prefill { .. } if self.has_moved => {}
+                    event => {
+                        if let SessionEvent::Token(sampled) = &event {
+                            self.request.generated.push(sampled.token);
+                        }
+                        return Some(event);
+                    }
+                },
+                Place::Waiting { reason, until } => {
+                    if *until <= Instant::now() {
+                        let (reason, waited_s) = (reason.clone(), NEXT_RING_MAX.as_secs());
+                        return Some(SessionEvent::Failed(format!("{reason}; no other ring within {waited_s} s")));
+                    }
+                    if let Err(error) = self.goes_on().await {
+                        return Some(SessionEvent::Failed(error.to_string()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Goes on with another engine if there is one, else waits for a moment.
+    async fn goes_on(&mut self) -> Result<(), StartError> {
+        let model = &self.models[self.at];
+        let mut loads = model.loads();
+        if let Some(loaded) = model.used() {
+            match loaded.engine.start(self.request.clone()) {
+                Ok(stream) => {
+                    (self.place, self.has_moved) = (Place::Engine { stream, _model: loaded }, true);
+                    return Ok(());
+                }
+                Err(StartError::Unavailable(_) | StartError::QueueFull(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let _ = tokio::time::timeout(TELL_EVERY, loads.changed()).await;
+        Ok(())
     }
 }

@@ -128,7 +128,7 @@ async fn what_a_node_owes_that_vanishes_comes_from_another() {
 async fn a_length_that_is_not_the_files_gives_way_to_the_right_one() {
     for (halves, trick) in [(1, Trick::Silent), (3, Trick::Wrong { at: 0.5 })] {
         let world = World::new().await;
-        let claim = Claim { file_bytes: world.claim().file_bytes * halves / 2 };
+        let claim = Claim { file_bytes: world.claim().file_bytes * halves / 2, ..world.claim() };
         // Two say the false one, and one the right one.
         let rogues = [world.rogue(claim, trick).await, world.rogue(claim, trick).await];
         let _honest = world.honest(None).await;
@@ -175,7 +175,7 @@ async fn a_taker_that_floods_and_reads_nothing_keeps_nobody_from_a_file() {
     let flooder = world.rogue(world.claim(), Trick::Lacks).await;
     let giver = honest.mesh().unwrap().node_id();
     flooder.knows(giver).await;
-    let whole = Fetch { model: world.digest, ranges: vec![0..world.claim().file_bytes] };
+    let whole = Fetch { model: world.digest, ranges: vec![0..world.claim().file_bytes], only_hashes: false };
     let mut opening = tokio::task::JoinSet::new();
     for _ in 0..FLOOD {
         let (mesh, fetch) = (flooder.mesh(), Work::Fetch(whole.clone()));

@@ -50,6 +50,9 @@ pub const FLAG_HOLD: u16 = 16;
 /// is wanted of each row that counts, and those behind one that does not are in vain.
 pub const FLAG_GUESS: u16 = 32;
 
+/// On [`Kind::Route`]: the driver compares the host with another that does the same, and is to hear of every step at once.
+pub const FLAG_WATCHED: u16 = 128;
+
 /// On [`Kind::RouteLost`]: nothing was on its way, as that way was never taken.
 pub const FLAG_NEVER_TAKEN: u16 = 64;
 

@@ -14,6 +14,9 @@ use murmur_sampling::{Sampler, SamplingError, Vocabulary};
 use proptest::prelude::*;
 use serde_json::Value;
 
+/// Far more than anything bounded takes on a busy machine; what is not takes minutes, or for ever.
+const BOUND: Duration = Duration::from_secs(60);
+
 fn params(grammar: Grammar) -> SamplingParams {
     SamplingParams { grammar: Some(grammar), ..SamplingParams::default() }
 }
@@ -294,7 +297,7 @@ fn refused(grammar: Grammar) -> String {
         Err(error) => panic!("{shown}: {error}"),
         Ok(_) => panic!("{shown} was not refused"),
     };
-    assert!(began.elapsed() < Duration::from_secs(10), "{shown} took {:?}", began.elapsed());
+    assert!(began.elapsed() < BOUND, "{shown} took {:?}", began.elapsed());
     assert!(error.len() < 800 && !error.contains("backtrace"), "{error}");
     error
 }
@@ -414,6 +417,6 @@ fn hostile_grammars_end_in_an_error_or_a_sampler_never_in_a_crash() {
             Ok(())
         });
         println!("{shown}: {:?} after {:?}", outcome.map_err(|error| error.to_string()), began.elapsed());
-        assert!(began.elapsed() < Duration::from_secs(10), "{shown}");
+        assert!(began.elapsed() < BOUND, "{shown}");
     }
 }

@@ -91,6 +91,28 @@ pub enum StoreError {
         /// What happens to a part that is there already.
         kept: String,
     },
+    /// What was to be downloaded does not fit into the quota.
+    #[error(
+        "{needs} more do not fit into the quota of {quota} for downloads{kept}. Raise it (murmur models quota SIZE), let something go (murmur models pin --off NAME), or remove something (murmur models rm NAME)"
+    )]
+    OverQuota {
+        /// How much was to come, in words.
+        needs: String,
+        /// The quota, in words.
+        quota: String,
+        /// What stays of what is there, in words; or nothing.
+        kept: String,
+    },
+    /// A model whose name is known and whose file is gone, to make room or otherwise.
+    #[error("the file of '{name}' is not here any more ({path}). Get it again with: murmur models pull {source_name}")]
+    NotHere {
+        /// Its name.
+        name: String,
+        /// Where it was.
+        path: PathBuf,
+        /// How it is called where it came from.
+        source_name: String,
+    },
     /// The index cannot be read.
     #[error("the model index {path} cannot be used: {why}. {advice}")]
     BadIndex {
@@ -142,6 +164,14 @@ pub enum StoreError {
         why: String,
         /// What to do.
         advice: String,
+    },
+    /// The user does not want the hub to be asked.
+    #[error(
+        "{endpoint} is not asked: HF_HUB_OFFLINE is set. Unset it, or take what is on this machine (murmur models ls) or in the mesh (murmur models search)"
+    )]
+    HubOffline {
+        /// The hub.
+        endpoint: String,
     },
     /// The hub said something that makes no sense.
     #[error("{endpoint} gave an answer that murmur cannot use: {why}. If HF_ENDPOINT names a mirror, try without it.")]
@@ -264,7 +294,9 @@ impl StoreError {
             | Self::NameTaken { .. }
             | Self::BadHubSetting { .. }
             | Self::ContentIsReference { .. } => ErrorKind::Usage,
-            Self::NoSuchModel { .. } | Self::NotOnHub { .. } | Self::ContentGone { .. } => ErrorKind::NotFound,
+            Self::NoSuchModel { .. } | Self::NotOnHub { .. } | Self::ContentGone { .. } | Self::NotHere { .. } => {
+                ErrorKind::NotFound
+            }
             Self::BadModel { .. }
             | Self::WrongChecksum { .. }
             | Self::BadIndex { .. }
@@ -272,9 +304,10 @@ impl StoreError {
             | Self::ContentSize { .. }
             | Self::ContentDamaged { .. }
             | Self::ContentChanged { .. } => ErrorKind::Damaged,
-            Self::NoSpace { .. } => ErrorKind::NoSpace,
+            Self::NoSpace { .. } | Self::OverQuota { .. } => ErrorKind::NoSpace,
             Self::HubRefuses { .. }
             | Self::HubUnavailable { .. }
+            | Self::HubOffline { .. }
             | Self::PullInProgress { .. }
             | Self::ContentLacks { .. }
             | Self::ContentInUse { .. }

@@ -32,7 +32,12 @@ pub(crate) fn demand_space(path: &Path, needs_bytes: u64, place: &'static str) -
         Some(available) if available < needs_bytes.saturating_add(RESERVE_BYTES) => Err(StoreError::NoSpace {
             path: path.to_owned(),
             needs: format!("{} are needed", human_bytes(needs_bytes)),
-            available: format!("{} are free", human_bytes(available)),
+            available: format!(
+                "{} are free and {} of them are left for everything else, so {} are missing",
+                human_bytes(available),
+                human_bytes(RESERVE_BYTES),
+                human_bytes(needs_bytes.saturating_add(RESERVE_BYTES) - available)
+            ),
             place,
             kept: String::new(),
         }),

@@ -9,7 +9,7 @@ use std::{
 use murmur_gguf::Digest;
 use serde::{Deserialize, Serialize};
 
-use crate::{error::StoreError, files, reference::ModelName};
+use crate::{error::StoreError, files, inspect::ModelFile, reference::ModelName, store::unix_now_s};
 
 /// The layout that this code writes. A newer one is refused, an older one would be read and rewritten.
 const INDEX_VERSION: u32 = 2;
@@ -32,6 +32,28 @@ pub struct ModelEntry {
     /// Whether it is kept whatever the quota says.
     #[serde(default)]
     pub pinned: bool,
+    /// When it was last used, Unix seconds, to within some minutes; 0: not since it was added.
+    #[serde(default)]
+    pub used_unix_s: u64,
+    /// Under which licence it may be used, as the hub says, or else the file; `None`: neither does.
+    #[serde(default)]
+    pub licence: Option<String>,
+}
+
+impl ModelEntry {
+    /// A model that was added now.
+    pub(crate) fn new(name: ModelName, path: PathBuf, origin: Origin, model: ModelFile) -> Self {
+        Self {
+            name,
+            path,
+            size_bytes: model.bytes,
+            added_unix_s: unix_now_s(),
+            origin,
+            pinned: false,
+            used_unix_s: 0,
+            licence: model.licence,
+        }
+    }
 }
 
 /// Where a model came from.
@@ -68,11 +90,14 @@ pub enum Origin {
 pub(crate) struct Index {
     version: u32,
     pub(crate) models: Vec<ModelEntry>,
+    /// Bytes that may stay of what was downloaded; `None`: any number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) quota_bytes: Option<u64>,
 }
 
 impl Default for Index {
     fn default() -> Self {
-        Self { version: INDEX_VERSION, models: Vec::new() }
+        Self { version: INDEX_VERSION, models: Vec::new(), quota_bytes: None }
     }
 }
 

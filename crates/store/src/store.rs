@@ -11,9 +11,13 @@ use crate::{
     files::{self, FileLock},
     hub::select,
     index::{Index, ModelEntry, Origin},
-    inspect,
+    inspect::{self, ModelFile},
+    quota,
     reference::{HubRef, ModelName, ModelRef},
 };
+
+/// When a model was last used is written down again after so long. Finer is of no use to what goes first when room is short.
+const USED_STEP_S: u64 = 600;
 
 /// The models under one data directory. Opening it touches nothing; directories appear with the first write.
 ///
@@ -83,7 +87,7 @@ impl Store {
     /// Adds a GGUF file. The file is checked first; with `copy`, the disk's room too.
     pub fn import(&self, file: &Path, options: &ImportOptions) -> Result<ModelEntry, StoreError> {
         let path = std::path::absolute(file).map_err(StoreError::io("find", file))?;
-        let size_bytes = inspect::check_model_file(&path)?;
+        let model = inspect::check_model_file(&path)?;
         let name = match &options.name {
             Some(name) => name.clone(),
             None => name_of(&path)?,
@@ -93,26 +97,21 @@ impl Store {
             if let Some(taken) = Index::read(&self.index_path())?.find(&name) {
                 return Err(StoreError::NameTaken { name: name.to_string(), path: taken.path.clone() });
             }
-            (self.copy_in(&path, &name, size_bytes)?, Origin::Copy)
+            (self.copy_in(&path, &name, model.bytes)?, Origin::Copy)
         } else {
             (path, Origin::Reference)
         };
-        self.add(ModelEntry { name, path, size_bytes, added_unix_s: unix_now_s(), origin, pinned: false })
+        self.add(ModelEntry::new(name, path, origin, model))
     }
 
     /// Enters what has come from peers, or is on its way, under a name. Once it is whole, it must be a model.
     pub fn add_content(&self, name: ModelName, content: &Content) -> Result<ModelEntry, StoreError> {
-        if content.is_complete() {
-            inspect::check_model_file(content.path())?;
-        }
-        self.add(ModelEntry {
-            name,
-            path: content.path().to_owned(),
-            size_bytes: content.bytes(),
-            added_unix_s: unix_now_s(),
-            origin: Origin::Mesh { digest: content.digest() },
-            pinned: false,
-        })
+        let model = match content.is_complete() {
+            true => inspect::check_model_file(content.path())?,
+            false => ModelFile { bytes: content.bytes(), licence: None },
+        };
+        let origin = Origin::Mesh { digest: content.digest() };
+        self.add(ModelEntry::new(name, content.path().to_owned(), origin, model))
     }
 
     /// Removes a model: the entry always, the file when the store put it there.
@@ -156,7 +155,7 @@ impl Store {
             ModelRef::Hub(wanted) => {
                 let index = Index::read(&self.index_path())?;
                 match index.models.iter().find(|entry| was_pulled_as(entry, wanted) && entry.path.exists()) {
-                    Some(entry) => Ok(Resolved { name: entry.name.clone(), path: entry.path.clone() }),
+                    Some(entry) => self.resolve_entry(entry),
                     None => Err(StoreError::NoSuchModel {
                         name: wanted.to_string(),
                         advice: format!("Pull it first: murmur models pull {wanted}"),
@@ -166,19 +165,46 @@ impl Store {
         }
     }
 
+    /// The file of a model, which stays until this process ends if it was downloaded.
     fn resolve_entry(&self, entry: &ModelEntry) -> Result<Resolved, StoreError> {
-        let Origin::Mesh { digest } = &entry.origin else {
-            return Ok(Resolved { name: entry.name.clone(), path: entry.path.clone() });
+        let resolved = |path: &Path| Resolved { name: entry.name.clone(), path: path.to_owned() };
+        let incomplete = |held_bytes| StoreError::Incomplete {
+            name: entry.name.to_string(),
+            held: files::human_bytes(held_bytes),
+            bytes: files::human_bytes(entry.size_bytes),
         };
-        match self.contents().find(digest)? {
-            Some(content) if content.is_complete() => {
-                Ok(Resolved { name: entry.name.clone(), path: content.path().to_owned() })
+        match &entry.origin {
+            Origin::Reference | Origin::Copy => Ok(resolved(&entry.path)),
+            Origin::Hub { .. } if quota::hold(&entry.path) => {
+                self.mark_used(entry);
+                Ok(resolved(&entry.path))
             }
-            part => Err(StoreError::Incomplete {
-                name: entry.name.to_string(),
-                held: files::human_bytes(part.map_or(0, |part| part.held_bytes())),
-                bytes: files::human_bytes(entry.size_bytes),
-            }),
+            Origin::Hub { repo, revision, file, .. } => {
+                let source = HubRef { repo: repo.clone(), revision: revision.clone(), wanted: Some(file.clone()) };
+                let name = entry.name.to_string();
+                Err(StoreError::NotHere { name, path: entry.path.clone(), source_name: source.to_string() })
+            }
+            Origin::Mesh { digest } => match self.contents().find(digest)? {
+                Some(content) if content.is_complete() && quota::hold(content.path()) => Ok(resolved(content.path())),
+                Some(part) if !part.is_complete() => Err(incomplete(part.held_bytes())),
+                _ => Err(incomplete(0)),
+            },
+        }
+    }
+
+    /// Contents remember it themselves. A store that cannot be written to makes no room either.
+    fn mark_used(&self, entry: &ModelEntry) {
+        let now = unix_now_s();
+        if now.saturating_sub(entry.used_unix_s.max(entry.added_unix_s)) < USED_STEP_S {
+            return;
+        }
+        let marked = self.update(|index| {
+            let same = index.models.iter_mut().filter(|other| other.name == entry.name);
+            same.for_each(|other| other.used_unix_s = now);
+            Ok(())
+        });
+        if let Err(error) = marked {
+            tracing::debug!(%error, "when a model was used cannot be written down");
         }
     }
 
@@ -189,7 +215,12 @@ impl Store {
                 Some(old) if old.path == entry.path || is_same_source(&old.origin, &entry.origin) => {
                     let keeps_ownership =
                         matches!(old.origin, Origin::Hub { downloaded: true, .. }) && old.path == entry.path;
-                    *old = ModelEntry { pinned: old.pinned, ..entry.clone() };
+                    *old = ModelEntry {
+                        pinned: old.pinned,
+                        used_unix_s: old.used_unix_s,
+                        licence: entry.licence.clone().or(old.licence.take()),
+                        ..entry.clone()
+                    };
                     if let (Origin::Hub { downloaded, .. }, true) = (&mut old.origin, keeps_ownership) {
                         *downloaded = true;
                     }
@@ -230,7 +261,7 @@ impl Store {
         Ok(target)
     }
 
-    fn index_path(&self) -> PathBuf {
+    pub(crate) fn index_path(&self) -> PathBuf {
         self.root.join("index.json")
     }
 }

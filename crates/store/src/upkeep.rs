@@ -1,13 +1,13 @@
-//! Keeping the store in order: what is damaged, what is kept, and what goes when room is short.
+//! Keeping the store in order: what is damaged, and what is kept.
 
 use std::{collections::HashSet, path::PathBuf};
 
 use murmur_gguf::{Digest, manifest::ByteRange};
 
 use crate::{
-    content::ContentEntry,
+    content::Content,
     error::StoreError,
-    files,
+    files, hub,
     index::{ModelEntry, Origin},
     inspect,
     reference::ModelName,
@@ -30,7 +30,7 @@ pub struct Checked {
 /// How a file is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Health {
-    /// All that is held of it is right. Of a file without a digest: it is there, has its size, and a header that makes sense.
+    /// All that is held of it is right. Of a file without a digest or checksum: it is there, has its size, and a header that makes sense.
     Ok {
         /// Bytes that are here.
         held_bytes: u64,
@@ -48,17 +48,6 @@ pub enum Health {
         /// Why, and what to do.
         why: String,
     },
-}
-
-/// What went to make room.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Collected {
-    /// What was removed, as it was. Names of it stay, and can be pulled again.
-    pub removed: Vec<ContentEntry>,
-    /// Bytes freed.
-    pub freed_bytes: u64,
-    /// Bytes that contents still take: more than the quota, if too much is pinned or in use.
-    pub left_bytes: u64,
 }
 
 impl Store {
@@ -82,42 +71,30 @@ impl Store {
         })
     }
 
-    /// Removes contents until they take no more than `quota_bytes`: those that are not whole first, then those that were not used for
-    /// longest. Never what is pinned, `in_use` or being written to, nor files that lie elsewhere. Room is free when the
-    /// last handle of a content is dropped.
-    pub fn collect(&self, quota_bytes: u64, in_use: &HashSet<Digest>) -> Result<Collected, StoreError> {
-        let names = self.list()?;
-        let pinned: HashSet<Digest> = names.iter().filter(|entry| entry.pinned).filter_map(mesh_digest).collect();
-        let contents = self.contents();
-        let mut entries = contents.list()?;
-        entries.retain(|entry| !entry.is_reference);
-        entries.sort_by_key(|entry| (entry.held_bytes == entry.bytes, entry.used));
-        let mut collected =
-            Collected { left_bytes: entries.iter().map(|entry| entry.held_bytes).sum(), ..Collected::default() };
-        for entry in entries {
-            if collected.left_bytes <= quota_bytes {
-                break;
-            }
-            if in_use.contains(&entry.digest) || pinned.contains(&entry.digest) {
-                continue;
-            }
-            match contents.remove(&entry.digest) {
-                Ok(_) => {}
-                Err(StoreError::ContentInUse { .. }) => continue,
-                Err(error) => return Err(error),
-            }
-            collected.freed_bytes += entry.held_bytes;
-            collected.left_bytes -= entry.held_bytes;
-            collected.removed.push(entry);
-        }
-        Ok(collected)
-    }
-
-    /// Checks everything: contents against their digests, which reads them through, and all other models for being there.
-    /// `progress` is told bytes done and bytes in all.
+    /// Checks everything: contents against their digests, other downloads against the checksum that their hub had announced, which
+    /// reads them all through; and all other models for being there. `progress` is told bytes done and bytes in all.
     pub fn fsck(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Vec<Checked>, StoreError> {
         let models = self.list()?;
-        let mut report = self.check_contents(&models, progress)?;
+        let contents = self.contents();
+        let opened = contents.digests()?.into_iter().map(|digest| (digest, contents.open(&digest)));
+        let opened: Vec<Opened> = opened.collect();
+        let whole: Vec<&Content> = opened.iter().filter_map(|(_, opened)| opened.as_ref().ok()?.as_ref()).collect();
+        let mut sums = checksums(&models);
+        sums.retain(|(model, _)| whole.iter().all(|content| content.path() != model.path));
+        let held_bytes: u64 = whole.iter().map(|content| content.held_bytes()).sum();
+        let summed_bytes: u64 = sums.iter().map(|(model, _)| model.size_bytes).sum();
+        let mut progress = Progress { done: 0, total: held_bytes + summed_bytes, tell: progress };
+
+        let mut report = self.check_contents(opened, &models, &mut progress)?;
+        for (model, sha256) in sums {
+            let end = progress.done + model.size_bytes;
+            let health = match check_file(model) {
+                Health::Ok { .. } => check_sum(model, sha256, &mut |bytes| progress.add(bytes, end)),
+                health => health,
+            };
+            progress.add(u64::MAX, end);
+            report.push(Checked { name: Some(model.name.clone()), digest: None, path: model.path.clone(), health });
+        }
         for model in &models {
             let is_checked = |checked: &Checked| match mesh_digest(model) {
                 Some(digest) => checked.digest == Some(digest),
@@ -134,14 +111,11 @@ impl Store {
 
     fn check_contents(
         &self,
+        opened: Vec<Opened>,
         models: &[ModelEntry],
-        progress: &mut dyn FnMut(u64, u64),
+        progress: &mut Progress<'_>,
     ) -> Result<Vec<Checked>, StoreError> {
         let contents = self.contents();
-        let opened = contents.digests()?.into_iter().map(|digest| (digest, contents.open(&digest)));
-        let opened: Vec<_> = opened.collect();
-        let held_bytes = opened.iter().filter_map(|(_, opened)| opened.as_ref().ok()?.as_ref()).map(|c| c.held_bytes());
-        let (mut done, total) = (0, held_bytes.sum::<u64>());
         let mut report = Vec::new();
         for (digest, opened) in opened {
             let name_of = |path: &PathBuf| {
@@ -152,19 +126,14 @@ impl Store {
                 // Its file is gone, or another; the model that it was the file of tells the rest.
                 Ok(None) => continue,
                 Ok(Some(content)) => {
-                    let end = done + content.held_bytes();
-                    let mut seen = |bytes: u64| {
-                        // The tree is read as well, and not counted.
-                        done = (done + bytes).min(end);
-                        progress(done, total);
-                    };
-                    let health = match content.verify(&mut seen) {
+                    let end = progress.done + content.held_bytes();
+                    // The tree is read as well, and not counted.
+                    let health = match content.verify(&mut |bytes: u64| progress.add(bytes, end)) {
                         Ok(ranges) if ranges.is_empty() => Health::Ok { held_bytes: content.held_bytes() },
                         Ok(ranges) => Health::Damaged { ranges },
                         Err(error) => Health::Unusable { why: error.to_string() },
                     };
-                    done = end;
-                    progress(done, total);
+                    progress.add(u64::MAX, end);
                     if content.is_reference() && matches!(health, Health::Damaged { .. }) {
                         contents.remove(&digest)?;
                     }
@@ -175,6 +144,53 @@ impl Store {
             report.push(Checked { name: name_of(&path), digest: Some(digest), path, health });
         }
         Ok(report)
+    }
+}
+
+/// A content, as far as it can be opened.
+type Opened = (Digest, Result<Option<Content>, StoreError>);
+
+/// How far a check is, and who is told.
+struct Progress<'a> {
+    done: u64,
+    total: u64,
+    tell: &'a mut dyn FnMut(u64, u64),
+}
+
+impl Progress<'_> {
+    /// So many bytes more, but not beyond `end`.
+    fn add(&mut self, bytes: u64, end: u64) {
+        self.done = self.done.saturating_add(bytes).min(end);
+        (self.tell)(self.done, self.total);
+    }
+}
+
+/// Models that are here, each file once, with the SHA-256 that their hub had announced.
+fn checksums(models: &[ModelEntry]) -> Vec<(&ModelEntry, &str)> {
+    let mut paths = HashSet::new();
+    let announced = models.iter().filter_map(|model| match &model.origin {
+        Origin::Hub { sha256: Some(sha256), .. } => Some((model, sha256.as_str())),
+        _ => None,
+    });
+    announced.filter(|(model, _)| model.path.exists() && paths.insert(&model.path)).collect()
+}
+
+/// Reads a file through. `seen` is told how many bytes more were read.
+fn check_sum(model: &ModelEntry, want: &str, seen: &mut dyn FnMut(u64)) -> Health {
+    let got = match hub::sha256_of(&model.path, seen) {
+        Ok(got) if got == want => return Health::Ok { held_bytes: model.size_bytes },
+        Ok(got) => got,
+        Err(source) => return Health::Unusable { why: StoreError::io("read", &model.path)(source).to_string() },
+    };
+    let advice = match &model.origin {
+        Origin::Hub { downloaded: true, repo, file, .. } => {
+            let name = &model.name;
+            format!("Remove it and pull it again: murmur models rm {name}; murmur models pull hf:{repo}:{file}")
+        }
+        _ => "Another program has downloaded it: delete the file there, and pull it again".to_owned(),
+    };
+    Health::Unusable {
+        why: format!("its bytes are not those that the hub announced: sha256 is {got}, not {want}. {advice}"),
     }
 }
 
@@ -190,9 +206,9 @@ fn check_file(model: &ModelEntry) -> Health {
         return Health::Missing;
     }
     match inspect::check_model_file(&model.path) {
-        Ok(bytes) if bytes == model.size_bytes => Health::Ok { held_bytes: bytes },
-        Ok(bytes) => {
-            let (now, then) = (files::human_bytes(bytes), files::human_bytes(model.size_bytes));
+        Ok(file) if file.bytes == model.size_bytes => Health::Ok { held_bytes: file.bytes },
+        Ok(file) => {
+            let (now, then) = (files::human_bytes(file.bytes), files::human_bytes(model.size_bytes));
             Health::Unusable {
                 why: format!("it has {now}, and had {then} when it was added. Import or pull it again."),
             }

@@ -1,21 +1,21 @@
 //! Pulls against a small hub on loopback that can be told to misbehave.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests, too, end the test when something is off")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests, too, end the test when something is off")]
 
 mod hub_server;
 
 use std::{
     fs,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::Ordering},
     time::Duration,
 };
 
 use axum::http::StatusCode;
 use hub_server::{Behaviour, COMMIT, Hub, sha256_of};
 use murmur_store::{
-    ErrorKind, HubRef, ModelEntry, ModelRef, Origin, Store, StoreError,
-    hub::{HubConfig, PullEvent},
+    ErrorKind, Health, HubRef, ModelEntry, ModelRef, Origin, Store, StoreError,
+    hub::{HubConfig, PullEvent, search},
 };
 
 /// A store and a cache of its own, and what a pull told.
@@ -147,6 +147,7 @@ async fn a_pull_that_was_given_up_is_resumed_by_the_next_one() {
     assert_eq!(bench.transfers().last(), Some(&123_456));
     assert!(bench.events.lock().unwrap().contains(&PullEvent::Chosen {
         file: "tiny-Q4_K_M.gguf".to_owned(),
+        licence: Some("apache-2.0".to_owned()),
         total_bytes: content.len() as u64,
         resumed_bytes: 123_456
     }));
@@ -226,7 +227,12 @@ async fn a_disk_that_fills_up_during_the_transfer_is_told_as_such() {
 async fn refusals_say_what_to_do() {
     let cases = [
         (StatusCode::UNAUTHORIZED, vec![], ErrorKind::Unavailable, "token"),
-        (StatusCode::FORBIDDEN, vec![("x-error-code", "GatedRepo")], ErrorKind::Unavailable, "Accept it"),
+        (
+            StatusCode::FORBIDDEN,
+            vec![("x-error-code", "GatedRepo")],
+            ErrorKind::Unavailable,
+            "/someone/Tiny-GGUF, then",
+        ),
         (StatusCode::NOT_FOUND, vec![("x-error-code", "RevisionNotFound")], ErrorKind::NotFound, "@revision"),
         (StatusCode::NOT_FOUND, vec![], ErrorKind::NotFound, "spelling"),
         (StatusCode::TOO_MANY_REQUESTS, vec![("retry-after", "3600")], ErrorKind::Unavailable, "60 minutes"),
@@ -242,6 +248,63 @@ async fn refusals_say_what_to_do() {
     let bench = Bench::new(Behaviour::default()).await;
     assert_eq!(bench.pull("hf:someone/Absent-GGUF").await.unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(bench.pull("hf:someone/Tiny-GGUF:Q5_K_M").await.unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn a_gated_model_without_a_token_says_where_its_licence_is_accepted_and_that_a_token_is_needed() {
+    let refused = || vec![(StatusCode::UNAUTHORIZED, vec![("x-error-code", "GatedRepo")])];
+    let mut bench = Bench::new(Behaviour { refusals: refused(), ..Behaviour::default() }).await;
+    let with_token = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err().to_string();
+    assert!(with_token.contains("the token in use") && !with_token.contains("set HF_TOKEN"), "{with_token}");
+
+    let endpoint = bench.config.endpoint().to_owned();
+    bench.config = HubConfig::new(&endpoint, None, bench.home.path().join("hub")).unwrap();
+    bench.hub.set(|behaviour| behaviour.refusals = refused());
+    let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
+    assert!(matches!(error, StoreError::HubRefuses { .. }), "{error}");
+    let page = format!("{endpoint}/someone/Tiny-GGUF, then set HF_TOKEN");
+    assert!(error.to_string().contains(&page), "{error}");
+}
+
+#[tokio::test]
+async fn the_licence_is_told_before_the_transfer_and_remembered() {
+    let bench = Bench::new(Behaviour::default()).await;
+    let entry = bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
+    assert_eq!(entry.licence.as_deref(), Some("apache-2.0"));
+    let told = |event: &PullEvent| matches!(event, PullEvent::Chosen { licence: Some(licence), .. } if licence == "apache-2.0");
+    assert!(bench.events.lock().unwrap().first().is_some_and(told));
+
+    // Where the hub says none, the file may.
+    bench.hub.set(|behaviour| behaviour.licence = "null");
+    assert_eq!(bench.pull("hf:someone/Tiny-GGUF").await.unwrap().licence.as_deref(), Some("mit"));
+    assert_eq!(bench.store().get(&entry.name).unwrap().licence.as_deref(), Some("mit"));
+}
+
+#[tokio::test]
+async fn a_hub_that_is_to_be_left_alone_is_not_asked() {
+    let bench = Bench::new(Behaviour::default()).await;
+    let endpoint = bench.config.endpoint().to_owned();
+    let offline = HubConfig::from_variables(|name| match name {
+        "HF_ENDPOINT" => Some(endpoint.clone().into()),
+        "HF_HOME" => Some(bench.home.path().into()),
+        "HF_HUB_OFFLINE" => Some("1".into()),
+        _ => None,
+    });
+    let offline = offline.unwrap();
+    let error = bench.store().pull(&offline, &"a/b".parse().unwrap(), None, Arc::new(|_| {})).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.to_string().contains("HF_HUB_OFFLINE"), "{error}");
+    assert!(matches!(search(&offline, "tiny", 10).await, Err(StoreError::HubOffline { .. })));
+    assert_eq!(bench.hub.requests.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn a_web_page_instead_of_data_is_told_as_such() {
+    let bench = Bench::new(Behaviour { is_web_page: true, ..Behaviour::default() }).await;
+    let error = bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err();
+    assert!(error.to_string().contains("a web page instead of data"), "{error}");
+    let error = search(&bench.config, "tiny", 10).await.unwrap_err();
+    assert!(error.to_string().contains("a web page instead of data"), "{error}");
 }
 
 #[tokio::test]
@@ -294,4 +357,45 @@ async fn a_download_that_is_no_gguf_file_is_not_added() {
     let bench = Bench::new(Behaviour { content: vec![7; 5000], ..Behaviour::default() }).await;
     assert_eq!(bench.pull("hf:someone/Tiny-GGUF").await.unwrap_err().kind(), ErrorKind::Damaged);
     assert!(bench.store().list().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn fsck_reads_what_was_downloaded_and_compares_it_with_what_the_hub_had_announced() {
+    let bench = Bench::new(Behaviour::default()).await;
+    let (store, entry) = (bench.store(), bench.pull("hf:someone/Tiny-GGUF").await.unwrap());
+    let check = || {
+        let mut last = (0, 0);
+        let mut report = store
+            .fsck(&mut |done, total| {
+                assert!(last.0 <= done && done <= total, "{last:?} {done} {total}");
+                last = (done, total);
+            })
+            .unwrap();
+        assert_eq!((last, report.len()), ((entry.size_bytes, entry.size_bytes), 1));
+        report.remove(0)
+    };
+    let ok = Health::Ok { held_bytes: entry.size_bytes };
+    assert_eq!((check().health, check().name), (ok.clone(), Some(entry.name.clone())));
+
+    // One bit, the same length and time.
+    let blob = entry.path.canonicalize().unwrap();
+    let modified = fs::metadata(&blob).unwrap().modified().unwrap();
+    let mut bytes = fs::read(&blob).unwrap();
+    bytes[200_000] ^= 1;
+    fs::write(&blob, &bytes).unwrap();
+    fs::File::options().write(true).open(&blob).unwrap().set_modified(modified).unwrap();
+    let Health::Unusable { why } = check().health else { panic!("{:?}", check()) };
+    for part in
+        [sha256_of(&bytes).as_str(), "murmur models rm tiny-Q4_K_M", "pull hf:someone/Tiny-GGUF:tiny-Q4_K_M.gguf"]
+    {
+        assert!(why.contains(part), "no {part:?} in: {why}");
+    }
+    // As it says.
+    store.remove(&entry.name).unwrap();
+    bench.pull("hf:someone/Tiny-GGUF").await.unwrap();
+    assert_eq!(check().health, ok);
+
+    // A file that nodes hand out is checked once, against its digest.
+    let digest = store.contents().adopt(&entry.path, &mut |_, _| {}).unwrap().digest();
+    assert_eq!(check().digest, Some(digest));
 }

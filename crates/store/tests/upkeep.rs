@@ -241,7 +241,7 @@ fn the_quota_takes_parts_first_and_then_what_was_not_used_for_longest() {
     let in_use = HashSet::from([peers[1].digest()]);
     let collect = |quota_bytes| {
         let collected = store.collect(quota_bytes, &in_use).unwrap();
-        let removed: Vec<Digest> = collected.removed.iter().map(|entry| entry.digest).collect();
+        let removed: Vec<Digest> = collected.removed.iter().filter_map(|download| download.digest).collect();
         (removed, collected.freed_bytes, collected.left_bytes)
     };
     let part_bytes = 2 * GROUP_BYTES;

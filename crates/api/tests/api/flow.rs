@@ -9,7 +9,7 @@ use tokio::{sync::mpsc, time::timeout};
 use crate::support::{Server, Stream, chat, completion, conducted, done, error, text};
 
 const COMPLETIONS: &str = "/v1/completions";
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(60);
 
 /// The generation's receiver is dropped: that is what cancels it in the node.
 async fn assert_cancelled(node: &mpsc::Sender<Event>) {

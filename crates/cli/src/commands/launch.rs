@@ -13,7 +13,7 @@ use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use murmur_api::ApiOptions;
 use murmur_node::{DraftWish, LoadProgress, ModelSpec, Node, NodeOptions, RingWishes, sharing::Sharing};
-use murmur_store::ModelRef;
+use murmur_store::{ModelRef, hub::HubConfig};
 use rand::Rng;
 use tokio::{sync::oneshot, task::JoinHandle};
 
@@ -100,6 +100,7 @@ pub(super) async fn node_options(
         hands_out_files: true,
         upload_bytes_per_s: None,
         download_bytes_per_s: None,
+        hub: hub(),
         gpu_layers: engine.gpu_layers,
         engine_program: engine_program()?,
     })
@@ -131,6 +132,7 @@ pub(super) fn client_options(session: &Session, peer_wait: Period) -> anyhow::Re
         hands_out_files: true,
         upload_bytes_per_s: None,
         download_bytes_per_s: None,
+        hub: hub(),
         gpu_layers: 0,
         engine_program: engine_program()?,
     })
@@ -158,6 +160,12 @@ async fn draft(session: &Session, models: &[LocalModel], engine: &EngineArgs) ->
         Draft::Lookup => DraftWish::Lookup,
         Draft::Auto => DraftWish::Auto(session.store().list()?.into_iter().map(|entry| entry.path).collect()),
     })
+}
+
+/// The hub, unless its settings are wrong: then files come from other nodes alone, and whoever asks the hub itself hears what is wrong.
+fn hub() -> Option<HubConfig> {
+    let config = HubConfig::from_env();
+    config.inspect_err(|error| tracing::warn!("the hub is not asked for files that other nodes have: {error}")).ok()
 }
 
 fn engine_program() -> anyhow::Result<PathBuf> {

@@ -1,17 +1,22 @@
 //! `murmur models pull` and `search` for the models of a mesh: the running server, which is in it, does the work.
 
+use std::path::Path;
+
 use indicatif::ProgressBar;
-use murmur_store::ModelName;
+use murmur_store::{HubRef, ModelName, ModelRef};
 use serde_json::{Value, json};
 
-use super::Session;
+use super::{
+    Session,
+    models::{drafts, recommended::Recommendations},
+};
 use crate::{
     exit::{Code, Failure},
     pull, ui,
     units::Size,
 };
 
-/// Has the server fetch a model, and shows how far it is. Ctrl-C ends the showing only.
+/// Has the server fetch a model of the mesh, or end that.
 pub(super) async fn pull(session: &Session, model: &ModelName, stop: bool) -> anyhow::Result<()> {
     let client = session.client();
     if !client.is_there().await {
@@ -24,17 +29,47 @@ pub(super) async fn pull(session: &Session, model: &ModelName, stop: bool) -> an
             ),
         ));
     }
-    let request = json!({"model": model});
     if stop {
-        let answer = client.post("/api/models/stop", &request).await?;
-        if session.global.json {
-            return ui::print_json(&answer);
-        }
-        let what = if answer["stopped"] == true { "stopped; what has come is kept" } else { "was not being pulled" };
-        ui::say(&format!("{model} {what}"));
-        return Ok(());
+        return end(session, model.as_str()).await;
     }
-    let mut events = client.stream("/api/models/pull", &request).await?;
+    match fetch(session, model.as_str()).await? {
+        Fetched::Whole => Ok(()),
+        Fetched::Nowhere(reason) => Err(Failure::because(Code::Failed, reason)),
+    }
+}
+
+/// Has a server that is in a mesh fetch a model of a hub from other nodes and the hub at once. False: there is no such server, or no other
+/// node has the model.
+pub(super) async fn pull_of_hub(session: &Session, model: &HubRef) -> anyhow::Result<bool> {
+    // No server is no failure, and neither is one that is alone: the hub has it as well.
+    let status = session.client().get("/api/status").await.unwrap_or_default();
+    if !status["mesh"].is_object() || session.store().resolve(&ModelRef::Hub(model.clone())).is_ok() {
+        return Ok(false);
+    }
+    Ok(matches!(fetch(session, &model.to_string()).await?, Fetched::Whole))
+}
+
+/// Ends what the server fetches.
+pub(super) async fn end(session: &Session, model: &str) -> anyhow::Result<()> {
+    let answer = session.client().post("/api/models/stop", &json!({"model": model})).await?;
+    if session.global.json {
+        return ui::print_json(&answer);
+    }
+    let what = if answer["stopped"] == true { "stopped; what has come is kept" } else { "was not being pulled" };
+    ui::say(&format!("{model} {what}"));
+    Ok(())
+}
+
+/// How a fetch by the server has ended, if not by a failure.
+enum Fetched {
+    Whole,
+    /// No node has it; what the server says of that.
+    Nowhere(String),
+}
+
+/// Has the server fetch a model, and shows how far it is. Ctrl-C ends the showing only.
+async fn fetch(session: &Session, model: &str) -> anyhow::Result<Fetched> {
+    let mut events = session.client().stream("/api/models/pull", &json!({"model": model})).await?;
     let mut shown: Option<ProgressBar> = None;
     loop {
         let event = tokio::select! {
@@ -64,21 +99,38 @@ pub(super) async fn pull(session: &Session, model: &ModelName, stop: bool) -> an
             }
             Some("done") => {
                 shown.iter().for_each(ProgressBar::finish_and_clear);
-                if session.global.json {
-                    return ui::print_json(&event);
-                }
-                ui::say(&format!("pulled {model} ({})", Size(total)));
-                ui::say(&format!("try: murmur run {model}"));
-                return Ok(());
+                done(session, model, &event)?;
+                return Ok(Fetched::Whole);
             }
             Some("failed") => {
                 shown.iter().for_each(ProgressBar::finish_and_clear);
                 let reason = event["reason"].as_str().unwrap_or("the server does not say why");
-                return Err(Failure::because(Code::Failed, ui::without_controls(reason)));
+                let reason = ui::without_controls(reason);
+                return match event["nowhere"] == true {
+                    true => Ok(Fetched::Nowhere(reason)),
+                    false => Err(Failure::because(Code::Failed, reason)),
+                };
             }
             _ => {}
         }
     }
+}
+
+fn done(session: &Session, model: &str, event: &Value) -> anyhow::Result<()> {
+    if session.global.json {
+        return ui::print_json(event);
+    }
+    let total = event["file_bytes"].as_u64().unwrap_or(0);
+    // What it is called in the store.
+    let name = ui::without_controls(event["name"].as_str().unwrap_or(model));
+    let entry = name.parse::<ModelName>().ok().and_then(|name| session.store().get(&name).ok());
+    let licence = entry.and_then(|entry| entry.licence).map_or_else(String::new, |name| format!(", licence {name}"));
+    ui::say(&ui::without_controls(&format!("pulled {model} ({}{licence})", Size(total))));
+    ui::say(&format!("try: murmur run {name}"));
+    let path = event["path"].as_str().map(Path::new).filter(|path| path.exists());
+    let draft = path.and_then(|path| drafts::offer(session, &session.store(), &name, path));
+    draft.iter().for_each(|draft| ui::say(&draft.advice(&name)));
+    Ok(())
 }
 
 /// From how many nodes something comes, or why nothing does.
@@ -100,15 +152,28 @@ pub(super) async fn search(session: &Session, text: Option<&str>) -> anyhow::Res
     let wanted = text.unwrap_or_default().to_lowercase();
     let is_wanted = |file: &&Value| file["name"].as_str().is_some_and(|name| name.to_lowercase().contains(&wanted));
     let files: Vec<&Value> = answer["models"].as_array().into_iter().flatten().filter(is_wanted).collect();
+    let recommended = Recommendations::for_advice(session);
+    let draft = |file: &Value| recommended.draft_of_file(file["name"].as_str()?).map(ToString::to_string);
     if session.global.json {
-        return ui::print_json(&files);
+        let with_draft = |file: &Value| {
+            let mut file = file.clone();
+            file["draft"] = draft(&file).into();
+            file
+        };
+        return ui::print_json(&files.into_iter().map(with_draft).collect::<Vec<_>>());
     }
     if files.is_empty() {
         ui::say("no node of the mesh has such a model");
         return Ok(());
     }
-    let rows: Vec<Vec<String>> = files.into_iter().map(row).collect();
-    ui::print(&ui::table(&["NAME", "SIZE", "HERE", "NODES", "NEAREST", "DIGEST"], &rows, &[1, 2, 3, 4]))
+    let rows: Vec<Vec<String>> = files.iter().map(|file| row(file)).collect();
+    ui::print(&ui::table(&["NAME", "SIZE", "HERE", "NODES", "NEAREST", "DIGEST"], &rows, &[1, 2, 3, 4]))?;
+    if !session.global.quiet {
+        for (file, draft) in files.iter().filter_map(|file| Some((file["name"].as_str()?, draft(file)?))) {
+            ui::say(&ui::without_controls(&drafts::advice(file, &draft)));
+        }
+    }
+    Ok(())
 }
 
 fn row(file: &Value) -> Vec<String> {

@@ -1,5 +1,9 @@
 //! `murmur models`: the store, from the command line.
 
+pub(super) mod drafts;
+mod hub;
+pub(super) mod recommended;
+
 use std::time::{Duration, SystemTime};
 
 use murmur_gguf::synth::{self, Spec};
@@ -35,8 +39,16 @@ pub(super) fn run(session: &Session, command: Models) -> anyhow::Result<()> {
         }
         Models::Rm { names } => remove(session, &store, &names),
         Models::Pull { model: ModelRef::Hub(model), name, stop: false } => {
-            let entry = small_runtime()?.block_on(pull::pull(&store, &model, name, session.global.quiet))?;
+            let runtime = small_runtime()?;
+            // Who wants another name than that of the file gets it from the hub alone.
+            if name.is_none() && runtime.block_on(mesh_models::pull_of_hub(session, &model))? {
+                return Ok(());
+            }
+            let entry = runtime.block_on(pull::pull(&store, &model, name, session.global.quiet))?;
             added(session, &entry, "pulled")
+        }
+        Models::Pull { model: ModelRef::Hub(model), stop: true, .. } => {
+            small_runtime()?.block_on(mesh_models::end(session, &model.to_string()))
         }
         Models::Pull { model: ModelRef::Name(model), name: None, stop } => {
             small_runtime()?.block_on(mesh_models::pull(session, &model, stop))
@@ -47,9 +59,16 @@ pub(super) fn run(session: &Session, command: Models) -> anyhow::Result<()> {
              name, and its download can be stopped: pull NAME [--stop]",
         )),
         Models::Pin { names, off } => upkeep::pin(session, &store, &names, off),
-        Models::Gc { quota } => upkeep::collect(session, &store, quota.map_or(0, |quota| quota.0)),
+        Models::Quota { quota } => upkeep::quota(session, &store, quota),
+        Models::Gc { quota } => upkeep::collect(session, &store, quota.map(|quota| quota.0)),
         Models::Fsck => upkeep::check(session, &store),
-        Models::Search { text } => small_runtime()?.block_on(mesh_models::search(session, text.as_deref())),
+        Models::Search { text: Some(text), hub: true, limit } => {
+            small_runtime()?.block_on(hub::search(session, &text, limit.into()))
+        }
+        Models::Search { text, .. } => small_runtime()?.block_on(mesh_models::search(session, text.as_deref())),
+        Models::Recommended { memory } => {
+            small_runtime()?.block_on(recommended::run(session, &store, memory.map(|memory| memory.0)))
+        }
     }
 }
 
@@ -67,16 +86,21 @@ fn list(session: &Session, store: &Store) -> anyhow::Result<()> {
     let rows: Vec<Vec<String>> = entries
         .iter()
         .map(|entry| {
-            let missing = if entry.path.exists() { "" } else { " (missing!)" };
+            let missing = match (&entry.origin, entry.path.exists()) {
+                (_, true) => "",
+                (Origin::Hub { .. }, false) => " (not here any more; pull it again)",
+                (_, false) => " (missing!)",
+            };
             vec![
                 entry.name.to_string(),
                 Size(entry.size_bytes).to_string(),
-                age(entry.added_unix_s),
+                pull::age(SystemTime::UNIX_EPOCH + Duration::from_secs(entry.added_unix_s)),
+                entry.licence.as_deref().map_or_else(|| "-".to_owned(), ui::without_controls),
                 format!("{}{missing}", origin(entry)),
             ]
         })
         .collect();
-    ui::print(&ui::table(&["NAME", "SIZE", "ADDED", "FROM"], &rows, &[1]))
+    ui::print(&ui::table(&["NAME", "SIZE", "ADDED", "LICENCE", "FROM"], &rows, &[1]))
 }
 
 fn remove(session: &Session, store: &Store, names: &[ModelName]) -> anyhow::Result<()> {
@@ -96,12 +120,18 @@ fn remove(session: &Session, store: &Store, names: &[ModelName]) -> anyhow::Resu
 }
 
 fn added(session: &Session, entry: &ModelEntry, how: &str) -> anyhow::Result<()> {
+    let draft = drafts::offer(session, &session.store(), entry.name.as_str(), &entry.path);
     if session.global.json {
-        return ui::print_json(&as_json(entry));
+        let mut value = as_json(entry);
+        value["draft"] = drafts::as_json(draft.as_ref());
+        return ui::print_json(&value);
     }
     if !session.global.quiet {
-        ui::say(&format!("{how} {} ({}): {}", entry.name, Size(entry.size_bytes), entry.path.display()));
+        let licence = entry.licence.as_deref().map_or_else(String::new, |licence| format!(", licence {licence}"));
+        let line = format!("{how} {} ({}{licence}): {}", entry.name, Size(entry.size_bytes), entry.path.display());
+        ui::say(&ui::without_controls(&line));
         ui::say(&format!("try: murmur run {}", entry.name));
+        draft.iter().for_each(|draft| ui::say(&draft.advice(entry.name.as_str())));
     }
     Ok(())
 }
@@ -114,6 +144,8 @@ fn as_json(entry: &ModelEntry) -> Value {
         "size_bytes": entry.size_bytes,
         "added_unix_s": entry.added_unix_s,
         "origin": entry.origin,
+        "licence": entry.licence,
+        "pinned": entry.pinned,
     })
 }
 
@@ -123,16 +155,5 @@ fn origin(entry: &ModelEntry) -> String {
         Origin::Copy => "copy".to_owned(),
         Origin::Hub { repo, file, .. } => format!("hf:{repo}:{file}"),
         Origin::Mesh { .. } => "mesh".to_owned(),
-    }
-}
-
-fn age(unix_s: u64) -> String {
-    let then = SystemTime::UNIX_EPOCH + Duration::from_secs(unix_s);
-    let seconds = SystemTime::now().duration_since(then).map_or(0, |age| age.as_secs());
-    match seconds {
-        0..120 => "just now".to_owned(),
-        120..7200 => format!("{} minutes ago", seconds / 60),
-        7200..172_800 => format!("{} hours ago", seconds / 3600),
-        _ => format!("{} days ago", seconds / 86_400),
     }
 }

@@ -119,7 +119,8 @@ fn is_unknown(error: &anyhow::Error) -> bool {
 /// All other models of the store.
 fn others(session: &Session, models: &[LocalModel]) -> anyhow::Result<Vec<ModelSpec>> {
     let entries = session.store().list()?.into_iter();
-    let others = entries.filter(|entry| models.iter().all(|model| model.path != entry.path));
+    // What went to make room has its name still.
+    let others = entries.filter(|entry| entry.path.exists() && models.iter().all(|model| model.path != entry.path));
     Ok(others.map(|entry| ModelSpec { path: entry.path, id: entry.name.to_string() }).collect())
 }
 

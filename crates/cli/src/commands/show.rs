@@ -6,10 +6,10 @@ use std::{
 };
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use murmur_gguf::{Manifest, manifest::Part};
+use murmur_gguf::{Gguf, Manifest, manifest::Part};
 use murmur_store::{ModelRef, Store};
 
-use super::Session;
+use super::{Session, models::drafts};
 use crate::{ui, units::Size};
 
 /// Hexadecimal digits of a digest in a table; --json has all.
@@ -30,21 +30,31 @@ pub(super) fn run(session: &Session, store: &Store, model: &ModelRef) -> anyhow:
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
+    let stated = || Some(Gguf::open(&resolved.path).ok()?.str("general.license")?.to_owned());
+    let licence = store.get(&resolved.name).ok().filter(|entry| entry.path == resolved.path);
+    let licence = licence.and_then(|entry| entry.licence).or_else(stated);
+    let draft = drafts::offer(session, store, resolved.name.as_str(), &resolved.path);
     if session.global.json {
         let mut value = serde_json::to_value(&manifest)?;
         if let Some(object) = value.as_object_mut() {
             object.insert("path".to_owned(), resolved.path.to_string_lossy().into_owned().into());
             object.insert("store_name".to_owned(), resolved.name.as_str().into());
+            object.insert("licence".to_owned(), licence.into());
+            object.insert("draft".to_owned(), drafts::as_json(draft.as_ref()));
         }
         return ui::print_json(&value);
     }
-    let mut page = facts(&resolved.path.display().to_string(), &manifest);
+    let mut page = facts(&resolved.path.display().to_string(), licence, &manifest);
+    if let Some(draft) = draft {
+        page.push_str(&draft.advice(resolved.name.as_str()));
+        page.push('\n');
+    }
     page.push('\n');
     page.push_str(&parts(&manifest));
     ui::print(&ui::without_controls(&page))
 }
 
-fn facts(path: &str, manifest: &Manifest) -> String {
+fn facts(path: &str, licence: Option<String>, manifest: &Manifest) -> String {
     let mut rows: Vec<(&str, String)> = vec![
         ("file", path.to_owned()),
         ("name", manifest.name.clone().unwrap_or_else(|| "-".to_owned())),
@@ -52,6 +62,7 @@ fn facts(path: &str, manifest: &Manifest) -> String {
         ("parameters", parameters(manifest.parameters)),
         ("quantisation", manifest.quantization.clone()),
         ("size", Size(manifest.file_bytes).to_string()),
+        ("licence", licence.unwrap_or_else(|| "-".to_owned())),
     ];
     if let Some(facts) = &manifest.facts {
         rows.push(("context", format!("{} tokens", facts.context_length)));

@@ -15,24 +15,34 @@ pub mod screen;
 use std::{
     ffi::OsStr,
     io::{BufRead, BufReader, Read, Write},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
-/// Longer than anything here takes on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+use tokio::net::TcpSocket;
+
+/// Longer than anything here takes on a busy machine, a long story in one answer included.
+pub const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Asks again and again until there is an answer. For what nothing announces.
 #[track_caller]
-pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+pub fn until<T>(what: &str, ask: impl FnMut() -> Option<T>) -> T {
+    until_at(what, Duration::from_millis(20), ask)
+}
+
+/// The same, with so long between the questions: for what is over soon.
+#[track_caller]
+pub fn until_at<T>(what: &str, pause: Duration, mut ask: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
         if let Some(answer) = ask() {
             return answer;
         }
         assert!(started.elapsed() < PATIENCE, "never came true: {what}");
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(pause);
     }
 }
 
@@ -40,11 +50,13 @@ pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
 pub struct Home {
     directory: tempfile::TempDir,
     environment: Vec<(&'static str, String)>,
+    /// Where the API is that a command means if it is not told: nowhere.
+    api: String,
 }
 
 impl Home {
     pub fn new() -> Self {
-        Self { directory: tempfile::tempdir().unwrap(), environment: Vec::new() }
+        Self { directory: tempfile::tempdir().unwrap(), environment: Vec::new(), api: unused_address() }
     }
 
     /// What runs here finds this variable in its environment.
@@ -70,7 +82,7 @@ impl Home {
             .env("HOME", self.path())
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("MURMUR_DATA_DIR", self.data_dir())
-            .env("MURMUR_API", unused_address())
+            .env("MURMUR_API", &self.api)
             .envs(self.environment.iter().cloned())
             .current_dir(self.path())
             .stdin(Stdio::null());
@@ -97,9 +109,17 @@ impl Home {
     }
 }
 
-/// An address on which nothing listens (until somebody else takes the port).
+/// An address on which nothing listens, until somebody listens on just this one: the system gives its port to nobody who asks for
+/// any, as a socket of this process has it.
 pub fn unused_address() -> String {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+    static TAKEN: Mutex<Vec<TcpSocket>> = Mutex::new(Vec::new());
+    let socket = TcpSocket::new_v4().unwrap();
+    // So may a server have it that sets the same, as all do, while this one does not listen.
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let address = socket.local_addr().unwrap();
+    TAKEN.lock().unwrap().push(socket);
+    address.to_string()
 }
 
 /// What a finished command left.
@@ -196,19 +216,14 @@ pub fn stop_first_child(parent: u32) {
     let program = |pid: &str| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     // Between its fork and its exec a child is its parent still, and the parent waits for it.
     let own = program(&parent.to_string());
-    let started = std::time::Instant::now();
-    loop {
+    let child = until_at("a child is started", Duration::from_millis(1), || {
         let tasks = std::fs::read_dir(&children).unwrap().flatten();
         let lines: String =
             tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok()).collect();
         let runs = |pid: &&str| ![&own, &Vec::new()].contains(&&program(pid));
-        if let Some(child) = lines.split_whitespace().find(runs) {
-            signal(&child, "STOP");
-            return;
-        }
-        assert!(started.elapsed() < std::time::Duration::from_secs(60), "no child was started");
-        std::thread::sleep(std::time::Duration::from_millis(1));
-    }
+        lines.split_whitespace().find(runs).map(str::to_owned)
+    });
+    signal(&child, "STOP");
 }
 
 /// One answer of a server, headers included.

@@ -23,9 +23,13 @@ pub fn home_ahead(seconds: i64) -> Home {
 
 /// What another node is told of a clock.
 fn sees_clock(node: &Node<'_>, other: &Node<'_>, ahead_s: i64) {
-    let peers = node.peers();
-    let seen_ms = peers.iter().find(|peer| peer["node"] == other.id()).unwrap()["clock_ahead_ms"].as_i64().unwrap();
-    assert!((seen_ms - ahead_s * 1000).abs() < 5_000, "{seen_ms} ms");
+    let what = format!("{} has greeted {}", node.host.name(), other.host.name());
+    let seen_ms = until(&what, || {
+        let peers = node.peers();
+        peers.iter().find(|peer| peer["node"] == other.id())?["clock_ahead_ms"].as_i64()
+    });
+    // With the way of the greeting, which may be long on a busy machine.
+    assert!((seen_ms - ahead_s * 1000).abs() < 60_000, "{seen_ms} ms");
 }
 
 /// Between two servers and a client.

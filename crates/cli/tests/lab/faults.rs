@@ -49,7 +49,10 @@ fn a_stream_goes_on_when_its_own_machine_was_off_the_network_for_ten_seconds() {
     client.waits_for_servers_of_demo(1);
     let mut stream = client.begin(&long_story());
     stream.read(STORY_BYTES_BEFORE_FAULT);
+    // A fast machine would be through with the story.
+    server.signal_engine("STOP");
     lab.isolate("client").unwrap();
+    server.signal_engine("CONT");
     assert_ne!(
         client.get("/api/status").1["node"]["requests"].as_array().unwrap().len(),
         0,

@@ -2,10 +2,10 @@
 
 use std::net::Ipv4Addr;
 
-use murmur_lab::{Host, NatKind, Site, Topology};
+use murmur_lab::{Host, Link, NatKind, Site, Topology};
 
 use crate::{
-    common::Home,
+    common::{Home, until},
     world::{Node, Seed, UNAIDED, lab, short_story, with},
 };
 
@@ -33,6 +33,23 @@ fn a_ticket_leads_from_one_host_to_another() {
     serves_alike(&server, &client);
 }
 
+/// A round trip takes both ways, and is known before anybody has asked for anything.
+#[test]
+fn a_peer_that_is_far_away_is_listed_as_far_as_it_is() {
+    const ONE_WAY_MS: f64 = 30.0;
+    let Some(lab) = lab(&Topology::of_hosts(["server", "client"])) else { return };
+    lab.set_route("server", "client", &Link::delay(ONE_WAY_MS)).unwrap();
+    let server = Node::founder(lab.host("server").unwrap(), Home::new(), &UNAIDED);
+    let client = Node::client(lab.host("client").unwrap(), Home::new(), &with(&UNAIDED, &server.join()));
+    for (one, other) in [(&server, &client), (&client, &server)] {
+        let rtt_ms = until("the other one is listed with its round trip", || {
+            let peers = one.peers();
+            peers.iter().find(|peer| peer["node"] == other.id())?["rtt_ms"].as_f64()
+        });
+        assert!((2.0 * ONE_WAY_MS..1_000.0).contains(&rtt_ms), "{rtt_ms} ms");
+    }
+}
+
 /// A server and a client in homes of their own, with nothing in common but a ticket and the relay of a seed.
 fn across_homes(nats: [NatKind; 2], test: impl FnOnce(&Node<'_>, &Node<'_>)) {
     let Some(lab) = lab(&homes(nats, &["seed"])) else { return };
@@ -55,8 +72,8 @@ fn a_ticket_leads_from_one_home_to_another() {
 fn two_symmetric_nats_are_crossed_by_the_relay_of_a_seed_and_peers_say_so() {
     across_homes([NatKind::Symmetric; 2], |server, client| {
         for (one, other) in [(client, server), (server, client)] {
-            let path = one.path_to(other);
-            assert!(path.starts_with("relayed http://"), "{path}");
+            let what = format!("{} reaches {} by a relay", one.host.name(), other.host.name());
+            until(&what, || one.path_to(other).starts_with("relayed http://").then_some(()));
         }
         let shown = client.mesh(["peers"]).succeeds().out;
         assert!(shown.contains("relayed http://"), "{shown}");

@@ -2,13 +2,19 @@
 //! test says so and passes.
 
 #![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used, unreachable_pub, reason = "a test ends when something is off, and is no library")]
+#![allow(
+    clippy::panic,
+    clippy::unwrap_used,
+    unreachable_pub,
+    reason = "a test ends when something is off, and is no library"
+)]
 
 mod clocks;
 #[path = "../common/mod.rs"]
 mod common;
 mod contents;
 mod death;
+mod doctor;
 mod faults;
 mod join;
 mod many;

@@ -86,7 +86,7 @@ fn a_ring_finds_out_with_its_own_traffic_how_much_goes_over_a_link() {
     let guessed_us = row_us();
     let request = json!({"model": "demo", "prompt": "ba ".repeat(3_000), "max_tokens": 1, "ignore_eos": true});
     one.complete(&request);
-    let measured_us = until("the rate is known", || Some(row_us()).filter(|us| *us != guessed_us));
+    // The first figures may still be between the two.
+    let measured_us = until("the rate is known", || Some(row_us()).filter(|us| *us > 2.0 * guessed_us));
     eprintln!("a row takes the link {measured_us:.0} us; {guessed_us:.0} us were guessed");
-    assert!(measured_us > 2.0 * guessed_us, "{measured_us} {guessed_us}");
 }

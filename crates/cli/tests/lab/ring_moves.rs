@@ -80,9 +80,9 @@ fn waits_for_stages(node: &Node<'_>, count: usize) {
     until(&format!("{} has a ring of {count}", node.host.name()), || (holders(node).len() == count).then_some(()));
 }
 
-/// A stream of which some text has come.
-fn begin(node: &Node<'_>) -> Completion {
-    let mut stream = node.begin(&request(1, STREAM_TOKENS));
+/// A stream of so many tokens of which some text has come.
+fn begin(node: &Node<'_>, tokens: u64) -> Completion {
+    let mut stream = node.begin(&request(1, tokens));
     stream.read(50);
     stream
 }
@@ -97,7 +97,7 @@ fn a_machine_that_holds_two_parts_takes_them_over_and_no_stream_is_disturbed() {
     machines.iter().for_each(|machine| assert_eq!(holders(machine).len(), 3));
     machines.push(world.machine("four", 8, &[]));
     machines[3].waits_for_its_models();
-    let mut stream = begin(&machines[0]);
+    let mut stream = begin(&machines[0], STREAM_TOKENS);
     waits_for_stages(&machines[0], 2);
     let moved = Instant::now();
     machines.iter().for_each(|machine| waits_for_stages(machine, 2));
@@ -123,7 +123,7 @@ fn a_machine_that_dies_while_it_loads_what_it_would_take_over_disturbs_nobody() 
     let ring = holders(&machines[0]);
     let newcomer = world.machine("four", 24, &[]);
     newcomer.waits_for_its_models();
-    let mut stream = begin(&machines[0]);
+    let mut stream = begin(&machines[0], STREAM_TOKENS);
     until("the newcomer loads layers", || (!newcomer.model_status()["ring"]["held"].is_null()).then_some(()));
     newcomer.dies();
     assert_eq!(stream.finish(), End::Finished("length".into()));
@@ -143,7 +143,7 @@ fn a_machine_that_is_stopped_in_order_is_replaced_before_it_goes() {
     machines.iter().for_each(Node::waits_for_its_models);
     let held = |machine: &Node<'_>| machine.model_status()["ring"]["held"].clone();
     let driver = machines.remove(0);
-    let mut stream = begin(&driver);
+    let mut stream = begin(&driver, STREAM_TOKENS);
     let at = machines.iter().position(|machine| holders(&driver).iter().any(|holder| holder == machine.id())).unwrap();
     let mut leaves = machines.remove(at);
     let layers = held(&leaves);
@@ -159,6 +159,27 @@ fn a_machine_that_is_stopped_in_order_is_replaced_before_it_goes() {
     until("it has gone", || leaves.server.child.try_wait().unwrap());
     assert_eq!(stream.finish(), End::Finished("length".into()));
     assert_eq!(stream.text, world.whole.complete(&request(1, STREAM_TOKENS)));
+}
+
+#[test]
+fn an_answer_goes_on_around_another_ring_where_nobody_can_hold_what_was_lost() {
+    let Some(lab) = lab(&Topology::of_hosts(["one", "two", "three", "four", "whole"])) else { return };
+    let files = Home::new();
+    let mut world = World::new(&lab, &files, 12, Weights::Q8_0);
+    let (driver, dies) = (world.machine("one", 6, &[]), world.machine("two", 6, &[]));
+    driver.waits_for_its_models();
+    // Together they can hold what one of the first two did, and alone neither can.
+    let others = ["three", "four"].map(|name| world.machine(name, 3, &[]));
+    others.iter().for_each(Node::waits_for_its_models);
+    let tokens = 80;
+    let mut streams = [begin(&driver, tokens), begin(&others[0], tokens)];
+    assert!(holders(&driver).iter().any(|holder| holder == dies.id()));
+    dies.dies();
+    for stream in &mut streams {
+        assert_eq!(stream.finish(), End::Finished("length".into()));
+        assert_eq!(stream.text, world.whole.complete(&request(1, tokens)));
+    }
+    assert_eq!(holders(&driver).len(), 3);
 }
 
 #[test]

@@ -19,7 +19,11 @@ use murmur_lab::{Lab, Link, Topology};
 use serde_json::{Value, json};
 
 use crate::{
-    common::{Home, http::End, until},
+    common::{
+        Home,
+        http::{Completion, End},
+        until, until_at,
+    },
     ring_matrix::pause,
     world::{Node, UNAIDED, lab, run},
 };
@@ -34,6 +38,22 @@ const ANSWER_TOKENS: u64 = 200;
 const SIZES: [&str; 3] = ["--alias=ring", "--ctx=1024", "--parallel=4"];
 /// As many requests as a stage runs at once.
 const PARALLEL: usize = 4;
+/// How often a case is tried that says nothing: on a busy machine an answer may be over before it is hit, or a machine may be given up
+/// that is only slow.
+const ATTEMPTS: usize = 4;
+
+/// Lets something happen until an attempt counts; each says why it does not.
+fn until_it_counts(what: &str, mut attempt: impl FnMut(usize) -> Result<(), String>) {
+    for number in 0..ATTEMPTS {
+        match attempt(number) {
+            Ok(()) => return,
+            Err(reason) => eprintln!("{what}, attempt {number}: {reason}"),
+        }
+    }
+    panic!("{what}: none of {ATTEMPTS} attempts counts");
+}
+
+const OVER: &str = "the answer was over before";
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Moment {
@@ -126,17 +146,78 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Waits for the moment, and says how long the prompt is.
-    fn waits_for(&self, moment: Moment) -> u64 {
+    /// Tokens that the driver has generated in all.
+    fn generated(&self) -> u64 {
+        self.driver.model_status()["generated_tokens"].as_u64().unwrap()
+    }
+
+    /// How often the driver has lost who held a stage.
+    fn losses(&self) -> u64 {
+        let stages = self.stages().unwrap_or_default();
+        stages.iter().map(|stage| stage["restarts"].as_u64().unwrap()).sum()
+    }
+
+    /// Waits for the moment in these answers, and says how long the prompt is.
+    fn waits_for(&self, moment: Moment, answers: &Answers) -> Result<u64, String> {
         let (field, count) = match moment {
             Moment::Prefill => ("prompt_tokens_done", CHUNK_ROWS),
             Moment::Decode => ("generated_tokens", ANSWER_TOKENS / 10),
         };
-        until(&format!("{field} is {count}"), || {
+        self.before_the_end(&format!("{field} is {count}"), answers, || {
             let request = self.driver.status()["requests"][0].take();
             (request[field].as_u64()? >= count).then(|| request["prompt_tokens"].as_u64().unwrap())
         })
     }
+
+    /// Asks again and again until there is something, or the answers are over.
+    fn before_the_end<T>(
+        &self,
+        what: &str,
+        answers: &Answers,
+        mut ask: impl FnMut() -> Option<T>,
+    ) -> Result<T, String> {
+        let mut were_there = false;
+        until_at(what, Duration::from_millis(5), || {
+            if let Some(something) = ask() {
+                return Some(Ok(something));
+            }
+            let are_there = self.driver.status()["requests"] != json!([]);
+            let are_over = were_there && !are_there || self.generated() >= answers.generated;
+            were_there |= are_there;
+            are_over.then(|| Err(OVER.to_owned()))
+        })
+    }
+
+    /// Waits until who stands by for a stage has computed more than before.
+    fn has_computed(&self, stage: usize, before: &Value, answers: &Answers) -> Result<(), String> {
+        let computed = |standby: &Value| standby["computed_rows"].as_u64();
+        self.before_the_end("who stands by has computed something", answers, || {
+            let now = self.stages()?[stage]["standby"].take();
+            if now["node"] != before["node"] {
+                return Some(Err("another one stands by".to_owned()));
+            }
+            (computed(&now) > computed(before)).then_some(Ok(()))
+        })?
+    }
+
+    /// Starts answers to these requests.
+    fn start(&self, requests: &[Value]) -> (Vec<Completion>, Answers) {
+        let generated = self.generated() + requests.len() as u64 * ANSWER_TOKENS;
+        (requests.iter().map(|request| self.driver.start_stream(request)).collect(), Answers { generated })
+    }
+
+    /// Reads an answer to its end: the text is right, and it went on after so long since something happened.
+    fn goes_on(&self, request: &Value, mut stream: Completion, happened: Instant) -> Result<Duration, String> {
+        assert_eq!(stream.finish(), End::Finished("length".into()));
+        assert_eq!(stream.text, self.whole.complete(request));
+        pause(happened, &stream.arrivals).ok_or(OVER.to_owned())
+    }
+}
+
+/// Answers in progress, of which nothing may be read for a while.
+struct Answers {
+    /// Tokens that their driver will have generated when they are over.
+    generated: u64,
 }
 
 /// A request that nobody has made before.
@@ -159,37 +240,40 @@ fn who_stands_by_goes_on_at_once_where_whoever_held_the_part_was_lost() {
         (2, Moment::Decode, Fault::Unreachable),
         (0, Moment::Prefill, Fault::Stopped),
     ];
-    for (salt, (stage, moment, fault)) in cases.into_iter().enumerate() {
-        let world = World::new(&lab, &files, &["--standby"]);
-        // An engine waits 100 ms before it replaces a stage that has been up for less than two seconds. This one has answered before.
-        world.stands();
-        world.driver.complete(&request(salt + cases.len(), Moment::Decode));
-        let request = request(salt, moment);
-        let text = world.whole.complete(&request);
-        let before = world.stands();
-        let mut stream = world.driver.start_stream(&request);
-        let prompt_tokens = world.waits_for(moment);
-        let held = &before[stage];
-        let victim = world.machine_of(&held["node"]);
-        let so_far = world.stages().unwrap()[stage]["standby"]["computed_rows"].as_u64().unwrap();
-        let struck = Instant::now();
-        world.hit(victim, fault);
-        let hit_ms = struck.elapsed().as_millis();
-        assert_eq!(stream.finish(), End::Finished("length".into()));
-        let ms = pause(struck, &stream.arrivals).unwrap().as_millis();
-        eprintln!(
-            "stage {stage}, {moment:?}, {fault:?}: went on after {ms} ms, of which the fault took {hit_ms} ms at most"
-        );
-        assert_eq!(stream.text, text);
-        let after = &world.stages().unwrap()[stage];
-        assert_eq!(after["node"], held["standby"]["node"], "who stood by holds the part now");
-        assert!(so_far > held["standby"]["computed_rows"].as_u64().unwrap(), "it had computed nothing");
-        // Rows of which the account was on its way, and the last row or chunk, of which the token was.
-        let again = if moment == Moment::Prefill { 3 * CHUNK_ROWS } else { 4 };
-        let once = prompt_tokens + ANSWER_TOKENS - 1;
-        let computed = after["computed_rows"].as_u64().unwrap() - held["computed_rows"].as_u64().unwrap();
-        assert!(computed <= once + again, "{computed} rows of {once}");
-        world.repair(victim, fault);
+    for (stage, moment, fault) in cases {
+        let what = format!("stage {stage}, {moment:?}, {fault:?}");
+        until_it_counts(&what, |attempt| {
+            let world = World::new(&lab, &files, &["--standby"]);
+            // An engine waits 100 ms before it replaces a stage that has been up for less than two seconds. This one has answered before.
+            world.stands();
+            world.driver.complete(&request(2 * attempt + 1, Moment::Decode));
+            let asked = request(2 * attempt, moment);
+            let (before, losses) = (world.stands(), world.losses());
+            let held = &before[stage];
+            let victim = world.machine_of(&held["node"]);
+            let (mut streams, answers) = world.start(std::slice::from_ref(&asked));
+            let prompt_tokens = world.waits_for(moment, &answers)?;
+            world.has_computed(stage, &held["standby"], &answers)?;
+            let struck = Instant::now();
+            world.hit(victim, fault);
+            let hit_ms = struck.elapsed().as_millis();
+            let went_on = world.goes_on(&asked, streams.remove(0), struck);
+            let (after, further) = (world.ring(), world.losses().checked_sub(losses));
+            world.repair(victim, fault);
+            let ms = went_on?.as_millis();
+            eprintln!("{what}: went on after {ms} ms, of which the fault took {hit_ms} ms at most");
+            if further != Some(1) {
+                return Err(format!("{further:?} machines were given up"));
+            }
+            let after = &after[stage];
+            assert_eq!(after["node"], held["standby"]["node"], "who stood by holds the part now");
+            // Rows of which the account was on its way, and the last row or chunk, of which the token was.
+            let again = if moment == Moment::Prefill { 3 * CHUNK_ROWS } else { 4 };
+            let once = prompt_tokens + ANSWER_TOKENS - 1;
+            let computed = after["computed_rows"].as_u64().unwrap() - held["computed_rows"].as_u64().unwrap();
+            assert!(computed <= once + again, "{computed} rows of {once}");
+            Ok(())
+        });
     }
 }
 
@@ -198,15 +282,21 @@ fn the_loss_of_one_that_stands_by_is_no_loss() {
     let hosts = MACHINES.into_iter().chain(["driver", "whole"]);
     let Some(lab) = lab(&Topology::of_hosts(hosts)) else { return };
     let files = Home::new();
-    let world = World::new(&lab, &files, &["--standby"]);
-    let (stage, request) = (1, request(1, Moment::Decode));
-    let before = world.stands();
-    let mut stream = world.driver.start_stream(&request);
-    world.waits_for(Moment::Decode);
-    world.hit(world.machine_of(&before[stage]["standby"]["node"]), Fault::Killed);
-    assert_eq!(stream.finish(), End::Finished("length".into()));
-    assert_eq!(stream.text, world.whole.complete(&request));
-    assert_eq!(world.stages().unwrap()[stage]["node"], before[stage]["node"], "who holds the part holds it still");
+    let (stage, asked) = (1, request(1, Moment::Decode));
+    until_it_counts("who stands by is lost", |_| {
+        let world = World::new(&lab, &files, &["--standby"]);
+        let (before, losses) = (world.stands(), world.losses());
+        let (mut streams, answers) = world.start(std::slice::from_ref(&asked));
+        world.waits_for(Moment::Decode, &answers)?;
+        let struck = Instant::now();
+        world.hit(world.machine_of(&before[stage]["standby"]["node"]), Fault::Killed);
+        world.goes_on(&asked, streams.remove(0), struck)?;
+        let after = world.ring()[stage]["node"].take();
+        if world.losses() != losses || after != before[stage]["node"] {
+            return Err("who holds the part was lost as well".to_owned());
+        }
+        Ok(())
+    });
 }
 
 #[test]
@@ -214,25 +304,30 @@ fn rows_of_two_machines_that_have_lost_each_other_go_through_the_driver() {
     let hosts = MACHINES.into_iter().take(STAGES).chain(["driver", "whole"]);
     let Some(lab) = lab(&Topology::of_hosts(hosts)) else { return };
     let files = Home::new();
-    let world = World::new(&lab, &files, &[]);
     for (stage, moment) in [(0, Moment::Decode), (1, Moment::Prefill)] {
-        let before = world.ring();
-        let [from, to] =
-            [stage, stage + 1].map(|stage| world.machines[world.machine_of(&before[stage]["node"])].host.name());
-        let first = request(2 * stage, moment);
-        let mut stream = world.driver.start_stream(&first);
-        world.waits_for(moment);
-        let struck = Instant::now();
-        lab.set_route(from, to, &Link::lossy(1.0)).unwrap();
-        assert_eq!(stream.finish(), End::Finished("length".into()));
-        let ms = pause(struck, &stream.arrivals).unwrap().as_millis();
-        eprintln!("way from stage {stage}, {moment:?}: went on after {ms} ms");
-        assert_eq!(stream.text, world.whole.complete(&first));
-        let second = request(2 * stage + 1, Moment::Decode);
-        assert_eq!(world.driver.complete(&second), world.whole.complete(&second));
-        let nodes = |stages: &[Value]| stages.iter().map(|stage| stage["node"].clone()).collect::<Vec<_>>();
-        assert_eq!(nodes(&world.ring()), nodes(&before), "nobody was given up");
-        lab.set_route(from, to, &Link::default()).unwrap();
+        let what = format!("way from stage {stage}, {moment:?}");
+        until_it_counts(&what, |_| {
+            let world = World::new(&lab, &files, &[]);
+            let before = world.ring();
+            let [from, to] =
+                [stage, stage + 1].map(|stage| world.machines[world.machine_of(&before[stage]["node"])].host.name());
+            let first = request(0, moment);
+            let (mut streams, answers) = world.start(std::slice::from_ref(&first));
+            let has_come = world.waits_for(moment, &answers);
+            let struck = Instant::now();
+            lab.set_route(from, to, &Link::lossy(1.0)).unwrap();
+            let went_on = world.goes_on(&first, streams.remove(0), struck);
+            let second = request(1, Moment::Decode);
+            assert_eq!(world.driver.complete(&second), world.whole.complete(&second));
+            lab.set_route(from, to, &Link::default()).unwrap();
+            has_come?;
+            eprintln!("{what}: went on after {} ms", went_on?.as_millis());
+            let nodes = |stages: &[Value]| stages.iter().map(|stage| stage["node"].clone()).collect::<Vec<_>>();
+            match nodes(&world.ring()) == nodes(&before) && world.losses() == 0 {
+                true => Ok(()),
+                false => Err("somebody was given up".to_owned()),
+            }
+        });
     }
 }
 
@@ -244,32 +339,45 @@ fn a_driver_that_stops_for_a_while_goes_on_and_one_that_dies_makes_room_for_othe
     let world = World::new(&lab, &files, &[]);
     world.ring();
     world.machines.iter().for_each(Node::waits_for_its_models);
-    let requests = |round| (round * PARALLEL..(round + 1) * PARALLEL).map(|salt| request(salt, Moment::Decode));
-    let start = |round| requests(round).map(|request| world.driver.start_stream(&request)).collect::<Vec<_>>();
-    let restarts = || world.ring().iter().map(|stage| stage["restarts"].clone()).collect::<Vec<_>>();
+    let mut salts = 0..;
+    let mut requests =
+        || -> Vec<Value> { salts.by_ref().take(PARALLEL).map(|salt| request(salt, Moment::Decode)).collect() };
 
     // A part of the lease that hosts give it, and more than that.
-    for (round, stopped_s) in [1, 5].into_iter().enumerate() {
-        let (mut streams, before) = (start(round), restarts());
-        world.waits_for(Moment::Decode);
-        world.driver.server.signal("STOP");
-        thread::sleep(Duration::from_secs(stopped_s));
-        let continued = Instant::now();
-        world.driver.server.signal("CONT");
-        for (stream, request) in streams.iter_mut().zip(requests(round)) {
-            assert_eq!(stream.finish(), End::Finished("length".into()));
-            assert_eq!(stream.text, world.whole.complete(&request));
-            let ms = pause(continued, &stream.arrivals).map(|pause| pause.as_millis());
-            eprintln!("the driver stopped for {stopped_s} s and continued: went on after {ms:?} ms");
-        }
-        assert!(stopped_s > 1 || restarts() == before, "its hosts have given it up");
+    for stopped_s in [1, 5] {
+        let what = format!("the driver stops for {stopped_s} s");
+        until_it_counts(&what, |_| {
+            let requests = requests();
+            let losses = world.losses();
+            let (streams, answers) = world.start(&requests);
+            world.waits_for(Moment::Decode, &answers)?;
+            world.driver.server.signal("STOP");
+            thread::sleep(Duration::from_secs(stopped_s));
+            let continued = Instant::now();
+            world.driver.server.signal("CONT");
+            let mut went_on = Vec::new();
+            for (stream, request) in streams.into_iter().zip(&requests) {
+                went_on.extend(world.goes_on(request, stream, continued).map(|pause| pause.as_millis()));
+            }
+            eprintln!("{what}: went on after {went_on:?} ms");
+            if went_on.is_empty() {
+                return Err(OVER.to_owned());
+            }
+            match stopped_s > 1 || world.losses() == losses {
+                true => Ok(()),
+                false => Err("its hosts have given it up".to_owned()),
+            }
+        });
     }
 
-    let _streams = start(2);
-    world.waits_for(Moment::Decode);
-    world.driver.dies();
+    until_it_counts("the driver dies", |_| {
+        let (_streams, answers) = world.start(&requests());
+        world.waits_for(Moment::Decode, &answers)?;
+        world.driver.dies();
+        Ok(())
+    });
     let died = Instant::now();
-    let another = request(3 * PARALLEL, Moment::Decode);
+    let another = request(1_000, Moment::Decode);
     let mut stream = world.machines[0].begin(&another);
     eprintln!("the driver died: another had its first token after {:.1?}", died.elapsed());
     assert_eq!(stream.finish(), End::Finished("length".into()));

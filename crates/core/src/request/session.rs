@@ -352,14 +352,19 @@ impl Session {
         let Some(index) = self.find(attempt) else { return };
         match code {
             // It says so in good order, and nothing is wrong with it.
-            FailureCode::Leaving | FailureCode::LeaseExpired => {
-                let left = self.attempts.remove(index);
-                self.actions.push(Action::Measured { peer: left.peer, measured: left.measured() });
-                self.excluded.insert(left.peer, Some(now.plus_ms(REFUSED_PAUSE_MS)));
-                self.obstacle = Obstacle::Gone;
-            }
+            FailureCode::Leaving => self.part_from(index, REFUSED_PAUSE_MS, now),
+            // It was this reader who was slow: whoever has begun can go on at once.
+            FailureCode::LeaseExpired => self.part_from(index, BUSY_MS_MIN, now),
             FailureCode::Engine | FailureCode::BadMessage | FailureCode::Unknown => self.lose(index, now),
         }
+    }
+
+    /// An attempt has ended for which its peer is not to blame; it is not asked again for so long.
+    fn part_from(&mut self, index: usize, pause_ms: u64, now: Now) {
+        let left = self.attempts.remove(index);
+        self.actions.push(Action::Measured { peer: left.peer, measured: left.measured() });
+        self.excluded.insert(left.peer, Some(now.plus_ms(pause_ms)));
+        self.obstacle = Obstacle::Gone;
     }
 
     /// Cancels all other attempts: this one is the only one then.

@@ -99,7 +99,7 @@ async fn next_token(stream: &mut SessionStream) -> Option<Sampled> {
     loop {
         match stream.next().await? {
             SessionEvent::Token(sampled) => return Some(sampled),
-            SessionEvent::Failed(reason) => panic!("{reason}"),
+            SessionEvent::Failed(reason) | SessionEvent::Lost(reason) => panic!("{reason}"),
             _ => {}
         }
     }

@@ -307,7 +307,7 @@ proptest! {
                 while let Ok(event) = events.try_recv() {
                     match event {
                         SessionEvent::Token(sampled) => tokens.push(sampled.token),
-                        SessionEvent::Failed(reason) => prop_assert!(false, "{reason}"),
+                        SessionEvent::Failed(reason) | SessionEvent::Lost(reason) => prop_assert!(false, "{reason}"),
                         _ => {}
                     }
                 }
@@ -384,7 +384,7 @@ proptest! {
             while !is_over && dice.below(4) > 0 {
                 match events.try_recv() {
                     Ok(SessionEvent::Token(sampled)) => tokens.push(sampled.token),
-                    Ok(SessionEvent::Failed(reason)) => prop_assert!(false, "{reason}"),
+                    Ok(SessionEvent::Failed(reason) | SessionEvent::Lost(reason)) => prop_assert!(false, "{reason}"),
                     Ok(SessionEvent::Ended(_)) => is_over = true,
                     Ok(_) => {}
                     Err(_) => break,

@@ -58,6 +58,8 @@ pub enum SessionEvent {
     Ended(Ending),
     /// The session failed: what happened.
     Failed(String),
+    /// The engine has lost its stages for now, and every session with them: why. Another engine can go on with it.
+    Lost(String),
 }
 
 /// Why a session ended.

@@ -353,7 +353,7 @@ fn while_a_stage_cannot_be_had_sessions_fail_with_the_reason_and_afterwards_begi
     let (_, mut events) = driver.start(request()).unwrap();
     driver.on_lost(1);
     driver.on_unavailable(1, "no such file");
-    assert_eq!(heard(&mut driver, &mut events), Some(SessionEvent::Failed("no such file".into())));
+    assert_eq!(heard(&mut driver, &mut events), Some(SessionEvent::Lost("no such file".into())));
     assert_eq!(driver.start(request()).err(), Some(NotStarted::Unavailable("no such file".into())));
     driver.on_ready(1);
     assert!(driver.start(request()).is_ok());

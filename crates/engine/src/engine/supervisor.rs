@@ -113,7 +113,7 @@ impl Shared {
         let cell = &self.stages[stage];
         let (link, mut receiver) = match &cell.place {
             Place::Here(load) => Link::start(&self.program, load, self.patience.silence_floor)?,
-            Place::Elsewhere(remote) => Link::connect(remote)?,
+            Place::Elsewhere(remote) => Link::connect(remote, &self.stop)?,
         };
         let link = Arc::new(link);
         self.stop.adopt(&link);

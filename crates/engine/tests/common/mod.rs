@@ -3,7 +3,10 @@
 
 pub mod spread;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use murmur_engine::{
     Draft, Ending, Engine, EngineOptions, Patience, SessionEvent, SessionRequest, SessionStream, Stop,
@@ -23,12 +26,39 @@ pub const CHUNK_ROWS: u32 = 64;
 
 pub struct Lab {
     pub dir: tempfile::TempDir,
+    /// The engine's program by a name of this lab's own, by which its processes are told from those of other tests.
+    pub program: PathBuf,
 }
 
 impl Lab {
     #[allow(clippy::new_without_default)]
     pub fn new() -> Lab {
-        Lab { dir: tempfile::tempdir().unwrap() }
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("engine-child");
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_murmur-engine-child"), &program).unwrap();
+        Lab { dir, program }
+    }
+
+    /// Process ids of this lab's children of this process, loaded or not. Between its fork and its exec a child is its parent
+    /// still, and the parent waits for it: such a one is no child yet.
+    pub fn children(&self) -> Vec<u32> {
+        let me = std::process::id().to_string();
+        let parent = |pid: u32| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            Some(stat.rsplit_once(") ")?.1.split(' ').nth(1)?.to_owned())
+        };
+        let runs_the_program = |pid: u32| {
+            let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            words.split(|&byte| byte == 0).next() == Some(self.program.as_os_str().as_encoded_bytes())
+        };
+        let pids =
+            std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        pids.filter(|&pid| runs_the_program(pid) && parent(pid).as_deref() == Some(&me)).collect()
+    }
+
+    /// The new process, once there is one.
+    pub fn child_besides(&self, known: &[u32]) -> u32 {
+        until("there is a new process", || self.children().into_iter().find(|pid| !known.contains(pid)))
     }
 
     pub fn tiny(&self, preset: &str, weights: Weights) -> PathBuf {
@@ -39,7 +69,7 @@ impl Lab {
 
     pub fn options(&self, model: &Path, ranges: Vec<LayerRange>, exact: bool) -> EngineOptions {
         EngineOptions {
-            program: env!("CARGO_BIN_EXE_murmur-engine-child").into(),
+            program: self.program.clone(),
             model: model.to_owned(),
             content_addressed: false,
             slices_dir: self.dir.path().join("slices"),
@@ -129,7 +159,12 @@ pub struct Answer {
     pub cached_tokens: u32,
 }
 
-pub async fn read(mut stream: SessionStream) -> Result<Answer, String> {
+pub async fn read(stream: SessionStream) -> Result<Answer, String> {
+    read_while(stream, |_| {}).await
+}
+
+/// Reads, and something happens after each token, by how many there are.
+pub async fn read_while(mut stream: SessionStream, mut happens: impl FnMut(usize)) -> Result<Answer, String> {
     let mut answer = Answer { tokens: vec![], logprob_bits: vec![], ending: Ending::Length, cached_tokens: 0 };
     while let Some(event) = stream.next().await {
         match event {
@@ -138,12 +173,13 @@ pub async fn read(mut stream: SessionStream) -> Result<Answer, String> {
             SessionEvent::Token(sampled) => {
                 answer.tokens.push(sampled.token);
                 answer.logprob_bits.push(sampled.top.iter().map(|&(id, p)| (id, p.to_bits())).collect());
+                happens(answer.tokens.len());
             }
             SessionEvent::Ended(ending) => {
                 answer.ending = ending;
                 return Ok(answer);
             }
-            SessionEvent::Failed(reason) => return Err(reason),
+            SessionEvent::Failed(reason) | SessionEvent::Lost(reason) => return Err(reason),
         }
     }
     Err("the stream ended without an ending".into())
@@ -151,6 +187,22 @@ pub async fn read(mut stream: SessionStream) -> Result<Answer, String> {
 
 pub async fn run(engine: &Engine, request: SessionRequest) -> Answer {
     read(engine.start(request).unwrap()).await.unwrap()
+}
+
+/// Far longer than anything here takes on a busy machine.
+pub const LIMIT: Duration = Duration::from_secs(120);
+
+/// Asks again and again until there is an answer. For what nothing announces.
+#[track_caller]
+pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(started.elapsed() < LIMIT, "never came true: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Kills a process and everything it held.
@@ -197,18 +249,4 @@ pub fn start_child(load: &Load) -> (Link, Receiver) {
     let (link, mut receiver) = Link::start(program, load, Patience::default().silence_floor).unwrap();
     receiver.loaded(&link, &mut |_| {}).unwrap();
     (link, receiver)
-}
-
-/// Process ids of this process's children, loaded or not. Between its fork and its exec a child is its parent still, and the
-/// parent waits for it: such a one is no child yet.
-pub fn children() -> Vec<u32> {
-    let program = |pid: u32| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let own = program(std::process::id());
-    let me = std::process::id().to_string();
-    let stat_ppid = |pid: u32| {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        Some(stat.rsplit_once(") ")?.1.split(' ').nth(1)?.to_owned())
-    };
-    let pids = std::fs::read_dir("/proc").unwrap().filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|&pid| stat_ppid(pid).as_deref() == Some(&me) && ![&own, &vec![]].contains(&&program(pid))).collect()
 }

@@ -45,7 +45,7 @@ struct Seat {
 type Place = Mutex<Weak<Guest>>;
 
 impl RemoteStage for Seat {
-    fn connect(&self) -> Result<UnixStream, String> {
+    fn connect(&self, _stop: &Stop) -> Result<UnixStream, String> {
         let (engines, ours) = UnixStream::pair().unwrap();
         let host = self.holder.host();
         let (answers, answered) = mpsc::channel::<Frame>();
@@ -130,7 +130,9 @@ impl<'a> Spread<'a> {
             Some(Arc::new(Seat { holder: holder.clone(), next, place, delay }) as Arc<dyn RemoteStage>)
         };
         let stages: Vec<_> = self.holders.iter().enumerate().map(seat).collect();
-        let options = EngineOptions { draft, ..self.lab.options(self.model, self.ranges.clone(), true) };
+        // As over a long way, so that guesses are made whatever they cost here.
+        let travel_us = if draft == Draft::Off { 0 } else { 1_000_000 };
+        let options = EngineOptions { draft, travel_us, ..self.lab.options(self.model, self.ranges.clone(), true) };
         Engine::load_spread(options, &stages, Stop::new(), |_, _| {}).unwrap()
     }
 }

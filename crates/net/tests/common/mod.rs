@@ -5,6 +5,7 @@
 use std::future::Future;
 use std::time::Duration;
 
+use murmur_net::mesh::LEASE_MS;
 use murmur_net::{
     EndpointOptions, Invitation, Mesh, MeshChoice, MeshOptions, NetError, OwnRecord, Path, PeerView, Relays, Table,
     Timing,
@@ -17,7 +18,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Times that let a test see an expiry.
 pub(crate) const QUICK: Timing =
-    Timing { ttl_ms: 3_000, renew_every_ms: 900, exchange_every_ms: 500, heal_every_ms: 1_000 };
+    Timing { ttl_ms: 3_000, renew_every_ms: 900, exchange_every_ms: 500, heal_every_ms: 1_000, lease_ms: LEASE_MS };
 
 /// A running node with its data folder.
 pub(crate) struct Node {
@@ -102,7 +103,7 @@ pub(crate) async fn with_paths(mesh: &Mesh) -> Vec<PeerView> {
     let known = async {
         loop {
             let peers = mesh.peers();
-            if peers.iter().all(|peer| peer.path != Path::Unknown) {
+            if !peers.is_empty() && peers.iter().all(|peer| peer.path != Path::Unknown) {
                 return peers;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;

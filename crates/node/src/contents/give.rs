@@ -5,7 +5,6 @@
 
 use std::{io::BufWriter, sync::Arc, time::Duration};
 
-use murmur_gguf::ByteRange;
 use murmur_net::{NetError, SendStream, stream};
 use murmur_protocol::mesh::{Content, Fetch, ModelDigest, NodeId, Refused, Work, content::HELD_RANGES_MAX};
 use tokio::{
@@ -28,6 +27,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 const STREAMS_MAX: usize = 32;
 /// Of these, for one taker.
 const STREAMS_PER_TAKER_MAX: usize = 8;
+/// Streams with hashes for one taker at once, besides: who takes the bytes elsewhere does not wait behind those who take them here.
+const PROOFS_PER_TAKER_MAX: usize = 8;
 /// What a taker that found no room should wait.
 const RETRY_MS: u32 = 500;
 /// Whoever takes nothing of an answer for so long has gone.
@@ -41,14 +42,20 @@ const PRIORITY: i32 = -1;
 pub(crate) struct Giving {
     streams: Arc<Semaphore>,
     takers: Arc<Places>,
+    proofs: Arc<Places>,
     pace: Pace,
 }
 
 impl Giving {
     /// `None`: as fast as it goes.
     pub(crate) fn new(bytes_per_s_max: Option<u64>) -> Giving {
-        let (streams, takers) = (Semaphore::new(STREAMS_MAX), Places::new(STREAMS_PER_TAKER_MAX));
-        Giving { streams: Arc::new(streams), takers: Arc::new(takers), pace: Pace::new(bytes_per_s_max) }
+        let (takers, proofs) = (Places::new(STREAMS_PER_TAKER_MAX), Places::new(PROOFS_PER_TAKER_MAX));
+        Giving {
+            streams: Arc::new(Semaphore::new(STREAMS_MAX)),
+            takers: Arc::new(takers),
+            proofs: Arc::new(proofs),
+            pace: Pace::new(bytes_per_s_max),
+        }
     }
 }
 
@@ -84,15 +91,19 @@ fn content(shelf: &Shelf) -> Content {
         held.truncate(HELD_RANGES_MAX);
         held.sort_by_key(|range| range.start);
     }
-    Content { file_bytes: shelf.content.bytes(), header_bytes: *shelf.header_bytes.borrow(), held: to_wire(&held) }
+    Content {
+        file_bytes: shelf.content.bytes(),
+        header_bytes: *shelf.header_bytes.borrow(),
+        held: to_wire(&held),
+        gives_hashes: true,
+    }
 }
 
 /// Sends what was asked for.
 pub(crate) async fn send(node: &Arc<Node>, taker: NodeId, fetch: Fetch, mut send: SendStream) {
-    let ranges = from_wire(&fetch.ranges);
-    let outcome = match admit(node, taker, &fetch.model, &ranges) {
+    let outcome = match admit(node, taker, &fetch) {
         Ok((shelf, places)) => {
-            let sent = begin(&shelf, ranges, send, Arc::clone(node)).await;
+            let sent = begin(&shelf, &fetch, send, Arc::clone(node)).await;
             drop(places);
             sent
         }
@@ -108,23 +119,22 @@ pub(crate) async fn send(node: &Arc<Node>, taker: NodeId, fetch: Fetch, mut send
 }
 
 /// The file, and what the stream may use up.
-fn admit(
-    node: &Node,
-    taker: NodeId,
-    model: &ModelDigest,
-    ranges: &[ByteRange],
-) -> Result<(Arc<Shelf>, impl Sized + use<>), Refused> {
+fn admit(node: &Node, taker: NodeId, fetch: &Fetch) -> Result<(Arc<Shelf>, impl Sized + use<>), Refused> {
     let busy = || Refused::Busy { retry_ms: RETRY_MS };
     if node.gate.paused().is_some() {
         return Err(busy());
     }
-    let shelf = shared(node, model).ok_or_else(not_here)?;
-    if !shelf.content.missing(ranges).is_empty() {
+    let shelf = shared(node, &fetch.model).ok_or_else(not_here)?;
+    if !shelf.content.missing(&from_wire(&fetch.ranges)).is_empty() {
         return Err(Refused::NotServed { reason: "these bytes are not here".to_owned() });
+    }
+    if fetch.only_hashes {
+        let place = node.giving.proofs.take(taker).ok_or_else(busy)?;
+        return Ok((shelf, (place, None)));
     }
     let place = node.giving.takers.take(taker).ok_or_else(busy)?;
     let stream = Arc::clone(&node.giving.streams).try_acquire_owned().map_err(|_| busy())?;
-    Ok((shelf, (place, stream)))
+    Ok((shelf, (place, Some(stream))))
 }
 
 /// A file that others may have.
@@ -136,21 +146,20 @@ fn not_here() -> Refused {
     Refused::NotServed { reason: "nothing of this file is here".to_owned() }
 }
 
-async fn begin(
-    shelf: &Arc<Shelf>,
-    ranges: Vec<ByteRange>,
-    mut send: SendStream,
-    node: Arc<Node>,
-) -> Result<(), String> {
+async fn begin(shelf: &Arc<Shelf>, fetch: &Fetch, mut send: SendStream, node: Arc<Node>) -> Result<(), String> {
     let _ = send.set_priority(PRIORITY);
     say(&mut send, &Work::Sending).await.map_err(|error| error.to_string())?;
-    let shelf = Arc::clone(shelf);
+    let (shelf, ranges, only_hashes) = (Arc::clone(shelf), from_wire(&fetch.ranges), fetch.only_hashes);
     let sending = tokio::task::spawn_blocking(move || {
         let mut patient = TimeoutWriter::new(send);
         patient.set_timeout(Some(STALL_MAX));
         let bridge = SyncIoBridge::new(Box::pin(patient));
         let mut stream = BufWriter::with_capacity(WRITE_BYTES, Paced(bridge, &node.giving.pace));
-        shelf.content.encode(&ranges, &mut stream).map_err(|error| with_causes(&error))?;
+        let encoded = match only_hashes {
+            true => shelf.content.encode_hashes(&ranges, &mut stream),
+            false => shelf.content.encode(&ranges, &mut stream),
+        };
+        encoded.map_err(|error| with_causes(&error))?;
         let ended = stream.into_inner().map_err(|error| error.into_error());
         ended.and_then(|paced| paced.into_inner().shutdown()).map_err(|error| error.to_string())
     });

@@ -1,33 +1,38 @@
 //! Models' files between nodes: what this node has of each, handed out to others ([`give`]), and what it lacks, fetched from them
-//! ([`take`]).
+//! and from the hub ([`fetch`]).
 //!
 //! A file is known by its digest, and every group of bytes is checked against that before it is kept, so a part can come from
 //! anybody. Which part comes from whom is decided by [`murmur_core::swarm`]; [`murmur_store::Contents`] keeps what has come. A model that
 //! a user has asked for by name, and that is not on this machine, is found and fetched by [`wanted`].
 
+mod ask;
+mod fetch;
 pub(crate) mod give;
+mod hub;
+mod hub_name;
 pub(crate) mod pace;
 pub(crate) mod pull;
-pub(crate) mod take;
+mod standing;
+mod take;
 pub(crate) mod wanted;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     ops::Range,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use murmur_gguf::{ByteRange, Digest};
 use murmur_protocol::mesh::{
     HeldContent, ModelDigest, NodeId,
-    content::{CONTENTS_MAX, GROUP_BYTES},
+    content::{CONTENTS_MAX, GROUP_BYTES, SOURCE_BYTES_MAX},
 };
-use murmur_store::{Content, Contents, Store, StoreError};
+use murmur_store::{Content, Contents, HubRef, Origin, Store, StoreError};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-pub use take::TakeError;
+pub use fetch::TakeError;
 
 use crate::Node;
 
@@ -36,8 +41,12 @@ const _: () = assert!(GROUP_BYTES == murmur_store::GROUP_BYTES, "nodes check the
 /// A part that grows is told anew when it has grown by one of so many steps.
 const HELD_STEPS: u64 = 10;
 
+/// Bytes of sources in a record, at most: a record has some 3,800 in all.
+const SOURCES_BYTES_MAX: usize = 1_024;
+
 /// The files that this node has, or has parts of.
 pub(crate) struct Library {
+    data_dir: PathBuf,
     contents: Contents,
     shelves: Mutex<BTreeMap<ModelDigest, Arc<Shelf>>>,
 }
@@ -50,14 +59,43 @@ pub(crate) struct Shelf {
     /// Bytes before the tensors; 0: not known yet.
     header_bytes: watch::Sender<u64>,
     /// Who fetches what is missing, if somebody does.
-    taking: Mutex<Option<take::Taking>>,
+    taking: Mutex<Option<fetch::Taking>>,
     /// Nodes that have sent what is not of it, for as long as they are there. They are not asked for it.
     liars: Mutex<BTreeSet<NodeId>>,
+    on_hub: Mutex<OnHub>,
+}
+
+/// What is known of where a hub has a file: references to it at one commit.
+#[derive(Default)]
+pub(crate) struct OnHub {
+    /// It is there: it came from there, or parts of it did that were right.
+    proven: Option<HubRef>,
+    /// It may be there, as somebody says who wants to have it.
+    said: Option<HubRef>,
+    /// There is something else.
+    wrong: HashSet<HubRef>,
+}
+
+impl OnHub {
+    fn likely(&self) -> Vec<HubRef> {
+        self.proven.iter().chain(&self.said).cloned().collect()
+    }
+
+    fn prove(&mut self, place: &HubRef) {
+        if self.proven.is_none() {
+            self.proven = Some(place.clone());
+        }
+    }
+
+    fn refute(&mut self, place: HubRef) {
+        self.proven = self.proven.take().filter(|proven| *proven != place);
+        self.wrong.insert(place);
+    }
 }
 
 impl Library {
     pub(crate) fn new(data_dir: &Path) -> Library {
-        Library { contents: Contents::at(data_dir), shelves: Mutex::default() }
+        Library { data_dir: data_dir.to_owned(), contents: Contents::at(data_dir), shelves: Mutex::default() }
     }
 
     fn shelves(&self) -> MutexGuard<'_, BTreeMap<ModelDigest, Arc<Shelf>>> {
@@ -69,7 +107,19 @@ impl Library {
         let content = self.contents.adopt(path, &mut |_, _| ())?;
         let shelf = self.put(name, content);
         shelf.header_bytes.send_replace(header_bytes);
+        if let Some(place) = self.pulled_from(path) {
+            shelf.on_hub().prove(&place);
+        }
         Ok(shelf)
+    }
+
+    /// Where on the hub a file of the store was pulled from.
+    fn pulled_from(&self, path: &Path) -> Option<HubRef> {
+        let entries = Store::at(&self.data_dir).list().ok()?;
+        entries.into_iter().filter(|entry| entry.path == path).find_map(|entry| match entry.origin {
+            Origin::Hub { repo, commit, file, .. } => Some(HubRef { repo, revision: commit, wanted: Some(file) }),
+            _ => None,
+        })
     }
 
     /// A file that is not here, or is in parts. Blocks.
@@ -85,10 +135,23 @@ impl Library {
         if let Some(known) = shelves.get(&digest).filter(|shelf| shelf.content.bytes() == content.bytes()) {
             return Arc::clone(known);
         }
-        let (header_bytes, taking, liars) = (watch::Sender::new(0), Mutex::default(), Mutex::default());
-        let shelf = Arc::new(Shelf { name: name.to_owned(), content, header_bytes, taking, liars });
+        let proven = content.source().and_then(|source| source.parse().ok());
+        let shelf = Arc::new(Shelf {
+            name: name.to_owned(),
+            content,
+            header_bytes: watch::Sender::new(0),
+            taking: Mutex::default(),
+            liars: Mutex::default(),
+            on_hub: Mutex::new(OnHub { proven, ..OnHub::default() }),
+        });
         shelves.insert(digest, Arc::clone(&shelf));
         shelf
+    }
+
+    /// Removes a file that came from others. Blocks.
+    fn forget(&self, digest: &ModelDigest) -> Result<(), StoreError> {
+        self.shelves().remove(digest);
+        self.contents.remove(&Digest(*digest.as_bytes())).map(drop)
     }
 
     pub(crate) fn find(&self, digest: &ModelDigest) -> Option<Arc<Shelf>> {
@@ -102,15 +165,22 @@ impl Library {
 
     /// What the record says of them. Parts that grow are told in steps of one [`HELD_STEPS`]th.
     pub(crate) fn held(&self) -> Vec<HeldContent> {
+        let mut sources_bytes_left = SOURCES_BYTES_MAX;
         let held = |shelf: Arc<Shelf>| {
             let (file_bytes, held_bytes) = (shelf.content.bytes(), shelf.held_bytes());
             let step = (file_bytes / HELD_STEPS).max(1);
             let told_bytes = if held_bytes == file_bytes { held_bytes } else { held_bytes / step * step };
-            (held_bytes > 0).then(|| HeldContent {
-                digest: shelf.digest(),
-                name: shelf.name.clone(),
-                file_bytes,
-                held_bytes: told_bytes,
+            (held_bytes > 0).then(|| {
+                let source = shelf.on_hub().proven.as_ref().map(ToString::to_string);
+                let source = source.filter(|source| source.len() <= SOURCE_BYTES_MAX.min(sources_bytes_left));
+                sources_bytes_left -= source.as_ref().map_or(0, String::len);
+                HeldContent {
+                    digest: shelf.digest(),
+                    name: shelf.name.clone(),
+                    file_bytes,
+                    held_bytes: told_bytes,
+                    source,
+                }
             })
         };
         self.list().into_iter().filter_map(held).take(CONTENTS_MAX).collect()
@@ -126,6 +196,20 @@ impl Shelf {
         self.liars.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn on_hub(&self) -> MutexGuard<'_, OnHub> {
+        self.on_hub.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts on disk what is here, and where else it is. Blocks.
+    fn flush(&self) -> Result<(), StoreError> {
+        self.content.flush()?;
+        let source = self.on_hub().proven.as_ref().map(ToString::to_string);
+        match source.filter(|source| self.content.source().as_ref() != Some(source)) {
+            Some(source) => self.content.set_source(&source),
+            None => Ok(()),
+        }
+    }
+
     /// Bytes that are here.
     pub(crate) fn held_bytes(&self) -> u64 {
         self.content.held_bytes()
@@ -133,15 +217,20 @@ impl Shelf {
 
     /// For `/api/status`.
     pub(crate) fn view(&self) -> Value {
-        let standing = self.standing();
-        let fetch = standing.as_ref().and_then(|standing| Some((standing, standing.progress.as_ref()?)));
+        let mut liars: Vec<String> = self.liars().iter().map(ToString::to_string).collect();
+        let source = {
+            let on_hub = self.on_hub();
+            liars.extend(on_hub.wrong.iter().map(ToString::to_string));
+            on_hub.proven.as_ref().map(ToString::to_string)
+        };
         json!({
             "digest": self.digest().to_string(),
             "name": self.name,
             "file_bytes": self.content.bytes(),
             "held_bytes": self.held_bytes(),
-            "fetch": fetch.map(|(standing, progress)| standing.view(progress)),
-            "liars": self.liars().iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "source": source,
+            "fetch": self.standing().and_then(|standing| standing.view()),
+            "liars": liars,
         })
     }
 
@@ -192,6 +281,7 @@ pub(crate) fn view(node: &Node) -> Vec<Value> {
                 "name": content.name,
                 "held_bytes": content.held_bytes,
                 "rtt_ms": peer.rtt_ms,
+                "source": content.source,
             });
             let HeldContent { digest, name, file_bytes, .. } = content;
             let known = files.entry(*digest).or_insert_with(|| file(*digest, name, *file_bytes, 0));
@@ -199,4 +289,30 @@ pub(crate) fn view(node: &Node) -> Vec<Value> {
         }
     }
     files.into_values().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_files_are_on_a_hub_is_told_as_far_as_a_record_has_room_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let library = Library::new(folder.path());
+        let adopt = |number: u8, name_bytes: usize| {
+            let file = folder.path().join(format!("{number}.gguf"));
+            std::fs::write(&file, [number]).unwrap();
+            let place = format!("hf:someone/Tiny-GGUF@0123456:{}-{number}.gguf", "n".repeat(name_bytes));
+            library.adopt("tiny", &file, 1).unwrap().on_hub().prove(&place.parse().unwrap());
+        };
+        let told = || library.held().into_iter().filter_map(|held| held.source).collect::<Vec<_>>();
+        adopt(0, SOURCE_BYTES_MAX - 30);
+        assert!(told().is_empty(), "it is longer than a record may say");
+        adopt(1, 100);
+        assert_eq!(told().len(), 1);
+        (2..12).for_each(|number| adopt(number, 100));
+        let bytes: usize = told().iter().map(String::len).sum();
+        assert!((SOURCES_BYTES_MAX - 150..=SOURCES_BYTES_MAX).contains(&bytes), "{bytes}");
+        assert_eq!(library.held().len(), 12);
+    }
 }

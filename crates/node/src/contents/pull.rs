@@ -8,7 +8,7 @@ use std::{
 };
 
 use murmur_api::backend::Refusal;
-use murmur_store::ModelName;
+use murmur_store::{HubRef, ModelName, StoreError};
 use serde_json::{Value, json};
 use tokio::{
     sync::{mpsc, watch},
@@ -18,7 +18,8 @@ use tokio::{
 
 use super::{
     Shelf,
-    wanted::{begin, blocking, search},
+    hub_name::HubFinder,
+    wanted::{begin, blocking, find, search},
 };
 use crate::{Node, NodeError, mesh::MeshNode, model::with_causes};
 
@@ -43,7 +44,11 @@ enum State {
     Searching,
     Fetching(Arc<Shelf>),
     Done(Arc<Shelf>),
-    Failed(String),
+    /// Why, and whether that is because nobody in the mesh has it: it may still be had from the hub.
+    Failed {
+        reason: String,
+        is_nowhere: bool,
+    },
 }
 
 impl State {
@@ -56,12 +61,14 @@ impl State {
                 view["path"] = shelf.content.path().to_string_lossy().into();
                 view
             }
-            State::Failed(reason) => json!({"state": "failed", "reason": reason}),
+            State::Failed { reason, is_nowhere } => {
+                json!({"state": "failed", "reason": reason, "nowhere": is_nowhere})
+            }
         }
     }
 
     fn is_last(&self) -> bool {
-        matches!(self, State::Done(_) | State::Failed(_))
+        matches!(self, State::Done(_) | State::Failed { .. })
     }
 }
 
@@ -77,7 +84,7 @@ impl Pulls {
         mesh: &Arc<MeshNode>,
         name: String,
     ) -> Result<mpsc::Receiver<Value>, Refusal> {
-        let checked: ModelName = name.parse().map_err(|error: murmur_store::StoreError| Refusal::BadRequest {
+        let sought = Sought::parse(&name).map_err(|error| Refusal::BadRequest {
             message: error.to_string(),
             param: Some("model".to_owned()),
             code: None,
@@ -90,9 +97,12 @@ impl Pulls {
                 let (tell, state) = watch::channel(State::Searching);
                 let (node, mesh_node) = (Arc::clone(node), Arc::clone(mesh));
                 let task = mesh.spawn(async move {
-                    let last = match run(&node, &mesh_node, checked, &tell).await {
+                    let last = match run(&node, &mesh_node, sought, &tell).await {
                         Ok(shelf) => State::Done(shelf),
-                        Err(error) => State::Failed(with_causes(&error)),
+                        Err(error) => State::Failed {
+                            reason: with_causes(&error),
+                            is_nowhere: matches!(error, NodeError::Nowhere(_)),
+                        },
                     };
                     tell.send_replace(last);
                 });
@@ -131,17 +141,38 @@ async fn tell_on(mut state: watch::Receiver<State>, events: mpsc::Sender<Value>)
     }
 }
 
+/// What a user asks for.
+enum Sought {
+    Name(ModelName),
+    Hub(HubRef),
+}
+
+impl Sought {
+    fn parse(name: &str) -> Result<Sought, StoreError> {
+        match name.starts_with("hf:") {
+            true => name.parse().map(Sought::Hub),
+            false => name.parse().map(Sought::Name),
+        }
+    }
+}
+
 async fn run(
     node: &Arc<Node>,
     mesh: &Arc<MeshNode>,
-    name: ModelName,
+    sought: Sought,
     tell: &watch::Sender<State>,
 ) -> Result<Arc<Shelf>, NodeError> {
-    let found = timeout(SEARCH_MAX, search(&mut mesh.mesh().watch(), name.as_str())).await.ok().flatten();
-    let digest = found.ok_or_else(|| NodeError::Nowhere(name.to_string()))?;
     let begun = |shelf: &Arc<Shelf>| drop(tell.send_replace(State::Fetching(Arc::clone(shelf))));
-    let shelf = begin(node, mesh, name.as_str(), digest, begun).await?;
-    shelf.fetch(node, mesh, &[shelf.whole()], false).await?;
+    let shelf = match sought {
+        Sought::Name(name) => {
+            let found = timeout(SEARCH_MAX, search(&mut mesh.mesh().watch(), |table| find(table, name.as_str()))).await;
+            let digest = found.ok().flatten().ok_or_else(|| NodeError::Nowhere(name.to_string()))?;
+            let shelf = begin(node, mesh, name.as_str(), digest, begun).await?;
+            shelf.fetch(node, mesh, &[shelf.whole()], false).await?;
+            shelf
+        }
+        Sought::Hub(reference) => HubFinder::of(node, reference).await?.fetch(node, mesh, begun).await?,
+    };
     let node = Arc::clone(node);
     blocking(move || {
         shelf.enter(&node.options().data_dir)?;

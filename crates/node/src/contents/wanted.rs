@@ -127,7 +127,7 @@ impl Supply {
 /// Finds a model by its name and adds it to the node's.
 pub(crate) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>, wanted: Arc<Wanted>) {
     let Some(mut table) = mesh.upgrade().map(|mesh| mesh.mesh().watch()) else { return };
-    while let Some(digest) = search(&mut table, &wanted.name).await {
+    while let Some(digest) = search(&mut table, |table| find(table, &wanted.name)).await {
         let Some((strong, mesh)) = both(&node, &mesh) else { return };
         let added = add(&strong, &mesh, &wanted, digest).await;
         drop((strong, mesh));
@@ -145,19 +145,19 @@ pub(crate) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>, wanted: Arc<Want
     }
 }
 
-/// The file that nodes mean by a name, as soon as one has some of it. `None`: the mesh was left.
-pub(super) async fn search(table: &mut watch::Receiver<Table>, name: &str) -> Option<ModelDigest> {
+/// What is looked for in the table, as soon as it is there. `None`: the mesh was left.
+pub(super) async fn search<T>(table: &mut watch::Receiver<Table>, find: impl Fn(&Table) -> Option<T>) -> Option<T> {
     loop {
-        let found = find(&table.borrow_and_update(), name);
+        let found = find(&table.borrow_and_update());
         match found {
-            Some(digest) => return Some(digest),
+            Some(found) => return Some(found),
             None => table.changed().await.ok()?,
         }
     }
 }
 
 /// The file that most nodes mean by a name.
-fn find(table: &Table, name: &str) -> Option<ModelDigest> {
+pub(super) fn find(table: &Table, name: &str) -> Option<ModelDigest> {
     let is_it = |content: &&HeldContent| content.held_bytes > 0 && is_meant(content.digest, &content.name, name);
     by_count(contents(table).filter(is_it).map(|content| content.digest)).into_iter().next()
 }
@@ -168,12 +168,12 @@ fn lengths(table: &Table, digest: ModelDigest) -> Vec<u64> {
 }
 
 /// All that nodes have. None has the same file twice.
-fn contents(table: &Table) -> impl Iterator<Item = &HeldContent> {
+pub(super) fn contents(table: &Table) -> impl Iterator<Item = &HeldContent> {
     table.values().flat_map(|known| &known.verified.record().contents)
 }
 
 /// What occurs, first what occurs most often.
-fn by_count<T: Ord>(items: impl Iterator<Item = T>) -> Vec<T> {
+pub(super) fn by_count<T: Ord>(items: impl Iterator<Item = T>) -> Vec<T> {
     let mut counts: BTreeMap<T, usize> = BTreeMap::new();
     items.for_each(|item| *counts.entry(item).or_default() += 1);
     let mut counts: Vec<(T, usize)> = counts.into_iter().collect();

@@ -1,11 +1,11 @@
 //! The own record: which models this node serves, how busy they are and how fast.
 
 use std::{
-    sync::{Arc, Weak},
+    sync::Weak,
     time::{Duration, Instant},
 };
 
-use murmur_api::backend::{ModelKind, ModelState as State};
+use murmur_api::backend::ModelState as State;
 use murmur_engine::EngineStatus;
 use murmur_protocol::mesh::{
     HeldContent, MeasuredLink, ModelDigest, ModelState, ServedModel, ServedStage,
@@ -30,9 +30,13 @@ pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut told: (Vec<ServedModel>, Vec<ServedStage>, Vec<MeasuredLink>, Vec<HeldContent>) = Default::default();
     loop {
-        ticks.tick().await;
+        let Some(identified) = mesh.upgrade() else { return };
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = identified.identified.notified() => {}
+        }
+        drop(identified);
         let Some((node, mesh)) = both(&node, &mesh) else { return };
-        identify(&node).await;
         look(&node);
         let mut models: Vec<ServedModel> =
             node.models.iter().filter_map(|model| served(&node, model, model.identity()?, &mesh)).collect();
@@ -85,31 +89,6 @@ fn steady(now: &mut u32, told: u32) {
     if (f64::from(*now) - f64::from(told)).abs() <= SPEED_STEP * f64::from(told) {
         *now = told;
     }
-}
-
-/// Reads the file of one model that has no identity yet: those that are loaded before those that could be.
-async fn identify(node: &Arc<Node>) {
-    let nameless = |at: &usize| {
-        let model = &node.models[*at];
-        !model.is_identified() && model.kind() == ModelKind::Generate
-    };
-    let loaded = (0..node.models.len()).filter(nameless).find(|&at| node.models[at].loaded().is_some());
-    let could_be = || (0..node.models.len()).filter(nameless).find(|&at| node.models[at].is_on_demand());
-    let is_spread = || (0..node.models.len()).filter(nameless).find(|&at| node.models[at].is_spread());
-    let Some(at) = loaded.or_else(is_spread).or_else(could_be) else { return };
-    let node = Arc::clone(node);
-    let identified = tokio::task::spawn_blocking(move || {
-        let Some(model) = node.models.get(at) else { return };
-        match ModelIdentity::of(model.id(), model.path(), &node.library) {
-            Ok(identity) => model.identify(Some(identity)),
-            Err(error) => {
-                tracing::error!("{} cannot be offered to the mesh: {error}", model.id());
-                model.identify(None);
-            }
-        }
-    });
-    // Without it the model is not offered, and nothing else is amiss.
-    let _ = identified.await;
 }
 
 /// Whether others' work is welcome now.

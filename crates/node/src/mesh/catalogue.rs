@@ -4,8 +4,13 @@
 //! are in the *card*: the metadata of the model's file. It is fetched when the model is asked for first, from any peer that
 //! offers it, checked against the digest in the record, kept on disk, and read by a child process, as any file of strangers
 //! is.
+//!
+//! Which card belongs to a file cannot be seen without the file. So peers that say different things of the same file offer different models:
+//! the name goes to what most of them say, and among as many to what was known before; the others are told apart. Who says
+//! something else than the rest has its words for itself, and no part in theirs.
 
 use std::{
+    cmp::Reverse,
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
@@ -22,8 +27,9 @@ use murmur_protocol::mesh::{
     ModelDigest, ModelState, NodeId, ServedModel, TokenizerDigest, Work,
     card::{CardAssembly, CardError},
 };
+use rand::seq::SliceRandom;
 use serde_json::json;
-use tokio::time::timeout;
+use tokio::{task::JoinSet, time::timeout};
 
 use super::{replace_file, view};
 use crate::{
@@ -31,8 +37,15 @@ use crate::{
     readers::{Reader, ReaderError, Readers},
 };
 
-/// The next part of a card comes within this.
-const PART_DEADLINE: Duration = Duration::from_secs(15);
+/// A whole card comes within this: the largest one, at 4 Mbit/s.
+const CARD_DEADLINE: Duration = Duration::from_secs(128);
+/// A card that has not come within this is asked for elsewhere as well.
+const ELSEWHERE_AFTER: Duration = Duration::from_secs(2);
+/// Peers that are asked for a card at the same time.
+const ASKED_MAX: usize = 4;
+
+/// A file, and the card that is said to be its.
+type What = (ModelDigest, TokenizerDigest);
 
 /// Who offers a model, and what they say of it.
 type Offers<'a> = Vec<(NodeId, &'a ServedModel)>;
@@ -53,7 +66,7 @@ pub(crate) enum CatalogueError {
     Net(#[from] NetError),
     #[error(transparent)]
     Card(#[from] CardError),
-    #[error("the card stopped coming")]
+    #[error("the card did not come in time")]
     Late,
     #[error("the peer does not hand it out: {0}")]
     Refused(String),
@@ -104,7 +117,7 @@ impl Catalogue {
     /// What reads and writes a model's tokens.
     pub(super) async fn reader(
         &self,
-        mesh: &Mesh,
+        mesh: &Arc<Mesh>,
         model: &RemoteModel,
         readers: &Readers,
     ) -> Result<Arc<Reader>, CatalogueError> {
@@ -113,19 +126,55 @@ impl Catalogue {
     }
 
     /// Sees to it that a model's card is on disk.
-    async fn get(&self, mesh: &Mesh, model: &RemoteModel, path: &Path) -> Result<(), CatalogueError> {
+    async fn get(&self, mesh: &Arc<Mesh>, model: &RemoteModel, path: &Path) -> Result<(), CatalogueError> {
         if is_intact(path, model.tokenizer) {
             return Ok(());
         }
-        let mut outcome = Err(CatalogueError::Late);
-        for node in &model.holders {
-            outcome = fetch(mesh, *node, model.digest, model.tokenizer).await;
-            match &outcome {
-                Ok(_) => break,
-                Err(error) => tracing::debug!("card {} from {}: {error}", model.tokenizer.short(), node.short()),
+        let mut holders = model.holders.clone();
+        holders.shuffle(&mut rand::rng());
+        let (digest, tokenizer) = (model.digest, model.tokenizer);
+        let card = first_of(holders, |node| {
+            let mesh = Arc::clone(mesh);
+            async move {
+                let fetched = timeout(CARD_DEADLINE, fetch(&mesh, node, digest, tokenizer)).await;
+                fetched.unwrap_or(Err(CatalogueError::Late)).inspect_err(|error| {
+                    tracing::debug!("card {} from {}: {error}", tokenizer.short(), node.short());
+                })
             }
+        });
+        replace_file(path, &card.await?).map_err(|source| CatalogueError::File { path: path.to_owned(), source })
+    }
+}
+
+/// Asks one after the other until one gives a card; the next one as soon as another has failed, or takes its time.
+async fn first_of<F>(holders: Vec<NodeId>, ask: impl Fn(NodeId) -> F) -> Result<Vec<u8>, CatalogueError>
+where
+    F: Future<Output = Result<Vec<u8>, CatalogueError>> + Send + 'static,
+{
+    let mut asked = JoinSet::new();
+    let (mut holders, mut outcome) = (holders.into_iter(), Err(CatalogueError::Late));
+    loop {
+        if let Some(node) = holders.next() {
+            asked.spawn(ask(node));
         }
-        replace_file(path, &outcome?).map_err(|source| CatalogueError::File { path: path.to_owned(), source })
+        let asked_count = asked.len();
+        let elsewhere = async {
+            match holders.len() > 0 && asked_count < ASKED_MAX {
+                true => tokio::time::sleep(ELSEWHERE_AFTER).await,
+                false => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            ended = asked.join_next() => match ended {
+                Some(Ok(Ok(card))) => return Ok(card),
+                Some(Ok(error)) => outcome = error,
+                // It panicked, and is as good as one that does not answer.
+                Some(Err(_)) => {}
+                None => return outcome,
+            },
+            () = elsewhere => {}
+        }
     }
 }
 
@@ -154,31 +203,49 @@ fn models<'a>(
     offers: impl Iterator<Item = (NodeId, &'a ServedModel)>,
     known: &[Arc<RemoteModel>],
 ) -> Vec<Arc<RemoteModel>> {
-    let mut by_digest: BTreeMap<ModelDigest, Offers> = BTreeMap::new();
+    let mut by_what: BTreeMap<What, Offers> = BTreeMap::new();
     for (node, served) in offers {
-        by_digest.entry(served.digest).or_default().push((node, served));
+        by_what.entry((served.digest, served.tokenizer)).or_default().push((node, served));
     }
-    let mut by_name: BTreeMap<&str, Vec<(ModelDigest, Offers)>> = BTreeMap::new();
-    for (digest, offers) in by_digest {
-        let Some(&(_, first)) = offers.first() else { continue };
-        by_name.entry(&first.name).or_default().push((digest, offers));
+    let before = |what: &What| known.iter().find(|model| (model.digest, model.tokenizer) == *what);
+    let mut by_name: BTreeMap<&str, Vec<(What, Offers)>> = BTreeMap::new();
+    for (what, offers) in by_what {
+        let Some(name) = most_common_name(&offers) else { continue };
+        by_name.entry(name).or_default().push((what, offers));
     }
     let mut models = Vec::new();
     for (name, mut candidates) in by_name {
         // Different models under one name: the one that most peers offer has it, the others are told apart.
-        candidates.sort_by_key(|(digest, offers)| (std::cmp::Reverse(offers.len()), *digest));
-        for (rank, (digest, offers)) in candidates.into_iter().enumerate() {
-            let id = if rank == 0 { name.to_owned() } else { format!("{name}@{}", digest.short()) };
-            let created = known.iter().find(|model| model.digest == digest).map(|model| model.card.created);
-            models.extend(model(id, digest, &offers, created.unwrap_or_else(unix_seconds)));
+        candidates.sort_by_key(|(what, offers)| {
+            let had_it = before(what).is_some_and(|model| model.card.id == name);
+            (Reverse(offers.len()), !had_it, *what)
+        });
+        let mut listed: Vec<ModelDigest> = Vec::new();
+        for (what @ (digest, tokenizer), offers) in candidates {
+            let id = match listed.as_slice() {
+                [] => name.to_owned(),
+                listed if listed.contains(&digest) => format!("{name}@{}", tokenizer.short()),
+                _ => format!("{name}@{}", digest.short()),
+            };
+            listed.push(digest);
+            let created = before(&what).map_or_else(unix_seconds, |model| model.card.created);
+            models.push(model(id, what, &offers, created));
         }
     }
     models
 }
 
-fn model(id: String, digest: ModelDigest, offers: &[(NodeId, &ServedModel)], created: u64) -> Option<Arc<RemoteModel>> {
-    let tokenizer = offers.first()?.1.tokenizer;
-    let holders = offers.iter().filter(|(_, served)| served.tokenizer == tokenizer).map(|(node, _)| *node).collect();
+/// The name by which most call it.
+fn most_common_name<'a>(offers: &[(NodeId, &'a ServedModel)]) -> Option<&'a str> {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for (_, served) in offers {
+        *counts.entry(&served.name).or_default() += 1;
+    }
+    counts.into_iter().max_by_key(|(name, count)| (*count, Reverse(*name))).map(|(name, _)| name)
+}
+
+fn model(id: String, (digest, tokenizer): What, offers: &[(NodeId, &ServedModel)], created: u64) -> Arc<RemoteModel> {
+    let holders = offers.iter().map(|(node, _)| *node).collect();
     let in_state = |state| offers.iter().any(|(_, served)| served.state == state);
     let served_by = offers.iter().map(|(node, served)| {
         let mut offer = view::model(served);
@@ -201,7 +268,7 @@ fn model(id: String, digest: ModelDigest, offers: &[(NodeId, &ServedModel)], cre
         },
         details: json!({"served_by": served_by.collect::<Vec<_>>()}),
     };
-    Some(Arc::new(RemoteModel { card: Arc::new(card), digest, tokenizer, holders }))
+    Arc::new(RemoteModel { card: Arc::new(card), digest, tokenizer, holders })
 }
 
 async fn fetch(
@@ -215,8 +282,7 @@ async fn fetch(
     let mut reader = StreamReader::<Work>::new(recv);
     let mut assembly: Option<CardAssembly> = None;
     loop {
-        let message = timeout(PART_DEADLINE, reader.expect()).await.map_err(|_| CatalogueError::Late)??;
-        match (message, &mut assembly) {
+        match (reader.expect().await?, &mut assembly) {
             (Work::Card(card), None) => assembly = Some(CardAssembly::new(card, tokenizer)?),
             (Work::CardPart(part), Some(assembly)) => {
                 if let Some(card) = assembly.push(&part)? {
@@ -274,6 +340,57 @@ mod tests {
         assert_eq!(names, [("a", "ready"), (other.as_str(), "loading"), ("b", "available")]);
         assert_eq!(listed[0].holders, [node(1), node(2)]);
         assert_eq!(listed[0].card.details["served_by"][0]["node"], node(1).to_string());
+    }
+
+    #[test]
+    fn who_says_something_else_of_a_file_than_the_rest_decides_nothing() {
+        let node = |number: u8| NodeId::from_bytes([number; 32]);
+        let honest = served("a", 1, ModelState::Ready);
+        let tokenizer = |byte: u8| TokenizerDigest::from_bytes([byte; 32]);
+        let liar = ServedModel { tokenizer: tokenizer(0), name: "b".into(), ..honest.clone() };
+        let another = ServedModel { tokenizer: tokenizer(0), ..honest.clone() };
+        let names = |listed: &[Arc<RemoteModel>]| -> Vec<(String, TokenizerDigest, usize)> {
+            listed.iter().map(|model| (model.card.id.clone(), model.tokenizer, model.holders.len())).collect()
+        };
+        // Ids are made until one is low.
+        let listed = models([(node(0), &liar), (node(1), &honest), (node(2), &honest)].into_iter(), &[]);
+        assert_eq!(names(&listed), [("a".to_owned(), tokenizer(1), 2), ("b".to_owned(), tokenizer(0), 1)]);
+        let listed = models([(node(0), &another), (node(1), &honest), (node(2), &honest)].into_iter(), &[]);
+        let apart = format!("a@{}", tokenizer(0).short());
+        assert_eq!(names(&listed), [("a".to_owned(), tokenizer(1), 2), (apart.clone(), tokenizer(0), 1)]);
+        // A newcomer does not take the name of one that has it, whatever its numbers are.
+        let before = models([(node(1), &honest)].into_iter(), &[]);
+        let listed = models([(node(0), &another), (node(1), &honest)].into_iter(), &before);
+        assert_eq!(names(&listed), [("a".to_owned(), tokenizer(1), 1), (apart, tokenizer(0), 1)]);
+        // Nor does one that calls it something else.
+        let renamed = ServedModel { name: "0".into(), ..honest.clone() };
+        let listed = models([(node(0), &renamed), (node(1), &honest), (node(2), &honest)].into_iter(), &before);
+        assert_eq!(names(&listed), [("a".to_owned(), tokenizer(1), 3)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_card_that_does_not_come_holds_nobody_up_who_can_have_it_elsewhere() {
+        let node = |number: u8| NodeId::from_bytes([number; 32]);
+        let begun = tokio::time::Instant::now();
+        let silent_but = |honest: u8| {
+            move |asked: NodeId| async move {
+                match asked == node(honest) {
+                    true => Ok(vec![honest]),
+                    false => std::future::pending().await,
+                }
+            }
+        };
+        let card = first_of((0..4).map(node).collect(), silent_but(3)).await.unwrap();
+        assert_eq!(card, [3]);
+        assert!((3 * ELSEWHERE_AFTER..4 * ELSEWHERE_AFTER).contains(&begun.elapsed()));
+        let refuse = |_| async { Err(CatalogueError::Refused("no".to_owned())) };
+        let begun = tokio::time::Instant::now();
+        assert!(matches!(first_of((0..20).map(node).collect(), refuse).await, Err(CatalogueError::Refused(_))));
+        assert!(begun.elapsed() < ELSEWHERE_AFTER);
+        assert!(matches!(first_of(Vec::new(), refuse).await, Err(CatalogueError::Late)));
+        // No more at once than some.
+        let asking = timeout(10 * ELSEWHERE_AFTER, first_of((0..20).map(node).collect(), silent_but(19)));
+        assert!(asking.await.is_err());
     }
 
     #[test]

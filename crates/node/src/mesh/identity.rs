@@ -1,7 +1,12 @@
 //! What a model is to other nodes: the digest of its file, and the card with which they read and write its tokens.
 
-use std::path::Path;
+use std::{
+    path::Path,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
+use murmur_api::backend::ModelKind;
 use murmur_gguf::{Gguf, GgufError};
 use murmur_protocol::mesh::{
     ModelDigest, TokenizerDigest,
@@ -9,7 +14,11 @@ use murmur_protocol::mesh::{
 };
 use murmur_store::StoreError;
 
-use crate::contents::Library;
+use super::{MeshNode, both};
+use crate::{Node, contents::Library};
+
+/// How often it is looked whether a model has come.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// A model's names in the mesh.
 #[derive(Debug)]
@@ -47,6 +56,52 @@ impl ModelIdentity {
         let card = card(&Gguf::open(path)?)?;
         Ok(ModelIdentity { digest, tokenizer: card_digest(&card), card })
     }
+}
+
+/// Gives the models their names, one after the other, for as long as there is a node. A large file takes minutes to be read: nothing
+/// else waits for it.
+pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
+    loop {
+        let Some((node, mesh)) = both(&node, &mesh) else { return };
+        match nameless(&node) {
+            Some(at) => {
+                identify(node, at).await;
+                mesh.identified.notify_one();
+            }
+            None => {
+                drop((node, mesh));
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        }
+    }
+}
+
+/// A model that has no identity yet: those that are loaded before those that could be.
+fn nameless(node: &Node) -> Option<usize> {
+    let nameless = |at: &usize| {
+        let model = &node.models[*at];
+        !model.is_identified() && model.kind() == ModelKind::Generate
+    };
+    let all = || (0..node.models.len()).filter(nameless);
+    let loaded = all().find(|&at| node.models[at].loaded().is_some());
+    let is_spread = || all().find(|&at| node.models[at].is_spread());
+    let could_be = || all().find(|&at| node.models[at].is_on_demand());
+    loaded.or_else(is_spread).or_else(could_be)
+}
+
+/// Reads the file of a model.
+async fn identify(node: Arc<Node>, at: usize) {
+    let reading = Arc::clone(&node);
+    let read = tokio::task::spawn_blocking(move || {
+        let model = &reading.models[at];
+        ModelIdentity::of(model.id(), model.path(), &reading.library).map_err(|error| error.to_string())
+    });
+    let model = &node.models[at];
+    // Without it the model is not offered, and nothing else is amiss.
+    let identity = read.await.unwrap_or_else(|error| Err(error.to_string())).inspect_err(|reason| {
+        tracing::error!("{} cannot be offered to the mesh: {reason}", model.id());
+    });
+    model.identify(identity.ok());
 }
 
 fn card(gguf: &Gguf) -> Result<Vec<u8>, IdentityError> {

@@ -1,7 +1,8 @@
 //! The node in a mesh: it offers its models to others, and others' models to its user.
 //!
-//! Four parts, the first three of them tasks that are owned here:
+//! Five parts, the first four of them tasks that are owned here:
 //! - [`announce`] keeps the own record true: which models, in which state, how busy, how fast;
+//! - [`identity`] reads the files of models for their names in the mesh;
 //! - [`links`] measures the ways to those that hold layers of the same models;
 //! - [`worker`] answers the requests of other nodes with this node's engines;
 //! - [`catalogue`] reads off the records of others which models there are, and gets what a driver needs of one: vocabulary and
@@ -24,14 +25,17 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use murmur_api::backend::{MeshAction, Refusal};
 use murmur_core::{health::Health, router::Router, time::Now};
 use murmur_net::{Mesh, MeshOptions, NetError};
 use murmur_protocol::mesh::{Capabilities, Role};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::{
+    sync::Notify,
+    task::{AbortHandle, JoinSet},
+};
 
 pub(crate) use catalogue::{CatalogueError, RemoteModel};
 pub(crate) use identity::{IdentityError, ModelIdentity};
@@ -56,6 +60,10 @@ pub(crate) struct MeshNode {
     node: Weak<Node>,
     mesh: Arc<Mesh>,
     started: Instant,
+    /// How long others may leave unread what they have asked for.
+    lease: Duration,
+    /// A model has got its name in the mesh.
+    identified: Notify,
     /// Who gets a request, and what is known of them. Held for an instant only.
     dispatch: Mutex<Dispatch>,
     catalogue: Catalogue,
@@ -156,11 +164,13 @@ impl Node {
             true => (Role::Worker, CAPABILITIES),
             false => (Role::Client, Capabilities::NONE),
         };
-        let data_dir = options.data_dir.clone();
+        let (data_dir, lease_ms) = (options.data_dir.clone(), options.timing.lease_ms);
         let node = Arc::new(MeshNode {
             node: Arc::downgrade(self),
             mesh: Arc::new(Mesh::start(options).await?),
             started: Instant::now(),
+            lease: Duration::from_millis(lease_ms.into()),
+            identified: Notify::new(),
             dispatch: Mutex::default(),
             catalogue: Catalogue::new(&data_dir),
             speeds: Speeds::default(),
@@ -175,6 +185,7 @@ impl Node {
         let mut tasks = node.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         if self.options().contributes {
             tasks.spawn(announce::run(Arc::downgrade(self), Arc::downgrade(&node)));
+            tasks.spawn(identity::run(Arc::downgrade(self), Arc::downgrade(&node)));
             tasks.spawn(worker::run(Arc::downgrade(self), Arc::downgrade(&node)));
             if self.options().spread {
                 tasks.spawn(ring::run(Arc::downgrade(self), Arc::downgrade(&node)));

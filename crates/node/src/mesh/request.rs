@@ -19,11 +19,11 @@ use murmur_core::{
 use murmur_engine::{Ending, SessionEvent};
 use murmur_net::{
     Mesh, NetError,
-    stream::{self, Reader},
+    stream::{self, Reader, StreamEnd},
 };
 use murmur_protocol::{
     mesh::{
-        Capabilities, FinishReason, NodeId, Open, RequestId, Work,
+        Capabilities, FailureCode, FinishReason, NodeId, Open, Refused, RequestId, ServedModel, Work,
         work::{Finished, Prefill},
     },
     sampling::{SamplingParams, Token},
@@ -33,7 +33,7 @@ use tokio::{
     task::{AbortHandle, JoinSet},
 };
 
-use super::{MeshNode, RemoteModel};
+use super::{MeshNode, RemoteModel, worker::RETRY_MS};
 use crate::requests::Progress;
 
 /// Events that the reader may lag behind before it is waited for.
@@ -224,6 +224,11 @@ impl Driver {
                 match &event {
                     Event::Admitted { attempt, cached_tokens } if self.attempts.contains_key(attempt) => {
                         self.has_begun();
+                        // Whoever takes it begins it, and the same build goes on with the very same tokens.
+                        let taker = self.attempts.get(attempt).map(|(peer, _)| *peer);
+                        if let Some(peer) = taker.filter(|_| self.facts.build.is_none()) {
+                            self.facts.build = self.build_at(peer);
+                        }
                         if self.session.generated().is_empty() {
                             let cached_tokens = *cached_tokens;
                             self.pending.push_back(SessionEvent::Prefill { done_tokens: cached_tokens, cached_tokens });
@@ -327,7 +332,9 @@ impl Driver {
         let candidates = peers
             .iter()
             .flat_map(|peer| peer.record().models.iter().map(|served| Candidate { node: peer.record().node, served }));
-        let ours = candidates.filter(|candidate| candidate.served.digest == self.facts.model);
+        let is_ours =
+            |served: &ServedModel| served.digest == self.facts.model && served.tokenizer == self.open.tokenizer;
+        let ours = candidates.filter(|candidate| is_ours(candidate.served));
         let ranking = dispatch.router.choose(&self.facts, ours, &dispatch.health, excluded, now);
         tracing::debug!(request = %self.open.request, "peers:\n{ranking}");
         let offers = ranking.choices.iter().map(|choice| Offer {
@@ -345,15 +352,20 @@ impl Driver {
             dispatch.health.begin(peer, now);
             dispatch.router.begin(peer, &self.facts.prefix);
         }
-        if self.facts.build.is_none() {
-            self.facts.build = self.build_at(peer);
-        }
         let open = Open { generated: self.session.generated().to_vec(), ..self.open.clone() };
         let (mesh, seen) = (Arc::clone(self.node.mesh()), self.seen.clone());
         let task = self.tasks.spawn(async move {
             let event = converse(&mesh, peer, open, attempt, &seen).await.unwrap_or_else(|error| {
                 tracing::info!("a request at {}: {error}", peer.short());
-                Event::Gone { attempt }
+                match error {
+                    NetError::Ended(StreamEnd::Busy) => {
+                        Event::Refused { attempt, because: Refused::Busy { retry_ms: RETRY_MS } }
+                    }
+                    NetError::Ended(StreamEnd::LeaseExpired) => {
+                        Event::Failed { attempt, code: FailureCode::LeaseExpired }
+                    }
+                    _ => Event::Gone { attempt },
+                }
             });
             let _ = seen.send(Seen::Event(event)).await;
         });

@@ -14,7 +14,7 @@ use murmur_api::backend::Guesses;
 use murmur_engine::{Ending, SessionEvent, SessionRequest, StartError};
 use murmur_net::{
     NetError, SendStream, Work as Request,
-    stream::{self, Reader},
+    stream::{self, Reader, StreamEnd},
 };
 use murmur_protocol::frame::FrameError;
 use murmur_protocol::mesh::{
@@ -43,13 +43,11 @@ use crate::{
 
 /// A stream says what it wants within this.
 const OPEN_DEADLINE: Duration = Duration::from_secs(10);
-/// How long a driver may leave its tokens unread.
-const LEASE: Duration = Duration::from_secs(60);
 /// How often a driver hears that its prompt is being worked on.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 /// What a request that found no room should wait before it comes again.
-const RETRY_MS: u32 = 250;
-/// Requests of one node at the same time, cards included.
+pub(super) const RETRY_MS: u32 = 250;
+/// Streams of one node at the same time, those of cards and stages included.
 const STREAMS_PER_NODE_MAX: usize = 64;
 /// Speeds of so many tokens and more are measurements.
 const MEASURED_TOKENS_MIN: u32 = 32;
@@ -98,38 +96,46 @@ pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
 }
 
 async fn serve(node: Arc<Node>, mesh: Arc<MeshNode>, places: Arc<Places>, request: Request) {
-    let Request { node: peer, mut send, recv } = request;
-    let Some(place) = places.take(peer) else {
-        let _ = say(&mut send, &Work::Refused(Refused::Busy { retry_ms: RETRY_MS })).await;
-        return;
+    let Request { node: peer, mut send, mut recv } = request;
+    let Some(mut place) = places.take(peer) else {
+        // What it is for is not read, so no message would do for all: the other end may read messages, frames or bytes.
+        return StreamEnd::Busy.tell(&mut send, Some(&mut recv));
     };
+    let mut back = Back { send, lease: mesh.lease };
     let mut reader = Reader::<Work>::new(recv);
     let answered = match timeout(OPEN_DEADLINE, reader.expect()).await {
-        Ok(Ok(Work::Open(open))) => generate(&node, &mesh, &place, *open, &mut send).await,
-        Ok(Ok(Work::GetCard(model))) => hand_out_card(&node, model, &mut send).await,
-        Ok(Ok(Work::WatchContent(model))) => give::tell(&node, model, &mut send).await,
+        Ok(Ok(Work::Open(open))) => generate(&node, &mesh, &mut place, *open, &mut back).await,
+        Ok(Ok(Work::GetCard(model))) => hand_out_card(&node, model, &mut back).await,
+        Ok(Ok(Work::WatchContent(model))) => give::tell(&node, model, &mut back.send).await,
         Ok(Ok(Work::Fetch(fetch))) => {
             // Counted there.
             drop(place);
-            return give::send(&node, peer, fetch, send).await;
+            return give::send(&node, peer, fetch, back.send).await;
         }
         Ok(Ok(Work::Stage(open))) => {
             let reader = frames(reader);
-            return ended(peer, ring::host::serve(node, mesh, *open, reader, Box::pin(send)).await);
+            return ended(peer, ring::host::serve(node, mesh, *open, reader, Box::pin(back.send)).await);
         }
         Ok(Ok(Work::Hop(id))) => {
             // Those of a ring are counted there.
             drop(place);
-            return ended(peer, ring::take_hidden(&mesh, id, frames(reader), Box::pin(send)).await);
+            return ended(peer, ring::take_hidden(&mesh, id, frames(reader), Box::pin(back.send)).await);
         }
-        Ok(Ok(_)) => refuse(&mut send, "a stream begins with a request").await,
-        Ok(Err(error)) => refuse(&mut send, &error.to_string()).await,
-        Err(_) => refuse(&mut send, "no request came").await,
+        Ok(Ok(_)) => back.refuse("a stream begins with a request").await,
+        Ok(Err(error)) => back.refuse(&error.to_string()).await,
+        Err(_) => back.refuse("no request came").await,
     };
-    if let Err(error) = answered {
-        tracing::debug!("a request of {}: {error}", peer.short());
+    match &answered {
+        Ok(()) => stream::finish(&mut back.send),
+        Err(error) => {
+            tracing::debug!("a request of {}: {error}", peer.short());
+            match error {
+                // No message gets through where nothing is read.
+                NetError::Late(_) => StreamEnd::LeaseExpired.tell(&mut back.send, None),
+                _ => stream::finish(&mut back.send),
+            }
+        }
     }
-    stream::finish(&mut send);
 }
 
 /// The rest of a stream as frames.
@@ -144,13 +150,23 @@ fn ended(peer: NodeId, outcome: Result<(), FrameError>) {
     }
 }
 
-/// Writes a message, if the driver takes it within its lease.
-async fn say(send: &mut SendStream, message: &Work) -> Result<(), NetError> {
-    timeout(LEASE, stream::write(send, message)).await.unwrap_or(Err(NetError::Late("reading of tokens")))
+/// The way back to a driver.
+struct Back {
+    send: SendStream,
+    /// How long the driver may leave it unread.
+    lease: Duration,
 }
 
-async fn refuse(send: &mut SendStream, reason: &str) -> Result<(), NetError> {
-    say(send, &Work::Failed(Failed::new(FailureCode::BadMessage, reason))).await
+impl Back {
+    /// Writes a message, if the driver takes it within its lease.
+    async fn say(&mut self, message: &Work) -> Result<(), NetError> {
+        let written = timeout(self.lease, stream::write(&mut self.send, message)).await;
+        written.unwrap_or(Err(NetError::Late("reading of tokens")))
+    }
+
+    async fn refuse(&mut self, reason: &str) -> Result<(), NetError> {
+        self.say(&Work::Failed(Failed::new(FailureCode::BadMessage, reason))).await
+    }
 }
 
 /// A model of this node, with its place in the list.
@@ -159,14 +175,14 @@ fn find<'a>(node: &'a Node, digest: &ModelDigest) -> Option<(usize, &'a Model, &
     identified.into_iter().find(|(.., identity)| identity.digest == *digest)
 }
 
-async fn hand_out_card(node: &Node, model: ModelDigest, send: &mut SendStream) -> Result<(), NetError> {
+async fn hand_out_card(node: &Node, model: ModelDigest, back: &mut Back) -> Result<(), NetError> {
     let Some((.., identity)) = find(node, &model) else {
-        return refuse(send, "this model is not served here").await;
+        return back.refuse("this model is not served here").await;
     };
     let total_bytes = u32::try_from(identity.card.len()).unwrap_or(u32::MAX);
-    say(send, &Work::Card(Card { tokenizer: identity.tokenizer, total_bytes })).await?;
+    back.say(&Work::Card(Card { tokenizer: identity.tokenizer, total_bytes })).await?;
     for part in identity.card.chunks(CARD_PART_BYTES_MAX) {
-        say(send, &Work::CardPart(part.to_vec())).await?;
+        back.say(&Work::CardPart(part.to_vec())).await?;
     }
     Ok(())
 }
@@ -174,16 +190,17 @@ async fn hand_out_card(node: &Node, model: ModelDigest, send: &mut SendStream) -
 async fn generate(
     node: &Node,
     mesh: &MeshNode,
-    place: &Place,
+    place: &mut Place,
     open: Open,
-    send: &mut SendStream,
+    back: &mut Back,
 ) -> Result<(), NetError> {
+    place.is_request();
     let (model, begun) = (open.model, Instant::now());
     let had = u32::try_from(open.generated.len()).unwrap_or(u32::MAX);
     let prompt_tokens = u32::try_from(open.prompt.len()).unwrap_or(u32::MAX).saturating_add(had);
-    let (session, listed) = match admit(node, place, open, prompt_tokens, send).await {
+    let (session, listed) = match admit(node, place, open, prompt_tokens, back).await {
         Ok(admitted) => admitted,
-        Err(because) => return say(send, &Work::Refused(because)).await,
+        Err(because) => return back.say(&Work::Refused(because)).await,
     };
     let mut answer = Answer {
         listed,
@@ -195,7 +212,7 @@ async fn generate(
         first_token: None,
         guesses: Guesses::default(),
     };
-    let outcome = answer.send(session, send).await;
+    let outcome = answer.send(session, back).await;
     if let Some(first_token) = answer.first_token {
         let computed = prompt_tokens.saturating_sub(answer.cached_tokens.unwrap_or(0));
         mesh.speeds.note_prefill(model, first_token - begun, computed);
@@ -209,7 +226,7 @@ async fn admit(
     place: &Place,
     open: Open,
     prompt_tokens: u32,
-    send: &mut SendStream,
+    back: &mut Back,
 ) -> Result<(LocalStream, Listed), Refused> {
     let not_served = |reason: &str| Refused::NotServed { reason: reason.to_owned() };
     if let Some(reason) = node.gate.paused() {
@@ -233,14 +250,14 @@ async fn admit(
     let listed = listed.ok_or(Refused::Busy { retry_ms: RETRY_MS })?;
     let loaded = match model.used() {
         Some(loaded) => loaded,
-        None if model.is_on_demand() => load(node, at, send).await?,
+        None if model.is_on_demand() => load(node, at, back).await?,
         None => return Err(not_served("this model is not loaded")),
     };
     let engine = &loaded.engine;
     let status = engine.status();
     let parallel = engine.options().parallel as usize;
     let is_full = status.running + status.queued >= parallel;
-    if is_full && (status.queued >= parallel || place.places.is_beyond_share(place.node, parallel)) {
+    if is_full && (status.queued >= parallel || place.is_beyond_share(parallel)) {
         return Err(Refused::Busy { retry_ms: RETRY_MS });
     }
     let bad = |reason: String| Refused::BadRequest { reason };
@@ -253,7 +270,8 @@ async fn admit(
     let checked = checked.await.map_err(|_| not_served("this node is stopping"))?;
     checked.map_err(|error| bad(error.to_string()))?;
     let Open { prompt, generated, max_tokens, sampling, .. } = open;
-    let started = LocalStream::start(loaded, SessionRequest { prompt, generated, max_tokens, sampling });
+    let started =
+        LocalStream::start(&node.models, at, loaded, SessionRequest { prompt, generated, max_tokens, sampling });
     let session = started.map_err(|error| match error {
         StartError::QueueFull(_) => Refused::Busy { retry_ms: RETRY_MS },
         StartError::Unavailable(reason) => Refused::NotServed { reason },
@@ -264,7 +282,7 @@ async fn admit(
 }
 
 /// Loads a model for a request. The driver hears meanwhile that it is worked on.
-async fn load(node: &Node, at: usize, send: &mut SendStream) -> Result<Arc<LoadedModel>, Refused> {
+async fn load(node: &Node, at: usize, back: &mut Back) -> Result<Arc<LoadedModel>, Refused> {
     let refused = |error: NodeError| match error {
         NodeError::Fit { .. } => Refused::NoMemory { reason: error.to_string() },
         error => Refused::NotServed { reason: with_causes(&error) },
@@ -276,7 +294,7 @@ async fn load(node: &Node, at: usize, send: &mut SendStream) -> Result<Arc<Loade
             Awaited::Failed(reason) => return Err(Refused::NotServed { reason }),
             Awaited::Loading(_) => {
                 let working = Work::Prefill(Prefill { done_tokens: 0, cached_tokens: 0 });
-                say(send, &working).await.map_err(|error| Refused::NotServed { reason: error.to_string() })?;
+                back.say(&working).await.map_err(|error| Refused::NotServed { reason: error.to_string() })?;
             }
         }
     }
@@ -298,8 +316,8 @@ struct Answer {
 }
 
 impl Answer {
-    async fn send(&mut self, mut session: LocalStream, send: &mut SendStream) -> Result<(), NetError> {
-        let left = send.stopped();
+    async fn send(&mut self, mut session: LocalStream, back: &mut Back) -> Result<(), NetError> {
+        let left = back.send.stopped();
         tokio::pin!(left);
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -311,7 +329,7 @@ impl Answer {
                 event = session.next() => event,
                 _ = heartbeat.tick(), if self.first_token.is_none() => {
                     let cached_tokens = self.cached_tokens.unwrap_or(0);
-                    say(send, &Work::Prefill(Prefill { done_tokens, cached_tokens })).await?;
+                    back.say(&Work::Prefill(Prefill { done_tokens, cached_tokens })).await?;
                     continue;
                 }
             };
@@ -319,37 +337,37 @@ impl Answer {
                 Some(SessionEvent::Prefill { done_tokens: done, cached_tokens }) => {
                     done_tokens = done;
                     self.listed.prefilled(done);
-                    self.admitted(send, cached_tokens).await?;
-                    say(send, &Work::Prefill(Prefill { done_tokens, cached_tokens })).await?;
+                    self.admitted(back, cached_tokens).await?;
+                    back.say(&Work::Prefill(Prefill { done_tokens, cached_tokens })).await?;
                 }
                 Some(SessionEvent::Token(sampled)) => {
-                    self.admitted(send, 0).await?;
+                    self.admitted(back, 0).await?;
                     self.first_token.get_or_insert_with(Instant::now);
                     self.listed.token();
                     let tokens = Tokens { first: self.next, sampled: vec![sampled] };
                     self.next = self.next.saturating_add(1);
-                    say(send, &Work::Tokens(tokens)).await?;
+                    back.say(&Work::Tokens(tokens)).await?;
                 }
                 Some(SessionEvent::Guesses { right, wrong }) => self.guesses = Guesses { right, wrong },
-                Some(SessionEvent::Ended(ending)) => return say(send, &Work::Finished(self.account(ending))).await,
-                Some(SessionEvent::Failed(reason)) => {
-                    return say(send, &Work::Failed(Failed::new(FailureCode::Engine, &reason))).await;
+                Some(SessionEvent::Ended(ending)) => return back.say(&Work::Finished(self.account(ending))).await,
+                Some(SessionEvent::Failed(reason) | SessionEvent::Lost(reason)) => {
+                    return back.say(&Work::Failed(Failed::new(FailureCode::Engine, &reason))).await;
                 }
                 None => {
-                    return say(send, &Work::Failed(Failed::new(FailureCode::Leaving, "the node is stopping"))).await;
+                    return back.say(&Work::Failed(Failed::new(FailureCode::Leaving, "the node is stopping"))).await;
                 }
             }
         }
     }
 
     /// Says once that there is room.
-    async fn admitted(&mut self, send: &mut SendStream, cached_tokens: u32) -> Result<(), NetError> {
+    async fn admitted(&mut self, back: &mut Back, cached_tokens: u32) -> Result<(), NetError> {
         if self.cached_tokens.is_some() {
             return Ok(());
         }
         self.cached_tokens = Some(cached_tokens);
-        let lease_ms = u32::try_from(LEASE.as_millis()).unwrap_or(u32::MAX);
-        say(send, &Work::Admitted(Admitted { lease_ms, cached_tokens })).await
+        let lease_ms = u32::try_from(back.lease.as_millis()).unwrap_or(u32::MAX);
+        back.say(&Work::Admitted(Admitted { lease_ms, cached_tokens })).await
     }
 
     fn account(&self, ending: Ending) -> Finished {

@@ -1,5 +1,7 @@
 //! A taker, honest holders and tricksters of one file, over QUIC on loopback.
 
+#![allow(dead_code, reason = "each test file uses some of it")]
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -17,7 +19,7 @@ use murmur_net::{
 };
 use murmur_node::{DraftWish, ModelSpec, Node, NodeOptions, Threads, sharing::Sharing};
 use murmur_protocol::mesh::{Capabilities, Content, Fetch, HeldContent, ModelDigest, NodeId, Refused, Role, Work};
-use murmur_store::Contents;
+use murmur_store::{Contents, hub::HubConfig};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::{sync::mpsc, task::JoinSet};
@@ -57,27 +59,36 @@ pub(crate) struct World {
 #[derive(Clone, Copy)]
 pub(crate) struct Claim {
     pub(crate) file_bytes: u64,
+    /// Where a hub is said to have it.
+    pub(crate) source: Option<&'static str>,
+    pub(crate) gives_hashes: bool,
 }
 
 impl World {
     pub(crate) async fn new() -> World {
         let folder = tempfile::tempdir().unwrap();
         let taker_dir = folder.path().join("taker");
-        World::with(folder, taker_dir).await
+        World::with(folder, taker_dir, None).await
     }
 
     pub(crate) async fn with_taker_at(taker_dir: PathBuf) -> World {
-        World::with(tempfile::tempdir().unwrap(), taker_dir).await
+        World::with(tempfile::tempdir().unwrap(), taker_dir, None).await
     }
 
-    async fn with(folder: TempDir, taker_dir: PathBuf) -> World {
+    /// One whose node may ask this hub.
+    pub(crate) async fn with_hub(hub: HubConfig) -> World {
+        let folder = tempfile::tempdir().unwrap();
+        let taker_dir = folder.path().join("taker");
+        World::with(folder, taker_dir, Some(hub)).await
+    }
+
+    async fn with(folder: TempDir, taker_dir: PathBuf, hub: Option<HubConfig>) -> World {
         let file = folder.path().join("tiny.gguf");
-        synth::write(&synth::Spec::tiny("llama").unwrap().with_layers(1), &file).unwrap();
-        let bytes = fs::read(&file).unwrap();
+        let bytes = the_file(&file);
         assert!((3_000_000..10_000_000).contains(&bytes.len()), "{}", bytes.len());
         let source = Contents::at(&folder.path().join("source")).adopt(&file, &mut |_, _| ()).unwrap();
         let digest = ModelDigest::from_bytes(source.digest().0);
-        let taker = Node::open(options(&taker_dir)).unwrap();
+        let taker = Node::open(NodeOptions { hub, ..options(&taker_dir) }).unwrap();
         let taker = Arc::new(taker);
         taker.join_mesh(mesh(&taker_dir, &[])).await.unwrap();
         World { folder, taker_dir, taker, digest, bytes }
@@ -85,7 +96,7 @@ impl World {
 
     /// What is true of the file.
     pub(crate) fn claim(&self) -> Claim {
-        Claim { file_bytes: self.bytes.len() as u64 }
+        Claim { file_bytes: self.bytes.len() as u64, source: None, gives_hashes: false }
     }
 
     pub(crate) fn own_digest(&self) -> Digest {
@@ -98,8 +109,18 @@ impl World {
 
     /// A node that has the file and sends so many bytes a second, or as fast as it goes.
     pub(crate) async fn honest(&self, upload_bytes_per_s: Option<u64>) -> Arc<Node> {
+        self.honest_with(upload_bytes_per_s, None).await
+    }
+
+    /// One that says besides where a hub has it.
+    pub(crate) async fn honest_with(&self, upload_bytes_per_s: Option<u64>, source: Option<&str>) -> Arc<Node> {
         let data_dir = self.folder.path().join("honest");
-        let on_demand = vec![ModelSpec { path: self.folder.path().join("tiny.gguf"), id: NAME.to_owned() }];
+        let path = self.folder.path().join("tiny.gguf");
+        if let Some(source) = source {
+            let content = Contents::at(&data_dir).adopt(&path, &mut |_, _| ()).unwrap();
+            content.set_source(source).unwrap();
+        }
+        let on_demand = vec![ModelSpec { path, id: NAME.to_owned() }];
         let options = NodeOptions { contributes: true, on_demand, upload_bytes_per_s, ..options(&data_dir) };
         let node = Arc::new(Node::open(options).unwrap());
         node.join_mesh(mesh(&data_dir, &[self.contact()])).await.unwrap();
@@ -114,6 +135,7 @@ impl World {
             name: NAME.to_owned(),
             file_bytes: claim.file_bytes,
             held_bytes: claim.file_bytes,
+            source: claim.source.map(str::to_owned),
         };
         let own = OwnRecord {
             role: Role::Worker,
@@ -167,7 +189,13 @@ impl World {
     }
 }
 
-fn options(data_dir: &Path) -> NodeOptions {
+/// The file that everything here is about, written there.
+pub(crate) fn the_file(path: &Path) -> Vec<u8> {
+    synth::write(&synth::Spec::tiny("llama").unwrap().with_layers(1), path).unwrap();
+    fs::read(path).unwrap()
+}
+
+pub(crate) fn options(data_dir: &Path) -> NodeOptions {
     NodeOptions {
         data_dir: data_dir.to_owned(),
         models: Vec::new(),
@@ -192,13 +220,14 @@ fn options(data_dir: &Path) -> NodeOptions {
         sharing: Sharing::default(),
         upload_bytes_per_s: None,
         download_bytes_per_s: None,
+        hub: None,
         gpu_layers: 0,
         // No model is loaded.
         engine_program: PathBuf::new(),
     }
 }
 
-fn mesh(data_dir: &Path, bootstrap: &[murmur_net::Contact]) -> MeshOptions {
+pub(crate) fn mesh(data_dir: &Path, bootstrap: &[murmur_net::Contact]) -> MeshOptions {
     MeshOptions {
         endpoint: EndpointOptions { relays: Relays::None, bind: Some("127.0.0.1:0".parse().unwrap()), dht: None },
         bootstrap: bootstrap.to_vec(),
@@ -211,7 +240,11 @@ pub(crate) struct Pull(mpsc::Receiver<Value>);
 
 impl Pull {
     pub(crate) async fn begin(world: &World) -> Pull {
-        Pull(world.taker.pull(NAME.to_owned()).await.unwrap())
+        Pull::named(world, NAME).await
+    }
+
+    pub(crate) async fn named(world: &World, name: &str) -> Pull {
+        Pull(world.taker.pull(name.to_owned()).await.unwrap())
     }
 
     /// What is told to the end; `heard` is called each time.
@@ -260,6 +293,8 @@ pub(crate) enum Trick {
     Lacks,
     /// It has no room.
     Busy,
+    /// Nor has it for bytes, but for hashes, which are wrong.
+    WrongHashes,
     /// No message.
     Garbage,
     /// Nor when it is asked what it has.
@@ -341,8 +376,8 @@ impl Serving {
     }
 
     async fn tell(&self, send: &mut SendStream) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        let file_bytes = self.claim.file_bytes;
-        let content = |held| Work::Content(Content { file_bytes, header_bytes: 0, held });
+        let Claim { file_bytes, gives_hashes, .. } = self.claim;
+        let content = |held| Work::Content(Content { file_bytes, header_bytes: 0, held, gives_hashes });
         match self.trick {
             Trick::GarbageOfContent => send.write_all(&[0xab; 4_000]).await?,
             Trick::Flood => loop {
@@ -350,7 +385,7 @@ impl Serving {
                 stream::write(send, &content((0..1_024).map(|at| at * step..at * step + 1).collect())).await?;
                 stream::write(send, &content(Vec::new())).await?;
             },
-            _ => stream::write(send, &content(vec![0..file_bytes])).await?,
+            _ => stream::write(send, &content(std::iter::once(0..file_bytes).collect())).await?,
         }
         let _ = send.stopped().await;
         Ok(())
@@ -360,6 +395,7 @@ impl Serving {
         let refusal = match self.trick {
             Trick::Lacks | Trick::Flood => Some(Refused::NotServed { reason: "not here".to_owned() }),
             Trick::Busy => Some(Refused::Busy { retry_ms: 0 }),
+            Trick::WrongHashes if !fetch.only_hashes => Some(Refused::Busy { retry_ms: 0 }),
             _ => None,
         };
         if let Some(refused) = refusal {
@@ -377,6 +413,11 @@ impl Serving {
         match self.trick {
             Trick::Wrong { at } => {
                 let at = ((encoded.len() - 1) as f64 * at) as usize;
+                encoded[at] ^= 1;
+                send.write_all(&encoded).await?;
+            }
+            Trick::WrongHashes => {
+                let at = encoded.len() / 2;
                 encoded[at] ^= 1;
                 send.write_all(&encoded).await?;
             }
@@ -408,7 +449,10 @@ impl Serving {
         let ranges: Vec<_> =
             fetch.ranges.iter().map(|range| ByteRange { start: range.start, end: range.end }).collect();
         let mut encoded = Vec::new();
-        self.source.encode(&ranges, &mut encoded).unwrap();
+        match fetch.only_hashes {
+            true => self.source.encode_hashes(&ranges, &mut encoded).unwrap(),
+            false => self.source.encode(&ranges, &mut encoded).unwrap(),
+        }
         encoded
     }
 }

@@ -7,11 +7,14 @@
 //!
 //!   Fetch           ->
 //!                   <-   Sending, then the encoded bytes and the end of the stream; or Refused
+//!
+//!   Fetch, of hashes only
+//!                   <-   Sending, then the pairs of hashes that would be between the groups; or Refused
 //! ```
 //!
 //! A file is known by the BLAKE3 digest of all of it. What is fetched comes in the combined encoding of verified streaming (the BLAKE3
 //! paper, section 6.4; `bao-tree`), with groups of [`GROUP_BYTES`]: whoever takes it checks each group against the digest before
-//! it is kept, so that it does not matter who sent it.
+//! it is kept, so that it does not matter who sent it. Hashes alone are for whoever takes the bytes from a hub, which has none.
 
 use std::ops::Range;
 
@@ -30,6 +33,8 @@ pub const CONTENTS_MAX: usize = 16;
 pub const HELD_RANGES_MAX: usize = 1_024;
 /// Stretches that are asked for at once.
 pub const FETCH_RANGES_MAX: usize = 64;
+/// Length of a source: as of an owner, a repository, a commit and a file whose names are long.
+pub const SOURCE_BYTES_MAX: usize = 256;
 /// Longest file.
 pub const FILE_BYTES_MAX: u64 = 1 << 42;
 
@@ -44,6 +49,9 @@ pub struct HeldContent {
     pub file_bytes: u64,
     /// Bytes of it that are there.
     pub held_bytes: u64,
+    /// Where a hub has it, at which commit, as the holder says: `hf:owner/repo@commit:file`, 1..=[`SOURCE_BYTES_MAX`] bytes. Not checked to be a
+    /// reference.
+    pub source: Option<String>,
 }
 
 impl HeldContent {
@@ -56,17 +64,22 @@ impl HeldContent {
         if self.held_bytes > self.file_bytes {
             return Err(MessageError::Invalid { what: "held bytes", why: "they are more than the file has" });
         }
-        Ok(())
+        match self.source.as_deref() {
+            Some("") => Err(MessageError::Missing("source")),
+            Some(source) => check::text("source", source, SOURCE_BYTES_MAX),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn to_proto(&self) -> Result<proto::HeldContent, MessageError> {
         self.check()?;
-        let Self { digest, name, file_bytes, held_bytes } = self;
+        let Self { digest, name, file_bytes, held_bytes, source } = self;
         Ok(proto::HeldContent {
             digest: digest.as_bytes().to_vec(),
             name: name.clone(),
             file_bytes: *file_bytes,
             held_bytes: *held_bytes,
+            source: source.clone(),
         })
     }
 
@@ -76,6 +89,7 @@ impl HeldContent {
             name: proto.name,
             file_bytes: proto.file_bytes,
             held_bytes: proto.held_bytes,
+            source: proto.source,
         };
         content.check()?;
         Ok(content)
@@ -91,6 +105,8 @@ pub struct Content {
     pub header_bytes: u64,
     /// What is there: ascending, apart from each other, at most [`HELD_RANGES_MAX`].
     pub held: Vec<Range<u64>>,
+    /// Whether hashes alone of what is there can be had.
+    pub gives_hashes: bool,
 }
 
 impl Body for Content {
@@ -104,19 +120,20 @@ impl Body for Content {
             file_bytes: self.file_bytes,
             header_bytes: self.header_bytes,
             held: stretches_to_proto(&self.held),
+            gives_hashes: self.gives_hashes,
         };
         Content::from_proto(proto.clone())?;
         Ok(proto)
     }
 
     fn from_proto(proto: proto::Content) -> Result<Content, MessageError> {
-        let proto::Content { file_bytes, header_bytes, held } = proto;
+        let proto::Content { file_bytes, header_bytes, held, gives_hashes } = proto;
         check_file_bytes(file_bytes)?;
         let held = stretches_from_proto(&held, HELD_RANGES_MAX)?;
         if header_bytes > file_bytes || held.last().is_some_and(|last| last.end > file_bytes) {
             return Err(MessageError::Invalid { what: Self::WHAT, why: "it is longer than its file" });
         }
-        Ok(Content { file_bytes, header_bytes, held })
+        Ok(Content { file_bytes, header_bytes, held, gives_hashes })
     }
 }
 
@@ -127,6 +144,8 @@ pub struct Fetch {
     pub model: ModelDigest,
     /// Which bytes: ascending, apart from each other, 1..=[`FETCH_RANGES_MAX`], in whole groups but for the file's end.
     pub ranges: Vec<Range<u64>>,
+    /// The hashes of these bytes, without the bytes.
+    pub only_hashes: bool,
 }
 
 impl Body for Fetch {
@@ -135,7 +154,11 @@ impl Body for Fetch {
     const BYTES_MAX: usize = FETCH_RANGES_MAX * 14 + 64;
 
     fn to_proto(&self) -> Result<proto::Fetch, MessageError> {
-        let proto = proto::Fetch { model: self.model.as_bytes().to_vec(), ranges: stretches_to_proto(&self.ranges) };
+        let proto = proto::Fetch {
+            model: self.model.as_bytes().to_vec(),
+            ranges: stretches_to_proto(&self.ranges),
+            only_hashes: self.only_hashes,
+        };
         Fetch::from_proto(proto.clone())?;
         Ok(proto)
     }
@@ -148,7 +171,8 @@ impl Body for Fetch {
         if ranges.iter().any(|range| !range.start.is_multiple_of(GROUP_BYTES)) {
             return Err(MessageError::Invalid { what: "ranges", why: "they do not begin with groups" });
         }
-        Ok(Fetch { model: ModelDigest::from_bytes(check::array("model digest", &proto.model)?), ranges })
+        let model = ModelDigest::from_bytes(check::array("model digest", &proto.model)?);
+        Ok(Fetch { model, ranges, only_hashes: proto.only_hashes })
     }
 }
 

@@ -13,7 +13,7 @@ use crate::samples::{self, mesh_key, node_key};
 const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/mesh.txt");
 
 /// One vector: name, meaning, bytes; a blank line in between.
-fn add(vectors: &mut String, name: &str, meaning: &impl Debug, bytes: &[u8]) {
+pub(crate) fn add(vectors: &mut String, name: &str, meaning: &impl Debug, bytes: &[u8]) {
     writeln!(vectors, "{name}\n  {meaning:?}").unwrap();
     for line in HEXLOWER.encode(bytes).as_bytes().chunks(112) {
         writeln!(vectors, "  {}", std::str::from_utf8(line).unwrap()).unwrap();
@@ -31,6 +31,8 @@ fn vectors() -> String {
     add(&mut text, "record with what was measured", &measured, measured.sign(&node_key(1)).unwrap().as_bytes());
     let holding = NodeRecord { contents: samples::contents(), ..samples::record() };
     add(&mut text, "record with contents", &holding, holding.sign(&node_key(1)).unwrap().as_bytes());
+    let sourced = NodeRecord { contents: samples::contents_of_a_hub(), ..samples::record() };
+    add(&mut text, "record with contents of a hub", &sourced, sourced.sign(&node_key(1)).unwrap().as_bytes());
     let member = NodeRecord {
         mesh: mesh_key().mesh_id(),
         certificate: Some(samples::certificate().sign(&mesh_key()).unwrap()),
@@ -64,24 +66,34 @@ fn vectors() -> String {
 }
 
 /// The lines below the name of each vector.
-fn entries(text: &str) -> impl Iterator<Item = (&str, Vec<&str>)> {
+pub(crate) fn entries(text: &str) -> impl Iterator<Item = (&str, Vec<&str>)> {
     text.split("\n\n").filter(|entry| !entry.trim().is_empty()).map(|entry| {
         let mut lines = entry.lines();
         (lines.next().unwrap(), lines.map(str::trim).collect())
     })
 }
 
-#[test]
-fn the_encoding_of_every_message_is_what_it_was() {
-    let now = vectors();
+/// Compares vectors with those of a file, or writes the file.
+pub(crate) fn is_what_it_was(path: &str, now: &str) {
     if std::env::var("MURMUR_GOLDEN").is_ok_and(|value| value == "write") {
-        std::fs::write(PATH, &now).unwrap();
+        std::fs::write(path, now).unwrap();
     }
-    let was = std::fs::read_to_string(PATH).unwrap();
-    for ((name, now), (old_name, was)) in entries(&now).zip(entries(&was)) {
+    let was = std::fs::read_to_string(path).unwrap();
+    for ((name, now), (old_name, was)) in entries(now).zip(entries(&was)) {
         assert_eq!((name, now), (old_name, was));
     }
     assert_eq!(now, was, "a vector was added or left out");
+}
+
+/// Meaning and bytes of a vector, of the lines below its name.
+pub(crate) fn read_bytes<'a>(lines: &[&'a str]) -> (&'a str, Vec<u8>) {
+    let (meaning, hex) = lines.split_first().unwrap();
+    (meaning, HEXLOWER.decode(hex.concat().as_bytes()).unwrap())
+}
+
+#[test]
+fn the_encoding_of_every_message_is_what_it_was() {
+    is_what_it_was(PATH, &vectors());
 }
 
 #[test]

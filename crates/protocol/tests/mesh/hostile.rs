@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use murmur_protocol::mesh::content::{CONTENTS_MAX, FETCH_RANGES_MAX, FILE_BYTES_MAX, GROUP_BYTES, HELD_RANGES_MAX};
+use murmur_protocol::mesh::content::{
+    CONTENTS_MAX, FETCH_RANGES_MAX, FILE_BYTES_MAX, GROUP_BYTES, HELD_RANGES_MAX, SOURCE_BYTES_MAX,
+};
 use murmur_protocol::mesh::control::{DIGEST_ENTRIES_MAX, RECORDS_MAX};
 use murmur_protocol::mesh::open::REQUEST_TOKENS_MAX;
 use murmur_protocol::mesh::summary::RANGES_MAX;
@@ -211,10 +213,11 @@ fn contents_that_break_a_rule_are_neither_signed_nor_read() {
     let key = node_key(1);
     // As it travels, whatever it says.
     let raw = |content: &HeldContent| {
-        let HeldContent { digest, name, file_bytes, held_bytes } = content;
+        let HeldContent { digest, name, file_bytes, held_bytes, source } = content;
+        let source = source.as_ref().map_or_else(Vec::new, |source| field(5, source.as_bytes()));
         let fields =
             [field(1, digest.as_bytes()), field(2, name.as_bytes()), number(3, *file_bytes), number(4, *held_bytes)];
-        field(16, &fields.concat())
+        field(16, &[fields.concat(), source].concat())
     };
     let signed = |contents: &[Vec<u8>]| {
         let body = [&record().sign(&key).unwrap().as_bytes()[64..], &contents.concat()].concat();
@@ -228,6 +231,8 @@ fn contents_that_break_a_rule_are_neither_signed_nor_read() {
     assert!(with(most.clone()).sign(&key).is_ok());
     let largest = HeldContent { file_bytes: FILE_BYTES_MAX, held_bytes: FILE_BYTES_MAX, ..held(1) };
     assert_eq!(read(&[raw(&largest)]), Ok(with(vec![largest])));
+    let sourced = HeldContent { source: Some("s".repeat(SOURCE_BYTES_MAX)), ..held(1) };
+    assert_eq!(read(&[raw(&sourced)]), Ok(with(vec![sourced])));
 
     let broken = [
         [most, vec![held(0xff)]].concat(),
@@ -241,6 +246,9 @@ fn contents_that_break_a_rule_are_neither_signed_nor_read() {
         vec![HeldContent { file_bytes: u64::MAX, held_bytes: u64::MAX, ..held(1) }],
         vec![HeldContent { held_bytes: held(1).file_bytes + 1, ..held(1) }],
         vec![HeldContent { held_bytes: u64::MAX, ..held(1) }],
+        vec![HeldContent { source: Some(String::new()), ..held(1) }],
+        vec![HeldContent { source: Some("s".repeat(SOURCE_BYTES_MAX + 1)), ..held(1) }],
+        vec![HeldContent { source: Some("hf:a/b\x1b[2J".into()), ..held(1) }],
     ];
     for contents in broken {
         assert!(
@@ -261,8 +269,8 @@ fn contents_that_break_a_rule_are_neither_signed_nor_read() {
 fn ranges_that_are_not_apart_ascending_and_of_the_file_are_neither_sent_nor_read() {
     const G: u64 = GROUP_BYTES;
     const FILE_BYTES: u64 = 100 * G + 7;
-    let content = |held| Work::Content(Content { file_bytes: FILE_BYTES, header_bytes: 9, held });
-    let fetch = |ranges| Work::Fetch(Fetch { model: samples::model().digest, ranges });
+    let content = |held| Work::Content(Content { file_bytes: FILE_BYTES, header_bytes: 9, held, gives_hashes: false });
+    let fetch = |ranges| Work::Fetch(Fetch { model: samples::model().digest, ranges, only_hashes: false });
     // As they travel: the distance from the end before, and the length, of each.
     let read_content = |numbers: &[u64]| {
         let body = [number(1, FILE_BYTES), number(2, 9), packed(3, numbers)].concat();
@@ -326,7 +334,12 @@ fn ranges_that_are_not_apart_ascending_and_of_the_file_are_neither_sent_nor_read
         assert!(matches!(read_fetch(&[start, end - start]), Err(MessageError::Invalid { .. })), "{start}");
     }
 
-    let longest = Content { file_bytes: FILE_BYTES_MAX, header_bytes: FILE_BYTES_MAX, held: apart(HELD_RANGES_MAX) };
+    let longest = Content {
+        file_bytes: FILE_BYTES_MAX,
+        header_bytes: FILE_BYTES_MAX,
+        held: apart(HELD_RANGES_MAX),
+        gives_hashes: true,
+    };
     for message in [Work::Content(longest.clone()), fetch(apart(FETCH_RANGES_MAX))] {
         assert_eq!(decode::<Work>(&encode(&message).unwrap()), Ok(Some(message)));
     }
@@ -344,7 +357,7 @@ fn ranges_that_are_not_apart_ascending_and_of_the_file_are_neither_sent_nor_read
 
 #[test]
 fn a_content_has_from_one_byte_to_four_tebibytes_and_a_header_within() {
-    let kind = Work::Content(Content { file_bytes: 1, header_bytes: 0, held: Vec::new() }).kind();
+    let kind = Work::Content(Content { file_bytes: 1, header_bytes: 0, held: Vec::new(), gives_hashes: false }).kind();
     for (file_bytes, header_bytes, is_right) in [
         (1, 0, true),
         (1, 1, true),
@@ -355,7 +368,7 @@ fn a_content_has_from_one_byte_to_four_tebibytes_and_a_header_within() {
         (1, 2, false),
         (FILE_BYTES_MAX, u64::MAX, false),
     ] {
-        let message = Work::Content(Content { file_bytes, header_bytes, held: Vec::new() });
+        let message = Work::Content(Content { file_bytes, header_bytes, held: Vec::new(), gives_hashes: false });
         let read = decode::<Work>(&framed(kind, &[number(1, file_bytes), number(2, header_bytes)].concat()));
         if is_right {
             assert_eq!(read, Ok(Some(message)));
@@ -368,7 +381,7 @@ fn a_content_has_from_one_byte_to_four_tebibytes_and_a_header_within() {
 
 #[test]
 fn a_file_is_asked_for_by_a_whole_digest() {
-    let fetch = Work::Fetch(Fetch { model: samples::model().digest, ranges: Vec::new() });
+    let fetch = Work::Fetch(Fetch { model: samples::model().digest, ranges: Vec::new(), only_hashes: false });
     let watch = Work::WatchContent(samples::model().digest);
     for digest in [0, 31, 33, 64] {
         let named = field(1, &vec![0x11; digest]);

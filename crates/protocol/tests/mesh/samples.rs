@@ -79,10 +79,16 @@ pub(crate) fn contents() -> Vec<HeldContent> {
         name: "llama-3.3-70b:q4_k_m".into(),
         file_bytes: 42_520_398_432,
         held_bytes: 17_179_869_184,
+        source: None,
     };
     let whole =
         HeldContent { digest: ModelDigest::from_bytes([0x11; 32]), held_bytes: part.file_bytes, ..part.clone() };
     vec![part, whole]
+}
+
+pub(crate) fn contents_of_a_hub() -> Vec<HeldContent> {
+    let source = "hf:someone/Llama-3.3-70B-GGUF@0123456789abcdef:Llama-3.3-70B-Q4_K_M.gguf".to_owned();
+    contents().into_iter().map(|content| HeldContent { source: Some(source.clone()), ..content }).collect()
 }
 
 pub(crate) fn record() -> NodeRecord {
@@ -244,6 +250,7 @@ pub(crate) fn stage_open() -> StageOpen {
 
 /// One of each message of the work stream.
 pub(crate) fn works() -> Vec<(&'static str, Work)> {
+    let fetch = Fetch { model: model().digest, ranges: vec![0..16_384, 1_048_576..3_145_728], only_hashes: false };
     let sampled = vec![
         Sampled { token: 42, logprob: Some(-0.25), top: vec![(42, -0.25), (7, -1.5)], grammar_ended: false },
         Sampled { token: 0, logprob: None, top: Vec::new(), grammar_ended: true },
@@ -283,12 +290,20 @@ pub(crate) fn works() -> Vec<(&'static str, Work)> {
                 file_bytes: 42_520_398_432,
                 header_bytes: 7_831_552,
                 held: vec![0..8_388_608, 21_260_189_696..38_439_059_456],
+                gives_hashes: false,
             }),
         ),
         (
-            "request for bytes",
-            Work::Fetch(Fetch { model: model().digest, ranges: vec![0..16_384, 1_048_576..3_145_728] }),
+            "content with its hashes",
+            Work::Content(Content {
+                file_bytes: 32_768,
+                header_bytes: 9,
+                held: std::iter::once(0..16_384).collect(),
+                gives_hashes: true,
+            }),
         ),
+        ("request for bytes", Work::Fetch(fetch.clone())),
+        ("request for hashes", Work::Fetch(Fetch { only_hashes: true, ..fetch })),
         ("the bytes follow", Work::Sending),
         ("unknown", Work::Unknown { kind: 999 }),
     ]
@@ -373,12 +388,13 @@ fn any_links() -> impl Strategy<Value = Vec<MeasuredLink>> {
 }
 
 fn any_contents() -> impl Strategy<Value = Vec<HeldContent>> {
-    let held = (any_text(20), 1..=content::FILE_BYTES_MAX, any::<prop::sample::Index>());
+    let source = option::of(any_text(40).prop_map(|text| format!("hf:{text}")));
+    let held = (any_text(20), 1..=content::FILE_BYTES_MAX, any::<prop::sample::Index>(), source);
     btree_map(any_id::<ModelDigest>(), held, 0..4).prop_map(|contents| {
-        let held = |(digest, (name, file_bytes, held)): (_, (String, u64, prop::sample::Index))| {
+        let held = |(digest, (name, file_bytes, held, source)): (_, (String, u64, prop::sample::Index, _))| {
             let name = if name.is_empty() { "a".to_owned() } else { name };
             let held_bytes = held.index(usize::try_from(file_bytes).unwrap()) as u64;
-            HeldContent { digest, name, file_bytes, held_bytes }
+            HeldContent { digest, name, file_bytes, held_bytes, source }
         };
         contents.into_iter().map(held).collect()
     })
@@ -398,10 +414,11 @@ fn any_ranges(count: std::ops::Range<usize>) -> impl Strategy<Value = Vec<std::o
 }
 
 fn any_content() -> impl Strategy<Value = Content> {
-    (any_ranges(0..20), 1..1_000u64, any::<prop::sample::Index>()).prop_map(|(held, more, header)| {
+    let figures = (1..1_000u64, any::<prop::sample::Index>(), any::<bool>());
+    (any_ranges(0..20), figures).prop_map(|(held, (more, header, gives_hashes))| {
         let file_bytes = held.last().map_or(0, |last| last.end) + more;
         let header_bytes = header.index(usize::try_from(file_bytes).unwrap()) as u64;
-        Content { file_bytes, header_bytes, held }
+        Content { file_bytes, header_bytes, held, gives_hashes }
     })
 }
 
@@ -649,7 +666,11 @@ pub(crate) fn any_work() -> impl Strategy<Value = Work> {
         any::<[u8; 16]>().prop_map(|ring| Work::Hop(ring.into())),
         any_id().prop_map(Work::WatchContent),
         any_content().prop_map(Work::Content),
-        (any_id(), any_ranges(1..20)).prop_map(|(model, ranges)| Work::Fetch(Fetch { model, ranges })),
+        (any_id(), any_ranges(1..20), any::<bool>()).prop_map(|(model, ranges, only_hashes)| Work::Fetch(Fetch {
+            model,
+            ranges,
+            only_hashes
+        })),
         Just(Work::Sending),
         (100..=u16::MAX).prop_map(|kind| Work::Unknown { kind }),
     ]

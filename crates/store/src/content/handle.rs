@@ -53,6 +53,7 @@ pub(super) struct Progress {
     /// What did not match when it was read, whatever was written down before.
     pub(super) doubted: GroupSet,
     references: Vec<Reference>,
+    source: Option<String>,
     /// That this process is the one that writes: from its first write until a flush finds nobody writing.
     lock: Option<FileLock>,
     /// Turns that are taken.
@@ -129,6 +130,7 @@ impl Inner {
                 held,
                 doubted: GroupSet::default(),
                 references: state.references,
+                source: state.source,
                 lock: None,
                 writers: 0,
                 unsynced_bytes: u64::from(!is_recorded),
@@ -160,6 +162,7 @@ impl Inner {
             Found::State(state) if state.born_unix_ns == self.born_unix_ns => {
                 progress.held = progress.held.union(&state.held.difference(&progress.doubted));
                 progress.references = state.references;
+                progress.source = state.source;
                 Ok(true)
             }
             Found::State(_) => Ok(false),
@@ -168,10 +171,10 @@ impl Inner {
     }
 
     /// Writes down what is held. It must be on disk.
-    fn record(&self, held: &GroupSet, references: &[Reference]) -> Result<(), StoreError> {
+    fn record(&self, held: &GroupSet, references: Vec<Reference>, source: Option<String>) -> Result<(), StoreError> {
         let mut state = State::new(self.bytes);
         state.born_unix_ns = self.born_unix_ns;
-        state.references = references.to_vec();
+        (state.references, state.source) = (references, source);
         if self.reference.is_none() {
             state.held = held.clone();
         }
@@ -181,10 +184,11 @@ impl Inner {
     /// Puts everything that is held on disk, then writes down that it is. Needs the lock of the content.
     fn checkpoint(&self) -> Result<(), StoreError> {
         let _one = self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner);
-        let (held, references, bytes) = {
+        let (held, references, source, bytes) = {
             let mut progress = self.progress();
             progress.synced_at = Instant::now();
-            (progress.held.clone(), progress.references.clone(), progress.unsynced_bytes)
+            let Progress { held, references, source, unsynced_bytes, .. } = &*progress;
+            (held.clone(), references.clone(), source.clone(), *unsynced_bytes)
         };
         if let Err(error) = self.sync() {
             // Nobody knows which of the pages the system has thrown away: only what was written down counts.
@@ -193,7 +197,7 @@ impl Inner {
             }
             return Err(error);
         }
-        self.record(&held, &references)?;
+        self.record(&held, references, source)?;
         let mut progress = self.progress();
         progress.unsynced_bytes = progress.unsynced_bytes.saturating_sub(bytes);
         Ok(())
@@ -293,7 +297,7 @@ impl Content {
             let given_up = progress.held.difference(&kept);
             // First it is not listed, then it is not there.
             self.0.sync()?;
-            self.0.record(&kept, &progress.references)?;
+            self.0.record(&kept, progress.references.clone(), progress.source.clone())?;
             (progress.held, progress.unsynced_bytes) = (kept, 0);
             self.punch(&writing.data, &given_up)?;
             given_up.bytes(self.bytes())
@@ -330,16 +334,33 @@ impl Content {
         wanted.difference(&self.0.progress().held)
     }
 
+    /// Where a hub has the file, if that was [said](Self::set_source). Nothing has proven it.
+    pub fn source(&self) -> Option<String> {
+        self.0.progress().source.clone()
+    }
+
+    /// Remembers where a hub has the file. While somebody else writes, it is left.
+    pub fn set_source(&self, source: &str) -> Result<(), StoreError> {
+        self.note(|progress| progress.source = Some(source.to_owned()))
+    }
+
     /// Remembers another file that has these bytes. While somebody else writes, it is left: the file will be read again.
     pub(super) fn remember(&self, reference: Reference) -> Result<(), StoreError> {
+        self.note(|progress| {
+            progress.references.retain(|known| known.path != reference.path);
+            progress.references.push(reference);
+        })
+    }
+
+    /// Writes a change down, unless somebody else writes.
+    fn note(&self, change: impl FnOnce(&mut Progress)) -> Result<(), StoreError> {
         let turn = match self.turn() {
             Err(StoreError::ContentInUse { .. }) => return Ok(()),
             turn => turn?,
         };
         {
             let mut progress = self.0.progress();
-            progress.references.retain(|known| known.path != reference.path);
-            progress.references.push(reference);
+            change(&mut progress);
             progress.unsynced_bytes += 1;
         }
         drop(turn);

@@ -21,6 +21,7 @@
 
 mod check;
 mod handle;
+mod hashes;
 mod state;
 mod stream;
 

@@ -28,6 +28,9 @@ pub(super) struct State {
     pub(super) born_unix_ns: u64,
     /// Files elsewhere that have these bytes.
     pub(super) references: Vec<Reference>,
+    /// Where a hub has the file, as whoever had it said: a reference to it at one commit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) source: Option<String>,
     /// What is verified and synced. Empty for a content that is only referred to, which is whole.
     pub(super) held: GroupSet,
 }
@@ -51,7 +54,14 @@ pub(super) enum Found {
 impl State {
     pub(super) fn new(bytes: u64) -> Self {
         let born_unix_ns = unix_ns(SystemTime::now());
-        Self { version: STATE_VERSION, bytes, born_unix_ns, references: Vec::new(), held: GroupSet::default() }
+        Self {
+            version: STATE_VERSION,
+            bytes,
+            born_unix_ns,
+            references: Vec::new(),
+            source: None,
+            held: GroupSet::default(),
+        }
     }
 
     /// Fails when the file cannot be read, or was written by a newer murmur.

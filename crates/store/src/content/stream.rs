@@ -12,20 +12,17 @@ use bao_tree::{
     ChunkNum, ChunkRanges,
     io::{
         self as bao, BaoContentItem,
-        sync::{DecodeResponseIter, OutboardMut, WriteAt, encode_ranges_validated},
+        sync::{DecodeResponseIter, WriteAt, encode_ranges_validated},
     },
     iter::{BaoChunk, ResponseIterRef},
 };
 use murmur_gguf::{ByteRange, GroupSet, groups::byte_range};
 
 use super::{
-    CHUNK_BYTES, CHUNKS_PER_GROUP, Content, GROUP_BYTES, STREAM_BUFFER_BYTES, TREE, check::wrong_groups,
-    handle::Writing,
+    CHUNK_BYTES, CHUNKS_PER_GROUP, Content, GROUP_BYTES, STREAM_BUFFER_BYTES, check::wrong_groups, handle::Writing,
+    hashes::PAIR_BYTES,
 };
 use crate::{error::StoreError, files};
-
-/// Bytes of a pair of hashes.
-const PAIR_BYTES: u64 = 64;
 
 /// Why receiving a part of a content ended early. What had been verified is kept.
 #[derive(Debug, thiserror::Error)]
@@ -55,10 +52,9 @@ pub enum DecodeError {
 impl Content {
     /// Bytes of the encoding of `ranges`: what [`encode`](Self::encode) writes and [`decode`](Self::decode) reads, at most.
     pub fn encoded_bytes(&self, ranges: &[ByteRange]) -> u64 {
-        let chunks = self.chunks(&GroupSet::touching(ranges, self.bytes()));
-        let chunks = bao::sync::truncate_ranges(&chunks, self.bytes());
-        let sizes = ResponseIterRef::new(self.0.outboard.tree, chunks).map(|item| match item {
-            BaoChunk::Parent { .. } => PAIR_BYTES,
+        let chunks = self.all_chunks(ranges);
+        let sizes = ResponseIterRef::new(self.0.outboard.tree, &chunks).map(|item| match item {
+            BaoChunk::Parent { .. } => PAIR_BYTES as u64,
             BaoChunk::Leaf { size, .. } => size as u64,
         });
         sizes.sum()
@@ -125,10 +121,7 @@ impl Content {
         let (root, tree) = (writing.outboard.root, writing.outboard.tree);
         for item in DecodeResponseIter::new(root, tree, limited, &chunks) {
             match item.map_err(refused)? {
-                BaoContentItem::Parent(parent) => writing
-                    .outboard
-                    .save(parent.node, &parent.pair)
-                    .map_err(|error| self.write_failed(error, &self.path().with_file_name(TREE)))?,
+                BaoContentItem::Parent(parent) => self.save(writing, parent.node, &parent.pair)?,
                 BaoContentItem::Leaf(leaf) => {
                     let written = writing.data.write_all_at(leaf.offset, &leaf.data);
                     written.map_err(|error| self.write_failed(error, self.path()))?;
@@ -157,7 +150,7 @@ impl Content {
         }
     }
 
-    fn write_failed(&self, error: io::Error, path: &Path) -> StoreError {
+    pub(super) fn write_failed(&self, error: io::Error, path: &Path) -> StoreError {
         files::write_failed(error, path, self.bytes() - self.held_bytes())
     }
 }

@@ -4,16 +4,16 @@ use std::time::Duration;
 
 use murmur_gguf::ByteRange;
 use reqwest::{Method, Response, StatusCode, Url, header, redirect};
-use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
-use super::{HubConfig, select};
-use crate::{
-    error::StoreError,
-    reference::{HubRef, is_safe_relative_path},
+use super::{
+    HubConfig,
+    repo::{Answer, Repo},
 };
+use crate::{error::StoreError, reference::HubRef};
 
-/// A repository's listing is JSON with one entry per file.
-const LISTING_BYTES_MAX: usize = 16 << 20;
+/// What the hub says of a repository is JSON with one entry per file.
+const DOCUMENT_BYTES_MAX: usize = 16 << 20;
 /// Redirects followed for one request.
 const REDIRECTS_MAX: usize = 5;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -21,13 +21,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
 /// Pauses do not grow beyond this.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
-
-/// A repository at one commit.
-#[derive(Debug)]
-struct Listing {
-    commit: String,
-    files: Vec<String>,
-}
 
 /// A file on the hub.
 #[derive(Debug)]
@@ -60,6 +53,9 @@ pub(super) struct Client {
 
 impl Client {
     pub(super) fn new(config: &HubConfig) -> Result<Self, StoreError> {
+        if config.is_offline() {
+            return Err(StoreError::HubOffline { endpoint: config.endpoint().to_owned() });
+        }
         install_crypto_provider();
         let build = |policy| {
             let mut builder = reqwest::Client::builder()
@@ -89,50 +85,56 @@ impl Client {
         Ok(Self { config: config.clone(), following: build(no_downgrade)?, direct: build(redirect::Policy::none())? })
     }
 
-    /// The files of a repository, and the commit they are of.
-    async fn list(&self, wanted: &HubRef) -> Result<Listing, StoreError> {
-        #[derive(Deserialize)]
-        struct Answer {
-            sha: String,
-            #[serde(default)]
-            siblings: Vec<Sibling>,
-        }
-        #[derive(Deserialize)]
-        struct Sibling {
-            rfilename: String,
-        }
-        let what = wanted.to_string();
+    /// A repository, and the commit that a revision is.
+    pub(super) async fn repo(&self, wanted: &HubRef) -> Result<(Repo, String), StoreError> {
         let url = self.url(&format!("api/models/{}/revision/{}", wanted.repo, encode(&wanted.revision, false)))?;
-        let text = self
-            .with_retries(|| async {
-                let mut response = self.ask(&self.following, Method::GET, url.clone(), &[], &what).await?;
-                let mut text = Vec::new();
-                while let Some(piece) = response.chunk().await.map_err(|e| self.temporary(&e))? {
-                    if text.len() + piece.len() > LISTING_BYTES_MAX {
-                        return Err(Failure::Final(self.bad_answer("the list of files is too long")));
-                    }
-                    text.extend_from_slice(&piece);
-                }
-                Ok(text)
-            })
-            .await?;
-        let answer: Answer =
-            serde_json::from_slice(&text).map_err(|e| self.bad_answer(&format!("the list of files of {what}: {e}")))?;
-        if !(7..=64).contains(&answer.sha.len()) || !answer.sha.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return Err(self.bad_answer("the commit is not a commit"));
-        }
-        // Names that could lead out of the cache are dropped here, before anything is made of them.
-        let files =
-            answer.siblings.into_iter().map(|s| s.rfilename).filter(|name| is_safe_relative_path(name)).collect();
-        Ok(Listing { commit: answer.sha, files })
+        let (answer, _) = self.document::<Answer>(url, &wanted.to_string()).await?;
+        let repo = Repo::from(answer);
+        let commit = repo.commit.clone().ok_or_else(|| self.bad_answer("the commit is not a commit"))?;
+        Ok((repo, commit))
     }
 
     /// The commit that is meant, and the file of it.
     pub(super) async fn choose(&self, wanted: &HubRef) -> Result<(String, String), StoreError> {
-        let listing = self.list(wanted).await?;
+        let (repo, commit) = self.repo(wanted).await?;
+        let file = self.file_of(&repo, wanted)?;
+        Ok((commit, file))
+    }
+
+    /// The file of a repository that is meant.
+    pub(super) fn file_of(&self, repo: &Repo, wanted: &HubRef) -> Result<String, StoreError> {
         let name = format!("hf:{}", wanted.repo);
-        let file = select::choose(&listing.files, wanted.wanted.as_deref(), &name, self.config.endpoint())?;
-        Ok((listing.commit, file.to_owned()))
+        repo.choose(wanted.wanted.as_deref(), &name, self.config.endpoint()).map(str::to_owned)
+    }
+
+    /// A JSON document, and where the hub says that it goes on. `what` is for messages.
+    pub(super) async fn document<T: DeserializeOwned>(
+        &self,
+        url: Url,
+        what: &str,
+    ) -> Result<(T, Option<Url>), StoreError> {
+        let (text, next) = self
+            .with_retries(|| async {
+                let mut response = self.ask(&self.following, Method::GET, url.clone(), &[], what).await?;
+                if is_web_page(&response) {
+                    return Err(Failure::Final(self.bad_answer(
+                        "a web page instead of data, as the login page of a network or a proxy would send it",
+                    )));
+                }
+                let next = next_page(&url, &response);
+                let mut text = Vec::new();
+                while let Some(piece) = response.chunk().await.map_err(|e| self.temporary(&e))? {
+                    if text.len() + piece.len() > DOCUMENT_BYTES_MAX {
+                        return Err(Failure::Final(self.bad_answer(&format!("what it says of {what} is too long"))));
+                    }
+                    text.extend_from_slice(&piece);
+                }
+                Ok((text, next))
+            })
+            .await?;
+        let document =
+            serde_json::from_slice(&text).map_err(|e| self.bad_answer(&format!("what it says of {what}: {e}")))?;
+        Ok((document, next))
     }
 
     /// Size and checksum of a file at a commit.
@@ -232,9 +234,20 @@ impl Client {
         match (status.as_u16(), code) {
             (_, "GatedRepo") => Failure::Final(StoreError::HubRefuses {
                 what,
-                endpoint: endpoint.clone(),
-                why: "its licence must be accepted first".to_owned(),
-                advice: format!("Accept it on its page at {endpoint}. {token_hint}"),
+                why: match self.config.token() {
+                    Some(_) => "whoever the token in use belongs to has not accepted its licence, or waits for leave",
+                    None => "its licence must be accepted first, and no token says by whom",
+                }
+                .to_owned(),
+                advice: format!(
+                    "Accept it on its page, {}, then {}",
+                    page(&endpoint, response.url()),
+                    match self.config.token() {
+                        Some(_) => "pull again with a token of the same account",
+                        None => "set HF_TOKEN to a token of that account and pull again",
+                    }
+                ),
+                endpoint,
             }),
             (_, "RevisionNotFound") => Failure::Final(StoreError::NotOnHub {
                 what,
@@ -328,6 +341,13 @@ impl Client {
     fn url(&self, path: &str) -> Result<Url, StoreError> {
         Url::parse(&format!("{}/{path}", self.config.endpoint())).map_err(|error| self.bad_answer(&error.to_string()))
     }
+
+    /// The address of something, with a query.
+    pub(super) fn url_with(&self, path: &str, query: &[(&str, &str)]) -> Result<Url, StoreError> {
+        let mut url = self.url(path)?;
+        url.query_pairs_mut().extend_pairs(query);
+        Ok(url)
+    }
 }
 
 /// `ring` for TLS, unless the process has chosen already.
@@ -381,11 +401,42 @@ fn redirect_within(url: &Url, response: &Response) -> Option<Url> {
         return None;
     }
     let next = url.join(response.headers().get(header::LOCATION)?.to_str().ok()?).ok()?;
-    let same_place = next.scheme() == url.scheme()
-        && next.host() == url.host()
-        && next.port_or_known_default() == url.port_or_known_default();
     // A hub that serves large files itself still answers with the checksum first.
-    (same_place && !response.headers().contains_key("x-linked-etag")).then_some(next)
+    (is_same_place(url, &next) && !response.headers().contains_key("x-linked-etag")).then_some(next)
+}
+
+fn is_same_place(a: &Url, b: &Url) -> bool {
+    a.scheme() == b.scheme() && a.host() == b.host() && a.port_or_known_default() == b.port_or_known_default()
+}
+
+fn is_web_page(response: &Response) -> bool {
+    let kind = response.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    kind.is_some_and(|kind| kind.trim_start().to_ascii_lowercase().starts_with("text/html"))
+}
+
+/// The page after this one, if the answer names one.
+fn next_page(url: &Url, response: &Response) -> Option<Url> {
+    let mut links = response.headers().get_all(header::LINK).iter().filter_map(|links| links.to_str().ok());
+    links.find_map(|links| next_link(url, links))
+}
+
+/// Where a list goes on (RFC 8288), if that is at the same place: the token goes nowhere else.
+fn next_link(url: &Url, links: &str) -> Option<Url> {
+    links.split(", ").find_map(|link| {
+        let (target, parameters) = link.trim().strip_prefix('<')?.split_once('>')?;
+        let is_next = parameters.split(';').any(|part| matches!(part.trim(), "rel=\"next\"" | "rel=next"));
+        url.join(target).ok().filter(|next| is_next && is_same_place(url, next))
+    })
+}
+
+/// The page of the repository that an address is about, for people.
+fn page(endpoint: &str, url: &Url) -> String {
+    let path = url.path();
+    let mut parts = path.strip_prefix("/api/models").unwrap_or(path).split('/').filter(|part| !part.is_empty());
+    match (parts.next(), parts.next()) {
+        (Some(owner), Some(repo)) => format!("{endpoint}/{owner}/{repo}"),
+        _ => endpoint.to_owned(),
+    }
 }
 
 /// Percent-encodes what a path segment cannot have.
@@ -443,7 +494,45 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_list_goes_on_where_its_link_says_if_that_is_the_same_place() {
+        let url = Url::parse("https://hub/api/models?search=a").unwrap();
+        let next = |links: &str| next_link(&url, links).map(String::from);
+        assert_eq!(
+            next("<https://hub/api/models?cursor=1>; rel=\"next\"").as_deref(),
+            Some("https://hub/api/models?cursor=1")
+        );
+        assert_eq!(next("</a?c=2>; rel=next; title=x").as_deref(), Some("https://hub/a?c=2"));
+        assert_eq!(next("<https://hub/1>; rel=\"prev\", </2>; rel=\"next\"").as_deref(), Some("https://hub/2"));
+        for none in
+            ["", "<", "</2>", "</2>; rel=\"prev\"", "<https://other/2>; rel=\"next\"", "<http://hub/2>; rel=\"next\""]
+        {
+            assert_eq!(next(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn the_page_of_a_repository_is_found_in_what_was_asked_for() {
+        for (asked, wanted) in [
+            ("https://hub/api/models/a/b/revision/main", "https://hub/a/b"),
+            ("https://hub/a/b/resolve/main/c.gguf", "https://hub/a/b"),
+            ("https://hub/a", "https://hub"),
+        ] {
+            assert_eq!(page("https://hub", &Url::parse(asked).unwrap()), wanted);
+        }
+    }
+
     proptest! {
+        #[test]
+        fn no_link_of_a_stranger_leads_to_another_place(
+            links in prop_oneof!["\\PC{0,60}", "(<(https?:)?//?(hub|other)?[a-z/?]{0,9}>; rel=\"?next\"?(, )?){0,3}"],
+        ) {
+            let url = Url::parse("https://hub/api/models").unwrap();
+            if let Some(next) = next_link(&url, &links) {
+                prop_assert!(is_same_place(&url, &next), "{next}");
+            }
+        }
+
         #[test]
         fn a_content_range_of_a_stranger_is_a_part_that_there_can_be_or_refused(
             text in prop_oneof!["\\PC{0,40}", "bytes [-*+ 0-9]{0,22}/[*0-9]{0,21}"],

@@ -17,6 +17,7 @@ pub struct HubConfig {
     endpoint: String,
     token: Option<String>,
     cache_dir: PathBuf,
+    is_offline: bool,
     /// Fruitless attempts in a row before a transfer is given up (what it has done stays).
     pub attempts_max: u32,
     /// First pause between attempts; doubles each time.
@@ -46,7 +47,8 @@ impl HubConfig {
     ///
     /// - `HF_ENDPOINT`: the hub's address;
     /// - `HF_HUB_CACHE`, else `HF_HOME` + `/hub`, else `XDG_CACHE_HOME` or `~/.cache` + `/huggingface/hub`: the cache;
-    /// - `HF_TOKEN`, else the file `HF_TOKEN_PATH`, else `token` in `HF_HOME`: the token.
+    /// - `HF_TOKEN`, else the file `HF_TOKEN_PATH`, else `token` in `HF_HOME`: the token;
+    /// - `HF_HUB_OFFLINE`: the hub is not asked for anything.
     pub fn from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, StoreError> {
         let set = |name: &str| variable(name).filter(|value| !value.is_empty());
         let bad = |what: &str, why: &str| StoreError::BadHubSetting { what: what.to_owned(), why: why.to_owned() };
@@ -85,7 +87,11 @@ impl HubConfig {
                 "it has characters that no token has. Copy it again from the hub's settings page.",
             ));
         }
-        Self::new(&endpoint, token, std::path::absolute(&cache_dir).unwrap_or(cache_dir))
+        let mut config = Self::new(&endpoint, token, std::path::absolute(&cache_dir).unwrap_or(cache_dir))?;
+        // As the hub's own tools read it.
+        let is_yes = |value: &str| matches!(value.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE");
+        config.is_offline = set("HF_HUB_OFFLINE").is_some_and(|value| value.to_str().is_some_and(is_yes));
+        Ok(config)
     }
 
     /// Settings given one by one.
@@ -112,6 +118,7 @@ impl HubConfig {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             token,
             cache_dir,
+            is_offline: false,
             attempts_max: 6,
             backoff_base: Duration::from_secs(1),
             stall_timeout: Duration::from_secs(30),
@@ -126,6 +133,11 @@ impl HubConfig {
     /// Where the hub's cache lies.
     pub fn cache_dir(&self) -> &std::path::Path {
         &self.cache_dir
+    }
+
+    /// Whether the hub is not to be asked for anything.
+    pub fn is_offline(&self) -> bool {
+        self.is_offline
     }
 
     /// Whether requests carry a token.
@@ -176,6 +188,13 @@ mod tests {
             config(&[("XDG_CACHE_HOME", "/c")]).unwrap().cache_dir(),
             std::path::Path::new("/c/huggingface/hub")
         );
+    }
+
+    #[test]
+    fn the_hub_is_left_alone_where_its_own_tools_would() {
+        let is_offline = |value| config(&[("HF_HUB_OFFLINE", value), ("HF_HOME", "/hf")]).unwrap().is_offline();
+        assert!(["1", "true", "YES", "on"].into_iter().all(is_offline));
+        assert!(!["", "0", "false", "off", "2"].into_iter().any(is_offline));
     }
 
     #[test]

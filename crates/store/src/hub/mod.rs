@@ -9,29 +9,34 @@
 //! The order of a pull: list the repository at one commit, choose a file, ask for its size and checksum, check the
 //! disk, download with resume, compare the SHA-256, and only then give the file its name in the cache.
 //!
-//! A [`HubFile`] gives ranges of a file, to whoever can verify them otherwise: a hub is one more source for what comes from peers.
+//! [`search()`] looks for models. A [`HubFile`] gives ranges of a file, to whoever can verify them otherwise: a hub is one more source for what comes from peers.
 
 mod client;
 mod config;
 pub(crate) mod layout;
 mod range;
+mod repo;
+mod search;
 pub(crate) mod select;
 mod transfer;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, path::Path, sync::Arc, time::Duration};
 
+pub(crate) use self::transfer::sha256_of;
 use self::{client::Client, layout::RepoCache};
 pub use self::{
     config::HubConfig,
-    range::{HubFile, RangeError},
+    range::{HubFile, RangeError, Transfer},
+    search::{HUB_SEARCH_MAX, HubModel, HubModelFile, search},
 };
 use crate::{
     error::StoreError,
     files::{self, FileLock},
     index::{ModelEntry, Origin},
     inspect,
+    quota::Download,
     reference::{HubRef, ModelName},
-    store::{Store, unix_now_s},
+    store::Store,
 };
 
 /// What a pull is doing, for a progress display.
@@ -41,6 +46,8 @@ pub enum PullEvent {
     Chosen {
         /// Path in the repository.
         file: String,
+        /// Under which licence, where the hub says so.
+        licence: Option<String>,
         /// Its size.
         total_bytes: u64,
         /// Bytes that an earlier, interrupted pull left.
@@ -50,6 +57,11 @@ pub enum PullEvent {
     AlreadyThere {
         /// Path in the repository.
         file: String,
+    },
+    /// Downloads that had to go for it, so that the store stays below its quota.
+    MadeRoom {
+        /// What was removed.
+        removed: Vec<Download>,
     },
     /// Bytes on the disk by now. May go down, when a server cannot resume and the download starts anew.
     Progress {
@@ -84,7 +96,8 @@ impl Store {
     ) -> Result<ModelEntry, StoreError> {
         let client = Client::new(config)?;
         let what = wanted.to_string();
-        let (commit, file) = client.choose(wanted).await?;
+        let (repo, commit) = client.repo(wanted).await?;
+        let file = client.file_of(&repo, wanted)?;
         let name = match name {
             Some(name) => name,
             None => ModelName::from_file_name(file.rsplit('/').next().unwrap_or(&file))?,
@@ -105,14 +118,24 @@ impl Store {
             };
             let partial = cache.partial(&remote.etag);
             let resumed_bytes = std::fs::metadata(&partial).map_or(0, |meta| meta.len()).min(remote.size_bytes);
-            files::demand_space(&partial, remote.size_bytes - resumed_bytes, "HF_HOME")?;
-            on_event(PullEvent::Chosen { file: file.clone(), total_bytes: remote.size_bytes, resumed_bytes });
+            let removed = self.make_room_apart(remote.size_bytes).await?;
+            if !removed.is_empty() {
+                on_event(PullEvent::MadeRoom { removed });
+            }
+            self.demand_space(&partial, remote.size_bytes - resumed_bytes)?;
+            on_event(PullEvent::Chosen {
+                file: file.clone(),
+                licence: repo.licence.clone(),
+                total_bytes: remote.size_bytes,
+                resumed_bytes,
+            });
             transfer::download(&client, &remote, &partial, on_event.as_ref()).await?;
             cache.complete(&remote.etag)?;
             true
         };
         cache.link(&remote.etag, &commit, &file)?;
-        inspect::check_model_file(&path)?;
+        let mut model = inspect::check_model_file(&path)?;
+        model.licence = repo.licence.or(model.licence);
         let origin = Origin::Hub {
             repo: wanted.repo.clone(),
             revision: wanted.revision.clone(),
@@ -121,13 +144,30 @@ impl Store {
             sha256: remote.sha256,
             downloaded,
         };
-        self.add(ModelEntry {
-            name,
-            path,
-            size_bytes: remote.size_bytes,
-            added_unix_s: unix_now_s(),
-            origin,
-            pinned: false,
+        self.add(ModelEntry::new(name, path, origin, model))
+    }
+
+    /// Makes room for a download, on a thread on which that may take a while.
+    async fn make_room_apart(&self, needs_bytes: u64) -> Result<Vec<Download>, StoreError> {
+        let store = self.clone();
+        let made = tokio::task::spawn_blocking(move || store.make_room(needs_bytes, &HashSet::new()));
+        match made.await {
+            Ok(collected) => Ok(collected?.removed),
+            Err(error) => {
+                let failed = StoreError::io("make room in", self.index_path());
+                Err(failed(std::io::Error::other(error)))
+            }
+        }
+    }
+
+    /// Refuses a download for which the disk has no room, with what could make some.
+    fn demand_space(&self, partial: &Path, needs_bytes: u64) -> Result<(), StoreError> {
+        files::demand_space(partial, needs_bytes, "HF_HOME").map_err(|error| match error {
+            StoreError::NoSpace { path, needs, available, place, kept } => {
+                let could_go = self.could_go().map(|names| format!(" What was downloaded earlier could go: {names}."));
+                StoreError::NoSpace { path, needs, available, place, kept: kept + &could_go.unwrap_or_default() }
+            }
+            error => error,
         })
     }
 

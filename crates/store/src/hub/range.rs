@@ -6,12 +6,14 @@
 
 use std::{sync::OnceLock, time::Duration};
 
+use bytes::Bytes;
 use murmur_gguf::ByteRange;
 use reqwest::{Response, StatusCode, header};
 
 use super::{
     HubConfig,
     client::{Client, ContentRange, Failure, RemoteFile},
+    select,
 };
 use crate::{error::StoreError, reference::HubRef};
 
@@ -24,9 +26,16 @@ pub struct HubFile {
     etag: OnceLock<String>,
 }
 
-/// Why a range has not come, or not all of it. `E`: what the sink says.
+impl HubRef {
+    /// The one of these files of its repository that is meant, as the hub would be asked; `None`: none of them, or it is not clear which.
+    pub fn choose<'a>(&self, files: &[&'a str]) -> Option<&'a str> {
+        select::choose(files, self.wanted.as_deref(), &self.to_string(), "").ok()
+    }
+}
+
+/// Why a range has not come, or not all of it.
 #[derive(Debug, thiserror::Error)]
-pub enum RangeError<E> {
+pub enum RangeError {
     /// The hub is overloaded or cannot be reached, or the transfer stalled or broke off.
     #[error("{endpoint} cannot be used now: {why}. Ask again later, or somebody else")]
     Later {
@@ -50,9 +59,6 @@ pub enum RangeError<E> {
     /// Asking again would not help.
     #[error(transparent)]
     Final(StoreError),
-    /// The sink does not take the bytes.
-    #[error("the bytes were not taken: {0}")]
-    Sink(E),
 }
 
 impl HubFile {
@@ -84,35 +90,16 @@ impl HubFile {
         self.remote.sha256.as_deref()
     }
 
-    /// Gets a range, piece by piece and in order. What `sink` has taken is part of it also where it does not end well.
-    ///
-    /// `range` lies in `0..bytes()`; what lies outside never comes. Dropping the future ends the transfer.
-    pub async fn read_range<E>(
-        &self,
-        range: ByteRange,
-        mut sink: impl FnMut(&[u8]) -> Result<(), E>,
-    ) -> Result<(), RangeError<E>> {
+    /// Asks for a range, which lies in `0..bytes()`; what lies outside never comes. Dropping the transfer ends it.
+    pub async fn range(&self, range: ByteRange) -> Result<Transfer<'_>, RangeError> {
         let range = ByteRange { start: range.start, end: range.end.min(self.bytes()) };
-        if range.start >= range.end {
-            return Ok(());
-        }
-        let mut response = self.ask(range).await?;
-        let mut left = range.end - range.start;
-        while let Some(piece) = response.chunk().await.map_err(|error| self.failed(self.client.temporary(&error)))? {
-            if piece.len() as u64 > left {
-                return Err(self.bad("it sends more bytes than were asked for"));
-            }
-            sink(&piece).map_err(RangeError::Sink)?;
-            left -= piece.len() as u64;
-        }
-        if left > 0 {
-            return Err(self.failed(Failure::Temporary { why: "the transfer broke off".to_owned(), retry_after: None }));
-        }
-        Ok(())
+        let left_bytes = range.end.saturating_sub(range.start);
+        let response = if left_bytes > 0 { Some(self.ask(range).await?) } else { None };
+        Ok(Transfer { file: self, response, piece: Bytes::new(), left_bytes })
     }
 
     /// An answer whose body is this range of the file.
-    async fn ask<E>(&self, range: ByteRange) -> Result<Response, RangeError<E>> {
+    async fn ask(&self, range: ByteRange) -> Result<Response, RangeError> {
         let etag = self.etag.get().map(String::as_str);
         let response =
             self.client.get_range(&self.remote, range, etag).await.map_err(|failure| self.failed(failure))?;
@@ -141,7 +128,7 @@ impl HubFile {
         }
     }
 
-    fn failed<E>(&self, failure: Failure) -> RangeError<E> {
+    fn failed(&self, failure: Failure) -> RangeError {
         match failure {
             Failure::Temporary { why, retry_after } => {
                 RangeError::Later { endpoint: self.client.config.endpoint().to_owned(), why, retry_after }
@@ -150,12 +137,51 @@ impl HubFile {
         }
     }
 
-    fn changed<E>(&self, why: String) -> RangeError<E> {
+    fn changed(&self, why: String) -> RangeError {
         let endpoint = self.client.config.endpoint().to_owned();
         RangeError::Changed { file: self.file().to_owned(), endpoint, why }
     }
 
-    fn bad<E>(&self, why: &str) -> RangeError<E> {
+    fn bad(&self, why: &str) -> RangeError {
         RangeError::Final(self.client.bad_answer(why))
+    }
+}
+
+/// A range of a file on a hub, on its way.
+pub struct Transfer<'a> {
+    file: &'a HubFile,
+    /// `None`: the range is empty.
+    response: Option<Response>,
+    /// What has come and was not read yet.
+    piece: Bytes,
+    /// What has not come.
+    left_bytes: u64,
+}
+
+impl Transfer<'_> {
+    /// The next bytes, as many as there are and the buffer takes; 0 when the range is over. What was read before it fails is part of the
+    /// range as well. Cancel-safe.
+    pub async fn read(&mut self, buffer: &mut [u8]) -> Result<usize, RangeError> {
+        while self.piece.is_empty() {
+            let Some(response) = &mut self.response else { return Ok(0) };
+            match response.chunk().await {
+                Ok(Some(piece)) if piece.len() as u64 > self.left_bytes => {
+                    return Err(self.file.bad("it sends more bytes than were asked for"));
+                }
+                Ok(Some(piece)) => {
+                    self.left_bytes -= piece.len() as u64;
+                    self.piece = piece;
+                }
+                Ok(None) if self.left_bytes == 0 => return Ok(0),
+                Ok(None) => {
+                    let why = "the transfer broke off".to_owned();
+                    return Err(self.file.failed(Failure::Temporary { why, retry_after: None }));
+                }
+                Err(error) => return Err(self.file.failed(self.file.client.temporary(&error))),
+            }
+        }
+        let read = buffer.len().min(self.piece.len());
+        buffer[..read].copy_from_slice(&self.piece.split_to(read));
+        Ok(read)
     }
 }

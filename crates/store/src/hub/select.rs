@@ -59,11 +59,39 @@ fn has_word(path: &str, word: &str) -> bool {
         })
 }
 
+/// Whether a file of a repository is a model, or a part of one. `mmproj` files are vision towers, `imatrix` files are calibration data:
+/// GGUF, but not models.
+fn is_model(file: &str) -> bool {
+    strip_gguf(file).is_some() && !has_prefix_in_name(file, "mmproj") && !file.to_ascii_lowercase().contains("imatrix")
+}
+
+/// Whether a file of a repository is a model that can be pulled.
+pub(crate) fn is_whole_model(file: &str) -> bool {
+    is_model(file) && split_part(file).is_none()
+}
+
+/// The quantisation that a file's name tells, such as `Q4_K_M`, `UD-IQ2_XXS` or `BF16`.
+pub(crate) fn quantization(file: &str) -> Option<String> {
+    let words: Vec<&str> = file.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').collect();
+    let (at, word) = words.iter().enumerate().rfind(|(_, word)| is_quantization(word))?;
+    let is_dynamic = at.checked_sub(1).is_some_and(|before| words[before].eq_ignore_ascii_case("UD"));
+    Some(if is_dynamic { format!("UD-{word}") } else { (*word).to_owned() })
+}
+
+fn is_quantization(word: &str) -> bool {
+    let word = word.to_ascii_uppercase();
+    let bits = ["IQ", "TQ", "Q"].iter().find_map(|kind| word.strip_prefix(kind));
+    let is_bits = bits.is_some_and(|rest| {
+        rest.starts_with(|c: char| ('1'..='8').contains(&c)) && (rest.len() == 1 || rest[1..].starts_with('_'))
+    });
+    is_bits || word.starts_with("MXFP4") || matches!(word.as_str(), "BF16" | "F16" | "FP16" | "F32" | "FP32")
+}
+
 /// Chooses one file of a repository.
 ///
 /// `what` and `endpoint` are for messages.
 pub(crate) fn choose<'a>(
-    files: &'a [String],
+    files: &[&'a str],
     wanted: Option<&str>,
     what: &str,
     endpoint: &str,
@@ -74,16 +102,7 @@ pub(crate) fn choose<'a>(
         why,
         advice,
     };
-    // `mmproj` files are vision towers, `imatrix` files are calibration data: GGUF, but not models.
-    let models: Vec<&str> = files
-        .iter()
-        .map(String::as_str)
-        .filter(|file| {
-            strip_gguf(file).is_some()
-                && !has_prefix_in_name(file, "mmproj")
-                && !file.to_ascii_lowercase().contains("imatrix")
-        })
-        .collect();
+    let models: Vec<&str> = files.iter().copied().filter(|file| is_model(file)).collect();
     if models.is_empty() {
         return Err(not_on_hub(
             "the repository has no GGUF model".to_owned(),
@@ -119,7 +138,10 @@ pub(crate) fn choose<'a>(
                 || "no file has a known quantisation in its name".to_owned(),
                 |w| format!("no file is, or has, '{w}'"),
             );
-            Err(not_on_hub(why, format!("It has: {}. Name one: {what}:FILE", listed(&whole))))
+            Err(not_on_hub(
+                why,
+                format!("It has: {}. Name one, such as {what}:{}", listed(&whole), short_name(whole[0])),
+            ))
         }
         several => Err(not_on_hub(
             "several files fit".to_owned(),
@@ -147,9 +169,17 @@ fn has_prefix_in_name(file: &str, prefix: &str) -> bool {
     file.rsplit('/').next().is_some_and(|name| name.to_ascii_lowercase().starts_with(prefix))
 }
 
-/// Files in a message; a repository may have hundreds.
+/// Files in a message, with what to write for each; a repository may have hundreds.
 fn listed(files: &[&str]) -> String {
-    shorten(files.iter().map(|file| (*file).to_owned()))
+    shorten(files.iter().map(|file| match quantization(file) {
+        Some(quant) => format!("{quant} ({file})"),
+        None => (*file).to_owned(),
+    }))
+}
+
+/// What to write for a file.
+fn short_name(file: &str) -> String {
+    quantization(file).unwrap_or_else(|| file.to_owned())
 }
 
 fn listed_as_references(files: &[&str], what: &str) -> String {
@@ -173,8 +203,7 @@ mod tests {
     use super::*;
 
     fn pick(files: &[&str], wanted: Option<&str>) -> Result<String, String> {
-        let files: Vec<String> = files.iter().map(|f| (*f).to_owned()).collect();
-        choose(&files, wanted, "hf:a/b", "https://hub").map(str::to_owned).map_err(|e| e.to_string())
+        choose(files, wanted, "hf:a/b", "https://hub").map(str::to_owned).map_err(|e| e.to_string())
     }
 
     const USUAL: [&str; 6] =
@@ -192,6 +221,31 @@ mod tests {
         assert_eq!(pick(&USUAL, Some("q8_0")).unwrap(), "m-Q8_0.gguf");
         assert!(pick(&USUAL, Some("Q4_K")).unwrap_err().contains("no file is, or has, 'Q4_K'"));
         assert_eq!(pick(&["m.q4_0.gguf", "m.q4_0_4_4.gguf"], Some("Q4_0")).unwrap(), "m.q4_0.gguf");
+    }
+
+    #[test]
+    fn a_quant_that_there_is_not_is_answered_with_those_that_there_are() {
+        let error = pick(&USUAL, Some("Q6_K")).unwrap_err();
+        for says in ["'Q6_K'", "Q2_K (m-Q2_K.gguf)", "Q8_0 (m-Q8_0.gguf)", "such as hf:a/b:Q2_K"] {
+            assert!(error.contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_quantisation_is_read_out_of_a_name() {
+        for (file, quant) in [
+            ("Qwen3-8B-Q4_K_M.gguf", Some("Q4_K_M")),
+            ("BF16/m.gguf", Some("BF16")),
+            ("m.q8_0.gguf", Some("q8_0")),
+            ("m-UD-IQ2_XXS.gguf", Some("UD-IQ2_XXS")),
+            ("gpt-oss-20b-mxfp4.gguf", Some("mxfp4")),
+            ("Q4/m-Q5_K_S.gguf", Some("Q5_K_S")),
+            ("Qwen3-8B.gguf", None),
+            ("q9_0-Q0-q44.gguf", None),
+            ("", None),
+        ] {
+            assert_eq!(quantization(file).as_deref(), quant, "{file}");
+        }
     }
 
     #[test]
@@ -239,7 +293,9 @@ mod tests {
     proptest! {
         #[test]
         fn no_list_of_names_makes_the_choice_panic(files in proptest::collection::vec("\\PC{0,40}(\\.gguf)?", 0..20), wanted in proptest::option::of("\\PC{0,20}")) {
+            let files: Vec<&str> = files.iter().map(String::as_str).collect();
             let _ = choose(&files, wanted.as_deref(), "hf:a/b", "https://hub");
+            let _ = files.into_iter().map(quantization).count();
         }
     }
 }

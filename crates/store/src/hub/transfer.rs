@@ -5,7 +5,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::{self, BufReader, Read, Seek, SeekFrom, Write},
+    io::{self, Read, Seek, SeekFrom, Write},
     path::Path,
 };
 
@@ -31,22 +31,30 @@ struct Partial<'a> {
     len: u64,
 }
 
-/// A hash as something to copy into.
-struct HashWriter {
-    hasher: Sha256,
-    len: u64,
+/// The SHA-256 of a file, in lower-case hex. `seen` is told how many bytes more were read.
+pub(crate) fn sha256_of(path: &Path, seen: &mut dyn FnMut(u64)) -> io::Result<String> {
+    Ok(hex(hash(File::open(path)?, seen)?.0))
 }
 
-impl Write for HashWriter {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.hasher.update(bytes);
-        self.len += bytes.len() as u64;
-        Ok(bytes.len())
+/// Reads to the end; gives the hash so far, and the length.
+fn hash(mut from: impl Read, seen: &mut dyn FnMut(u64)) -> io::Result<(Sha256, u64)> {
+    let (mut hasher, mut len) = (Sha256::new(), 0);
+    let mut buffer = vec![0; HASH_BUFFER_BYTES];
+    loop {
+        let read = match from.read(&mut buffer) {
+            Ok(0) => return Ok((hasher, len)),
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        };
+        hasher.update(&buffer[..read]);
+        len += read as u64;
+        seen(read as u64);
     }
+}
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+fn hex(hasher: Sha256) -> String {
+    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Downloads `remote` into `partial`, going on where an earlier attempt ended.
@@ -146,12 +154,10 @@ impl<'a> Partial<'a> {
         let kept_bytes = file.metadata().map_err(failed)?.len();
         // Gigabytes, perhaps: not on the thread that serves others.
         let hashed = tokio::task::spawn_blocking(move || -> io::Result<(File, Sha256, u64)> {
-            let mut hasher = HashWriter { hasher: Sha256::new(), len: 0 };
             file.seek(SeekFrom::Start(0))?;
-            let mut kept = BufReader::with_capacity(HASH_BUFFER_BYTES, &file).take(kept_bytes);
-            io::copy(&mut kept, &mut hasher)?;
-            file.seek(SeekFrom::Start(hasher.len))?;
-            Ok((file, hasher.hasher, hasher.len))
+            let (hasher, len) = hash((&file).take(kept_bytes), &mut |_| {})?;
+            file.seek(SeekFrom::Start(len))?;
+            Ok((file, hasher, len))
         });
         let (file, hasher, len) = hashed.await.map_err(|error| failed(io::Error::other(error)))?.map_err(failed)?;
         Ok(Self { path, file, hasher, len })
@@ -201,7 +207,7 @@ impl<'a> Partial<'a> {
             tracing::warn!(file = remote.file, "the hub publishes no SHA-256 for this file: only its size was checked");
             return Ok(());
         };
-        let got: String = self.hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let got = hex(self.hasher);
         if got == *want {
             return Ok(());
         }

@@ -4,6 +4,7 @@
 
 mod crashes;
 mod disks;
+mod hashes;
 mod lies;
 
 use std::{
@@ -384,4 +385,24 @@ fn one_process_writes_and_others_read() {
     fetch(&source, &content, &[groups(30..31)]).unwrap();
     assert_eq!(content.held(), [groups(0..20), groups(30..31)]);
     assert_right(&content, &noise(source.bytes()));
+}
+
+#[test]
+fn where_a_hub_has_the_file_is_remembered_with_the_rest() {
+    let home = tempfile::tempdir().unwrap();
+    let source = source(home.path(), 3 * GROUP_BYTES);
+    let target = target(home.path(), &source);
+    fetch(&source, &target, &[groups(1..2)]).unwrap();
+    assert_eq!(target.source(), None);
+    for content in [&source, &target] {
+        content.set_source("hf:someone/Tiny-GGUF@0123456:tiny.gguf").unwrap();
+    }
+    target.forget(&[groups(1..2)]).unwrap();
+    let (digest, held) = (target.digest(), target.held());
+    drop((source, target));
+    for folder in ["source", "target"] {
+        let content = Contents::at(&home.path().join(folder)).find(&digest).unwrap().unwrap();
+        assert_eq!(content.source().as_deref(), Some("hf:someone/Tiny-GGUF@0123456:tiny.gguf"));
+    }
+    assert!(held.is_empty());
 }

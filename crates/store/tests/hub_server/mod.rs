@@ -15,9 +15,9 @@ use std::sync::{
 use axum::{
     Router,
     body::{Body, Bytes},
-    extract::{Path, State},
+    extract::{Path, RawQuery, State},
     http::{HeaderMap, Method, StatusCode},
-    response::{IntoResponse, Response},
+    response::{Html, IntoResponse, Response},
     routing::get,
 };
 use futures::StreamExt;
@@ -50,6 +50,18 @@ pub struct Behaviour {
     pub too_many: usize,
     /// Sends bytes from so much further on than was asked for.
     pub shift: usize,
+    /// In the repository's card, as JSON.
+    pub licence: &'static str,
+    /// Answers every question with a web page.
+    pub is_web_page: bool,
+    /// What searches find: names of repositories.
+    pub found: Vec<&'static str>,
+    /// Of them, those that cannot be looked at.
+    pub hidden: Vec<&'static str>,
+    /// Of them on each page of the list.
+    pub page_repos: usize,
+    /// Whether the list says that it goes on at another place.
+    pub leads_astray: bool,
 }
 
 impl Default for Behaviour {
@@ -68,6 +80,12 @@ impl Default for Behaviour {
             honours_if_range: true,
             too_many: 0,
             shift: 0,
+            licence: r#""apache-2.0""#,
+            is_web_page: false,
+            found: vec![REPO],
+            hidden: Vec::new(),
+            page_repos: usize::MAX,
+            leads_astray: false,
         }
     }
 }
@@ -77,7 +95,7 @@ pub fn gguf_of_size(size_bytes: usize) -> Vec<u8> {
     let mut bytes = Vec::from(*b"GGUF");
     bytes.extend(3u32.to_le_bytes());
     bytes.extend(0u64.to_le_bytes());
-    bytes.extend(2u64.to_le_bytes());
+    bytes.extend(3u64.to_le_bytes());
     let mut string = |key: &str, value: &[u8]| {
         bytes.extend((key.len() as u64).to_le_bytes());
         bytes.extend(key.as_bytes());
@@ -86,6 +104,7 @@ pub fn gguf_of_size(size_bytes: usize) -> Vec<u8> {
         bytes.extend(value);
     };
     string("general.architecture", b"llama");
+    string("general.license", b"mit");
     let filler: Vec<u8> = (0..size_bytes).map(|n| b'a' + (n * n % 26) as u8).collect();
     string("test.filler", &filler);
     bytes
@@ -101,6 +120,8 @@ pub struct Hub {
     pub transfers: Mutex<Vec<u64>>,
     pub tokens_at_store: Mutex<Vec<Option<String>>>,
     pub requests: AtomicUsize,
+    /// Queries of searches.
+    pub searches: Mutex<Vec<String>>,
     pub address: std::net::SocketAddr,
 }
 
@@ -112,9 +133,12 @@ impl Hub {
             transfers: Mutex::default(),
             tokens_at_store: Mutex::default(),
             requests: AtomicUsize::new(0),
+            searches: Mutex::default(),
             address: listener.local_addr().unwrap(),
         });
         let router = Router::new()
+            .route("/api/models", get(search))
+            .route("/api/models/{owner}/{repo}", get(description))
             .route("/api/models/{owner}/{repo}/revision/{revision}", get(listing))
             .route("/{owner}/{repo}/resolve/{commit}/{*file}", get(resolve))
             .route("/store/{file}", get(bytes))
@@ -126,6 +150,9 @@ impl Hub {
     fn refusal(&self) -> Option<Response> {
         self.requests.fetch_add(1, Ordering::SeqCst);
         let mut behaviour = self.behaviour.lock().unwrap();
+        if behaviour.is_web_page {
+            return Some(Html("<html>please log in</html>").into_response());
+        }
         if behaviour.refusals.is_empty() {
             return None;
         }
@@ -149,9 +176,45 @@ async fn listing(State(hub): State<Arc<Hub>>, Path((owner, repo, _)): Path<(Stri
     if format!("{owner}/{repo}") != REPO {
         return (StatusCode::UNAUTHORIZED, [("x-error-code", "RepoNotFound")]).into_response();
     }
+    let behaviour = hub.behaviour.lock().unwrap();
+    let siblings: Vec<String> = behaviour.files.iter().map(|f| format!(r#"{{"rfilename":"{f}"}}"#)).collect();
+    let (licence, siblings) = (behaviour.licence, siblings.join(","));
+    format!(r#"{{"sha":"{COMMIT}","cardData":{{"license":{licence}}},"siblings":[{siblings}]}}"#).into_response()
+}
+
+/// A list of repositories, in pages.
+async fn search(State(hub): State<Arc<Hub>>, RawQuery(query): RawQuery) -> Response {
+    if let Some(refusal) = hub.refusal() {
+        return refusal;
+    }
+    let query = query.unwrap_or_default();
+    hub.searches.lock().unwrap().push(query.clone());
+    let behaviour = hub.behaviour.lock().unwrap();
+    let first = query.split("cursor=").nth(1).map_or(0, |at| at.parse().unwrap());
+    let page: Vec<String> =
+        behaviour.found.iter().skip(first).take(behaviour.page_repos).map(|id| format!(r#"{{"id":"{id}"}}"#)).collect();
+    let next = first.saturating_add(behaviour.page_repos);
+    let host = if behaviour.leads_astray { "localhost" } else { "127.0.0.1" };
+    let link = format!("<http://{host}:{}/api/models?cursor={next}>; rel=\"next\"", hub.address.port());
+    let body = format!("[{}]", page.join(","));
+    if next < behaviour.found.len() { ([("link", link)], body).into_response() } else { body.into_response() }
+}
+
+/// What a repository is, with the sizes of its files.
+async fn description(State(hub): State<Arc<Hub>>, Path((owner, repo)): Path<(String, String)>) -> Response {
+    if let Some(refusal) = hub.refusal() {
+        return refusal;
+    }
+    let (behaviour, id) = (hub.behaviour.lock().unwrap(), format!("{owner}/{repo}"));
+    if behaviour.hidden.contains(&id.as_str()) {
+        return (StatusCode::UNAUTHORIZED, [("x-error-code", "RepoNotFound")]).into_response();
+    }
+    let size = behaviour.content.len();
     let siblings: Vec<String> =
-        hub.behaviour.lock().unwrap().files.iter().map(|f| format!(r#"{{"rfilename":"{f}"}}"#)).collect();
-    format!(r#"{{"sha":"{COMMIT}","siblings":[{}]}}"#, siblings.join(",")).into_response()
+        behaviour.files.iter().map(|f| format!(r#"{{"rfilename":"{f}","size":{size}}}"#)).collect();
+    let (licence, siblings) = (behaviour.licence, siblings.join(","));
+    let facts = format!(r#""id":"{id}","gated":"manual","downloads":42,"cardData":{{"license":{licence}}}"#);
+    format!(r#"{{{facts},"siblings":[{siblings}]}}"#).into_response()
 }
 
 async fn resolve(

@@ -271,7 +271,6 @@ fn open(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, plan: &Plan, size: Si
         seats: seats.collect::<Vec<_>>().into(),
         refused: Mutex::default(),
     });
-    let asked: Vec<NodeId> = plan.stages.iter().map(|stage| stage.node).collect();
     let mut elsewhere = ring.stages().into_iter();
     let stage = |stage: &StagePlan| (stage.layers, if is_here(stage) { None } else { elsewhere.next() });
     let options = RingOptions {
@@ -297,9 +296,7 @@ fn open(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, plan: &Plan, size: Si
             Ok(()) => model.has_ring(ring),
             Err(error) => {
                 let reason = with_causes(&error);
-                // Others were asked in their place, and refuse what they have not offered.
-                let mut refused = ring.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                refused.retain(|node| asked.contains(node));
+                let refused = ring.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 model.search().failed(refused);
                 match model.needs_ring() {
                     true => {

@@ -20,7 +20,7 @@ use murmur_net::stream;
 use murmur_protocol::{
     frame::{FLAG_HOLD, FLAG_NEVER_TAKEN, Frame, FrameError, Header, Kind},
     mesh::{NodeId, RingId, Work},
-    stage::{Route, RouteTo},
+    stage::{Route, RouteTo, Sessions},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -60,16 +60,20 @@ impl Streams {
         Streams { streams_max, of: HashMap::new() }
     }
 
-    /// Notes what a driver says of its sessions.
-    pub(super) fn note(&mut self, header: &Header) {
-        let session = header.session;
-        match header.kind {
+    /// Notes what a driver says of its sessions. They are as many as the stage itself lets it have: whoever says more is sent away.
+    pub(super) fn note(&mut self, frame: &Frame) {
+        let Header { kind, session, .. } = frame.header;
+        match kind {
             Kind::Open if !self.of.contains_key(&session) => {
                 let is_free = |stream: &usize| self.of.values().all(|taken| taken != stream);
                 let shared = (session % self.streams_max as u64) as usize;
                 self.of.insert(session, (0..self.streams_max).find(is_free).unwrap_or(shared));
             }
-            Kind::Close if !header.has(FLAG_HOLD) => drop(self.of.remove(&session)),
+            Kind::Close if !frame.header.has(FLAG_HOLD) => drop(self.of.remove(&session)),
+            Kind::Sessions => {
+                let open = frame.decode::<Sessions>().map(|sessions| sessions.open).unwrap_or_default();
+                self.of.retain(|session, _| open.contains(session));
+            }
             _ => {}
         }
     }
@@ -355,12 +359,12 @@ mod tests {
     /// Long enough for what does not happen not to happen.
     const A_WHILE: Duration = Duration::from_millis(100);
 
-    fn header(kind: Kind, session: u64) -> Header {
-        Header::new(kind, session)
+    fn word(kind: Kind, session: u64) -> Frame {
+        Frame { header: Header::new(kind, session), payload: Vec::new() }
     }
 
     fn hidden(session: u64) -> Frame {
-        Frame { header: header(Kind::Hidden, session), payload: vec![0; 1000] }
+        Frame { payload: vec![0; 1000], ..word(Kind::Hidden, session) }
     }
 
     /// A way whose streams lead to the receiver, and room for so many bytes on it.
@@ -377,7 +381,7 @@ mod tests {
 
     fn hop(route: watch::Receiver<Route>) -> Hop {
         let mut streams = Streams::new(1);
-        streams.note(&header(Kind::Open, 1));
+        streams.note(&word(Kind::Open, 1));
         Hop::new(Weak::new(), route, Arc::new(Mutex::new(streams)))
     }
 
@@ -385,18 +389,36 @@ mod tests {
     fn sessions_that_run_have_a_stream_each_and_keep_it_and_more_than_there_are_share_some() {
         let mut streams = Streams::new(2);
         for session in 10..14 {
-            streams.note(&header(Kind::Open, session));
+            streams.note(&word(Kind::Open, session));
         }
         let taken: Vec<_> = (10..14).map(|session| streams.of(session).unwrap()).collect();
         assert_eq!(taken, [0, 1, 2, 3]);
-        streams.note(&header(Kind::Open, 15));
+        streams.note(&word(Kind::Open, 15));
         assert_eq!(streams.of(15), Some(3));
         // What is held goes on where it was, and so does what is opened again.
-        streams.note(&Header { flags: FLAG_HOLD, ..header(Kind::Close, 11) });
-        streams.note(&header(Kind::Close, 12));
-        streams.note(&header(Kind::Open, 16));
-        streams.note(&header(Kind::Open, 11));
+        let mut hold = word(Kind::Close, 11);
+        hold.header.flags = FLAG_HOLD;
+        streams.note(&hold);
+        streams.note(&word(Kind::Close, 12));
+        streams.note(&word(Kind::Open, 16));
+        streams.note(&word(Kind::Open, 11));
         assert_eq!((streams.of(11), streams.of(12), streams.of(16)), (Some(1), None, Some(2)));
+    }
+
+    #[test]
+    fn sessions_that_a_driver_does_not_have_any_more_take_no_streams() {
+        let mut streams = Streams::new(2);
+        let only = |open: Vec<u64>| Frame::message(Header::new(Kind::Sessions, 0), &Sessions { open }).unwrap();
+        for round in 0..1_000 {
+            for session in 4 * round..4 * round + 4 {
+                streams.note(&word(Kind::Open, session));
+            }
+            streams.note(&only(vec![4 * round + 1]));
+            assert_eq!((streams.of.len(), streams.of(4 * round)), (1, None));
+        }
+        assert!((0..4).contains(&streams.of(3_997).unwrap()));
+        streams.note(&only(Vec::new()));
+        assert!(streams.of.is_empty());
     }
 
     #[tokio::test]

@@ -6,16 +6,19 @@
 //! gets them itself.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use murmur_engine::{Guest, Host, Speed};
 use murmur_gguf::LayerRange;
 use murmur_protocol::{
-    frame::{Frame, FrameError, Header, Kind},
+    frame::{FLAG_HANDED_ON, FLAG_PREFILL, FLAG_WATCHED, Frame, FrameError, Header, Kind},
     mesh::{ModelState, RingId, StageOpen},
     stage::Route,
 };
@@ -39,6 +42,8 @@ pub(super) const UNUSED_MAX: Duration = Duration::from_secs(60);
 const ANSWERS_MAX: usize = 1024;
 /// Answers that are written at once.
 const ANSWERS_AT_ONCE: usize = 64;
+/// How long a driver does not hear of single rows that went on to the next host. It would be told of each in a packet of its own.
+const ACCOUNTS_DELAY: Duration = Duration::from_millis(20);
 /// How often a driver hears that its stage is there, or is being loaded.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 
@@ -124,6 +129,19 @@ impl Rings {
     pub(super) fn find(&self, ring: &RingId) -> Option<(Weak<Guest>, Arc<Semaphore>)> {
         let rings = self.rings();
         rings.get(ring).map(|entrance| (Arc::downgrade(&entrance.guest), Arc::clone(&entrance.places)))
+    }
+
+    /// Lists a driver. `None`: there is a ring of this name. Drivers name theirs by chance, so whoever comes with a name that is taken
+    /// has heard it as a host, and is to have nothing of what goes to the other.
+    fn list(&self, ring: RingId, guest: &Arc<Guest>) -> Option<Listed<'_>> {
+        match self.rings().entry(ring) {
+            Entry::Occupied(_) => None,
+            Entry::Vacant(vacant) => {
+                let (guest, places) = (Arc::clone(guest), Arc::new(Semaphore::new(STREAMS_IN_MAX)));
+                vacant.insert(Entrance { guest, places });
+                Some(Listed { rings: self, ring })
+            }
+        }
     }
 }
 
@@ -260,9 +278,10 @@ pub(crate) async fn serve(
             *answers = None;
         }
     }));
-    let entrance = Entrance { guest: guest.clone(), places: Arc::new(Semaphore::new(STREAMS_IN_MAX)) };
-    mesh.rings.rings().insert(open.ring, entrance);
-    let _listed = Listed { rings: &mesh.rings, ring: open.ring };
+    let Some(_listed) = mesh.rings.list(open.ring, &guest) else {
+        let reason = "there is a ring of this name here already";
+        return carry::write(&mut drain, &[Frame::text(Header::new(Kind::LoadFailed, 0), reason)]).await;
+    };
     let loaded = Frame::message(Header::new(Kind::Loaded, 0), host.loaded())?;
     // The stage may be given up while it is used: then this ends.
     drop(host);
@@ -270,9 +289,10 @@ pub(crate) async fn serve(
     let (routes, route) = watch::channel(Route::default());
     let streams = Arc::new(Mutex::new(Streams::new(open.parallel)));
     let hop = Hop::new(Arc::downgrade(&mesh), route, Arc::clone(&streams));
+    let is_watched = AtomicBool::new(false);
     tokio::select! {
-        ended = inward(reader, &guest, &routes, &streams) => ended,
-        ended = outward(answered, drain, hop) => ended,
+        ended = inward(reader, &guest, (&routes, &is_watched), &streams) => ended,
+        ended = outward(answered, drain, hop, &is_watched) => ended,
     }
 }
 
@@ -305,12 +325,13 @@ pub(super) fn heartbeat() -> Frame {
 async fn inward(
     mut reader: FrameReader,
     guest: &Guest,
-    routes: &watch::Sender<Route>,
+    (routes, is_watched): (&watch::Sender<Route>, &AtomicBool),
     streams: &Mutex<Streams>,
 ) -> Result<(), FrameError> {
     while let Some(frame) = reader.next().await? {
-        streams.lock().unwrap_or_else(PoisonError::into_inner).note(&frame.header);
+        streams.lock().unwrap_or_else(PoisonError::into_inner).note(&frame);
         if frame.header.kind == Kind::Route {
+            is_watched.store(frame.header.has(FLAG_WATCHED), Ordering::Relaxed);
             routes.send_replace(frame.decode()?);
         } else if let Err(error) = guest.send(frame) {
             tracing::debug!(%error, "a driver is sent away");
@@ -321,17 +342,25 @@ async fn inward(
 }
 
 /// What the child says, to the driver or the host of the next stage.
-async fn outward(mut answers: mpsc::Receiver<Frame>, mut drain: Drain, mut hop: Hop) -> Result<(), FrameError> {
+async fn outward(
+    mut answers: mpsc::Receiver<Frame>,
+    mut drain: Drain,
+    mut hop: Hop,
+    is_watched: &AtomicBool,
+) -> Result<(), FrameError> {
     let (mut frames, mut back) = (Vec::new(), Vec::new());
     let mut said = Instant::now();
     loop {
-        let due = tokio::time::sleep_until((said + HEARTBEAT).into());
+        let due = said + if back.is_empty() { HEARTBEAT } else { ACCOUNTS_DELAY };
+        let due = tokio::time::sleep_until(due.into());
         tokio::select! {
             count = answers.recv_many(&mut frames, ANSWERS_AT_ONCE) => if count == 0 {
                 return Ok(());
             },
             lost = hop.change() => back.extend(lost.map(|to| hop::route_lost(&to, 0)).transpose()?),
-            () = due => back.push(heartbeat()),
+            () = due => if back.is_empty() {
+                back.push(heartbeat());
+            },
         }
         back.extend(hop.renew().await);
         for frame in frames.drain(..) {
@@ -340,12 +369,20 @@ async fn outward(mut answers: mpsc::Receiver<Frame>, mut drain: Drain, mut hop: 
                 _ => back.push(frame),
             }
         }
-        if !back.is_empty() {
+        let is_late = said.elapsed() >= ACCOUNTS_DELAY || is_watched.load(Ordering::Relaxed);
+        let can_wait = !is_late && back.iter().all(is_account);
+        if !back.is_empty() && !can_wait {
             carry::write(&mut drain, &back).await?;
             back.clear();
             said = Instant::now();
         }
     }
+}
+
+/// Whether it only says that a row, or a few guessed ones, went on to the next host.
+fn is_account(frame: &Frame) -> bool {
+    let header = &frame.header;
+    header.kind == Kind::Done && header.has(FLAG_HANDED_ON) && !header.has(FLAG_PREFILL)
 }
 
 /// The layers of a model that this node holds, in which state, and how fast they are. Those that are loaded and that no driver uses are

@@ -27,17 +27,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use murmur_engine::RemoteStage;
+use murmur_engine::{RemoteStage, Stop};
 use murmur_gguf::LayerRange;
 use murmur_net::{NetError, stream};
 use murmur_protocol::{
-    frame::{FLAG_NEVER_TAKEN, Frame, FrameError, Header, Kind},
+    frame::{FLAG_NEVER_TAKEN, FLAG_WATCHED, Frame, FrameError, Header, Kind},
     mesh::{ModelDigest, NodeId, RingId, StageOpen, Work},
     stage::{Route, RouteTo},
 };
 use tokio::{
     runtime::Handle,
     sync::{Notify, mpsc},
+    time::sleep,
 };
 
 use crate::{
@@ -61,6 +62,8 @@ const AVOIDED: Duration = Duration::from_secs(30);
 const NEAR_US: f64 = 20_000.0;
 /// Two hosts that have lost each other are given another try after this, when no request runs.
 const DETOUR_MIN: Duration = Duration::from_secs(30);
+/// How often an engine that looks for a stage looks whether it has been stopped.
+const STOP_SEEN_EVERY: Duration = Duration::from_millis(100);
 /// Bytes on their way within this process.
 const PIPE_BYTES: usize = 256 << 10;
 
@@ -73,7 +76,7 @@ pub(crate) struct Ring {
     /// All layers, and what they are held for.
     whole: Terms,
     seats: Mutex<Vec<Seat>>,
-    /// Who did not hold what it was asked for.
+    /// Who did not hold the layers that were planned for it.
     refused: Mutex<Vec<NodeId>>,
 }
 
@@ -166,6 +169,7 @@ impl Ring {
         }
         let (node, mesh) = both(&self.node, &self.mesh).ok_or("this node is stopping")?;
         let ring = RingId::from_bytes(rand::random());
+        let planned = self.seats()[index].planned;
         let (range, candidates) = self.candidates(&node, &mesh, index);
         let mut reasons = Vec::new();
         for holder in candidates {
@@ -177,7 +181,10 @@ impl Ring {
                 }
                 Err(reason) => {
                     reasons.push(format!("{}: {reason}", holder.short()));
-                    self.refused.lock().unwrap_or_else(PoisonError::into_inner).push(holder);
+                    // Others refuse what they have not offered.
+                    if holder == planned {
+                        self.refused.lock().unwrap_or_else(PoisonError::into_inner).push(holder);
+                    }
                 }
             }
         }
@@ -380,7 +387,8 @@ fn show_the_way(seats: &[Seat], at: usize) {
         let standby = next.and_then(|next| next.standby.as_ref()).map(|standby| standby.to);
         let is_detour = |to: &RouteTo| seat.detour.is_some_and(|(one, other, _)| (one, other) == (from, to.node));
         let route = Route { next: holder.filter(|to| !is_detour(to)), standby, is_standby };
-        Frame::message(Header::new(Kind::Route, 0), &route)
+        let flags = if seat.standby.is_some() { FLAG_WATCHED } else { 0 };
+        Frame::message(Header { flags, ..Header::new(Kind::Route, 0) }, &route)
     };
     // A host that is gone need not know.
     if let Some(taken) = &seat.taken
@@ -412,8 +420,19 @@ struct Stage {
 }
 
 impl RemoteStage for Stage {
-    fn connect(&self) -> Result<UnixStream, String> {
-        self.ring.runtime.block_on(self.ring.connect(self.index))
+    fn connect(&self, stop: &Stop) -> Result<UnixStream, String> {
+        // A host may load for minutes.
+        let stopped = async {
+            while !stop.is_stopped() {
+                sleep(STOP_SEEN_EVERY).await;
+            }
+        };
+        self.ring.runtime.block_on(async {
+            tokio::select! {
+                connected = self.ring.connect(self.index) => connected,
+                () = stopped => Err("it is not wanted any more".to_owned()),
+            }
+        })
     }
 
     fn lost_because(&self) -> String {

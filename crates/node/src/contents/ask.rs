@@ -1,0 +1,180 @@
+//! What is asked of another node: what it has of a file, bytes of it, and hashes.
+
+use std::{
+    io::{self, Read},
+    pin::Pin,
+    sync::{Arc, Weak},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use murmur_core::swarm::Outcome;
+use murmur_gguf::ByteRange;
+use murmur_net::{
+    RecvStream,
+    stream::{self, Reader},
+};
+use murmur_protocol::mesh::{Content, Fetch, ModelDigest, NodeId, Refused, Work};
+use murmur_store::DecodeError;
+use tokio::{
+    io::{AsyncRead, ReadBuf},
+    time::timeout,
+};
+use tokio_io_timeout::TimeoutReader;
+use tokio_util::{
+    io::SyncIoBridge,
+    sync::{CancellationToken, WaitForCancellationFutureOwned},
+};
+
+use super::{Shelf, pace::Paced, to_wire};
+use crate::{Node, mesh::MeshNode, model::with_causes};
+
+/// A node that is asked for bytes says within this whether it sends them.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+/// A stream on which nothing comes for so long is given up; the swarm asks others long before.
+const STALL_MAX: Duration = Duration::from_secs(30);
+/// Before a node that could not be watched is tried again.
+const RETRY: Duration = Duration::from_secs(2);
+/// What a node says of its part is listened to once in so long, however much it says.
+const LISTEN_EVERY: Duration = Duration::from_millis(250);
+/// Bytes that are read from a stream at once.
+pub(super) const READ_BYTES: usize = 64 << 10;
+
+/// Hears from a node what it has, for as long as it is there and `heard` wants to hear it. `None`: nothing more is heard for now.
+pub(super) async fn watch<H: Future<Output = bool>>(
+    mesh: Weak<MeshNode>,
+    digest: ModelDigest,
+    node: NodeId,
+    heard: impl Fn(Option<Content>) -> H,
+) {
+    while let Some(mesh) = mesh.upgrade() {
+        let opened = mesh.mesh().open_work(node).await;
+        drop(mesh);
+        if let Ok((mut send, recv)) = opened
+            && let Ok(Ok(())) = timeout(ANSWER_DEADLINE, stream::write(&mut send, &Work::WatchContent(digest))).await
+        {
+            let mut reader = Reader::<Work>::new(recv);
+            while let Ok(Some(message)) = reader.next().await {
+                match message {
+                    Work::Content(content) => {
+                        if !heard(Some(content)).await {
+                            return;
+                        }
+                    }
+                    Work::Unknown { .. } => {}
+                    _ => break,
+                }
+                tokio::time::sleep(LISTEN_EVERY).await;
+            }
+        }
+        if !heard(None).await {
+            return;
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Why an answer has ended early.
+pub(super) enum Failure {
+    /// The source, or the way to it.
+    Source(Outcome),
+    /// The source is of no use for this file, and will not be.
+    Useless(String),
+    /// What comes cannot be kept.
+    Store(String),
+}
+
+impl Failure {
+    pub(super) const GONE: Failure = Failure::Source(Outcome::Gone);
+}
+
+/// What is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum What {
+    Bytes,
+    Hashes,
+}
+
+/// One request to a node.
+pub(super) struct Ask {
+    pub(super) shelf: Arc<Shelf>,
+    pub(super) from: NodeId,
+    pub(super) what: What,
+    pub(super) ranges: Vec<ByteRange>,
+    pub(super) unwanted: CancellationToken,
+}
+
+impl Ask {
+    /// Asks, and keeps what is right of the answer. Of bytes each group that was kept is `received`.
+    pub(super) async fn run(
+        self,
+        node: &Weak<Node>,
+        mesh: &Weak<MeshNode>,
+        mut received: impl FnMut(ByteRange) + Send + 'static,
+    ) -> Result<(), Failure> {
+        let reader = self.unwanted.run_until_cancelled(self.begin(mesh)).await.ok_or(Failure::GONE)??;
+        let node = node.upgrade().ok_or(Failure::GONE)?;
+        let (recv, begun) = reader.into_rest();
+        let mut patient = TimeoutReader::new(recv);
+        patient.set_timeout(Some(STALL_MAX));
+        let wanted = Wanted { stream: Box::pin(patient), unwanted: Box::pin(self.unwanted.cancelled_owned()) };
+        let bridge = SyncIoBridge::new(wanted);
+        let reading = tokio::task::spawn_blocking(move || {
+            let stream = Paced(io::Cursor::new(begun).chain(bridge), &node.taking_pace);
+            let mut stream = io::BufReader::with_capacity(READ_BYTES, stream);
+            match self.what {
+                What::Bytes => self.shelf.content.decode(&self.ranges, &mut stream, &mut received),
+                What::Hashes => self.shelf.content.decode_hashes(&self.ranges, &mut stream),
+            }
+        });
+        reading.await.map_err(|_| Failure::GONE)?.map_err(|error| match error {
+            DecodeError::Wrong { .. } => Failure::Source(Outcome::Wrong),
+            DecodeError::Ended { .. } | DecodeError::Receive(_) => Failure::GONE,
+            DecodeError::Store(error) => Failure::Store(with_causes(&error)),
+        })
+    }
+
+    /// Asks, and hears that the bytes come.
+    async fn begin(&self, mesh: &Weak<MeshNode>) -> Result<Reader<Work>, Failure> {
+        let opened = {
+            let mesh = mesh.upgrade().ok_or(Failure::GONE)?;
+            mesh.mesh().open_work(self.from).await
+        };
+        let (mut send, recv) = opened.map_err(|_| Failure::GONE)?;
+        let mut reader = Reader::new(recv);
+        let answer = async {
+            let (model, only_hashes) = (self.shelf.digest(), self.what == What::Hashes);
+            let fetch = Work::Fetch(Fetch { model, ranges: to_wire(&self.ranges), only_hashes });
+            stream::write(&mut send, &fetch).await?;
+            stream::finish(&mut send);
+            reader.expect().await
+        };
+        match timeout(ANSWER_DEADLINE, answer).await {
+            Ok(Ok(Work::Sending)) => Ok(reader),
+            Ok(Ok(Work::Refused(Refused::Busy { retry_ms }))) => {
+                Err(Failure::Source(Outcome::Busy { retry_ms: retry_ms.into() }))
+            }
+            Ok(Ok(Work::Refused(_))) => Err(Failure::Source(Outcome::Lacks)),
+            _ => Err(Failure::GONE),
+        }
+    }
+}
+
+/// A stream that ends with an error as soon as nobody wants it any more.
+struct Wanted {
+    stream: Pin<Box<TimeoutReader<RecvStream>>>,
+    unwanted: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+impl AsyncRead for Wanted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.unwanted.as_mut().poll(context) {
+            Poll::Ready(()) => Poll::Ready(Err(io::Error::other("not wanted any more"))),
+            Poll::Pending => self.stream.as_mut().poll_read(context, buffer),
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! What goes when room is short. The store's quota is a limit for what was downloaded, from peers and from hubs; it is written
+//! down in the index, as pins are, since all processes that download into one store have to keep the same one.
+//!
+//! The user's own files never count and never go: not what was imported, not copies, not what another tool had put into the hub's cache.
+//! Nor does what is pinned or in use. A file is in use when a process has a lock on it ([`hold`]), writes to it, or says so.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    fs::File,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use murmur_gguf::Digest;
+
+use crate::{
+    content::ContentEntry,
+    error::StoreError,
+    files,
+    hub::layout,
+    index::{Index, ModelEntry, Origin},
+    reference::ModelName,
+    store::Store,
+};
+
+/// Names in a message at most.
+const NAMES_SHOWN_MAX: usize = 8;
+
+/// Files that this process uses, each open and locked for as long as it runs.
+static HELD: Mutex<BTreeMap<PathBuf, File>> = Mutex::new(BTreeMap::new());
+
+/// A file that was downloaded into the store, from peers or from a hub.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Download {
+    /// Its names in the store; those stay when it goes, and can be pulled again.
+    pub names: Vec<ModelName>,
+    /// BLAKE3 of the whole file, if it came from peers.
+    pub digest: Option<Digest>,
+    /// The file.
+    pub path: PathBuf,
+    /// Bytes on the disk.
+    pub bytes: u64,
+    /// Whether all of it is here.
+    pub is_whole: bool,
+    /// When it was last used.
+    pub used: SystemTime,
+    /// Why it stays, if it does.
+    pub stays: Option<Stays>,
+}
+
+/// Why a download does not go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stays {
+    /// The user wants it to, or has imported the file.
+    Pinned,
+    /// Somebody uses it now.
+    InUse,
+}
+
+/// What went to make room.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// What was removed, with the bytes that this has freed.
+    pub removed: Vec<Download>,
+    /// Bytes freed.
+    pub freed_bytes: u64,
+    /// Bytes that downloads still take: more than the quota, if too much is pinned or in use.
+    pub left_bytes: u64,
+}
+
+impl Store {
+    /// Bytes that downloads may take; `None`: any number.
+    pub fn quota(&self) -> Result<Option<u64>, StoreError> {
+        Ok(Index::read(&self.index_path())?.quota_bytes)
+    }
+
+    /// Sets the quota. Nothing is removed before somebody [collects](Store::collect) or [makes room](Store::make_room).
+    pub fn set_quota(&self, quota_bytes: Option<u64>) -> Result<(), StoreError> {
+        self.update(|index| {
+            index.quota_bytes = quota_bytes;
+            Ok(())
+        })
+    }
+
+    /// Everything that was downloaded, in the order in which it goes: first what is not whole, then what was not used for longest.
+    /// `in_use`: contents that somebody has in hand.
+    pub fn downloads(&self, in_use: &HashSet<Digest>) -> Result<Vec<Download>, StoreError> {
+        let models = self.list()?;
+        let contents = self.contents().list()?;
+        let mut downloads: Vec<Download> = contents
+            .iter()
+            .filter(|content| !content.is_reference)
+            .map(|content| from_peers(content, &models, in_use))
+            .collect();
+        // What a node hands out is in its hands, wherever it lies.
+        let in_hand = contents.iter().filter(|content| content.is_reference && in_use.contains(&content.digest));
+        let in_hand: HashSet<PathBuf> = in_hand.filter_map(|content| content.path.canonicalize().ok()).collect();
+        downloads.extend(from_hubs(&models, &in_hand));
+        downloads.sort_by(|a, b| (a.is_whole, a.used, &a.path).cmp(&(b.is_whole, b.used, &b.path)));
+        Ok(downloads)
+    }
+
+    /// Removes downloads until they take no more than `quota_bytes`, in the order of [`Store::downloads`]. Never what is pinned,
+    /// `in_use`, locked or being written to. Room is free when the last handle of a content is dropped.
+    pub fn collect(&self, quota_bytes: u64, in_use: &HashSet<Digest>) -> Result<Collected, StoreError> {
+        self.collect_of(self.downloads(in_use)?, quota_bytes)
+    }
+
+    /// Makes room for `needs_bytes` more than there are, if the store has a quota. Where they cannot fit, nothing is removed, and the
+    /// error says what stands in the way.
+    pub fn make_room(&self, needs_bytes: u64, in_use: &HashSet<Digest>) -> Result<Collected, StoreError> {
+        let Some(quota_bytes) = self.quota()? else { return Ok(Collected::default()) };
+        let downloads = self.downloads(in_use)?;
+        let staying: Vec<&Download> = downloads.iter().filter(|download| download.stays.is_some()).collect();
+        let staying_bytes: u64 = staying.iter().map(|download| download.bytes).sum();
+        let refused = |kept_bytes: u64, kept: String| StoreError::OverQuota {
+            needs: files::human_bytes(needs_bytes),
+            quota: files::human_bytes(quota_bytes),
+            kept: match kept_bytes {
+                0 => String::new(),
+                bytes => {
+                    format!(", of which {} stay because they are pinned or in use: {kept}", files::human_bytes(bytes))
+                }
+            },
+        };
+        let Some(left_max) = quota_bytes.checked_sub(needs_bytes).filter(|max| staying_bytes <= *max) else {
+            return Err(refused(staying_bytes, listed(staying.into_iter())));
+        };
+        let collected = self.collect_of(downloads, left_max)?;
+        if collected.left_bytes > left_max {
+            // Somebody has taken it in hand meanwhile.
+            let left = self.downloads(in_use)?;
+            return Err(refused(collected.left_bytes, listed(left.iter())));
+        }
+        Ok(collected)
+    }
+
+    /// What could go if more room were wanted, in words; `None`: nothing. For messages: what cannot be read cannot go.
+    pub(crate) fn could_go(&self) -> Option<String> {
+        let downloads = self.downloads(&HashSet::new()).unwrap_or_default();
+        let free: Vec<&Download> = downloads.iter().filter(|download| download.stays.is_none()).collect();
+        (!free.is_empty()).then(|| listed(free.into_iter()))
+    }
+
+    fn collect_of(&self, downloads: Vec<Download>, left_max: u64) -> Result<Collected, StoreError> {
+        let mut collected =
+            Collected { left_bytes: downloads.iter().map(|download| download.bytes).sum(), ..Collected::default() };
+        for download in downloads {
+            if collected.left_bytes <= left_max {
+                break;
+            }
+            if download.stays.is_some() {
+                continue;
+            }
+            let Some(bytes) = self.let_go(&download)? else { continue };
+            collected.freed_bytes += bytes;
+            collected.left_bytes -= download.bytes;
+            collected.removed.push(Download { bytes, ..download });
+        }
+        Ok(collected)
+    }
+
+    /// Removes a download; returns the bytes freed, which are none where another tool has the same file as well. `None`: somebody has
+    /// begun to use it.
+    fn let_go(&self, download: &Download) -> Result<Option<u64>, StoreError> {
+        // Kept until the file is gone: who wants to use it waits, and finds out.
+        let Some(_lock) = lock_unused(&download.path) else { return Ok(None) };
+        if let Some(digest) = &download.digest {
+            return match self.contents().remove(digest) {
+                Ok(bytes) => Ok(Some(bytes)),
+                Err(StoreError::ContentInUse { .. }) => Ok(None),
+                Err(error) => Err(error),
+            };
+        }
+        // As the names are now: one may have been pulled anew.
+        let mut bytes = 0;
+        for model in self.list()?.iter().filter(|model| download.names.contains(&model.name)) {
+            if model.path.canonicalize().is_ok_and(|path| path == download.path) {
+                bytes += layout::delete_snapshot_file(&model.path).map_err(StoreError::io("delete", &model.path))?;
+            }
+        }
+        Ok(Some(bytes))
+    }
+}
+
+fn from_peers(content: &ContentEntry, models: &[ModelEntry], in_use: &HashSet<Digest>) -> Download {
+    let is_it = |model: &&ModelEntry| model.origin == Origin::Mesh { digest: content.digest };
+    let entries: Vec<&ModelEntry> = models.iter().filter(is_it).collect();
+    let stays = if entries.iter().any(|entry| entry.pinned) {
+        Some(Stays::Pinned)
+    } else {
+        (in_use.contains(&content.digest) || lock_unused(&content.path).is_none()).then_some(Stays::InUse)
+    };
+    Download {
+        names: entries.into_iter().map(|entry| entry.name.clone()).collect(),
+        digest: Some(content.digest),
+        path: content.path.clone(),
+        bytes: content.held_bytes,
+        is_whole: content.held_bytes == content.bytes,
+        used: content.used,
+        stays,
+    }
+}
+
+/// What murmur has downloaded from hubs and is here. A file may have several names.
+fn from_hubs(models: &[ModelEntry], in_hand: &HashSet<PathBuf>) -> Vec<Download> {
+    let mut by_file: BTreeMap<PathBuf, Vec<&ModelEntry>> = BTreeMap::new();
+    for model in models {
+        if let Ok(path) = model.path.canonicalize() {
+            by_file.entry(path).or_default().push(model);
+        }
+    }
+    let is_ours = |entry: &&ModelEntry| matches!(entry.origin, Origin::Hub { downloaded: true, .. });
+    let downloads = by_file.into_iter().filter(|(_, entries)| entries.iter().any(is_ours));
+    downloads
+        .filter_map(|(path, entries)| {
+            let bytes = path.metadata().ok()?.len();
+            let ours: Vec<&Path> = entries.iter().copied().filter(is_ours).map(|entry| entry.path.as_path()).collect();
+            // What was imported is the user's, and what lies at another place in the hub's cache is another tool's.
+            let is_kept = |entry: &&ModelEntry| {
+                let is_from_hub = matches!(entry.origin, Origin::Hub { .. });
+                entry.pinned || !is_from_hub || !ours.contains(&entry.path.as_path())
+            };
+            let stays = if entries.iter().any(is_kept) {
+                Some(Stays::Pinned)
+            } else {
+                (in_hand.contains(&path) || lock_unused(&path).is_none()).then_some(Stays::InUse)
+            };
+            let used_unix_s = entries.iter().map(|entry| entry.used_unix_s.max(entry.added_unix_s)).max();
+            Some(Download {
+                names: entries.into_iter().map(|entry| entry.name.clone()).collect(),
+                digest: None,
+                path,
+                bytes,
+                is_whole: true,
+                used: UNIX_EPOCH + Duration::from_secs(used_unix_s.unwrap_or(0)),
+                stays,
+            })
+        })
+        .collect()
+}
+
+/// Names with sizes, for a message.
+fn listed<'a>(downloads: impl ExactSizeIterator<Item = &'a Download>) -> String {
+    let count = downloads.len();
+    let shown = downloads.take(NAMES_SHOWN_MAX).map(|download| {
+        let name = match (download.names.first(), &download.digest) {
+            (Some(name), _) => name.to_string(),
+            (None, Some(digest)) => digest.to_string().chars().take(16).collect(),
+            (None, None) => download.path.display().to_string(),
+        };
+        format!("{name} ({})", files::human_bytes(download.bytes))
+    });
+    let mut text = shown.collect::<Vec<_>>().join(", ");
+    if count > NAMES_SHOWN_MAX {
+        text.push_str(&format!(" and {} more", count - NAMES_SHOWN_MAX));
+    }
+    text
+}
+
+/// Marks a file as used by this process for as long as it runs. False: there is none.
+pub(crate) fn hold(path: &Path) -> bool {
+    let Ok(path) = path.canonicalize() else { return false };
+    let Ok(file) = File::open(&path) else { return false };
+    // Waits while somebody decides whether to remove it. Where there are no locks, nobody removes anything.
+    if let Err(error) = file.lock_shared() {
+        tracing::debug!(path = %path.display(), %error, "a file that is used cannot be locked");
+    }
+    let is_there = path.exists();
+    if is_there {
+        // Always the one that lies there now: one of the same name may have gone before.
+        HELD.lock().unwrap_or_else(PoisonError::into_inner).insert(path, file);
+    }
+    is_there
+}
+
+/// A lock on a file that nobody uses. `None`: somebody does, or nobody can tell.
+fn lock_unused(path: &Path) -> Option<File> {
+    let file = File::open(path).ok()?;
+    file.try_lock().ok()?;
+    Some(file)
+}

@@ -17,9 +17,6 @@ use crate::{
     units::{Size, human_duration},
 };
 
-/// Hexadecimal digits of a digest in a message.
-const DIGEST_DIGITS: usize = 16;
-
 /// Pulls a model; Ctrl-C ends it and keeps what is there.
 pub(crate) async fn pull(
     store: &Store,
@@ -99,10 +96,9 @@ impl Progress {
 
 /// What went to make room, and why it was this.
 pub(crate) fn removal(download: &Download) -> String {
-    let name = match (download.names.as_slice(), &download.digest) {
-        ([], Some(digest)) => digest.to_string().chars().take(DIGEST_DIGITS).collect(),
-        ([], None) => download.path.display().to_string(),
-        (names, _) => names.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+    let name = match download.names.as_slice() {
+        [] => download.nameless(),
+        names => names.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
     };
     let part = if download.is_whole { "" } else { "only a part of it was here, " };
     format!("removed {name} to make room, {} freed: {part}last used {}", Size(download.bytes), age(download.used))

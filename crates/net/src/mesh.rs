@@ -330,9 +330,7 @@ impl Mesh {
     /// Round trip to a node as QUIC has it now: the longest one of the connections with it, since what fills one of them holds up the
     /// others as well. `None`: there is no connection.
     pub fn round_trip(&self, node: NodeId) -> Option<Duration> {
-        let mut connections = Vec::from_iter(self.shared.links.get(&node).map(|link| link.connection.clone()));
-        connections.extend(self.shared.work_connections(&node));
-        connections.iter().filter_map(links::round_trip).max()
+        self.shared.round_trip(&node)
     }
 
     /// The table of the other nodes as it changes. Connections and their round-trip times are in [`Mesh::peers`] only.

@@ -21,7 +21,7 @@ use crate::anti_entropy;
 use crate::contact::node_id;
 use crate::endpoint::{GOSSIP_ALPN, MESH_ALPN, WORK_ALPN, causes};
 use crate::hello::{self, Answered, HELLO_DEADLINE_MS};
-use crate::links::{self, Link};
+use crate::links::Link;
 use crate::mesh::Work;
 use crate::shared::{Guest, Shared};
 use crate::state::Command;
@@ -222,10 +222,7 @@ async fn bury_earlier_life(shared: &Shared, peer: NodeId) {
     let link = begun(old.connection.clone());
     let others: Vec<_> = shared.work_connections(&peer).into_iter().map(begun).collect();
     let says_something = |(before, connection): &(u64, Connection)| heard(connection) > *before;
-    let connections = [&link].into_iter().chain(&others).map(|(_, connection)| connection);
-    let longest = connections.filter_map(links::round_trip).max().unwrap_or_default();
-    let (least, most) = (Duration::from_millis(SIGN_OF_LIFE_MS), Duration::from_millis(SIGN_OF_LIFE_MS_MAX));
-    let patience = (SIGN_OF_LIFE_ROUND_TRIPS * longest).clamp(least, most);
+    let patience = patience(shared.round_trip(&peer), Duration::from_millis(SIGN_OF_LIFE_MS));
     let ping = Control::Ping(rand::random());
     let answer = timeout(patience, ask(&old, &ping)).await;
     // Of several connections of the new life the first has buried the old one.
@@ -240,6 +237,13 @@ async fn bury_earlier_life(shared: &Shared, peer: NodeId) {
         tracing::info!(node = %peer.short(), "a node has come back");
         shared.disconnect(&peer);
     }
+}
+
+/// How long a node may be silent that was asked for a sign of life: `least`, or four round trips where these take longer, and five seconds
+/// at most. Where a link is full, question and answer wait behind all that is on its way there, and that is what the round trips of the
+/// connections with the node tell: a link that is full is no node that is dead.
+pub fn patience(round_trip: Option<Duration>, least: Duration) -> Duration {
+    (SIGN_OF_LIFE_ROUND_TRIPS * round_trip.unwrap_or_default()).clamp(least, Duration::from_millis(SIGN_OF_LIFE_MS_MAX))
 }
 
 /// Datagrams that have come over a connection.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use iroh::Endpoint;
 use iroh::address_lookup::memory::MemoryLookup;
@@ -13,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::NetError;
 use crate::admission::{Admission, close};
 use crate::identity::{Greeted, Identity};
-use crate::links::Links;
+use crate::links::{self, Links};
 use crate::mesh::Work;
 use crate::state::Command;
 
@@ -90,6 +91,12 @@ impl Shared {
         let invited = guests.iter().filter(|guest| guest.node == *node).map(|guest| guest.connection.clone());
         let all = worker.into_iter().chain(invited);
         all.filter(|connection| connection.close_reason().is_none()).collect()
+    }
+
+    /// Round trip to a node as QUIC has it now: the longest one of the connections with it.
+    pub(crate) fn round_trip(&self, node: &NodeId) -> Option<Duration> {
+        let link = self.links.get(node).map(|link| link.connection.clone());
+        link.into_iter().chain(self.work_connections(node)).filter_map(|it| links::round_trip(&it)).max()
     }
 
     /// The connections over which others send work.

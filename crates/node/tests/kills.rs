@@ -36,6 +36,7 @@ use murmur_net::Contact;
 use murmur_node::{ModelSpec, Node, NodeOptions};
 use murmur_protocol::mesh::Addresses;
 use murmur_store::{Content, Contents};
+use rand::{Rng, SeedableRng, rngs::StdRng};
 
 const TEST: &str = "whoever_is_killed_the_file_ends_right_and_nothing_that_was_verified_comes_twice";
 /// Kills by default.
@@ -50,17 +51,6 @@ const IN_FLIGHT_BYTES_MAX: u64 = 512 << 10;
 const OVERHEAD: f64 = 0.25;
 /// Nothing here takes longer.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Numbers that look random, always the same.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 += 1;
-        let hash = blake3::hash(&self.0.to_le_bytes());
-        u64::from_le_bytes(*hash.as_bytes().first_chunk().unwrap()) % end
-    }
-}
 
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap())
@@ -230,20 +220,20 @@ fn run() {
     world.sources = (0..2).map(|number| world.source(number)).collect();
 
     let kills = number("MURMUR_KILLS").unwrap_or(KILLS);
-    let mut dice = Dice(number("MURMUR_KILLS_SEED").unwrap_or(0) << 32);
+    let mut dice = StdRng::seed_from_u64(number("MURMUR_KILLS_SEED").unwrap_or(0));
     let file_bytes = world.bytes.len() as u64;
     let (mut killed, mut rounds, mut wasted) = (0, 0, Vec::new());
     while killed < kills {
         let dir = world.folder.path().join(format!("taker-{rounds}"));
         let (mut taker, mut held, mut wire) = (world.spawn("taker", &dir), 0, on_the_wire());
         while goes_on(&mut taker, &dir, held) {
-            std::thread::sleep(Duration::from_millis(dice.below(MOMENT_MS_MAX)));
+            std::thread::sleep(Duration::from_millis(dice.random_range(0..MOMENT_MS_MAX)));
             if killed == kills {
                 held = told(&dir);
                 continue;
             }
             killed += 1;
-            let (victim, before) = (dice.below(4), held);
+            let (victim, before) = (dice.random_range(0..4), held);
             if victim < 2 {
                 kill(&mut world.sources[victim as usize]);
                 world.sources[victim as usize] = world.source(victim as usize);

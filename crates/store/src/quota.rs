@@ -26,6 +26,8 @@ use crate::{
 
 /// Names in a message at most.
 const NAMES_SHOWN_MAX: usize = 8;
+/// Hexadecimal digits of a digest in a message.
+const DIGEST_DIGITS: usize = 16;
 
 /// Files that this process uses, each open and locked for as long as it runs.
 static HELD: Mutex<BTreeMap<PathBuf, File>> = Mutex::new(BTreeMap::new());
@@ -47,6 +49,16 @@ pub struct Download {
     pub used: SystemTime,
     /// Why it stays, if it does.
     pub stays: Option<Stays>,
+}
+
+impl Download {
+    /// What it is called where it has no name.
+    pub fn nameless(&self) -> String {
+        match &self.digest {
+            Some(digest) => digest.to_string().chars().take(DIGEST_DIGITS).collect(),
+            None => self.path.display().to_string(),
+        }
+    }
 }
 
 /// Why a download does not go.
@@ -187,11 +199,8 @@ impl Store {
 fn from_peers(content: &ContentEntry, models: &[ModelEntry], in_use: &HashSet<Digest>) -> Download {
     let is_it = |model: &&ModelEntry| model.origin == Origin::Mesh { digest: content.digest };
     let entries: Vec<&ModelEntry> = models.iter().filter(is_it).collect();
-    let stays = if entries.iter().any(|entry| entry.pinned) {
-        Some(Stays::Pinned)
-    } else {
-        (in_use.contains(&content.digest) || lock_unused(&content.path).is_none()).then_some(Stays::InUse)
-    };
+    let is_kept = entries.iter().any(|entry| entry.pinned);
+    let stays = stays(is_kept, in_use.contains(&content.digest), &content.path);
     Download {
         names: entries.into_iter().map(|entry| entry.name.clone()).collect(),
         digest: Some(content.digest),
@@ -222,11 +231,7 @@ fn from_hubs(models: &[ModelEntry], in_hand: &HashSet<PathBuf>) -> Vec<Download>
                 let is_from_hub = matches!(entry.origin, Origin::Hub { .. });
                 entry.pinned || !is_from_hub || !ours.contains(&entry.path.as_path())
             };
-            let stays = if entries.iter().any(is_kept) {
-                Some(Stays::Pinned)
-            } else {
-                (in_hand.contains(&path) || lock_unused(&path).is_none()).then_some(Stays::InUse)
-            };
+            let stays = stays(entries.iter().any(is_kept), in_hand.contains(&path), &path);
             let used_unix_s = entries.iter().map(|entry| entry.used_unix_s.max(entry.added_unix_s)).max();
             Some(Download {
                 names: entries.into_iter().map(|entry| entry.name.clone()).collect(),
@@ -241,15 +246,18 @@ fn from_hubs(models: &[ModelEntry], in_hand: &HashSet<PathBuf>) -> Vec<Download>
         .collect()
 }
 
+fn stays(is_kept: bool, is_in_hand: bool, path: &Path) -> Option<Stays> {
+    match is_kept {
+        true => Some(Stays::Pinned),
+        false => (is_in_hand || lock_unused(path).is_none()).then_some(Stays::InUse),
+    }
+}
+
 /// Names with sizes, for a message.
 fn listed<'a>(downloads: impl ExactSizeIterator<Item = &'a Download>) -> String {
     let count = downloads.len();
     let shown = downloads.take(NAMES_SHOWN_MAX).map(|download| {
-        let name = match (download.names.first(), &download.digest) {
-            (Some(name), _) => name.to_string(),
-            (None, Some(digest)) => digest.to_string().chars().take(16).collect(),
-            (None, None) => download.path.display().to_string(),
-        };
+        let name = download.names.first().map_or_else(|| download.nameless(), ToString::to_string);
         format!("{name} ({})", files::human_bytes(download.bytes))
     });
     let mut text = shown.collect::<Vec<_>>().join(", ");

@@ -14,9 +14,13 @@ use tokio::time::timeout;
 use super::{
     Shelf,
     fetch::TakeError,
-    wanted::{begin, blocking, by_count, contents, search},
+    wanted::{begin, blocking, contents, search_within},
 };
-use crate::{Node, NodeError, mesh::MeshNode, model::with_causes};
+use crate::{
+    Node, NodeError,
+    mesh::{MeshNode, by_count},
+    model::with_causes,
+};
 
 /// A hub that has not answered after this is not waited for.
 const HUB_ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -32,7 +36,6 @@ pub(super) struct HubFinder {
 /// What the hub says.
 struct Told {
     place: HubRef,
-    file: String,
     bytes: u64,
     /// In lower-case hex.
     sha256: Option<String>,
@@ -51,7 +54,6 @@ impl HubFinder {
                     revision: file.commit().to_owned(),
                     wanted: Some(file.file().to_owned()),
                 },
-                file: file.file().to_owned(),
                 bytes: file.bytes(),
                 sha256: file.sha256().map(str::to_owned),
             }),
@@ -76,8 +78,7 @@ impl HubFinder {
         mesh: &Arc<MeshNode>,
         begun: impl Fn(&Arc<Shelf>),
     ) -> Result<Arc<Shelf>, NodeError> {
-        let found = timeout(SEARCH_MAX, search(&mut mesh.mesh().watch(), |table| self.find(table))).await;
-        let (digest, place) = found.ok().flatten().ok_or_else(|| NodeError::Nowhere(self.wanted.to_string()))?;
+        let (digest, place) = search_within(mesh, SEARCH_MAX, |table| self.find(table), &self.wanted).await?;
         let path = place.wanted.as_deref().unwrap_or_default();
         let name = ModelName::from_file_name(path.rsplit('/').next().unwrap_or(path))?;
         let shelf = begin(node, mesh, name.as_str(), digest, |shelf| {
@@ -100,14 +101,14 @@ impl HubFinder {
             let place: HubRef = content.source.as_ref()?.parse().ok()?;
             let is_it = place.repo.eq_ignore_ascii_case(&self.wanted.repo)
                 && match &self.told {
-                    Some(told) => place.wanted.as_ref() == Some(&told.file) && content.file_bytes == told.bytes,
+                    Some(told) => place.wanted == told.place.wanted && content.file_bytes == told.bytes,
                     None => self.wanted.revision == "main" || place.revision.starts_with(&self.wanted.revision),
                 };
             is_it.then_some((content.digest, place))
         });
         let from_there: Vec<_> = from_there.collect();
         let file = match &self.told {
-            Some(told) => told.file.as_str(),
+            Some(told) => told.place.wanted.as_deref()?,
             None => {
                 let mut files: Vec<&str> = from_there.iter().filter_map(|(_, place)| place.wanted.as_deref()).collect();
                 files.sort_unstable();

@@ -19,7 +19,7 @@ use tokio::{
 use super::{
     Shelf,
     hub_name::HubFinder,
-    wanted::{begin, blocking, find, search},
+    wanted::{begin, blocking, find, search_within},
 };
 use crate::{Node, NodeError, mesh::MeshNode, model::with_causes};
 
@@ -165,8 +165,7 @@ async fn run(
     let begun = |shelf: &Arc<Shelf>| drop(tell.send_replace(State::Fetching(Arc::clone(shelf))));
     let shelf = match sought {
         Sought::Name(name) => {
-            let found = timeout(SEARCH_MAX, search(&mut mesh.mesh().watch(), |table| find(table, name.as_str()))).await;
-            let digest = found.ok().flatten().ok_or_else(|| NodeError::Nowhere(name.to_string()))?;
+            let digest = search_within(mesh, SEARCH_MAX, |table| find(table, name.as_str()), &name).await?;
             let shelf = begin(node, mesh, name.as_str(), digest, begun).await?;
             shelf.fetch(node, mesh, &[shelf.whole()], false).await?;
             shelf

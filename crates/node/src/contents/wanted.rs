@@ -5,8 +5,6 @@
 //! mesh, and of it only come the layers that this node is asked to hold.
 
 use std::{
-    cmp::Reverse,
-    collections::BTreeMap,
     fs::File,
     io::Read,
     sync::{Arc, Mutex, PoisonError, Weak},
@@ -17,12 +15,12 @@ use murmur_gguf::{ByteRange, Gguf, LayerRange};
 use murmur_net::Table;
 use murmur_protocol::mesh::{HeldContent, ModelDigest, content::GROUP_BYTES};
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
 use super::{Shelf, length, take::TELL_EVERY};
 use crate::{
     ModelSpec, Node, NodeError,
-    mesh::{IdentityError, MeshNode, ModelIdentity, both},
+    mesh::{IdentityError, MeshNode, ModelIdentity, both, by_count},
     model::with_causes,
 };
 
@@ -156,6 +154,17 @@ pub(super) async fn search<T>(table: &mut watch::Receiver<Table>, find: impl Fn(
     }
 }
 
+/// The same, if it is there within this.
+pub(super) async fn search_within<T>(
+    mesh: &MeshNode,
+    longest: Duration,
+    find: impl Fn(&Table) -> Option<T>,
+    name: &impl ToString,
+) -> Result<T, NodeError> {
+    let found = timeout(longest, search(&mut mesh.mesh().watch(), find)).await;
+    found.ok().flatten().ok_or_else(|| NodeError::Nowhere(name.to_string()))
+}
+
 /// The file that most nodes mean by a name.
 pub(super) fn find(table: &Table, name: &str) -> Option<ModelDigest> {
     let is_it = |content: &&HeldContent| content.held_bytes > 0 && is_meant(content.digest, &content.name, name);
@@ -170,15 +179,6 @@ fn lengths(table: &Table, digest: ModelDigest) -> Vec<u64> {
 /// All that nodes have. None has the same file twice.
 pub(super) fn contents(table: &Table) -> impl Iterator<Item = &HeldContent> {
     table.values().flat_map(|known| &known.verified.record().contents)
-}
-
-/// What occurs, first what occurs most often.
-pub(super) fn by_count<T: Ord>(items: impl Iterator<Item = T>) -> Vec<T> {
-    let mut counts: BTreeMap<T, usize> = BTreeMap::new();
-    items.for_each(|item| *counts.entry(item).or_default() += 1);
-    let mut counts: Vec<(T, usize)> = counts.into_iter().collect();
-    counts.sort_by_key(|(_, count)| Reverse(*count));
-    counts.into_iter().map(|(item, _)| item).collect()
 }
 
 /// Begins the file with this digest, once more where nothing comes of it. Its length is what anybody may claim: it is the one that its

@@ -30,12 +30,12 @@ pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut told: (Vec<ServedModel>, Vec<ServedStage>, Vec<MeasuredLink>, Vec<HeldContent>) = Default::default();
     loop {
-        let Some(identified) = mesh.upgrade() else { return };
+        let Some(there) = mesh.upgrade() else { return };
         tokio::select! {
             _ = ticks.tick() => {}
-            () = identified.identified.notified() => {}
+            () = there.identified.notified() => {}
         }
-        drop(identified);
+        drop(there);
         let Some((node, mesh)) = both(&node, &mesh) else { return };
         look(&node);
         let mut models: Vec<ServedModel> =

@@ -210,7 +210,8 @@ fn models<'a>(
     let before = |what: &What| known.iter().find(|model| (model.digest, model.tokenizer) == *what);
     let mut by_name: BTreeMap<&str, Vec<(What, Offers)>> = BTreeMap::new();
     for (what, offers) in by_what {
-        let Some(name) = most_common_name(&offers) else { continue };
+        // The name by which most call it.
+        let Some(&name) = by_count(offers.iter().map(|(_, served)| served.name.as_str())).first() else { continue };
         by_name.entry(name).or_default().push((what, offers));
     }
     let mut models = Vec::new();
@@ -235,13 +236,13 @@ fn models<'a>(
     models
 }
 
-/// The name by which most call it.
-fn most_common_name<'a>(offers: &[(NodeId, &'a ServedModel)]) -> Option<&'a str> {
-    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    for (_, served) in offers {
-        *counts.entry(&served.name).or_default() += 1;
-    }
-    counts.into_iter().max_by_key(|(name, count)| (*count, Reverse(*name))).map(|(name, _)| name)
+/// What occurs, first what occurs most often; of what occurs as often, first what is less.
+pub(crate) fn by_count<T: Ord>(items: impl Iterator<Item = T>) -> Vec<T> {
+    let mut counts: BTreeMap<T, usize> = BTreeMap::new();
+    items.for_each(|item| *counts.entry(item).or_default() += 1);
+    let mut counts: Vec<(T, usize)> = counts.into_iter().collect();
+    counts.sort_by_key(|(_, count)| Reverse(*count));
+    counts.into_iter().map(|(item, _)| item).collect()
 }
 
 fn model(id: String, (digest, tokenizer): What, offers: &[(NodeId, &ServedModel)], created: u64) -> Arc<RemoteModel> {

@@ -37,7 +37,7 @@ use tokio::{
     task::{AbortHandle, JoinSet},
 };
 
-pub(crate) use catalogue::{CatalogueError, RemoteModel};
+pub(crate) use catalogue::{CatalogueError, RemoteModel, by_count};
 pub(crate) use identity::{IdentityError, ModelIdentity};
 pub(crate) use places::Places;
 pub(crate) use request::{RemoteRequest, RemoteStream};

@@ -50,7 +50,7 @@ impl Places {
 
 impl Place {
     /// From now on it is one of those that share an engine. Who watches a file or fetches a card takes nothing of it.
-    pub(super) fn is_request(&mut self) {
+    pub(super) fn count_as_request(&mut self) {
         if !std::mem::replace(&mut self.is_request, true)
             && let Some(count) = self.places.counts().get_mut(&self.node)
         {
@@ -90,8 +90,8 @@ mod tests {
         let node = |number: u8| NodeId::from_bytes([number; 32]);
         let request = |number: u8| {
             let mut place = places.take(node(number)).unwrap();
-            place.is_request();
-            place.is_request();
+            place.count_as_request();
+            place.count_as_request();
             place
         };
         let _watchers: Vec<Place> =

@@ -194,7 +194,7 @@ async fn generate(
     open: Open,
     back: &mut Back,
 ) -> Result<(), NetError> {
-    place.is_request();
+    place.count_as_request();
     let (model, begun) = (open.model, Instant::now());
     let had = u32::try_from(open.generated.len()).unwrap_or(u32::MAX);
     let prompt_tokens = u32::try_from(open.prompt.len()).unwrap_or(u32::MAX).saturating_add(had);

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, BufRead, BufReader},
+    io::{self, BufReader},
     ops::Range,
 };
 
@@ -11,10 +11,9 @@ use bao_tree::io::{
     sync::{CreateOutboard, encode_ranges_validated},
 };
 use murmur_gguf::{ByteRange, Digest, GroupSet};
-use sha2::{Digest as _, Sha256};
 
 use super::{CHUNKS_PER_GROUP, Content, GROUP_BYTES, STREAM_BUFFER_BYTES, TREE};
-use crate::{error::StoreError, files};
+use crate::{error::StoreError, files, hub};
 
 impl Content {
     /// Takes in what an unclean end has left beyond the last checkpoint. Whoever may not write sees the checkpoint.
@@ -76,18 +75,7 @@ impl Content {
 
     /// SHA-256 of the file as it lies there, by which hubs name it: lower-case hex. Reads all of it.
     pub fn sha256(&self) -> Result<String, StoreError> {
-        let read_failed = |error| StoreError::io("read", self.path())(error);
-        let mut file = BufReader::with_capacity(STREAM_BUFFER_BYTES, File::open(self.path()).map_err(read_failed)?);
-        let mut hasher = Sha256::new();
-        loop {
-            let piece = file.fill_buf().map_err(read_failed)?;
-            let bytes = piece.len();
-            if bytes == 0 {
-                return Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
-            }
-            hasher.update(piece);
-            file.consume(bytes);
-        }
+        hub::sha256_of(self.path(), &mut |_| ()).map_err(StoreError::io("read", self.path()))
     }
 
     /// Makes the tree anew, if the file is whole; says whether it is.

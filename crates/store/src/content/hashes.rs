@@ -61,10 +61,7 @@ impl Content {
     /// Writes the hashes of `ranges`, rounded to whole groups. Those that are not here, or not right, end it.
     pub fn encode_hashes(&self, ranges: &[ByteRange], to: &mut impl Write) -> Result<(), StoreError> {
         let pass = |node: TreeNode| self.pair(node);
-        let wrong = self.descend(ranges, pass, |_, pair| {
-            let hashes = [*pair.0.as_bytes(), *pair.1.as_bytes()].concat();
-            to.write_all(&hashes).map_err(StoreError::Send)
-        })?;
+        let wrong = self.descend(ranges, pass, |_, pair| to.write_all(&bytes_of(pair)).map_err(StoreError::Send))?;
         match wrong {
             None => Ok(()),
             Some(node) => {
@@ -142,11 +139,11 @@ impl Content {
 
     /// What the tree file says; zeros where it says nothing.
     fn pair(&self, node: TreeNode) -> Result<Pair, StoreError> {
-        match self.0.outboard.load(node) {
-            Ok(pair) => Ok(pair.unwrap_or_else(|| pair_of(&[0; PAIR_BYTES]))),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(pair_of(&[0; PAIR_BYTES])),
-            Err(error) => Err(StoreError::io("read", &self.path().with_file_name(TREE))(error)),
-        }
+        let loaded = match self.0.outboard.load(node) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => None,
+            loaded => loaded.map_err(StoreError::io("read", &self.path().with_file_name(TREE)))?,
+        };
+        Ok(loaded.unwrap_or_else(|| pair_of(&[0; PAIR_BYTES])))
     }
 
     /// `ranges` in whole groups, as an encoding walks through them.
@@ -165,6 +162,10 @@ impl Content {
 fn pair_of(hashes: &[u8; PAIR_BYTES]) -> Pair {
     let (halves, _) = hashes.as_chunks::<{ PAIR_BYTES / 2 }>();
     (Hash::from_bytes(halves[0]), Hash::from_bytes(halves[1]))
+}
+
+fn bytes_of((left, right): &Pair) -> Vec<u8> {
+    [*left.as_bytes(), *right.as_bytes()].concat()
 }
 
 fn parent((left, right): &Pair, is_root: bool) -> Hash {
@@ -198,8 +199,8 @@ impl<R: Read> Read for Woven<'_, R> {
             }
             match self.items.next() {
                 Some(BaoChunk::Parent { node, .. }) => {
-                    let (left, right) = self.content.pair(node).map_err(io::Error::other)?;
-                    self.pair = io::Cursor::new([*left.as_bytes(), *right.as_bytes()].concat());
+                    let pair = self.content.pair(node).map_err(io::Error::other)?;
+                    self.pair = io::Cursor::new(bytes_of(&pair));
                 }
                 Some(BaoChunk::Leaf { size, .. }) => self.group_bytes_left = size,
                 None => return Ok(0),

@@ -10,26 +10,27 @@ use std::{
 };
 
 use murmur_store::{Content, Contents, GROUP_BYTES};
+use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use super::{ALL, Dice, again, assert_right, fetch, folder_of_child, groups, noise, source, target};
+use super::{ALL, again, assert_right, fetch, folder_of_child, groups, noise, source, target};
 
 /// Fetches what is missing, a few groups at a time, makes some of it durable and gives some of it up, and says so. `+7`: the seventh is kept.
 fn fetch_and_tell(folder: &Path) {
     let tell = |text: String| std::io::stderr().write_all(text.as_bytes()).unwrap();
-    let (source, mut dice) = (source(folder, BYTES), Dice(u64::from(std::process::id()) << 32));
+    let (source, mut dice) = (source(folder, BYTES), StdRng::seed_from_u64(u64::from(std::process::id())));
     let content = target(folder, &source);
     while let Some(missing) = content.missing(ALL).first() {
         let first = missing.start / GROUP_BYTES;
-        let wanted = [groups(first..(first + 1 + dice.below(24)).min(missing.end.div_ceil(GROUP_BYTES)))];
+        let wanted = [groups(first..(first + 1 + dice.random_range(0..24)).min(missing.end.div_ceil(GROUP_BYTES)))];
         let mut encoded = Vec::new();
         source.encode(&wanted, &mut encoded).unwrap();
         let mut heard = |range: super::ByteRange| tell(format!("\n+{}\n", range.start / GROUP_BYTES));
         content.decode(&wanted, &mut encoded.as_slice(), &mut heard).unwrap();
-        if dice.below(3) == 0 {
+        if dice.random_range(0..3) == 0 {
             content.flush().unwrap();
         }
-        if cfg!(target_os = "linux") && dice.below(6) == 0 {
-            let given_up = first + dice.below(3);
+        if cfg!(target_os = "linux") && dice.random_range(0..6) == 0 {
+            let given_up = first + dice.random_range(0..3);
             tell(format!("\n-{given_up}\n"));
             content.forget(&[groups(given_up..given_up + 1)]).unwrap();
         }
@@ -49,11 +50,11 @@ fn a_process_that_is_killed_at_any_moment_loses_nothing_that_it_had_verified() {
     let original = noise(BYTES);
     let digest = source(home.path(), BYTES).digest();
     let contents = Contents::at(&home.path().join("target"));
-    let (mut kept, mut dice) = (BTreeSet::new(), Dice(0));
+    let (mut kept, mut dice) = (BTreeSet::new(), StdRng::seed_from_u64(0));
     for kill in 0..KILLS {
         let mut child = again(TEST, home.path()).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
         let mut said = BufReader::new(child.stderr.take().unwrap());
-        let mut lines_left = dice.below(60);
+        let mut lines_left: u64 = dice.random_range(0..60);
         let mut line = String::new();
         while said.read_line(&mut line).unwrap() > 0 {
             match (line.strip_suffix('\n'), line.trim_end().get(1..).and_then(|number| number.parse::<u64>().ok())) {
@@ -67,7 +68,7 @@ fn a_process_that_is_killed_at_any_moment_loses_nothing_that_it_had_verified() {
             line.clear();
             lines_left = lines_left.saturating_sub(1);
             if lines_left == 0 {
-                std::thread::sleep(Duration::from_micros(dice.below(3000)));
+                std::thread::sleep(Duration::from_micros(dice.random_range(0..3000)));
                 // What it has said until now is read all the same. It may have ended by itself.
                 let _ = child.kill();
             }
@@ -94,12 +95,12 @@ fn a_process_that_is_killed_at_any_moment_loses_nothing_that_it_had_verified() {
 }
 
 /// Files as a power cut may leave them: what was synced is there, of what came later each sector or none.
-fn after_a_power_cut(synced: &[u8], later: &[u8], dice: &mut Dice) -> Vec<u8> {
+fn after_a_power_cut(synced: &[u8], later: &[u8], dice: &mut StdRng) -> Vec<u8> {
     let mut left = later.to_vec();
     left[..synced.len()].copy_from_slice(synced);
     left[synced.len()..].fill(0);
     for (left, later) in left.chunks_mut(4096).zip(later.chunks(4096)) {
-        if dice.below(2) == 0 {
+        if dice.random_range(0..2) == 0 {
             left.copy_from_slice(later);
         }
     }
@@ -114,14 +115,14 @@ fn after_a_power_cut_what_was_synced_is_held_and_nothing_that_is_not_right() {
     let content = target(home.path(), &source);
     let directory = content.path().parent().unwrap();
     let read = |file: &str| fs::read(directory.join(file)).unwrap();
-    let mut dice = Dice(7);
+    let mut dice = StdRng::seed_from_u64(7);
     for cut in 0..24 {
-        let start = dice.below(GROUPS - 20);
+        let start = dice.random_range(0..GROUPS - 20);
         fetch(&source, &content, &[groups(start..start + 5)]).unwrap();
         content.flush().unwrap();
         let (held, synced) = (content.held(), (read("model.gguf"), read("tree")));
-        let start = dice.below(GROUPS - 20);
-        fetch(&source, &content, &[groups(start..start + 1 + dice.below(20))]).unwrap();
+        let start = dice.random_range(0..GROUPS - 20);
+        fetch(&source, &content, &[groups(start..start + 1 + dice.random_range(0..20))]).unwrap();
 
         let after = home.path().join(format!("after-{cut}"));
         let place = after.join("models/contents").join(source.digest().to_string());

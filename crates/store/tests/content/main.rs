@@ -28,17 +28,6 @@ fn noise(len: u64) -> Vec<u8> {
     bytes
 }
 
-/// Numbers that look random, always the same.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 += 1;
-        let hash = blake3::hash(&self.0.to_le_bytes());
-        u64::from_le_bytes(*hash.as_bytes().first_chunk().unwrap()) % end
-    }
-}
-
 fn groups(range: std::ops::Range<u64>) -> ByteRange {
     ByteRange { start: range.start * GROUP_BYTES, end: range.end * GROUP_BYTES }
 }

@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use murmur_net::serve;
 use murmur_protocol::{frame::FrameError, mesh::NodeId};
 use tokio::time::timeout;
 
@@ -12,16 +13,10 @@ use crate::mesh::MeshNode;
 pub(super) const SILENCE_MAX: Duration = Duration::from_millis(500);
 /// It has so long for it, where one has to do without it if it gives none.
 pub(super) const PATIENCE: Duration = Duration::from_millis(500);
-/// Round trips that it has for it, where these are long.
-const ROUND_TRIPS: u32 = 4;
-/// More time than this it never has.
-const PATIENCE_MAX: Duration = Duration::from_secs(5);
 
-/// How long a node may be silent that was asked for a sign of life: `least`, or four round trips where these take longer, and five
-/// seconds at most. Where a link is full, question and answer wait behind all that is on its way there, and that is what the round
-/// trips of the connections with the node tell: a link that is full is no node that is dead.
+/// How long a node may be silent that was asked for a sign of life: `least`, and longer where the way to it is.
 pub(super) fn patience(mesh: &MeshNode, node: NodeId, least: Duration) -> Duration {
-    (ROUND_TRIPS * mesh.mesh().round_trip(node).unwrap_or_default()).clamp(least, PATIENCE_MAX)
+    serve::patience(mesh.mesh().round_trip(node), least)
 }
 
 /// Asks a node for a sign of life. False: it gives none for longer than it should be silent.

@@ -26,12 +26,21 @@ const LOCK_FILE: &str = "mesh.lock";
 
 /// How to take part in the mesh that the flags name; `None`: they name none.
 pub(crate) fn wanted(data_dir: &Path, args: &MeshArgs) -> anyhow::Result<Option<MeshOptions>> {
-    let choice = match (&args.join, &args.mesh) {
-        (None, None) => return Ok(None),
-        (Some(ticket), name) => by_ticket(ticket, name.as_ref())?,
-        (None, Some(name)) => by_name(data_dir, name)?,
-    };
-    Ok(Some(options(data_dir, args, choice)))
+    let choice = choice(data_dir, args.join.as_ref(), args.mesh.as_ref())?;
+    Ok(choice.map(|choice| options(data_dir, args, choice)))
+}
+
+/// The mesh that a ticket or a name means, or both together; `None`: neither is there.
+pub(crate) fn choice(
+    data_dir: &Path,
+    ticket: Option<&SignedTicket>,
+    name: Option<&MeshName>,
+) -> anyhow::Result<Option<MeshChoice>> {
+    match (ticket, name) {
+        (None, None) => Ok(None),
+        (Some(ticket), name) => by_ticket(ticket, name).map(Some),
+        (None, Some(name)) => by_name(data_dir, name).map(Some),
+    }
 }
 
 /// As [`wanted`]; where no mesh is named, the only one of which this node is a member.

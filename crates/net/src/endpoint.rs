@@ -15,7 +15,7 @@ use murmur_protocol::mesh::{Addresses, NodeKey};
 use n0_mainline::DhtBuilder;
 
 use crate::contact::Contact;
-use crate::{NetError, data_dir};
+use crate::{NetError, data_dir, own_relays};
 
 /// The control connection: greeting, exchange of records, tickets.
 pub const MESH_ALPN: &[u8] = b"murmur/mesh/1";
@@ -173,7 +173,9 @@ pub(crate) fn relays(relays: &Relays) -> Result<Builder, NetError> {
                     .map_err(|error| NetError::Option { what: "relay", reason: format!("{url}: {error}") })
             };
             let urls = urls.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
-            Ok(Endpoint::builder(presets::Minimal).relay_mode(RelayMode::custom(urls)))
+            Ok(Endpoint::builder(presets::Minimal)
+                .relay_mode(RelayMode::Custom(own_relays::relay_map(&urls)))
+                .ca_tls_config(own_relays::certificates(&urls)))
         }
         Relays::None => Ok(Endpoint::builder(presets::Minimal)
             .relay_mode(RelayMode::Disabled)

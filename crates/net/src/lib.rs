@@ -37,6 +37,7 @@ mod links;
 pub mod mdns;
 pub mod mesh;
 pub mod nostr;
+mod own_relays;
 pub mod probe;
 pub mod remembered;
 mod revocations;

@@ -250,6 +250,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_seed_tells_a_machine_how_it_looks_from_outside() {
+        let seed = Seed::start(SeedOptions::default()).await.unwrap();
+        let relays = Relays::Own(vec![seed.relay_url().to_owned()]);
+        let bind = Some("127.0.0.1:0".parse().unwrap());
+        let found = network(&EndpointOptions { relays, bind, dht: None }).await.unwrap();
+        let outside = found.outside.unwrap();
+        assert_eq!((outside.nat, outside.is_captive), (Nat::None, false));
+        let own: Vec<SocketAddr> = found.own.iter().map(|(address, _)| *address).collect();
+        assert!(
+            !outside.seen_as.is_empty() && outside.seen_as.iter().all(|seen| own.contains(seen)),
+            "{outside:?} {own:?}"
+        );
+    }
+
+    #[tokio::test]
     async fn without_relays_a_machine_knows_its_own_addresses_only() {
         let bind = Some("127.0.0.1:0".parse().unwrap());
         let found = network(&EndpointOptions { relays: Relays::None, bind, dht: None }).await.unwrap();

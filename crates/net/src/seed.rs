@@ -3,18 +3,20 @@
 //! keep nothing on disk.
 //!
 //! Both speak plain HTTP here. On loopback and in a trusted network that is enough: what goes through is encrypted end
-//! to end. On the internet, put a proxy with a certificate in front of both (browsers and firewalls insist on TLS, and
-//! it hides which nodes talk); iroh's QUIC address discovery, with which nodes behind a NAT learn their outer address
-//! best, needs a certificate of the server's own and is not offered.
+//! to end. On the internet, put a proxy with a certificate in front of both: browsers and firewalls insist on TLS, and it
+//! hides which nodes talk. The relay also tells nodes how they look from outside, over UDP at its port
+//! ([`own_relays`]).
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 
-use iroh_relay::server::{RelayConfig, Server, ServerConfig};
+use iroh_relay::server::{QuicConfig, RelayConfig, Server, ServerConfig};
 use nostr_relay_builder::builder::RateLimit;
 use nostr_relay_builder::{LocalRelay, RelayBuilder};
+use nostr_sdk::Url;
 
-use crate::NetError;
 use crate::endpoint::causes;
+use crate::{NetError, own_relays};
 
 /// Connections to the Nostr relay, at most.
 pub const NOSTR_CONNECTIONS_MAX: usize = 4_096;
@@ -27,20 +29,22 @@ pub const NOSTR_EVENTS_PER_MINUTE_MAX: u32 = 60;
 pub const NOSTR_SUBSCRIPTIONS_MAX: usize = 16;
 
 /// Where a seed's services listen. Port 0: any free one.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct SeedOptions {
     /// The address of both.
     pub ip: IpAddr,
+    /// The name or address by which others reach this machine; `None`: [`ip`](Self::ip).
+    pub host: Option<String>,
     /// Port of the Nostr relay.
     pub nostr_port: u16,
-    /// Port of the iroh relay.
+    /// Port of the iroh relay: TCP for what it carries, UDP for address discovery.
     pub relay_port: u16,
 }
 
 impl Default for SeedOptions {
     /// Loopback, any ports.
     fn default() -> Self {
-        SeedOptions { ip: IpAddr::V4(Ipv4Addr::LOCALHOST), nostr_port: 0, relay_port: 0 }
+        SeedOptions { ip: IpAddr::V4(Ipv4Addr::LOCALHOST), host: None, nostr_port: 0, relay_port: 0 }
     }
 }
 
@@ -57,7 +61,7 @@ impl Seed {
     /// Starts both services.
     ///
     /// # Errors
-    /// [`NetError::Start`], for example when a port is in use.
+    /// [`NetError::Start`], for example when a port is in use; [`NetError::Option`] for a host that cannot stand in a URL.
     pub async fn start(options: SeedOptions) -> Result<Seed, NetError> {
         let mut builder = RelayBuilder::default()
             .addr(options.ip)
@@ -68,14 +72,22 @@ impl Seed {
         }
         let nostr = LocalRelay::new(builder);
         nostr.run().await.map_err(|error| NetError::Start { what: "Nostr relay", reason: causes(&error) })?;
-        let nostr_url = nostr.url().await.to_string();
+        let nostr_url = at_host(&nostr.url().await.to_string(), options.host.as_deref())?;
 
         let start = |reason: String| NetError::Start { what: "iroh relay", reason };
+        let address = match options.relay_port {
+            0 => free_for_both(options.ip).map_err(|error| start(causes(&error)))?,
+            port => SocketAddr::new(options.ip, port),
+        };
+        let mut discovery = QuicConfig::new(address);
+        discovery.server_config = Some(own_relays::self_signed()?);
         let mut config = ServerConfig::default();
-        config.relay = Some(RelayConfig::new(SocketAddr::new(options.ip, options.relay_port)));
+        config.relay = Some(RelayConfig::new(address));
+        config.quic = Some(discovery);
         let relay = Server::spawn(config).await.map_err(|error| start(causes(&error)))?;
         let address = relay.http_addr().ok_or_else(|| start("it does not listen".into()))?;
-        Ok(Seed { nostr, nostr_url, relay, relay_url: format!("http://{address}") })
+        let relay_url = at_host(&format!("http://{address}"), options.host.as_deref())?;
+        Ok(Seed { nostr, nostr_url, relay, relay_url })
     }
 
     /// URL of the Nostr relay, for [`MeshOptions::nostr`](crate::MeshOptions::nostr).
@@ -97,3 +109,29 @@ impl Seed {
         self.relay.shutdown().await.map_err(|error| NetError::Start { what: "iroh relay", reason: causes(&error) })
     }
 }
+
+/// A URL with this host in place of its own.
+fn at_host(url: &str, host: Option<&str>) -> Result<String, NetError> {
+    let wrong = |reason: String| NetError::Option { what: "host", reason };
+    let mut url = Url::parse(url).map_err(|error| wrong(error.to_string()))?;
+    if let Some(host) = host {
+        url.set_host(Some(host)).map_err(|error| wrong(format!("{host}: {error}")))?;
+    }
+    Ok(url.as_str().trim_end_matches('/').to_owned())
+}
+
+/// An address whose port nobody listens at over TCP or UDP.
+fn free_for_both(ip: IpAddr) -> io::Result<SocketAddr> {
+    let mut tries = PORT_TRIES_MAX;
+    loop {
+        let address = TcpListener::bind((ip, 0))?.local_addr()?;
+        match UdpSocket::bind(address) {
+            Ok(_) => return Ok(address),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && tries > 0 => tries -= 1,
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Ports that are tried where any will do.
+const PORT_TRIES_MAX: u32 = 16;

@@ -254,12 +254,25 @@ pub(crate) struct Seed {
     /// The address to listen on; 0.0.0.0 for every machine that can reach this one
     #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
     pub(crate) bind: IpAddr,
+    /// The name or address by which others reach this machine [default: that of --bind]
+    #[arg(long, value_name = "HOST")]
+    pub(crate) host: Option<String>,
     /// TCP port of the Nostr relay; 0 for any
     #[arg(long, value_name = "N", default_value = "6878")]
     pub(crate) nostr_port: u16,
-    /// TCP port of the relay between nodes; 0 for any
+    /// Port of the relay between nodes: TCP, and UDP to tell nodes how they look from outside; 0 for any
     #[arg(long, value_name = "N", default_value = "6879")]
     pub(crate) relay_port: u16,
+    /// Also be a node of this mesh, to whom others can always come: a private one of which this node is a member, by name or id,
+    /// or else the public one of this name
+    #[arg(long, env = "MURMUR_MESH", value_name = "NAME")]
+    pub(crate) mesh: Option<MeshName>,
+    /// A ticket from `murmur mesh invite`: also be a node of the mesh that it leads into
+    #[arg(long, env = "MURMUR_JOIN", value_name = "TICKET", hide_env_values = true)]
+    pub(crate) join: Option<SignedTicket>,
+    /// UDP port of that node; 0 for any
+    #[arg(long, value_name = "N", default_value = "6880")]
+    pub(crate) node_port: u16,
 }
 
 /// A mesh's name that can stand in a ticket.

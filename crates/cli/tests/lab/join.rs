@@ -64,8 +64,13 @@ fn across_homes(nats: [NatKind; 2], test: impl FnOnce(&Node<'_>, &Node<'_>)) {
 }
 
 #[test]
-fn a_ticket_leads_from_one_home_to_another() {
-    across_homes([NatKind::PortRestrictedCone; 2], |_, _| ());
+fn a_ticket_leads_from_one_home_to_another_and_a_seed_tells_both_how_to_do_without_it() {
+    across_homes([NatKind::PortRestrictedCone; 2], |server, client| {
+        for (one, other) in [(client, server), (server, client)] {
+            let what = format!("{} reaches {} directly", one.host.name(), other.host.name());
+            until(&what, || one.path_to(other).starts_with("direct").then_some(()));
+        }
+    });
 }
 
 #[test]
@@ -78,6 +83,19 @@ fn two_symmetric_nats_are_crossed_by_the_relay_of_a_seed_and_peers_say_so() {
         let shown = client.mesh(["peers"]).succeeds().out;
         assert!(shown.contains("relayed http://"), "{shown}");
     });
+}
+
+#[test]
+fn strangers_in_two_homes_who_know_a_seed_alone_come_together_by_its_node() {
+    let Some(lab) = lab(&homes([NatKind::PortRestrictedCone; 2], &["seed"])) else { return };
+    let seed = Seed::of_mesh(lab.host("seed").unwrap(), "park");
+    let (relay, join) = (format!("--relay={}", seed.relay), seed.join());
+    let ways = ["--no-nostr", "--no-mdns", &relay, &join];
+    let server = Node::serving(lab.host("server").unwrap(), Home::new(), &ways);
+    let client = Node::client(lab.host("client").unwrap(), Home::new(), &ways);
+    serves_alike(&server, &client);
+    // It is no use for requests, and nobody takes it for a server.
+    assert_eq!((client.peers().len(), client.servers_of_demo()), (2, 1));
 }
 
 #[test]

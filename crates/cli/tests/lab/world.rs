@@ -239,16 +239,31 @@ pub struct Seed {
     pub nostr: String,
     /// URL of its relay between nodes.
     pub relay: String,
-    _running: (Home, Server),
+    server: Server,
+    _home: Home,
 }
 
 impl Seed {
     pub fn start(host: HostHandle<'_>) -> Self {
+        Self::start_with(host, None)
+    }
+
+    /// One that is also a node of this public mesh.
+    pub fn of_mesh(host: HostHandle<'_>, mesh: &str) -> Self {
+        Self::start_with(host, Some(format!("--mesh={mesh}")))
+    }
+
+    fn start_with(host: HostHandle<'_>, argument: Option<String>) -> Self {
         let home = Home::new();
-        let command = home.murmur(["seed", "--json", &format!("--bind={}", host.address())]);
-        let server = Server::ready(on(host, &command));
+        let given = ["seed".to_owned(), "--json".to_owned(), format!("--bind={}", host.address())];
+        let server = Server::ready(on(host, &home.murmur(given.into_iter().chain(argument))));
         let url = |key: &str| server.ready[key].as_str().unwrap().to_owned();
-        Self { nostr: url("nostr"), relay: url("relay"), _running: (home, server) }
+        Self { nostr: url("nostr"), relay: url("relay"), server, _home: home }
+    }
+
+    /// The flag with which a node comes into its mesh.
+    pub fn join(&self) -> String {
+        format!("--join={}", self.server.ready["ticket"].as_str().unwrap())
     }
 }
 

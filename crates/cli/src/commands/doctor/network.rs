@@ -155,21 +155,18 @@ fn outside(network: &Network, relays: &Relays, some_answer: bool) -> Vec<Check> 
         ));
     }
     let seen: Vec<String> = outside.seen_as.iter().map(ToString::to_string).collect();
-    checks.push(match (seen.is_empty(), relays, some_answer) {
-        (false, ..) => Check::ok(NAME, format!("UDP goes out; others see {}", seen.join(" and "))),
-        (true, _, false) => Check::warn(
+    checks.push(match (seen.is_empty(), some_answer) {
+        (false, _) => Check::ok(NAME, format!("UDP goes out; others see {}", seen.join(" and "))),
+        (true, false) => Check::warn(
             NAME,
             "no relay answers: this machine is offline, or a firewall lets nothing out",
             "On a local network nodes find each other all the same. For others, let UDP and TCP port 443 out.",
         ),
-        (true, Relays::Public, true) => Check::warn(
+        (true, true) => Check::warn(
             NAME,
             "relays answer over TCP and not over UDP",
             "A firewall keeps UDP in. Let it out for direct connections; until then everything goes through relays.",
         ),
-        (true, ..) => {
-            Check::ok(NAME, "the relays do not say how this machine looks from outside (those of `murmur seed` cannot)")
-        }
     });
     checks.extend(nat(outside));
     checks
@@ -295,7 +292,6 @@ mod tests {
         let silent = network(Nat::Unknown, &[]);
         assert!(told(&silent, &Relays::Public, true).contains("keeps UDP in"));
         assert!(told(&silent, &Relays::Public, false).contains("offline"));
-        assert!(told(&silent, &Relays::Own(Vec::new()), true).contains("murmur seed"));
         assert!(told(&Network { own: Vec::new(), outside: None }, &Relays::None, false).contains("--relay none"));
         let own = Network { own: vec![("192.0.2.1:7".parse().unwrap(), Err("no answer".into()))], outside: None };
         assert_eq!(own_addresses(&own).verdict, Verdict::Fail);

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Model files that come from other machines, over links of the lab. So it needs root.
 
-*one*: a file from one machine, against the same file over HTTP on the same link.
+*one*: a file from one machine, against the same file over HTTP and over QUIC with nothing around it (`crates/net/examples/raw_quic.rs`), on the same link.
 
 *three*: a file from three machines with 100 Mbit/s each, against what the three links carry together.
 
@@ -104,15 +104,21 @@ def pull_s(node):
 def one(options, model, table):
     size = model.stat().st_size
     with lab.Lab(options.lab, 2) as (network, (source, taker)):
-        web = subprocess.Popen(
-            [*map(str, source.entry), sys.executable, "-m", "http.server", "8000", "--bind", source.address, "--directory", model.parent],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        at_source = lambda *words: subprocess.Popen(
+            [*map(str, (*source.entry, *words))], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
+        web = at_source(sys.executable, "-m", "http.server", "8000", "--bind", source.address, "--directory", model.parent)
+        quic = at_source(options.raw_quic, "send", model, source.address)
+        quic_at = quic.stdout.readline().split()
 
-        def http_s():
-            url = f"http://{source.address}:8000/{model.name}"
-            words = [*map(str, taker.entry), sys.executable, "-c", GET, url]
+        def taken_by(*words):
+            words = [*map(str, (*taker.entry, *words))]
             return float(subprocess.run(words, capture_output=True, check=True, text=True).stdout)
+
+        others = {
+            "HTTP": lambda: taken_by(sys.executable, "-c", GET, f"http://{source.address}:8000/{model.name}"),
+            "QUIC": lambda: taken_by(options.raw_quic, "take", *quic_at),
+        }
 
         def murmur_s():
             with taking(options, taker, ticket, 1) as node:
@@ -122,12 +128,14 @@ def one(options, model, table):
             with sources(options, model, [source]) as ticket:
                 for round_trip_ms in ROUND_TRIPS_MS:
                     network.links(round_trip_ms, ONE_MBIT_S)
-                    pair = in_turns(options.rounds, murmur_s, http_s)
-                    what = f"{size >> 20} MiB at {ONE_MBIT_S} Mbit/s and {round_trip_ms} ms, murmur / HTTP"
-                    table.pairs(what, "s", *pair, lower_is_better=True)
+                    for name, other_s in others.items():
+                        pair = in_turns(options.rounds, murmur_s, other_s)
+                        what = f"{size >> 20} MiB at {ONE_MBIT_S} Mbit/s and {round_trip_ms} ms, murmur / {name}"
+                        table.pairs(what, "s", *pair, lower_is_better=True)
         finally:
-            web.terminate()
-            web.wait()
+            for server in (web, quic):
+                server.terminate()
+                server.communicate()
 
 
 def three(options, model, table):
@@ -207,6 +215,7 @@ def arguments():
     parser = argparse.ArgumentParser(prog="./x bench fetch", description="Measures how model files come from other machines; needs root.")
     parser.add_argument("--murmur", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--lab", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--raw-quic", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--models", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"what to measure (default: all): {', '.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=5, help="measurements per figure (default: %(default)s)")

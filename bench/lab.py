@@ -70,19 +70,22 @@ def _inside(namespace):
 
 
 class Lab:
-    """Lone hosts with links between them; a context manager: (itself, its hosts)."""
+    """Hosts with links between them; a context manager: (itself, its hosts). `homes`: the names of hosts behind NATs of their own,
+    with the NAT's kind; all others are alone on the internet."""
 
-    def __init__(self, binary, count):
-        self.binary, self.count = binary, count
+    def __init__(self, binary, count, homes=None):
+        self.binary, self.names, self.homes = binary, [f"h{number}" for number in range(1, count + 1)], homes or {}
 
     def __enter__(self):
         self.folder = tempfile.TemporaryDirectory(prefix="murmur-bench-")
         topology = pathlib.Path(self.folder.name) / "topology.toml"
-        topology.write_text("".join(f'[[host]]\nname = "h{number}"\n' for number in range(1, self.count + 1)))
+        homes = "".join(f'[[site]]\nname = "at-{name}"\nnat = {{ kind = "{kind}" }}\n' for name, kind in self.homes.items())
+        site = lambda name: f'site = "at-{name}"\n' if name in self.homes else ""
+        topology.write_text(homes + "".join(f'[[host]]\nname = "{name}"\n{site(name)}' for name in self.names))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([str(self.binary), str(topology)], **pipes)
         self.hosts = []
-        for _ in range(self.count):
+        for _ in self.names:
             words = self.process.stdout.readline().split()
             if len(words) < 4:
                 self.__exit__()

@@ -38,8 +38,20 @@ beside (1 - a) L, the figure says more of the machine than of the ring.
 temperature 0, with and without guesses, and the same through `llama-server` with half of the layers on an `ggml-rpc-server`, with and
 without the same model as its draft.
 
+*candidates*: for each token of stories of the demo model at temperature 0, whether the small model's first choice is right, and if not, its second
+one and so on: what several candidates for a position could bring.
+
 *shared*: eight streams together on a ring of two, 60 ms around, with guesses of which 0.85 are right and without: the rate of all, and how
 much slower than their mean the slowest is.
+
+*relayed*: a small model served from one home to another. Behind cones the two come to a direct connection, with the addresses that a
+seed tells them; behind symmetric NATs all goes through the seed's relay. The relay is as far from each home as the homes are from each other, so
+that its way is twice as long.
+
+*replay*: the arrivals and lengths of an hour of a production service (`--trace FILE`, the CSV of the Azure LLM inference trace of 2023; left out
+without one) through a ring of three, 20 ms around. The hour goes by in `--replay-minutes`, and of its requests every n-th is made, so that the ring is busy for
+half of the time. Printed are the times of first and of later tokens and how the nodes' memory grows after the first quarter. Requests that find the ring
+busy wait, and that is in the first token's time.
 
 *copied*: one stream that says what it has said before, over and over, on a ring of two, 60 ms around: nearly everything can be looked up.
 
@@ -47,7 +59,11 @@ much slower than their mean the slowest is.
 """
 
 import argparse
+import collections
 import contextlib
+import csv
+import datetime
+import math
 import os
 import pathlib
 import random
@@ -59,7 +75,7 @@ import servers
 from bench import Table, at_once, decode_rate, first_token_s, in_turns, machine, together_rate, token_and_compute_ms
 from mesh import Story, distribution, layers_of, spread_over, synthetic, ticket_of
 
-PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "pair", "shared", "copied")
+PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "pair", "candidates", "shared", "copied", "relayed", "replay")
 SHAPE = "bench-1b"
 CONTEXT = 4608
 ROUND_TRIPS_MS = (0, 5, 20, 50)
@@ -80,7 +96,11 @@ GUESSES_S, GUESSED_TOKENS = 3, (16, 1024)
 UNREPEATED = {"frequency_penalty": 1, "presence_penalty": 1}
 DEMO, DEMO_DRAFT = (pathlib.Path(__file__).parent.parent / "models" / "demo" / f"murmur-demo-{name}.gguf" for name in ("q8_0", "draft-q8_0"))
 DEMO_CONTEXT, STORY_WORDS = 512, 250
+CANDIDATES, CANDIDATES_STORIES, CANDIDATES_TOKENS = 4, 20, 100
 NAMES, FRIENDS = ("Lily", "Tom", "Mia", "Ben", "Sue", "Max"), ("a kitten", "a dog", "a bird", "a frog", "a bear", "a duck")
+DEEDS = ("went to the park", "played with a ball", "found a box", "saw a big tree", "were very sad", "wanted to fly", "ran to the river")
+RELAYED_MS, FIRST_TOKENS, SETTLED_S = (0, 20), 25, 12
+REPLAY_STAGES, REPLAY_STREAMS, REPLAY_BUSY, REPLAY_SAMPLE = 3, 8, 0.5, (1024, 192)
 SHARED_MS, SHARED_RIGHT, SHARED_TOKENS = 60, 0.85, 160
 
 
@@ -352,11 +372,38 @@ def pair(options, _, table):
                 table.pairs(f"stories at {ring_ms:g} ms, {name}", "tok/s", *rates)
 
 
+def asked_for_a_story():
+    """A prompt that was hardly asked before."""
+    return f"Once upon a time, {random.choice(NAMES)} and {random.choice(FRIENDS)} {random.choice(DEEDS)}"
+
+
+def candidates(options, _, table):
+    shape = {"threads": 1, "context": DEMO_CONTEXT, "parallel": 1}
+    ranks = collections.Counter()
+    with servers.murmur(options.murmur, DEMO, **shape) as teller, servers.murmur(options.murmur, DEMO_DRAFT, **shape) as guesser:
+
+        def told_by(server, prompt, tokens, **more):
+            body = {"model": server.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, **more}
+            return server.ask("POST", "/v1/completions", body)["choices"][0]["logprobs"]
+
+        for _ in range(CANDIDATES_STORIES):
+            text = asked_for_a_story()
+            for token in told_by(teller, text, CANDIDATES_TOKENS, logprobs=0)["tokens"]:
+                likely = told_by(guesser, text, 1, logprobs=CANDIDATES, ignore_eos=True)["top_logprobs"][0]
+                order = sorted(likely, key=likely.get, reverse=True)
+                ranks[order.index(token) if token in order else CANDIDATES] += 1
+                text += token
+    left = ranks.total()
+    print(f"{left} tokens of {CANDIDATES_STORIES} stories")
+    for rank in range(CANDIDATES):
+        print(f"  where the {rank} before it were wrong, candidate {rank + 1} is right: {ranks[rank] / left:.3f} of {left}")
+        left -= ranks[rank]
+
+
 def story_rate(server):
     """Tokens per second after the first of a story that has not been told before."""
-    words = f"Tell me a story about {random.choice(NAMES)} and {random.choice(FRIENDS)} number {random.randint(0, 999)}."
     body = {
-        "model": server.model, "prompt": f"<|im_start|>user\n{words}<|im_end|>\n<|im_start|>assistant\n",
+        "model": server.model, "prompt": asked_for_a_story(),
         "max_tokens": STORY_WORDS, "temperature": 0, "stream_options": {"include_usage": True},
     }
     begun, tokens = None, 0
@@ -411,6 +458,93 @@ def copied(options, model, table):
             table.pairs(f"copied text at {SHARED_MS} ms, looked up / not", "tok/s", *pair, bar=18)
 
 
+def relayed(options, model, table):
+    nats = {"direct": ("port-restricted-cone", ("h2", "h3")), "relayed": ("symmetric", ("h4", "h5"))}
+    homes = {name: kind for kind, names in nats.values() for name in names}
+    with lab.Lab(options.lab, 5, homes) as (network, hosts), contextlib.ExitStack() as stack:
+        relay = stack.enter_context(servers.seed(options.murmur, hosts[0])).relay
+        by_name = {host.name: host for host in hosts}
+        clients = {}
+        for path, (_, (there, here)) in nats.items():
+            clients[path] = from_home_to_home(options, model, stack, relay, by_name[there], by_name[here], path)
+        for round_trip_ms in RELAYED_MS:
+            network.links(round_trip_ms)
+            # Round trips are measured every few seconds, and smoothed.
+            time.sleep(SETTLED_S)
+            rtts = ", ".join(f"{path} {peer_of(client)['rtt_ms']:.1f} ms" for path, client in clients.items())
+            print(f"homes {round_trip_ms} ms apart; round trips as nodes tell them: {rtts}", flush=True)
+            first = lambda path: 1000 * first_token_s(clients[path], 64)
+            pair = in_turns(FIRST_TOKENS, lambda: first("relayed"), lambda: first("direct"))
+            table.pairs(f"first token of 64 at {round_trip_ms} ms, relayed / direct", "ms", *pair, lower_is_better=True)
+            pair = in_turns(options.rounds, lambda: decode_rate(clients["relayed"]), lambda: decode_rate(clients["direct"]))
+            table.pairs(f"decode at {round_trip_ms} ms, relayed / direct", "tok/s", *pair)
+
+
+def from_home_to_home(options, model, stack, relay, there, here, path):
+    """A client at `here` of a server at `there`, once they are connected in this way."""
+    ways = ("--no-nostr", "--no-mdns", "--relay", relay)
+    shape = {"threads": 1, "context": CONTEXT, "parallel": 1}
+    server = stack.enter_context(servers.murmur(options.murmur, model, **shape, mesh=("--mesh", "bench", *ways), host=there))
+    server.wait(lambda: server.ask("GET", "/api/mesh")["relay"])
+    client = stack.enter_context(servers.client(options.murmur, ("--join", ticket_of(server), *ways), here))
+    client.wait(lambda: client.ask("GET", "/v1/models")["data"])
+    client.model = server.model
+    client.wait(lambda: peer_of(client)["path"].startswith(path))
+    client.generate(servers.unique_prompt(64), 8)
+    return client
+
+
+def peer_of(client):
+    return client.ask("GET", "/api/mesh")["peers"][0]
+
+
+def replay(options, model, table):
+    if options.trace is None:
+        print("replay: left out, as --trace names no file")
+        return
+    with lab.Lab(options.lab, REPLAY_STAGES) as (network, hosts):
+        ring = Ring(options, model, list(hosts), layers_of(options, model), parallel=REPLAY_STREAMS)
+        with ring as first:
+            network.links(FAR_MS / REPLAY_STAGES)
+            arrivals = replayed(options, first)
+            begun, stories, memory_mib = time.perf_counter(), [], []
+            for number, (at_s, prompt, answer) in enumerate(arrivals):
+                time.sleep(max(0, begun + at_s - time.perf_counter()))
+                stories.append(Story(first, servers.unique_prompt(prompt), answer))
+                if number % (len(arrivals) // 4) == 0:
+                    memory_mib.append([node.memory_mib() for node in ring.nodes])
+            for story in stories:
+                story.join()
+            memory_mib.append([node.memory_mib() for node in ring.nodes])
+    whole = [story for story in stories if story.end == "length"]
+    waits_s = [story.times[0] - story.begun for story in whole if story.times]
+    gaps_s = [after - before for story in whole for before, after in zip(story.times, story.times[1:])]
+    for what, values_s in (("first token", waits_s), ("later tokens", gaps_s)):
+        cuts = statistics.quantiles(values_s, n=100, method="inclusive")
+        print(f"{what}: {len(values_s)}   " + "   ".join(f"p{part} {1000 * cuts[part - 1]:.0f} ms" for part in (50, 95, 99)))
+    print("memory of the nodes, MiB: " + ", then ".join("/".join(f"{node:.0f}" for node in nodes) for nodes in memory_mib))
+    table.limit(f"requests of {len(stories)} that failed", "", len(stories) - len(whole), 0)
+    for reason in sorted({story.end for story in stories if story.end != "length"}):
+        print(f"  failed: {reason}")
+
+
+def replayed(options, server):
+    """(seconds from the beginning, prompt tokens, answer tokens) of the requests of a trace that a ring can carry."""
+    with open(options.trace, newline="") as file:
+        rows = [(datetime.datetime.fromisoformat(row["TIMESTAMP"][:26]), int(row["ContextTokens"]), int(row["GeneratedTokens"])) for row in csv.DictReader(file)]
+    begin, minutes = rows[0][0], options.replay_minutes
+    shrink = 60 * minutes / (rows[-1][0] - begin).total_seconds()
+    # What the longest ask for is more than the context has.
+    fits = lambda prompt, answer: (min(prompt, CONTEXT - answer - 1), answer)
+    all_of_it = [((at - begin).total_seconds() * shrink, *fits(prompt, answer)) for at, prompt, answer in rows]
+    # A mean request, as many at once as the ring takes.
+    busy_s = statistics.median(at_once(REPLAY_STREAMS, lambda: server.generate(servers.unique_prompt(REPLAY_SAMPLE[0]), REPLAY_SAMPLE[1])[1])) / REPLAY_STREAMS
+    every = math.ceil(len(rows) * busy_s / (REPLAY_BUSY * 60 * minutes))
+    taken = all_of_it[::every]
+    print(f"a request of {REPLAY_SAMPLE[0]} and {REPLAY_SAMPLE[1]} tokens takes {1000 * busy_s:.0f} ms of the ring: every {every}th of {len(rows)}, {len(taken)} in {minutes:.0f} min", flush=True)
+    return taken
+
+
 def arguments():
     parser = argparse.ArgumentParser(prog="./x bench links", description="Measures rings of machines with distances between them, in the lab.")
     parser.add_argument("--murmur", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
@@ -421,6 +555,8 @@ def arguments():
     parser.add_argument("--kills", type=int, default=12, help="machines to kill for each figure of `deaths` (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"what to measure (default: all): {', '.join(PARTS)}")
     parser.add_argument("--rings-ms", nargs="+", type=float, default=RINGS_MS, metavar="MS", help="ways around the rings of `guesses` and `pair` (default: 0 20 60 100 200)")
+    parser.add_argument("--trace", type=pathlib.Path, help="arrivals and lengths for `replay`: CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
+    parser.add_argument("--replay-minutes", type=float, default=6, help="what the hour of `replay` takes (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -430,7 +566,7 @@ def main():
     shapes = {
         SHAPE: (tokens, streams, prefill, codecs),
         DEATHS_SHAPE: (deaths,),
-        GUESSED_SHAPE: (guesses, pair, shared, copied),
+        GUESSED_SHAPE: (guesses, pair, candidates, shared, copied, relayed, replay),
     }
     for shape, parts in shapes.items():
         for part in parts:

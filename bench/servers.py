@@ -203,13 +203,30 @@ def offline(address="127.0.0.1"):
     return ("--relay", "none", "--no-nostr", "--no-mdns", "--bind", f"{address}:{free_port()}")
 
 
-def client(binary):
-    """A node of the public mesh `bench` without models of its own."""
+def client(binary, mesh=None, host=None):
+    """A node of the public mesh `bench` without models of its own; `mesh`: other arguments that lead it into one."""
+    into = mesh or ("--mesh", "bench", *offline())
 
     def command(port, folder):
-        return [binary, "client", "--api", f"127.0.0.1:{port}", "--data-dir", folder, "--mesh", "bench", *offline()]
+        return [binary, "client", "--api", f"127.0.0.1:{port}", "--data-dir", folder, *into]
 
-    return Server("client", command)
+    return Server("client", command, host)
+
+
+class seed:
+    """Relays of one's own on a host of the lab; a context manager."""
+
+    def __init__(self, binary, host):
+        self.command = [str(word) for word in (*host.entry, binary, "seed", "--json", "--bind", host.address)]
+
+    def __enter__(self):
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.relay = json.loads(self.process.stdout.readline())["relay"]
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.communicate()
 
 
 def llama_server(folder, model, *, threads, context, parallel, host=None, rpc=None, draft=None):

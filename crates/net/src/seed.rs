@@ -135,3 +135,21 @@ fn free_for_both(ip: IpAddr) -> io::Result<SocketAddr> {
 
 /// Ports that are tried where any will do.
 const PORT_TRIES_MAX: u32 = 16;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_seed_is_called_as_its_owner_says() {
+        let called = |host: &str| SeedOptions { host: Some(host.into()), ..SeedOptions::default() };
+        let seed = Seed::start(called("seed.example")).await.unwrap();
+        let (nostr, relay) = (seed.nostr_url(), seed.relay_url());
+        assert!(
+            nostr.starts_with("ws://seed.example:") && relay.starts_with("http://seed.example:"),
+            "{nostr} {relay}"
+        );
+        let error = Seed::start(called("seed of mine")).await.unwrap_err();
+        assert!(matches!(&error, NetError::Option { what: "host", .. }), "{error}");
+    }
+}

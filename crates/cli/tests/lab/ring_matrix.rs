@@ -106,6 +106,8 @@ impl Phase {
 enum Fault {
     NodeKilled,
     EngineKilled,
+    /// It hangs until its node ends it.
+    EngineStopped,
     NodeStopped(Duration),
     LinkDead(Duration),
     /// One packet of a hundred is lost until the streams are over.
@@ -150,6 +152,7 @@ impl Scenario {
         let faults = [
             Fault::NodeKilled,
             Fault::EngineKilled,
+            Fault::EngineStopped,
             Fault::NodeStopped(while_for),
             Fault::LinkDead(while_for),
             Fault::LinkLossy,
@@ -340,10 +343,8 @@ impl<'a> World<'a> {
         let node = &self.machines[at];
         match fault {
             Fault::NodeKilled => node.dies(),
-            Fault::EngineKilled => {
-                let process = || node.model_status()["ring"]["process_id"].as_u64();
-                signal(&until("its engine process is known", process), "KILL");
-            }
+            Fault::EngineKilled => signal(&node.hosting_process(), "KILL"),
+            Fault::EngineStopped => signal(&node.hosting_process(), "STOP"),
             Fault::NodeStopped(_) => node.server.signal("STOP"),
             Fault::LinkDead(_) => self.lab.isolate(node.host.name()).unwrap(),
             Fault::LinkLossy => self.set_link(node.host.name(), &Link { loss: 0.01, ..self.link }),
@@ -516,6 +517,7 @@ fn play(seeds: &[u64], guesses: bool) {
         let fault = match scenario.fault {
             Fault::NodeKilled => "node killed",
             Fault::EngineKilled => "engine killed",
+            Fault::EngineStopped => "engine stopped",
             Fault::NodeStopped(_) => "node stopped",
             Fault::LinkDead(_) => "link dead",
             Fault::LinkLossy => "link lossy",

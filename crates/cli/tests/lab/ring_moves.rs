@@ -11,8 +11,9 @@ use crate::{
     common::{
         Home,
         http::{Completion, End},
-        until,
+        signal, until,
     },
+    ring_matrix::pause,
     world::{Node, UNAIDED, lab, run},
 };
 
@@ -180,6 +181,29 @@ fn an_answer_goes_on_around_another_ring_where_nobody_can_hold_what_was_lost() {
         assert_eq!(stream.text, world.whole.complete(&request(1, tokens)));
     }
     assert_eq!(holders(&driver).len(), 3);
+}
+
+#[test]
+fn an_engine_process_that_hangs_is_replaced_on_its_machine_and_no_token_changes() {
+    let Some(lab) = lab(&Topology::of_hosts(["one", "two", "three", "whole"])) else { return };
+    let files = Home::new();
+    let mut world = World::new(&lab, &files, 12, Weights::Q8_0);
+    let machines = ["one", "two", "three"].map(|name| world.machine(name, 4, &[]));
+    machines.iter().for_each(Node::waits_for_its_models);
+    let (ring, tokens) = (holders(&machines[0]), 80);
+    let mut stream = begin(&machines[0], tokens);
+    let hangs = machines[1].hosting_process();
+    signal(&hangs, "STOP");
+    let stopped = Instant::now();
+    assert_eq!(stream.finish(), End::Finished("length".into()));
+    assert_eq!(stream.text, world.whole.complete(&request(1, tokens)));
+    eprintln!("the stream went on {:.1?} after that", pause(stopped, &stream.arrivals).unwrap());
+    for machine in &machines {
+        assert_eq!(machine.complete(&request(2, 40)), world.whole.complete(&request(2, 40)));
+        // Nobody else has room for the part.
+        assert_eq!(holders(machine), ring, "{}", machine.host.name());
+    }
+    assert_ne!(machines[1].hosting_process(), hangs);
 }
 
 #[test]

@@ -210,6 +210,12 @@ impl<'a> Node<'a> {
         self.status()["models"][0].take()
     }
 
+    /// The process that computes its part of a ring.
+    #[track_caller]
+    pub fn hosting_process(&self) -> u64 {
+        until("its engine process is known", || self.model_status()["ring"]["process_id"].as_u64())
+    }
+
     /// All models that it serves are ready.
     #[track_caller]
     pub fn waits_for_its_models(&self) {

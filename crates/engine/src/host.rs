@@ -101,6 +101,7 @@ struct Routes {
     outward: HashMap<u64, (u64, u64)>,
     /// Hidden states of sessions that a driver has not opened yet, by driver.
     early: HashMap<u64, Early>,
+    computed_rows: u64,
     speed: Speed,
 }
 
@@ -233,6 +234,7 @@ impl Routes {
 
     fn outward(&mut self, mut frame: Frame) {
         if let (Kind::Done | Kind::Sampled, Ok(step)) = (frame.header.kind, frame.decode::<Step>()) {
+            self.computed_rows += u64::from(frame.header.rows);
             self.speed.note(frame.header.rows, &step);
         }
         let Some(&(guest, session)) = self.outward.get(&frame.header.session) else { return };
@@ -305,6 +307,11 @@ impl Host {
     /// How fast it is.
     pub fn speed(&self) -> Speed {
         self.inner.routes().speed
+    }
+
+    /// Rows that it has computed for all its drivers, those of sessions that were over by then as well.
+    pub fn computed_rows(&self) -> u64 {
+        self.inner.routes().computed_rows
     }
 
     /// Drivers that use it now.

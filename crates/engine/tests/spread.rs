@@ -6,7 +6,7 @@ mod common;
 
 use std::{
     os::unix::net::UnixStream,
-    sync::{Arc, mpsc},
+    sync::{Arc, atomic::Ordering, mpsc},
     thread,
 };
 
@@ -106,6 +106,52 @@ async fn hosts_beside_a_dead_one_compute_nothing_twice_for_any_of_their_drivers(
                 assert!((once..=once + again).contains(&rows), "{victim} dies, stage {at}: {rows} of {once}");
             }
         }
+    }
+}
+
+/// Has a prompt of many chunks read until as many as may be under way have been computed by the first of three stages, and wait for
+/// the second: on their way to it, or at it if it `hangs` for a moment. Then the client leaves, and another one comes. Rows that each
+/// stage has computed for those that came before it, and for both.
+fn rows_when_a_client_leaves(lab: &Lab, hangs: bool) -> ([u64; 3], [u64; 3]) {
+    let model = lab.tiny("llama", Weights::Q8_0);
+    let spread = Spread::new(lab, &model, 3);
+    let driver = spread.engine_with(true);
+    let rows = || [0, 1, 2].map(|stage: usize| spread.holders[stage].host().computed_rows());
+    let second = &spread.holders[1];
+    second.is_cut_off.store(true, Ordering::Relaxed);
+    let leaves = driver.start(request(prompt(7 * CHUNK_ROWS as usize, 1), 8, greedy())).unwrap();
+    let in_flight = 4 * u64::from(CHUNK_ROWS);
+    until("the first stage has computed what may be under way", || (rows()[0] == in_flight).then_some(()));
+    if hangs {
+        stop_process(second.host().process_id().unwrap());
+        second.is_cut_off.store(false, Ordering::Relaxed);
+        until("they have arrived", || (second.arrived(Kind::Hidden) == 4).then_some(()));
+    }
+    let before = rows();
+    drop(leaves);
+    until("the second stage is told", || (second.arrived(Kind::Close) == 1).then_some(()));
+    second.is_cut_off.store(false, Ordering::Relaxed);
+    if hangs {
+        continue_process(second.host().process_id().unwrap());
+    }
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    assert_eq!(runtime.block_on(run(&driver, request(prompt(20, 2), 8, greedy()))).tokens.len(), 8);
+    (before, rows())
+}
+
+#[test]
+fn what_waits_for_a_stage_or_is_on_its_way_there_is_not_computed_when_the_client_has_left() {
+    let lab = Lab::new();
+    // Those of the other client: the last of its tokens is in no batch.
+    let others = 20 + 8 - 1;
+    let chunk = u64::from(CHUNK_ROWS);
+    // One that has hung may have begun before all that waits for it has come out of the socket.
+    for (hangs, begun) in [(false, 0), (true, chunk)] {
+        let (before, after) = rows_when_a_client_leaves(&lab, hangs);
+        assert_eq!(before, [4 * chunk, 0, 0], "hangs: {hangs}");
+        let [first, second, third] = after.map(|rows| rows - others);
+        assert!(second <= begun, "hangs: {hangs}, {second} rows");
+        assert_eq!([first, third], [4 * chunk, 0], "hangs: {hangs}");
     }
 }
 

@@ -56,7 +56,7 @@
 //! | `stages[]` | `layers` from and to; `process_id`, or the `node` that holds it; `restarts`, `load_ms`, `weight_bytes`, `kv_cells`; `computed_rows` for requests of this node; `codec` in which hidden states go on to the next node |
 //! | `stages[].standby` | who stands by for it: `node`, and the `computed_rows` of this node's requests that it has computed as well; null: nobody |
 //! | `stages[].last_step` | `compute_us`, `batch_rows`, `threads` of its last batch |
-//! | `ring` | of a model that is spread over the mesh: `because` of what, what it is `waiting` for, which layers are `held` here, by which `process_id` |
+//! | `ring` | of a model that is spread over the mesh: `because` of what, what it is `waiting` for, which layers are `held` here, by which `process_id`, and the `computed_rows` of that process, whoever asked for them |
 
 use std::{
     borrow::Cow,
@@ -174,11 +174,13 @@ fn ring(model: &Model) -> Option<Value> {
     let waiting = model.ring().0;
     let held = model.holding().held();
     let held = held.as_ref();
+    let host = held.and_then(|held| held.host.as_ref());
     Some(json!({
         "because": spread.reason,
         "waiting": waiting,
         "held": held.map(|held| [held.terms.range.first, held.terms.range.end]),
-        "process_id": held.and_then(|held| held.host.as_ref()?.process_id()),
+        "process_id": host.and_then(|host| host.process_id()),
+        "computed_rows": host.map(|host| host.computed_rows()),
     }))
 }
 

@@ -215,6 +215,11 @@ pub fn stop_process(pid: u32) {
     signal(pid, rustix::process::Signal::STOP);
 }
 
+/// Has it go on.
+pub fn continue_process(pid: u32) {
+    signal(pid, rustix::process::Signal::CONT);
+}
+
 fn signal(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
     rustix::process::kill_process(pid, signal).unwrap();

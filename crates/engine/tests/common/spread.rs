@@ -4,7 +4,11 @@ use std::{
     io::Write,
     os::unix::net::UnixStream,
     path::Path,
-    sync::{Arc, Mutex, Weak, mpsc},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -13,12 +17,16 @@ use murmur_engine::{Draft, Engine, EngineOptions, Guest, Host, RemoteStage, Stop
 use murmur_gguf::{LayerRange, even_cuts};
 use murmur_protocol::frame::{Frame, Header, Kind};
 
-use super::Lab;
+use super::{Lab, until};
 
 /// Who holds a range: a host in this process, another one once it is dead.
 pub struct Holder {
     load: Box<dyn Fn() -> Host + Send + Sync>,
     host: Mutex<Option<Arc<Host>>>,
+    /// Hidden states from the stage before it do not arrive: they are on their way until they may.
+    pub is_cut_off: AtomicBool,
+    /// What has arrived.
+    arrived: Mutex<Vec<Kind>>,
 }
 
 impl Holder {
@@ -29,13 +37,27 @@ impl Holder {
         }
         host.clone().unwrap()
     }
+
+    /// Frames of this kind that have arrived so far.
+    pub fn arrived(&self, kind: Kind) -> usize {
+        self.arrived.lock().unwrap().iter().filter(|arrived| **arrived == kind).count()
+    }
+
+    fn take(&self, guest: &Guest, frame: Frame) {
+        let kind = frame.header.kind;
+        if kind == Kind::Hidden {
+            until("hidden states arrive", || (!self.is_cut_off.load(Ordering::Relaxed)).then_some(()));
+        }
+        guest.send(frame).unwrap();
+        self.arrived.lock().unwrap().push(kind);
+    }
 }
 
 /// A stage of one driver's ring.
 struct Seat {
     holder: Arc<Holder>,
-    /// The driver at the next stage's host, for hidden states that go there straight away.
-    next: Option<Arc<Place>>,
+    /// The next stage's host and the driver there, for hidden states that go there straight away.
+    next: Option<(Arc<Holder>, Arc<Place>)>,
     place: Arc<Place>,
     /// How long frames from the driver are on their way.
     delay: Duration,
@@ -57,9 +79,9 @@ impl RemoteStage for Seat {
         thread::spawn(move || {
             loaded.write_to(&mut to).unwrap();
             while let Ok(frame) = answered.recv() {
-                let next = next.as_ref().and_then(|next| next.lock().unwrap().upgrade());
-                if let (Kind::Hidden, Some(next)) = (frame.header.kind, next) {
-                    next.send(frame).unwrap();
+                let next = next.as_ref().and_then(|(holder, place)| Some((holder, place.lock().unwrap().upgrade()?)));
+                if let (Kind::Hidden, Some((holder, guest))) = (frame.header.kind, next) {
+                    holder.take(&guest, frame);
                     continue;
                 }
                 let mut bytes = Vec::new();
@@ -71,7 +93,7 @@ impl RemoteStage for Seat {
             let _ = to.shutdown(std::net::Shutdown::Both);
         });
         let (sent, on_its_way) = mpsc::channel::<(Instant, Frame)>();
-        let delay = self.delay;
+        let (delay, holder) = (self.delay, self.holder.clone());
         thread::spawn(move || {
             while let Ok(Some(frame)) = Frame::read_from(&mut from) {
                 sent.send((Instant::now() + delay, frame)).unwrap();
@@ -80,7 +102,7 @@ impl RemoteStage for Seat {
         thread::spawn(move || {
             while let Ok((due, frame)) = on_its_way.recv() {
                 thread::sleep(due.saturating_duration_since(Instant::now()));
-                guest.send(frame).unwrap();
+                holder.take(&guest, frame);
             }
         });
         Ok(engines)
@@ -105,7 +127,12 @@ impl<'a> Spread<'a> {
         let holder = |&range: &LayerRange| {
             let options = lab.options(model, vec![range], true);
             let load = Box::new(move || Host::load(&options, range, &Stop::new(), |_| {}).unwrap());
-            Arc::new(Holder { load, host: Mutex::default() })
+            Arc::new(Holder {
+                load,
+                host: Mutex::default(),
+                is_cut_off: AtomicBool::default(),
+                arrived: Mutex::default(),
+            })
         };
         let holders = ranges.iter().map(holder).collect();
         Spread { lab, model, ranges, holders }
@@ -125,7 +152,7 @@ impl<'a> Spread<'a> {
     pub fn engine_far(&self, hops: bool, delay: Duration, draft: Draft) -> Engine {
         let places: Vec<Arc<Place>> = self.holders.iter().map(|_| Arc::default()).collect();
         let seat = |(at, holder): (usize, &Arc<Holder>)| {
-            let next = places.get(at + 1).filter(|_| hops).cloned();
+            let next = self.holders.get(at + 1).cloned().zip(places.get(at + 1).cloned()).filter(|_| hops);
             let place = places[at].clone();
             Some(Arc::new(Seat { holder: holder.clone(), next, place, delay }) as Arc<dyn RemoteStage>)
         };

@@ -48,9 +48,6 @@ pub const NODES_MAX: usize = 64;
 /// A ring for which layers move must be better by this fraction than the one for which they need not.
 pub const MOVE_GAIN_MIN: f64 = 0.1;
 
-/// Rings beside the first that [`Planner::replicas`] finds, at most.
-pub const REPLICAS_MAX: usize = 8;
-
 /// What is known.
 #[derive(Debug, Clone, Copy)]
 pub struct Planner<'a> {
@@ -105,23 +102,6 @@ impl Planner<'_> {
         }
         let ring = self.best_ring(&ask).ok_or_else(|| NoRing::Short(self.shortage(&ask)))?;
         Ok(self.explained(&ring, &ask, Origin::Anew, None))
-    }
-
-    /// Further rings, of nodes that are in none of `rings` nor in each other, the best first: as many as memory allows, up to
-    /// [`REPLICAS_MAX`].
-    pub fn replicas(&self, ask: &Ask, rings: &[Plan]) -> Vec<Plan> {
-        let mut ask = Ask { pins: Vec::new(), previous: Vec::new(), ..ask.clone() };
-        let used = |plan: &Plan| plan.stages.iter().map(|stage| stage.node).collect::<Vec<_>>();
-        ask.excluded.extend(rings.iter().flat_map(used));
-        let mut replicas = Vec::new();
-        while replicas.len() < REPLICAS_MAX
-            && let Some(ring) = self.best_ring(&ask)
-        {
-            let plan = self.plan_of(&ring, &ask, Origin::Best);
-            ask.excluded.extend(used(&plan));
-            replicas.push(plan);
-        }
-        replicas
     }
 
     /// Pins that hold what is left of the previous ring in its place, beside those that were asked for. `None` when there was

@@ -354,19 +354,6 @@ fn speeds_that_drift_by_a_tenth_move_nothing() {
 }
 
 #[test]
-fn replicas_are_rings_of_the_nodes_that_are_left() {
-    let (model, links) = (model(16), links(8, 1_000.0));
-    let nodes: Vec<NodeFacts> = (1..=7).map(|number| peer(number, 1, 1_000.0 * f64::from(number))).collect();
-    let planner = Planner { model: &model, nodes: &nodes, links: &links };
-    let first = planner.plan(&ask()).unwrap();
-    let replicas = planner.replicas(&ask(), std::slice::from_ref(&first));
-    let mut used: Vec<NodeId> = replicas.iter().chain([&first]).flat_map(order).collect();
-    used.sort();
-    assert_eq!((replicas.len(), used), (2, (1..=6).map(node).collect::<Vec<_>>()));
-    assert!(first.token_us < replicas[0].token_us && replicas[0].token_us < replicas[1].token_us);
-}
-
-#[test]
 fn without_a_ring_the_error_says_what_would_do() {
     let (model, links) = (model(16), links(4, 1_000.0));
     let nodes = [peer(1, 1, 1_000.0), peer(2, 1, 1_000.0)];

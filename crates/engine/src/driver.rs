@@ -373,6 +373,13 @@ impl Driver {
         self.end_all(|| SessionEvent::Failed(reason.to_owned()));
     }
 
+    /// Sessions that still wait for their turn are for another engine, but for suspects: what they did is known here.
+    pub fn send_waiting_away(&mut self, reason: &str) {
+        let waits = |session: &Session| !matches!(session.phase, Phase::Running { .. }) && !session.is_suspect();
+        let waiting: Vec<u64> = self.sessions.iter().filter(|(_, s)| waits(s)).map(|(&id, _)| id).collect();
+        waiting.into_iter().for_each(|id| self.end(id, SessionEvent::Lost(reason.to_owned())));
+    }
+
     fn end_all(&mut self, last: impl Fn() -> SessionEvent) {
         for id in self.sessions.keys().copied().collect::<Vec<_>>() {
             self.end(id, last());

@@ -399,6 +399,12 @@ impl Engine {
         self.shared.stop.stop();
     }
 
+    /// Ends the requests that still wait for their turn as [`SessionEvent::Lost`], so that another engine answers them. Those that may
+    /// have killed stages stay.
+    pub fn send_waiting_away(&self, reason: &str) {
+        self.shared.drive(|driver| driver.send_waiting_away(reason));
+    }
+
     /// The processes that the engine has now.
     pub fn process_ids(&self) -> Vec<u32> {
         let stages = self.shared.stages.iter();

@@ -423,6 +423,14 @@ impl Model {
         life.loaded.clone().filter(|loaded| !life.is_loading && loaded.engine.is_ready())
     }
 
+    /// Whether requests wait although fewer run than could: other drivers' requests are in their places.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.in_use().is_some_and(|loaded| {
+            let status = loaded.engine.status();
+            status.queued > 0 && status.running < loaded.engine.options().parallel as usize
+        })
+    }
+
     /// Notes why there is none.
     pub(crate) fn wait_for_ring(&self, reason: String) {
         let mut state = self.ring_state();
@@ -600,8 +608,10 @@ impl Model {
                 let card = Arc::new(self.loaded_card(&engine));
                 let loaded = LoadedModel { card, engine, memory_bytes: life.planned_bytes };
                 self.load_ms.store(u32::try_from(started.elapsed().as_millis()).unwrap_or(u32::MAX), Ordering::Relaxed);
-                let before = life.loaded.replace(Arc::new(loaded));
-                life.left.extend(before);
+                if let Some(before) = life.loaded.replace(Arc::new(loaded)) {
+                    before.engine.send_waiting_away("another ring is used now");
+                    life.left.push(before);
+                }
                 // Stopped in the last moment, before there was an engine to tell.
                 if life.is_ended { Err(NodeError::Interrupted) } else { Ok(()) }
             }

@@ -320,15 +320,17 @@ impl Waking {
 }
 
 /// An answer of this machine's own engine. The model is not let go before it is over. When stages of a ring are lost and nobody can hold
-/// them, the answer goes on around the next ring.
+/// them, the answer goes on around the next ring; so does one that has still to begin when there is another ring.
 pub(crate) struct LocalStream {
     models: Arc<Models>,
     at: usize,
     /// What another engine would be asked for: with the tokens that have come.
     request: SessionRequest,
     place: Place,
-    /// Whether it has had another engine before. What is known of the prompt was told then.
-    has_moved: bool,
+    /// An engine has told what is known of the prompt.
+    is_prompt_told: bool,
+    /// The one before has: this one says it again.
+    was_prompt_told: bool,
 }
 
 /// Where an answer is made.
@@ -354,7 +356,8 @@ impl LocalStream {
     ) -> Result<LocalStream, StartError> {
         let stream = loaded.engine.start(request.clone())?;
         let place = Place::Engine { stream, _model: loaded };
-        Ok(LocalStream { models: Arc::clone(models), at, request, place, has_moved: false })
+        let models = Arc::clone(models);
+        Ok(LocalStream { models, at, request, place, is_prompt_told: false, was_prompt_told: false })
     }
 
     /// The next event. Nothing is lost if it is dropped before it is done.
@@ -366,8 +369,9 @@ impl LocalStream {
                         self.place = Place::Waiting { reason, until: Instant::now() + NEXT_RING_MAX };
                     }
                     SessionEvent::Lost(reason) => return Some(SessionEvent::Failed(reason)),
-                    SessionEvent::Prefill { .. } if self.has_moved => {}
+                    SessionEvent::Prefill { .. } if self.was_prompt_told => {}
                     event => {
+                        self.is_prompt_told |= matches!(event, SessionEvent::Prefill { .. });
                         if let SessionEvent::Token(sampled) = &event {
                             self.request.generated.push(sampled.token);
                         }
@@ -394,7 +398,8 @@ impl LocalStream {
         if let Some(loaded) = model.used() {
             match loaded.engine.start(self.request.clone()) {
                 Ok(stream) => {
-                    (self.place, self.has_moved) = (Place::Engine { stream, _model: loaded }, true);
+                    self.place = Place::Engine { stream, _model: loaded };
+                    self.was_prompt_told = self.is_prompt_told;
                     return Ok(());
                 }
                 Err(StartError::Unavailable(_) | StartError::QueueFull(_)) => {}

@@ -184,6 +184,34 @@ fn an_answer_goes_on_around_another_ring_where_nobody_can_hold_what_was_lost() {
 }
 
 #[test]
+fn requests_that_find_no_room_in_a_ring_go_around_a_second_one_of_the_machines_that_are_left() {
+    let Some(lab) = lab(&Topology::of_hosts(["one", "two", "three", "four", "whole"])) else { return };
+    let files = Home::new();
+    let mut world = World::new(&lab, &files, 12, Weights::Q8_0);
+    let machines = ["one", "two", "three", "four"].map(|name| world.machine(name, 6, &["--parallel=1"]));
+    machines.iter().for_each(Node::waits_for_its_models);
+    let ring = holders(&machines[0]);
+    machines.iter().for_each(|machine| assert_eq!(holders(machine), ring));
+    let tokens = 400;
+    let mut stream = begin(&machines[0], tokens);
+    let (mut waits, waited) = (machines[1].start_stream(&request(2, 40)), Instant::now());
+    assert_eq!(waits.finish(), End::Finished("length".into()));
+    eprintln!("a request that found no room was answered after {:.1?}", waited.elapsed());
+    let second = holders(&machines[1]);
+    assert!(second.len() == 2 && second.iter().all(|holder| !ring.contains(holder)), "{ring:?}, {second:?}");
+    assert_eq!(machines[1].complete(&request(3, 40)), world.whole.complete(&request(3, 40)));
+    assert_eq!(machines[0].model_status()["requests_running"], 1, "the stream that had the room is over");
+    for machine in &machines {
+        let rows = machine.model_status()["ring"]["computed_rows"].take();
+        assert!(rows.as_u64() > Some(0), "{} has computed {rows} rows", machine.host.name());
+    }
+    assert_eq!(waits.text, world.whole.complete(&request(2, 40)));
+    assert_eq!(stream.finish(), End::Finished("length".into()));
+    assert_eq!(stream.text, world.whole.complete(&request(1, tokens)));
+    assert_eq!(holders(&machines[0]), ring);
+}
+
+#[test]
 fn an_engine_process_that_hangs_is_replaced_on_its_machine_and_no_token_changes() {
     let Some(lab) = lab(&Topology::of_hosts(["one", "two", "three", "whole"])) else { return };
     let files = Home::new();

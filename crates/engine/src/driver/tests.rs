@@ -81,6 +81,23 @@ fn a_stage_that_other_drivers_have_filled_is_asked_again() {
 }
 
 #[test]
+fn sessions_that_wait_are_sent_away_and_those_that_run_stay() {
+    let mut driver = driver_of(1, true);
+    let (runs, mut hears) = driver.start(request()).unwrap();
+    answer(&mut driver, 0, Kind::Opened, (runs, 0), &holds(0));
+    let (opening, mut first) = driver.start(request()).unwrap();
+    let (full, mut second) = driver.start(request()).unwrap();
+    answer(&mut driver, 0, Kind::NotOpened, (full, 0), &NotOpened::Busy { retry_ms: 1 });
+    sent(&mut driver);
+    driver.send_waiting_away("elsewhere");
+    assert!(sent(&mut driver).contains(&(0, Kind::Close, opening, 0, 0)));
+    for events in [&mut first, &mut second] {
+        assert_eq!(heard(&mut driver, events), Some(SessionEvent::Lost("elsewhere".into())));
+    }
+    assert_eq!((heard(&mut driver, &mut hears), driver.running(), driver.queued()), (None, 1, 0));
+}
+
+#[test]
 fn a_token_that_does_not_exist_ends_the_session_and_says_so() {
     let mut driver = driver(1);
     let (id, mut events) = driver.start(request()).unwrap();

@@ -3,6 +3,9 @@
 //! A model without a ring gets one as soon as there can be one. A model that has one gets a better one when there can be one, which
 //! is opened beside it: requests that run end where they are, further ones go around the new one, and what nobody uses any more
 //! is let go. So that nothing needs memory twice, layers that drivers use stay where they are: newcomers take over whole ranges.
+//!
+//! Drivers share a ring as long as it has room for the requests of all. One whose requests find none there, because others' have it,
+//! goes around the machines that are not in it, if these can hold the model as well: a second ring, and so on.
 
 use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
@@ -34,8 +37,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 const TURN: Duration = Duration::from_secs(10);
 /// A better ring must have been to be had for so long: of a node that has just come little is known.
 const SETTLED: Duration = Duration::from_secs(10);
-/// Turns are shorter when a node is about to leave a ring.
-const TURN_WHEN_LEFT: Duration = Duration::from_secs(1);
+/// Turns are shorter when a node is about to leave a ring, or a ring is crowded.
+const TURN_WHEN_PRESSED: Duration = Duration::from_secs(1);
+/// Requests must have found no room for so long: mostly some soon does.
+const CROWDED: Duration = Duration::from_secs(5);
+/// A ring beside a crowded one is used for so long at least, be the other one better.
+const BESIDE_MIN: Duration = Duration::from_secs(120);
 
 /// What a node offers of a model.
 #[derive(Debug, Clone, PartialEq)]
@@ -161,14 +168,19 @@ fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
         },
     };
     let (mut offers, leaving) = matching_offers(node, mesh, model, &identity.digest);
-    {
+    let is_waiting = in_use.is_some() && model.is_crowded();
+    let (options, ids) = (node.options(), Ids::of(mesh));
+    let (before, is_crowded) = {
         let mut search = model.search();
         offers.retain(|offer| !search.is_avoided(offer.node));
-        if !search.is_due(&offers, in_use.as_ref().map(|(_, placements)| placements)) {
+        let before = offers.iter().filter(|offer| offer.node < ids.own()).count() as u32;
+        let since = search.crowded_since(is_waiting);
+        let is_crowded = since.is_some_and(|since| since.elapsed() >= CROWDED + TURN_WHEN_PRESSED * before);
+        if !search.is_due(&offers, in_use.as_ref().map(|(_, placements)| placements)) && !is_crowded {
             return;
         }
-    }
-    let (options, ids) = (node.options(), Ids::of(mesh));
+        (before, is_crowded)
+    };
     let size = Size { context_tokens: spread.context_tokens, parallel: options.parallel };
     let ask = match ids.ask(&options.ring, size) {
         Ok(ask) => Ask { lossy: options.lossy.clone(), ..ask },
@@ -176,9 +188,9 @@ fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
         Err(reason) => return model.wait_for_ring(reason),
     };
     let wanted = Wanted { offers: &offers, facts: &spread.facts, ask };
-    let before = offers.iter().filter(|offer| offer.node < ids.own()).count() as u32;
     let found = match &in_use {
         None => first(&wanted, model, spread, options.ctx_tokens.is_some(), before),
+        Some((size, placements)) if is_crowded => beside(&wanted, model, (*size, placements)),
         Some((size, placements)) => {
             // What this one pauses for is others.
             let is_used = |node: &NodeId| *node != ids.own() && placements.iter().any(|stage| stage.node == *node);
@@ -234,8 +246,9 @@ fn better(
         return None;
     }
     let (plan, settled, turn) = match lost {
+        [] if !model.search().may_improve() => return None,
         [] => (wanted.better(size, now), SETTLED, TURN),
-        _ => (wanted.without(size, now, lost), Duration::ZERO, TURN_WHEN_LEFT),
+        _ => (wanted.without(size, now, lost), Duration::ZERO, TURN_WHEN_PRESSED),
     };
     let mut search = model.search();
     let since = search.better_since(plan.is_some())?;
@@ -246,6 +259,17 @@ fn better(
         search.better_since(false);
         (plan, size)
     })
+}
+
+/// A ring of the nodes that have no part of the crowded one in use.
+fn beside(wanted: &Wanted<'_>, model: &Model, (size, now): (Size, &[Placement])) -> Option<(Plan, Size)> {
+    let plan = if wanted.is_one_loading() { None } else { wanted.beside(size, now) };
+    let mut search = model.search();
+    // If there is none, it is looked for again when it has been crowded for as long again.
+    search.crowded_since(false);
+    let plan = plan?;
+    search.stays_for(BESIDE_MIN);
+    Some((plan, size))
 }
 
 /// Opens a ring, beside the one in use if there is one.
@@ -387,6 +411,14 @@ impl Wanted<'_> {
     /// The ring in use without these nodes.
     fn without(&self, size: Size, now: &[Placement], lost: &[NodeId]) -> Option<Plan> {
         self.for_all(size, now, self.settled(size), |planner, ask| planner.mend(&ask, lost).ok())
+    }
+
+    /// The best ring without the nodes of the one in use. Ends that are kept here are kept in both.
+    pub(super) fn beside(&self, size: Size, now: &[Placement]) -> Option<Plan> {
+        let mut nodes = self.settled(size);
+        let is_given = |node: NodeId| self.ask.keep_ends > 0 && node == self.ask.driver;
+        nodes.retain(|other| is_given(other.node) || now.iter().all(|stage| stage.node != other.node));
+        self.plan(&nodes, &self.ask(size)).ok()
     }
 
     /// A ring that is found not for this driver but for all together, as it is for this one: a change is for all of them to follow.
@@ -653,6 +685,33 @@ mod tests {
         assert_eq!(ring_of(&offers, of_loaded), None);
         offers[2].stage.state = ModelState::Available;
         assert_eq!(ring_of(&offers, |wanted| wanted.best(true).ok()), Some(ring));
+    }
+
+    #[test]
+    fn beside_a_ring_there_is_another_where_those_that_are_left_can_hold_the_model() {
+        let facts = model();
+        let beside = |peers: &[Peer], ask: Ask| {
+            let offers = seen_by(1, peers);
+            let now: Vec<_> =
+                offers[..3].iter().map(|offer| Placement { node: offer.node, layers: offer.range() }).collect();
+            let plan = Wanted { offers: &offers, facts: &facts, ask }.beside(SIZE, &now)?;
+            Some(plan.placements())
+        };
+        let ask = || Ask::new(id(1), SIZE.context_tokens);
+        let (free, slow) = (Peer(None, 6, 100), Peer(None, 6, 2_000));
+        assert_eq!(beside(&[RING[0], RING[1], RING[2], free], ask()), None);
+        let ring = beside(&[RING[0], RING[1], RING[2], free, slow], ask()).unwrap();
+        assert!(ring.len() == 2 && [4, 5].iter().all(|n| ring.iter().any(|stage| stage.node == id(*n))), "{ring:?}");
+        // One that other drivers use already is as good.
+        let held = [Peer(Some((0, 6)), 6, 100), Peer(Some((6, 12)), 6, 100)];
+        let expected = [(4, 0, 6), (5, 6, 12)];
+        let expected =
+            expected.map(|(node, first, end)| Placement { node: id(node), layers: LayerRange::new(first, end) });
+        assert_eq!(beside(&[RING[0], RING[1], RING[2], held[0], held[1]], ask()), Some(expected.to_vec()));
+        assert_eq!(
+            beside(&[RING[0], RING[1], RING[2], held[0], held[1]], Ask { pins: vec![Pin::Used(id(1))], ..ask() }),
+            None
+        );
     }
 
     #[test]

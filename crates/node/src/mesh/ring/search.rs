@@ -1,6 +1,9 @@
 //! What a search for a ring remembers from one look to the next.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use murmur_core::planner::Placement;
 use murmur_protocol::mesh::NodeId;
@@ -18,6 +21,10 @@ pub(crate) struct Search {
     better_since: Option<Instant>,
     /// Before that no better ring is opened.
     pub(super) moves_from: Instant,
+    /// Since when requests wait here although fewer run than a ring takes: other drivers' requests have their room.
+    crowded_since: Option<Instant>,
+    /// Before that no better ring is looked for than the one beside the crowded one.
+    stays_until: Instant,
     /// Who did not hold what it said, and until when it is not believed.
     avoided: Vec<(NodeId, Instant)>,
     /// Time of a row in a layer, us, when decoding and in a prompt, as it was measured last.
@@ -31,6 +38,8 @@ impl Search {
             again_at: None,
             better_since: None,
             moves_from: Instant::now(),
+            crowded_since: None,
+            stays_until: Instant::now(),
             avoided: Vec::new(),
             measured: BTreeMap::new(),
         }
@@ -64,6 +73,22 @@ impl Search {
     pub(super) fn better_since(&mut self, is_better: bool) -> Option<Instant> {
         self.better_since = is_better.then(|| self.better_since.unwrap_or_else(Instant::now));
         self.better_since
+    }
+
+    /// Notes whether the ring in use is crowded now, and says since when it is.
+    pub(super) fn crowded_since(&mut self, is_crowded: bool) -> Option<Instant> {
+        self.crowded_since = is_crowded.then(|| self.crowded_since.unwrap_or_else(Instant::now));
+        self.crowded_since
+    }
+
+    /// A ring beside the crowded one is about to be used.
+    pub(super) fn stays_for(&mut self, time: Duration) {
+        self.stays_until = Instant::now() + time;
+    }
+
+    /// Whether a better ring is looked for. If not, it is later.
+    pub(super) fn may_improve(&mut self) -> bool {
+        self.is_time(self.stays_until)
     }
 
     /// A ring could not be opened. The next one is without the nodes that refused; when none did, no better one is opened for as

@@ -28,7 +28,8 @@ pub(crate) async fn list(State(state): State<Arc<AppState>>) -> Json<Value> {
     Json(json!({"models": state.backend.contents()}))
 }
 
-/// `POST /api/models/pull`: `{"model"}`, a name that a node of the mesh has, to a stream of server-sent events that say how far it is.
+/// `POST /api/models/pull`: `{"model"}`, a name that a node of the mesh has, or one of the hub (`hf:owner/repo:quant`), to a stream of
+/// server-sent events that say how far it is.
 /// The last has the `state` `done` or `failed`. It goes on when nobody listens any more.
 pub(crate) async fn pull(
     State(state): State<Arc<AppState>>,

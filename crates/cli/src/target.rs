@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use murmur_store::{HubRef, ModelRef, Store, StoreError};
+use murmur_store::{ModelRef, Resolved, StoreError};
 use serde_json::Value;
 
 use crate::{
     client::ApiClient,
-    commands::Session,
+    commands::{Session, mesh_models},
     exit::{Code, Failure},
     pull,
 };
@@ -18,6 +18,12 @@ pub(crate) struct LocalModel {
     pub(crate) path: PathBuf,
     /// The name under which the API knows it.
     pub(crate) id: String,
+}
+
+impl From<Resolved> for LocalModel {
+    fn from(resolved: Resolved) -> Self {
+        Self { path: resolved.path, id: resolved.name.to_string() }
+    }
 }
 
 /// Who runs the model.
@@ -56,12 +62,16 @@ pub(crate) async fn find(session: &Session, model: Option<&ModelRef>) -> anyhow:
                 return Ok(Target::Server(client, id));
             }
         }
-        ModelRef::Hub(_) => {
+        ModelRef::Hub(reference) => {
             let known = session.store().resolve(model).ok();
             if let Some(id) =
                 served.into_iter().find(|id| known.as_ref().is_some_and(|known| id == known.name.as_str()))
             {
                 return Ok(Target::Server(client, id));
+            }
+            // What that has fetched is in the store then. What it has not, the hub gives.
+            if known.is_none() {
+                mesh_models::fetch_of_hub(session, reference).await?;
             }
         }
     }
@@ -76,20 +86,12 @@ fn ids(answer: &Value) -> Vec<String> {
 /// Finds the file of a model on this machine; one on a hub is pulled when it is not here yet.
 pub(crate) async fn local(session: &Session, model: &ModelRef) -> anyhow::Result<LocalModel> {
     let store = session.store();
-    let resolved = match (store.resolve(model), model) {
+    match (store.resolve(model), model) {
         (Err(StoreError::NoSuchModel { .. }), ModelRef::Hub(reference)) => {
-            pull_and_resolve(session, &store, reference).await?
+            let entry = pull::pull(&store, reference, None, session.global.quiet).await?;
+            // By its name it is held.
+            Ok(store.resolve(&ModelRef::Name(entry.name))?.into())
         }
-        (other, _) => other?,
-    };
-    Ok(LocalModel { path: resolved.path, id: resolved.name.to_string() })
-}
-
-async fn pull_and_resolve(
-    session: &Session,
-    store: &Store,
-    reference: &HubRef,
-) -> anyhow::Result<murmur_store::Resolved> {
-    let entry = pull::pull(store, reference, None, session.global.quiet).await?;
-    Ok(murmur_store::Resolved { name: entry.name, path: entry.path })
+        (other, _) => Ok(other?.into()),
+    }
 }

@@ -338,6 +338,25 @@ fn a_model_of_the_hub_comes_from_the_mesh_where_a_node_has_it_and_else_from_the_
     assert_eq!((&listed[0]["name"], &listed[0]["origin"]["kind"]), (&"tiny-Q8_0".into(), &"mesh".into()));
     assert!(std::fs::read(listed[0]["path"].as_str().unwrap()).unwrap() == content);
 
+    // Who runs or serves it by that name has it from there as well.
+    let runs = Home::new().with("HF_HUB_OFFLINE", "1");
+    let client = joined(&runs);
+    until("the file is known in the mesh", || {
+        let (_, answer) = http::get(&client.address, "/api/models");
+        answer["models"][0]["nodes"][0]["held_bytes"].is_u64().then_some(())
+    });
+    let run = ["run", "hf:a/tiny", "Once", "--max-tokens", "2", "--quiet", "--json", "--api", &client.address];
+    assert_eq!(runs.run(run).succeeds().json()["model"], "tiny-Q8_0");
+    let serves = Home::new().with("HF_HUB_OFFLINE", "1");
+    let server = ["serve", "hf:a/tiny", "--no-hub", "--json", "--api", "127.0.0.1:0", "--join", ticket];
+    let server = Server::ready(serves.murmur([&server, &ALONE[..]].concat()));
+    until("it is served", || {
+        let (_, status) = http::get(&server.address, "/api/status");
+        let model = &status["node"]["models"][0];
+        (model["id"] == "tiny-Q8_0" && model["state"] == "ready").then_some(())
+    });
+    assert_eq!(serves.run(["models", "show", "hf:a/tiny", "--json"]).succeeds().json()["store_name"], "tiny-Q8_0");
+
     // What no node has comes from the hub alone; what is not being pulled cannot be stopped.
     let other = hub(repository("a/other", "other-Q8_0.gguf", "mit", &content));
     let home = Home::new();

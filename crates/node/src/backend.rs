@@ -94,7 +94,7 @@ impl Node {
     async fn remote(&self, id: &str) -> Result<Target, Refusal> {
         let mesh = self.mesh.get().ok_or_else(|| no_such_model(id))?;
         let model = mesh.remotes().iter().find(|model| model.card.id == id).cloned();
-        let model = model.ok_or_else(|| match self.wanted.iter().find(|wanted| wanted.name == id) {
+        let model = model.ok_or_else(|| match self.wanted.iter().find(|wanted| wanted.is_called(id)) {
             Some(wanted) => Refusal::NotReady {
                 retry_after: LOADING_RETRY_AFTER,
                 message: wanted.waiting().unwrap_or_else(|| format!("{id} is being loaded: try again shortly")),
@@ -418,11 +418,7 @@ impl Backend for Node {
     }
 
     fn pull(&self, model: String) -> BoxFuture<'_, Result<mpsc::Receiver<serde_json::Value>, Refusal>> {
-        Box::pin(async move {
-            let mesh = self.mesh.get().ok_or_else(Refusal::not_in_a_mesh)?;
-            let ending = || Refusal::Failed { message: "this node is stopping".to_owned() };
-            self.pulls.begin(&mesh.node().ok_or_else(ending)?, mesh, model)
-        })
+        Box::pin(async move { self.pulls.begin(self, model) })
     }
 
     fn stop_pull(&self, model: &str) -> bool {

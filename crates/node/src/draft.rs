@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use murmur_core::planner::size;
 use murmur_engine::{Draft, DraftModel};
 use murmur_gguf::{Facts, same_vocabulary};
+use murmur_store::Hold;
 
 use crate::{NodeError, NodeOptions, fit::Demand, model::ModelFile};
 
@@ -45,6 +46,8 @@ pub(crate) struct Guesser {
     draft: DraftModel,
     facts: Facts,
     file_bytes: u64,
+    /// Its file is used: nobody removes it to make room.
+    _held: Option<Hold>,
     /// By the user. One that was only found takes nothing from the model that it guesses for.
     pub(crate) is_named: bool,
 }
@@ -79,8 +82,8 @@ impl Guessing {
 
 impl Guesser {
     fn new(file: ModelFile, spoilt: f64, is_named: bool) -> Guesser {
-        let draft = DraftModel { path: file.gguf.path().to_owned(), spoilt };
-        Guesser { draft, file_bytes: file.gguf.file_bytes(), facts: file.facts, is_named }
+        let (held, draft) = (Hold::on(file.gguf.path()), DraftModel { path: file.gguf.path().to_owned(), spoilt });
+        Guesser { draft, _held: held, file_bytes: file.gguf.file_bytes(), facts: file.facts, is_named }
     }
 
     /// The one that the user has named, if it can guess for a model.

@@ -26,17 +26,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use contents::TakeError;
+pub use contents::{Sought, TakeError};
 pub use draft::DraftWish;
 pub use murmur_api::backend::RingWishes;
 pub use murmur_engine::{CHILD_SUBCOMMAND, child};
 pub use murmur_net as net;
 use murmur_protocol::{codec::Codec, mesh::MachineSpeed};
 use murmur_store::hub::HubConfig;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
 use crate::{
-    contents::{Library, give::Giving, pace::Pace, pull::Pulls, wanted::Wanted},
+    contents::{Library, give::Giving, pace::Pace, pull::Pulls, room::Room, wanted::Wanted},
     model::Model,
     models::Models,
     readers::Readers,
@@ -53,8 +53,8 @@ pub struct NodeOptions {
     pub models: Vec<ModelSpec>,
     /// Whether other nodes may have of this one: its models, its layers, its files.
     pub contributes: bool,
-    /// Names of models that others have: found in the mesh and fetched from there, as far as this node needs them.
-    pub wanted: Vec<String>,
+    /// Models that others have: found in the mesh or on the hub, and fetched as far as this node needs them.
+    pub wanted: Vec<WantedModel>,
     /// Further models, each loaded when somebody asks for it. What cannot be read, or has the name of another, is left out.
     pub on_demand: Vec<ModelSpec>,
     /// How long a model on demand stays loaded that nobody asks for.
@@ -97,6 +97,9 @@ pub struct NodeOptions {
     pub download_bytes_per_s: Option<u64>,
     /// The hub, from which files come as well that other nodes have; `None`: from nodes alone.
     pub hub: Option<HubConfig>,
+    /// Whether the hub is asked also for files of which only other nodes say that it has them. What the user names as the hub does, it is
+    /// asked for in any case.
+    pub hub_by_word: bool,
     /// Layers on a GPU, in builds with a back end for one.
     pub gpu_layers: i32,
     /// The binary that has the engine's child process as a hidden subcommand.
@@ -110,6 +113,15 @@ pub struct ModelSpec {
     pub path: PathBuf,
     /// The name clients use.
     pub id: String,
+}
+
+/// One model to fetch from others, and to serve.
+#[derive(Debug, Clone)]
+pub struct WantedModel {
+    /// What it is called there.
+    pub sought: Sought,
+    /// The name clients use; `None`: the one that it has there.
+    pub id: Option<String>,
 }
 
 /// How many threads a stage gets.
@@ -204,6 +216,14 @@ pub enum NodeError {
     /// Nobody in the mesh has a model of this name.
     #[error("no node of the mesh has a model called {0}; `murmur models search` lists what there is")]
     Nowhere(String),
+    /// No node has it, and the hub does not give it.
+    #[error("no node of the mesh has {name}, and the hub does not give it: {reason}")]
+    NorOnHub {
+        /// The name on the hub.
+        name: String,
+        /// Why not.
+        reason: String,
+    },
     /// Parts of a file cannot be had from other nodes.
     #[error(transparent)]
     Take(#[from] TakeError),
@@ -241,6 +261,7 @@ pub struct Node {
     gate: Gate,
     /// Models' files, and parts of them.
     library: Library,
+    room: Arc<Room>,
     pulls: Pulls,
     giving: Giving,
     taking_pace: Pace,
@@ -248,7 +269,7 @@ pub struct Node {
     wanted: Vec<Arc<Wanted>>,
     /// Where models may be spread over a mesh.
     machine: Option<MachineSpeed>,
-    /// Lets models go that nobody uses.
+    /// What goes on beside requests.
     tending: Mutex<JoinSet<()>>,
     started: Instant,
 }
@@ -264,10 +285,11 @@ impl Node {
         let (gate, readers) = (Gate::new(options.sharing.clone()), Readers::new(options.engine_program.clone()));
         Ok(Node {
             library: Library::new(&options.data_dir),
+            room: Arc::default(),
             pulls: Pulls::default(),
             giving: Giving::new(options.upload_bytes_per_s),
             taking_pace: Pace::new(options.download_bytes_per_s),
-            wanted: options.wanted.iter().cloned().map(Wanted::new).map(Arc::new).collect(),
+            wanted: options.wanted.iter().map(Wanted::new).map(Arc::new).collect(),
             models: Arc::new(Models::open(options)?),
             readers,
             mesh: mesh::MeshCell::new(),
@@ -287,11 +309,18 @@ impl Node {
         let models = Arc::clone(&self.models);
         let loading = tokio::task::spawn_blocking(move || models.load(&progress));
         loading.await.map_err(|_| NodeError::Interrupted)??;
+        self.tend(models::remember_use(Arc::downgrade(&self.models)));
         if self.models.iter().any(Model::is_on_demand) {
-            let mut tending = self.tending.lock().unwrap_or_else(PoisonError::into_inner);
-            tending.spawn(models::tend(Arc::downgrade(&self.models)));
+            self.tend(models::tend(Arc::downgrade(&self.models)));
         }
         Ok(())
+    }
+
+    /// Runs a task until it is over, or the node ends.
+    fn tend(&self, task: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
+        let mut tending = self.tending.lock().unwrap_or_else(PoisonError::into_inner);
+        while tending.try_join_next().is_some() {}
+        tending.spawn(task)
     }
 
     /// Opens a node, loads its models and is then ready to serve.

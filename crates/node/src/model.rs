@@ -18,6 +18,7 @@ use murmur_engine::{Draft, Engine, EngineError, EngineOptions, Host, Keep, Patie
 use murmur_gguf::{Facts, Gguf, LayerRange};
 use murmur_protocol::codec::Codec;
 use murmur_sampling::Vocabulary;
+use murmur_store::{Hold, Store};
 use tokio::sync::watch;
 
 pub(crate) use memory::layer_facts;
@@ -62,6 +63,8 @@ pub(crate) fn slices_dir(options: &NodeOptions) -> PathBuf {
 /// A model of this node.
 pub(crate) struct Model {
     spec: ModelSpec,
+    /// Its file is used: nobody removes it to make room. `None`: it was removed while it was opened.
+    _held: Option<Hold>,
     /// Loaded when somebody asks for it, and let go when nobody has for a while.
     on_demand: bool,
     layers: u32,
@@ -192,6 +195,7 @@ impl ModelFile {
 impl Model {
     /// Reads a file's header and checks that it can be run.
     pub(crate) fn open(spec: &ModelSpec, options: &NodeOptions, on_demand: bool) -> Result<Model, NodeError> {
+        let held = Hold::on(&spec.path);
         let file = ModelFile::read(&spec.path)?;
         // What the user has named to guess must do for what is served from the start.
         let guessing = match on_demand {
@@ -217,6 +221,7 @@ impl Model {
         };
         Ok(Model {
             spec: spec.clone(),
+            _held: held,
             on_demand,
             layers: facts.layers,
             card: Arc::new(card),
@@ -310,6 +315,11 @@ impl Model {
         let mut life = self.life();
         life.last_used = Instant::now();
         life.loaded.clone()
+    }
+
+    /// Writes down that its file is used. Blocks.
+    pub(crate) fn mark_used(&self, options: &NodeOptions) {
+        Store::at(&options.data_dir).mark_used(&self.spec.path);
     }
 
     /// How long loading it took last, in milliseconds; 0: it was not loaded yet.
@@ -588,6 +598,7 @@ impl Model {
         let engine_options =
             EngineOptions { exact, patience, ..self.engine_options(options, vec![range], context_tokens, parallel) };
         let host = Host::load(&engine_options, range, &self.holding_stop, |_| {});
+        self.mark_used(options);
         host.map_err(|source| NodeError::Engine { model: self.spec.id.clone(), source })
     }
 
@@ -600,6 +611,7 @@ impl Model {
     ) -> Result<(), NodeError> {
         let started = Instant::now();
         let outcome = self.load_engine(plan, options, progress);
+        self.mark_used(options);
         let mut life = self.life();
         life.is_loading = false;
         life.last_used = Instant::now();

@@ -22,6 +22,8 @@ use crate::{
 
 /// How often it is looked whether a model was not used for a while.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often it is written down which files are used.
+const REMEMBER_EVERY: Duration = Duration::from_secs(600);
 /// How often those who wait for a load hear how far it is.
 const TELL_EVERY: Duration = Duration::from_millis(500);
 /// An answer whose ring is gone waits so long for the next one.
@@ -102,11 +104,13 @@ impl Models {
         self.list.iter().position(|model| model.id() == id)
     }
 
-    /// One more, of which only the header is here. Returns its place. Blocks.
-    pub(crate) fn add(&self, spec: &ModelSpec, identity: ModelIdentity, supply: Supply) -> Result<usize, NodeError> {
+    /// One more. Only its header has to be here, where it is `supplied` by others. Returns its place. Blocks.
+    pub(crate) fn add(&self, spec: &ModelSpec, supplied: Option<(ModelIdentity, Supply)>) -> Result<usize, NodeError> {
         let model = Model::open(spec, &self.options, false)?;
-        model.identify(Some(identity));
-        model.supplied_by(supply);
+        if let Some((identity, supply)) = supplied {
+            model.identify(Some(identity));
+            model.supplied_by(supply);
+        }
         let _planning = self.planning.lock().unwrap_or_else(PoisonError::into_inner);
         match self.find(&spec.id) {
             Some(_) => Err(NodeError::SameName(spec.id.clone())),
@@ -241,6 +245,22 @@ impl Models {
         if freed_bytes > 0 {
             tracing::info!(freed_bytes, "removed slices of models that are not used any more");
         }
+    }
+}
+
+/// Remembers that the files of models that are loaded are used, for as long as there is a node: when it has ended, they go later than others.
+pub(crate) async fn remember_use(models: Weak<Models>) {
+    let mut ticks = tokio::time::interval(REMEMBER_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let Some(models) = models.upgrade() else { return };
+        // A store that is slow or cannot be written to holds nobody up.
+        let _ = tokio::task::spawn_blocking(move || {
+            let used = models.iter().filter(|model| model.loaded().is_some() || model.holding().held().is_some());
+            used.for_each(|model| model.mark_used(&models.options));
+        })
+        .await;
     }
 }
 

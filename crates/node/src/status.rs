@@ -6,7 +6,7 @@
 //! | `tokens_per_s.api`, `.nodes` | tokens that came for this node's own API, and for other nodes; average over the last 5 s |
 //! | `requests[]` | answers in progress, the oldest first, see below |
 //! | `models[]` | this machine's models, see below |
-//! | `wanted[]` | models that were to come from other nodes: `name`, and what each is `waiting` for; null: it is one of `models` |
+//! | `wanted[]` | models that were to come from other nodes or the hub: `name`, and what each is `waiting` for; null: it is one of `models` |
 //! | `contents[]` | model files that are here, or parts of them, see below |
 //! | `sharing` | what other nodes may have, where the node offers models to a mesh; else null |
 //! | `sharing.paused` | why nothing of theirs is taken now; null: it is taken |

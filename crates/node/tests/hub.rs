@@ -7,6 +7,7 @@ mod common;
 mod hub_server;
 
 use std::{
+    path::Path,
     sync::{Arc, atomic::Ordering::SeqCst},
     time::Duration,
 };
@@ -15,7 +16,8 @@ use axum::http::StatusCode;
 use common::{Claim, Pull, Trick, World, until};
 use hub_server::{Behaviour, Hub, sha256_of};
 use murmur_api::backend::Backend;
-use murmur_store::{Store, hub::HubConfig};
+use murmur_node::{Node, NodeOptions, WantedModel};
+use murmur_store::{HubRef, Origin, Store, hub::HubConfig};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -34,8 +36,13 @@ async fn hub() -> Arc<Hub> {
 }
 
 fn config(hub: &Hub) -> HubConfig {
+    config_with_cache(hub, Path::new("unused"))
+}
+
+/// What comes from the hub alone lies in its cache.
+fn config_with_cache(hub: &Hub, cache: &Path) -> HubConfig {
     let endpoint = format!("http://127.0.0.1:{}", hub.address.port());
-    let mut config = HubConfig::new(&endpoint, None, "unused".into()).unwrap();
+    let mut config = HubConfig::new(&endpoint, None, cache.to_owned()).unwrap();
     config.backoff_base = Duration::from_millis(1);
     config.attempts_max = 2;
     config.stall_timeout = Duration::from_millis(500);
@@ -193,8 +200,11 @@ async fn a_name_of_the_hub_is_found_in_the_mesh_when_the_hub_is_down() {
     let world = World::with_hub(config(&hub)).await;
     let _honest = world.honest_with(None, Some(PLACE)).await;
     world.knows_holders(1).await;
+    let store = Store::at(&world.taker_dir);
     for name in ["hf:someone/tiny-gguf", "hf:someone/Tiny-GGUF@0123456:Q8_0"] {
         world.has_the_file(&Pull::named(&world, name).await.until_its_end(|_| ()).await);
+        assert!(store.find_pulled(&name.parse().unwrap()).unwrap().is_some(), "{name} is not found by that name again");
+        store.remove(&"tiny-Q8_0".parse().unwrap()).unwrap();
     }
     for name in ["hf:someone/Other-GGUF", "hf:someone/Tiny-GGUF:Q4_K_M", "hf:someone/Tiny-GGUF@fedcba9:Q8_0"] {
         let events = Pull::named(&world, name).await.until_its_end(|_| ()).await;
@@ -226,4 +236,83 @@ async fn what_nodes_have_by_a_name_of_the_hub_and_is_not_its_file_is_not_kept() 
     // What there is not on the hub is not looked for elsewhere.
     let events = Pull::named(&world, "hf:someone/Tiny-GGUF:Q2_K").await.until_its_end(|_| ()).await;
     assert!(events.last().unwrap()["reason"].as_str().unwrap().contains("Q2_K"), "{events:?}");
+}
+
+/// A model that is to be served, by its name on the hub.
+fn served() -> Vec<WantedModel> {
+    vec![WantedModel { sought: NAME.parse().unwrap(), id: Some("mine".to_owned()) }]
+}
+
+const NAME: &str = "hf:someone/Tiny-GGUF:Q8_0";
+
+/// What a store has under the name.
+fn pulled(data_dir: &Path) -> Option<murmur_store::ModelEntry> {
+    let name: HubRef = NAME.parse().unwrap();
+    Store::at(data_dir).find_pulled(&name).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_of_the_hub_that_is_to_be_served_comes_from_a_node_when_the_hub_is_down() {
+    let hub = hub().await;
+    hub.set(|behaviour| behaviour.refusals = vec![(StatusCode::SERVICE_UNAVAILABLE, Vec::new()); 1_000]);
+    let hub = config(&hub);
+    let world = World::with_taker(|options| NodeOptions { hub: Some(hub), wanted: served(), ..options }).await;
+    let _honest = world.honest_with(None, Some(PLACE)).await;
+    until("it is in the store", || pulled(&world.taker_dir).is_some()).await;
+    let entry = pulled(&world.taker_dir).unwrap();
+    assert!(matches!(entry.origin, Origin::Mesh { .. }) && world.is_the_file(&entry.path), "{entry:?}");
+    assert_eq!(world.taker.names().collect::<Vec<_>>(), ["mine"]);
+    assert_eq!(world.taker.status()["wanted"], json!([{"name": NAME, "waiting": null}]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_of_the_hub_that_is_to_be_served_comes_from_the_hub_alone_when_no_node_has_it() {
+    let hub = hub().await;
+    let cache = tempfile::tempdir().unwrap();
+    let config = config_with_cache(&hub, cache.path());
+    let world = World::with_taker(|options| NodeOptions { hub: Some(config), wanted: served(), ..options }).await;
+    until("it is listed", || world.taker.names().count() == 1).await;
+    let entry = pulled(&world.taker_dir).unwrap();
+    assert!(matches!(entry.origin, Origin::Hub { .. }) && world.is_the_file(&entry.path), "{entry:?}");
+    assert_eq!(world.taker.names().collect::<Vec<_>>(), ["mine"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_by_a_name_of_the_hub_ends_at_the_hub_when_there_is_no_mesh_or_nobody_in_it_and_is_done_at_once_when_it_is_here()
+ {
+    let hub = hub().await;
+    let home = tempfile::tempdir().unwrap();
+    let config = config_with_cache(&hub, &home.path().join("cache"));
+    let world = World::with_hub(config.clone()).await;
+    world.has_the_file(&Pull::named(&world, NAME).await.until_its_end(|_| ()).await);
+    assert!(matches!(pulled(&world.taker_dir).unwrap().origin, Origin::Hub { .. }));
+
+    let data_dir = home.path().join("data");
+    let node = Node::open(NodeOptions { hub: Some(config), ..common::options(&data_dir) }).unwrap();
+    for _ in 0..2 {
+        let mut events = node.pull(NAME.to_owned()).await.unwrap();
+        let mut last = Value::Null;
+        while let Some(event) = events.recv().await {
+            last = event;
+        }
+        assert_eq!(last["state"], "done", "{last}");
+        assert!(world.is_the_file(Path::new(last["path"].as_str().unwrap())));
+        // The second time it is here, and nobody is asked.
+        hub.set(|behaviour| behaviour.refusals = vec![(StatusCode::SERVICE_UNAVAILABLE, Vec::new()); 1_000]);
+    }
+    assert!(node.pull("tiny".to_owned()).await.is_err(), "that is a name of a mesh");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_hub_is_not_asked_on_the_word_of_others_where_the_user_does_not_want_that() {
+    let hub = hub().await;
+    let config = config(&hub);
+    let world = World::with_taker(|options| NodeOptions { hub: Some(config), hub_by_word: false, ..options }).await;
+    let _honest = world.honest_with(Some(SLOW_BYTES_PER_S), Some(PLACE)).await;
+    world.knows_holders(1).await;
+    world.has_the_file(&Pull::named(&world, "tiny").await.until_its_end(|_| ()).await);
+    assert_eq!(hub.requests.load(SeqCst), 0);
+    // By its name on the hub the user asks for it there.
+    world.has_the_file(&Pull::named(&world, NAME).await.until_its_end(|_| ()).await);
+    assert!(hub.requests.load(SeqCst) > 0);
 }

@@ -272,7 +272,9 @@ pub enum StoreError {
         digest: Digest,
     },
     /// A model of which not everything is here.
-    #[error("the model '{name}' is not whole yet: {held} of {bytes} are here. Go on with: murmur models pull {name}")]
+    #[error(
+        "the model '{name}' is not whole: {held} of {bytes} are here. Go on with: murmur models pull {source_name}"
+    )]
     Incomplete {
         /// Its name.
         name: String,
@@ -280,6 +282,8 @@ pub enum StoreError {
         held: String,
         /// What there is, in words.
         bytes: String,
+        /// How it is called where it came from.
+        source_name: String,
     },
     /// Whoever was sent a content does not take it any more.
     #[error("sending broke off: {0}")]

@@ -137,6 +137,18 @@ fn open_lock(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).truncate(false).write(true).open(path)
 }
 
+/// Whether an open file has not been removed from its path. Not every file system has numbers of files that stay, so they are not compared.
+pub(crate) fn is_at(file: &File, path: &Path) -> bool {
+    #[cfg(unix)]
+    let is_linked = {
+        use std::os::unix::fs::MetadataExt;
+        file.metadata().is_ok_and(|open| open.nlink() > 0)
+    };
+    #[cfg(not(unix))]
+    let is_linked = file.metadata().is_ok();
+    is_linked && path.exists()
+}
+
 /// Creates a directory and its parents.
 pub(crate) fn create_directory(path: &Path) -> Result<(), StoreError> {
     std::fs::create_dir_all(path).map_err(StoreError::io("create the directory", path))

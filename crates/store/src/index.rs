@@ -38,6 +38,9 @@ pub struct ModelEntry {
     /// Under which licence it may be used, as the hub says, or else the file; `None`: neither does.
     #[serde(default)]
     pub licence: Option<String>,
+    /// What the user had asked for when peers sent it, if that was a file of a hub: `hf:owner/repo@commit:file`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked_as: Option<String>,
 }
 
 impl ModelEntry {
@@ -52,6 +55,7 @@ impl ModelEntry {
             pinned: false,
             used_unix_s: 0,
             licence: model.licence,
+            asked_as: None,
         }
     }
 }

@@ -30,7 +30,7 @@ pub use content::{CONTENT_BYTES_MAX, Content, ContentEntry, Contents, DecodeErro
 pub use error::{ErrorKind, StoreError};
 pub use files::available_bytes;
 pub use index::{ModelEntry, Origin};
-pub use quota::{Collected, Download, Stays};
+pub use quota::{Collected, Download, Hold, Stays};
 pub use reference::{HubRef, ModelName, ModelRef};
 pub use store::{ImportOptions, Removed, Resolved, Store};
 pub use upkeep::{Checked, Health};

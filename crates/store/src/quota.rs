@@ -2,10 +2,11 @@
 //! down in the index, as pins are, since all processes that download into one store have to keep the same one.
 //!
 //! The user's own files never count and never go: not what was imported, not copies, not what another tool had put into the hub's cache.
-//! Nor does what is pinned or in use. A file is in use when a process has a lock on it ([`hold`]), writes to it, or says so.
+//! Nor does what is pinned or in use. A file is in use while a process [holds](Hold) it, or writes to it. That is a lock of the system's, so
+//! all processes with this store see it, and it ends with the process that has it.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::BTreeMap,
     fs::File,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -29,8 +30,26 @@ const NAMES_SHOWN_MAX: usize = 8;
 /// Hexadecimal digits of a digest in a message.
 const DIGEST_DIGITS: usize = 16;
 
-/// Files that this process uses, each open and locked for as long as it runs.
-static HELD: Mutex<BTreeMap<PathBuf, File>> = Mutex::new(BTreeMap::new());
+/// Files that this process has found by their names, held for as long as it runs.
+static HELD: Mutex<BTreeMap<PathBuf, Hold>> = Mutex::new(BTreeMap::new());
+
+/// A file that is used: while this is there, no process removes it to make room.
+#[derive(Debug)]
+pub struct Hold {
+    _locked: File,
+}
+
+impl Hold {
+    /// Holds the file at a path. Waits while somebody decides whether to remove it. `None`: there is none, or not any more.
+    pub fn on(path: &Path) -> Option<Self> {
+        let file = File::open(path).ok()?;
+        // Where there are no locks, nobody removes anything.
+        if let Err(error) = file.lock_shared() {
+            tracing::debug!(path = %path.display(), %error, "a file that is used cannot be locked");
+        }
+        files::is_at(&file, path).then_some(Self { _locked: file })
+    }
+}
 
 /// A file that was downloaded into the store, from peers or from a hub.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,34 +115,27 @@ impl Store {
     }
 
     /// Everything that was downloaded, in the order in which it goes: first what is not whole, then what was not used for longest.
-    /// `in_use`: contents that somebody has in hand.
-    pub fn downloads(&self, in_use: &HashSet<Digest>) -> Result<Vec<Download>, StoreError> {
+    pub fn downloads(&self) -> Result<Vec<Download>, StoreError> {
         let models = self.list()?;
         let contents = self.contents().list()?;
-        let mut downloads: Vec<Download> = contents
-            .iter()
-            .filter(|content| !content.is_reference)
-            .map(|content| from_peers(content, &models, in_use))
-            .collect();
-        // What a node hands out is in its hands, wherever it lies.
-        let in_hand = contents.iter().filter(|content| content.is_reference && in_use.contains(&content.digest));
-        let in_hand: HashSet<PathBuf> = in_hand.filter_map(|content| content.path.canonicalize().ok()).collect();
-        downloads.extend(from_hubs(&models, &in_hand));
+        let own = contents.iter().filter(|content| !content.is_reference);
+        let mut downloads: Vec<Download> = own.map(|content| from_peers(content, &models)).collect();
+        downloads.extend(from_hubs(&models));
         downloads.sort_by(|a, b| (a.is_whole, a.used, &a.path).cmp(&(b.is_whole, b.used, &b.path)));
         Ok(downloads)
     }
 
     /// Removes downloads until they take no more than `quota_bytes`, in the order of [`Store::downloads`]. Never what is pinned,
-    /// `in_use`, locked or being written to. Room is free when the last handle of a content is dropped.
-    pub fn collect(&self, quota_bytes: u64, in_use: &HashSet<Digest>) -> Result<Collected, StoreError> {
-        self.collect_of(self.downloads(in_use)?, quota_bytes)
+    /// held or being written to. Room is free when the last handle of a content is dropped, in whatever process.
+    pub fn collect(&self, quota_bytes: u64) -> Result<Collected, StoreError> {
+        self.collect_of(self.downloads()?, quota_bytes)
     }
 
     /// Makes room for `needs_bytes` more than there are, if the store has a quota. Where they cannot fit, nothing is removed, and the
     /// error says what stands in the way.
-    pub fn make_room(&self, needs_bytes: u64, in_use: &HashSet<Digest>) -> Result<Collected, StoreError> {
+    pub fn make_room(&self, needs_bytes: u64) -> Result<Collected, StoreError> {
         let Some(quota_bytes) = self.quota()? else { return Ok(Collected::default()) };
-        let downloads = self.downloads(in_use)?;
+        let downloads = self.downloads()?;
         let staying: Vec<&Download> = downloads.iter().filter(|download| download.stays.is_some()).collect();
         let staying_bytes: u64 = staying.iter().map(|download| download.bytes).sum();
         let refused = |kept_bytes: u64, kept: String| StoreError::OverQuota {
@@ -142,7 +154,7 @@ impl Store {
         let collected = self.collect_of(downloads, left_max)?;
         if collected.left_bytes > left_max {
             // Somebody has taken it in hand meanwhile.
-            let left = self.downloads(in_use)?;
+            let left = self.downloads()?;
             return Err(refused(collected.left_bytes, listed(left.iter())));
         }
         Ok(collected)
@@ -150,7 +162,7 @@ impl Store {
 
     /// What could go if more room were wanted, in words; `None`: nothing. For messages: what cannot be read cannot go.
     pub(crate) fn could_go(&self) -> Option<String> {
-        let downloads = self.downloads(&HashSet::new()).unwrap_or_default();
+        let downloads = self.downloads().unwrap_or_default();
         let free: Vec<&Download> = downloads.iter().filter(|download| download.stays.is_none()).collect();
         (!free.is_empty()).then(|| listed(free.into_iter()))
     }
@@ -196,11 +208,11 @@ impl Store {
     }
 }
 
-fn from_peers(content: &ContentEntry, models: &[ModelEntry], in_use: &HashSet<Digest>) -> Download {
+fn from_peers(content: &ContentEntry, models: &[ModelEntry]) -> Download {
     let is_it = |model: &&ModelEntry| model.origin == Origin::Mesh { digest: content.digest };
     let entries: Vec<&ModelEntry> = models.iter().filter(is_it).collect();
     let is_kept = entries.iter().any(|entry| entry.pinned);
-    let stays = stays(is_kept, in_use.contains(&content.digest), &content.path);
+    let stays = stays(is_kept, &content.path);
     Download {
         names: entries.into_iter().map(|entry| entry.name.clone()).collect(),
         digest: Some(content.digest),
@@ -213,7 +225,7 @@ fn from_peers(content: &ContentEntry, models: &[ModelEntry], in_use: &HashSet<Di
 }
 
 /// What murmur has downloaded from hubs and is here. A file may have several names.
-fn from_hubs(models: &[ModelEntry], in_hand: &HashSet<PathBuf>) -> Vec<Download> {
+fn from_hubs(models: &[ModelEntry]) -> Vec<Download> {
     let mut by_file: BTreeMap<PathBuf, Vec<&ModelEntry>> = BTreeMap::new();
     for model in models {
         if let Ok(path) = model.path.canonicalize() {
@@ -231,7 +243,7 @@ fn from_hubs(models: &[ModelEntry], in_hand: &HashSet<PathBuf>) -> Vec<Download>
                 let is_from_hub = matches!(entry.origin, Origin::Hub { .. });
                 entry.pinned || !is_from_hub || !ours.contains(&entry.path.as_path())
             };
-            let stays = stays(entries.iter().any(is_kept), in_hand.contains(&path), &path);
+            let stays = stays(entries.iter().any(is_kept), &path);
             let used_unix_s = entries.iter().map(|entry| entry.used_unix_s.max(entry.added_unix_s)).max();
             Some(Download {
                 names: entries.into_iter().map(|entry| entry.name.clone()).collect(),
@@ -246,10 +258,10 @@ fn from_hubs(models: &[ModelEntry], in_hand: &HashSet<PathBuf>) -> Vec<Download>
         .collect()
 }
 
-fn stays(is_kept: bool, is_in_hand: bool, path: &Path) -> Option<Stays> {
+fn stays(is_kept: bool, path: &Path) -> Option<Stays> {
     match is_kept {
         true => Some(Stays::Pinned),
-        false => (is_in_hand || lock_unused(path).is_none()).then_some(Stays::InUse),
+        false => lock_unused(path).is_none().then_some(Stays::InUse),
     }
 }
 
@@ -267,20 +279,13 @@ fn listed<'a>(downloads: impl ExactSizeIterator<Item = &'a Download>) -> String 
     text
 }
 
-/// Marks a file as used by this process for as long as it runs. False: there is none.
+/// Holds a file for as long as this process runs. False: there is none.
 pub(crate) fn hold(path: &Path) -> bool {
     let Ok(path) = path.canonicalize() else { return false };
-    let Ok(file) = File::open(&path) else { return false };
-    // Waits while somebody decides whether to remove it. Where there are no locks, nobody removes anything.
-    if let Err(error) = file.lock_shared() {
-        tracing::debug!(path = %path.display(), %error, "a file that is used cannot be locked");
-    }
-    let is_there = path.exists();
-    if is_there {
-        // Always the one that lies there now: one of the same name may have gone before.
-        HELD.lock().unwrap_or_else(PoisonError::into_inner).insert(path, file);
-    }
-    is_there
+    let Some(held) = Hold::on(&path) else { return false };
+    // Always the one that lies there now: one of the same name may have gone before.
+    HELD.lock().unwrap_or_else(PoisonError::into_inner).insert(path, held);
+    true
 }
 
 /// A lock on a file that nobody uses. `None`: somebody does, or nobody can tell.

@@ -104,14 +104,21 @@ impl Store {
         self.add(ModelEntry::new(name, path, origin, model))
     }
 
-    /// Enters what has come from peers, or is on its way, under a name. Once it is whole, it must be a model.
-    pub fn add_content(&self, name: ModelName, content: &Content) -> Result<ModelEntry, StoreError> {
+    /// Enters what has come from peers, or is on its way, under a name. Once it is whole, it must be a model. `asked_as`: what the user has
+    /// asked for, if that was a file of a hub; [`resolve`](Store::resolve) finds it by that as well.
+    pub fn add_content(
+        &self,
+        name: ModelName,
+        content: &Content,
+        asked_as: Option<&HubRef>,
+    ) -> Result<ModelEntry, StoreError> {
         let model = match content.is_complete() {
             true => inspect::check_model_file(content.path())?,
             false => ModelFile { bytes: content.bytes(), licence: None },
         };
         let origin = Origin::Mesh { digest: content.digest() };
-        self.add(ModelEntry::new(name, content.path().to_owned(), origin, model))
+        let asked_as = asked_as.map(ToString::to_string);
+        self.add(ModelEntry { asked_as, ..ModelEntry::new(name, content.path().to_owned(), origin, model) })
     }
 
     /// Removes a model: the entry always, the file when the store put it there.
@@ -152,16 +159,32 @@ impl Store {
                 None if Path::new(name.as_str()).is_file() => resolve_path(Path::new(name.as_str())),
                 None => Err(no_such_model(name.as_str(), &Index::read(&self.index_path())?)),
             },
-            ModelRef::Hub(wanted) => {
-                let index = Index::read(&self.index_path())?;
-                match index.models.iter().find(|entry| was_pulled_as(entry, wanted) && entry.path.exists()) {
-                    Some(entry) => self.resolve_entry(entry),
-                    None => Err(StoreError::NoSuchModel {
-                        name: wanted.to_string(),
-                        advice: format!("Pull it first: murmur models pull {wanted}"),
-                    }),
-                }
-            }
+            ModelRef::Hub(wanted) => match self.find_pulled(wanted)? {
+                Some(entry) => self.resolve_entry(&entry),
+                None => Err(StoreError::NoSuchModel {
+                    name: wanted.to_string(),
+                    advice: format!("Pull it first: murmur models pull {wanted}"),
+                }),
+            },
+        }
+    }
+
+    /// What was pulled under a name of the hub before, from there or from peers, if it is here and whole.
+    pub fn find_pulled(&self, wanted: &HubRef) -> Result<Option<ModelEntry>, StoreError> {
+        let mut entries = self.list()?.into_iter();
+        Ok(entries.find(|entry| was_pulled_as(entry, wanted) && self.is_whole(entry)))
+    }
+
+    /// A model by its name, if it is here and whole.
+    pub fn find_whole(&self, name: &ModelName) -> Result<Option<ModelEntry>, StoreError> {
+        let mut entries = self.list()?.into_iter();
+        Ok(entries.find(|entry| entry.name == *name && self.is_whole(entry)))
+    }
+
+    fn is_whole(&self, entry: &ModelEntry) -> bool {
+        match &entry.origin {
+            Origin::Mesh { digest } => matches!(self.contents().open(digest), Ok(Some(found)) if found.is_complete()),
+            _ => entry.path.exists(),
         }
     }
 
@@ -172,11 +195,12 @@ impl Store {
             name: entry.name.to_string(),
             held: files::human_bytes(held_bytes),
             bytes: files::human_bytes(entry.size_bytes),
+            source_name: entry.asked_as.clone().unwrap_or_else(|| entry.name.to_string()),
         };
         match &entry.origin {
             Origin::Reference | Origin::Copy => Ok(resolved(&entry.path)),
             Origin::Hub { .. } if quota::hold(&entry.path) => {
-                self.mark_used(entry);
+                self.mark_entry_used(entry);
                 Ok(resolved(&entry.path))
             }
             Origin::Hub { repo, revision, file, .. } => {
@@ -192,8 +216,17 @@ impl Store {
         }
     }
 
-    /// Contents remember it themselves. A store that cannot be written to makes no room either.
-    fn mark_used(&self, entry: &ModelEntry) {
+    /// Remembers that a file is being used, if it is one that was downloaded: it goes later. Best effort, as a store that cannot be
+    /// written to makes no room either.
+    pub fn mark_used(&self, file: &Path) {
+        self.contents().touch(file);
+        for entry in self.list().unwrap_or_default().iter().filter(|entry| entry.path == file) {
+            self.mark_entry_used(entry);
+        }
+    }
+
+    /// Contents remember it themselves.
+    fn mark_entry_used(&self, entry: &ModelEntry) {
         let now = unix_now_s();
         if now.saturating_sub(entry.used_unix_s.max(entry.added_unix_s)) < USED_STEP_S {
             return;
@@ -218,6 +251,7 @@ impl Store {
                     *old = ModelEntry {
                         pinned: old.pinned,
                         used_unix_s: old.used_unix_s,
+                        asked_as: entry.asked_as.clone().or(old.asked_as.take()),
                         licence: entry.licence.clone().or(old.licence.take()),
                         ..entry.clone()
                     };
@@ -309,8 +343,20 @@ fn was_pulled_as(entry: &ModelEntry, wanted: &HubRef) -> bool {
                 && (*revision == wanted.revision || *commit == wanted.revision)
                 && wanted.wanted.as_deref().is_none_or(|w| select::is_wanted(file, w))
         }
+        Origin::Mesh { .. } => {
+            let place: Option<HubRef> = entry.asked_as.as_ref().and_then(|place| place.parse().ok());
+            place.is_some_and(|place| is_place_of(&place, wanted))
+        }
         _ => false,
     }
+}
+
+/// Whether a file of a hub at one commit is what is wanted.
+fn is_place_of(place: &HubRef, wanted: &HubRef) -> bool {
+    let is_file = |wanted: &str| place.wanted.as_deref().is_some_and(|file| select::is_wanted(file, wanted));
+    place.repo.eq_ignore_ascii_case(&wanted.repo)
+        && (wanted.revision == "main" || place.revision.starts_with(&wanted.revision))
+        && wanted.wanted.as_deref().is_none_or(is_file)
 }
 
 fn is_same_source(a: &Origin, b: &Origin) -> bool {

@@ -5,7 +5,6 @@
 mod hub_server;
 
 use std::{
-    collections::HashSet,
     fs::{self, File},
     path::Path,
     sync::{Arc, Mutex},
@@ -84,7 +83,7 @@ impl Bench {
     }
 
     fn downloads(&self) -> Vec<Download> {
-        self.store().downloads(&HashSet::new()).unwrap()
+        self.store().downloads().unwrap()
     }
 }
 
@@ -133,19 +132,19 @@ async fn what_is_pinned_or_in_use_stays_and_a_pull_that_cannot_fit_removes_nothi
     let stays: Vec<_> = bench.downloads().into_iter().map(|download| download.stays).collect();
     assert_eq!(stays, [Some(Stays::Pinned), Some(Stays::InUse), None]);
 
-    let error = store.make_room(2 * bytes, &HashSet::new()).unwrap_err();
+    let error = store.make_room(2 * bytes).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace);
     let says = error.to_string();
     for part in ["200.0 KiB more", "300.0 KiB", "m1 (100.0 KiB), m2 (100.0 KiB)", "models quota SIZE", "pin --off"] {
         assert!(says.contains(part), "no {part:?} in: {says}");
     }
     assert_eq!(bench.downloads().len(), 3, "something went for nothing");
-    assert!(matches!(store.make_room(4 * bytes, &HashSet::new()), Err(StoreError::OverQuota { .. })));
+    assert!(matches!(store.make_room(4 * bytes), Err(StoreError::OverQuota { .. })));
 
-    assert_eq!(store.make_room(bytes, &HashSet::new()).unwrap().removed[0].names, [name("m3")]);
+    assert_eq!(store.make_room(bytes).unwrap().removed[0].names, [name("m3")]);
     drop(used);
     store.unpin(&name("m1")).unwrap();
-    let collected = store.make_room(2 * bytes, &HashSet::new()).unwrap();
+    let collected = store.make_room(2 * bytes).unwrap();
     assert_eq!((collected.freed_bytes, collected.left_bytes), (bytes, bytes));
 }
 
@@ -171,7 +170,7 @@ async fn a_model_that_this_process_has_found_is_in_use_until_it_ends() {
     assert_eq!(free[0].stays, None);
     bench.store().resolve(&"m1".parse().unwrap()).unwrap();
     assert_eq!(bench.downloads()[0].stays, Some(Stays::InUse));
-    assert!(bench.store().collect(0, &HashSet::new()).unwrap().removed.is_empty());
+    assert!(bench.store().collect(0).unwrap().removed.is_empty());
     assert!(entry.path.exists());
 }
 
@@ -205,7 +204,7 @@ async fn the_users_own_files_neither_count_nor_go() {
 
     let stays: Vec<_> = bench.downloads().into_iter().map(|download| (download.names.len(), download.stays)).collect();
     assert_eq!(stays, [(2, Some(Stays::Pinned))]);
-    assert!(store.collect(0, &HashSet::new()).unwrap().removed.is_empty());
+    assert!(store.collect(0).unwrap().removed.is_empty());
     for path in [&own, &copy.path, &found.path, &both.path] {
         assert!(path.exists(), "{}", path.display());
     }
@@ -220,7 +219,7 @@ async fn what_another_tool_has_linked_in_the_hubs_cache_stays_there_when_murmurs
     let theirs = snapshots.join("another/m1.gguf");
     fs::create_dir_all(theirs.parent().unwrap()).unwrap();
     std::os::unix::fs::symlink(entry.path.canonicalize().unwrap(), &theirs).unwrap();
-    let collected = bench.store().collect(0, &HashSet::new()).unwrap();
+    let collected = bench.store().collect(0).unwrap();
     assert_eq!((collected.removed.len(), collected.freed_bytes, collected.left_bytes), (1, 0, 0));
     assert!(!entry.path.exists() && fs::read(&theirs).unwrap() == model(1));
 }
@@ -233,15 +232,18 @@ fn put_in_cache(home: &Path, content: &[u8]) {
 }
 
 #[tokio::test]
-async fn a_file_that_a_node_hands_out_is_in_its_hands_wherever_it_lies() {
+async fn what_is_held_stays_wherever_it_lies() {
     let bench = Bench::new().await;
     let entry = bench.pull(1).await.unwrap();
     let contents = Contents::at(&bench.home.path().join("data"));
-    let digest = contents.adopt(&entry.path, &mut |_, _| {}).unwrap().digest();
+    let content = contents.adopt(&entry.path, &mut |_, _| {}).unwrap();
     let store = bench.store();
-    assert!(store.collect(0, &HashSet::from([digest])).unwrap().removed.is_empty());
-    assert_eq!(store.collect(0, &HashSet::new()).unwrap().freed_bytes, entry.size_bytes);
-    assert!(contents.find(&digest).unwrap().is_none());
+    let held = content.hold().unwrap();
+    assert!(store.collect(0).unwrap().removed.is_empty());
+    drop(held);
+    assert_eq!(store.collect(0).unwrap().freed_bytes, entry.size_bytes);
+    assert!(!content.is_there() && contents.find(&content.digest()).unwrap().is_none());
+    assert!(matches!(content.hold(), Err(StoreError::ContentGone { .. })));
 }
 
 #[tokio::test]

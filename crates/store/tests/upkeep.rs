@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, end the test when something is off")]
 
 use std::{
-    collections::HashSet,
     fs,
     io::Read,
     path::{Path, PathBuf},
@@ -80,7 +79,7 @@ fn a_model_from_the_mesh_is_usable_when_it_is_whole() {
     let home = tempfile::tempdir().unwrap();
     let (store, peer) = (Store::at(home.path()), peer(home.path(), 1));
     let part = fetch(&peer, &store, &[ByteRange { start: 0, end: 3 * GROUP_BYTES }]);
-    let entry = store.add_content(name("m"), &part).unwrap();
+    let entry = store.add_content(name("m"), &part, None).unwrap();
     assert_eq!(entry.origin, Origin::Mesh { digest: peer.digest() });
     assert_eq!(store.list().unwrap(), std::slice::from_ref(&entry));
     let error = store.resolve(&"m".parse().unwrap()).unwrap_err();
@@ -89,13 +88,13 @@ fn a_model_from_the_mesh_is_usable_when_it_is_whole() {
     assert!(says.contains("48.0 KiB of") && says.contains("murmur models pull m"), "{says}");
 
     let whole = fetch(&peer, &store, ALL);
-    store.add_content(name("m"), &whole).unwrap();
+    store.add_content(name("m"), &whole, None).unwrap();
     let resolved = store.resolve(&"m".parse().unwrap()).unwrap();
     assert_eq!((&resolved.path, resolved.name), (&entry.path, name("m")));
     assert!(fs::read(&resolved.path).unwrap() == fs::read(peer.path()).unwrap());
 
     // Another name for the same content keeps it.
-    store.add_content(name("n"), &whole).unwrap();
+    store.add_content(name("n"), &whole, None).unwrap();
     assert_eq!(store.remove(&name("m")).unwrap().freed_bytes, 0);
     assert!(store.resolve(&"n".parse().unwrap()).is_ok());
     assert_eq!(store.remove(&name("n")).unwrap().freed_bytes, peer.bytes());
@@ -109,14 +108,14 @@ fn what_arrives_is_not_removed_under_the_hands_of_who_fetches_it() {
         fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
             let error = self.0.remove(&name("m")).unwrap_err();
             assert!(matches!(error, StoreError::ContentInUse { .. }), "{error}");
-            assert!(self.0.collect(0, &HashSet::new()).unwrap().removed.is_empty());
+            assert!(self.0.collect(0).unwrap().removed.is_empty());
             self.1.read(buffer)
         }
     }
     let home = tempfile::tempdir().unwrap();
     let (store, peer) = (Store::at(home.path()), peer(home.path(), 1));
     let content = fetch(&peer, &store, &[ByteRange { start: 0, end: 1 }]);
-    store.add_content(name("m"), &content).unwrap();
+    store.add_content(name("m"), &content, None).unwrap();
     let mut encoded = Vec::new();
     peer.encode(ALL, &mut encoded).unwrap();
     content.decode(ALL, &mut Removing(&store, &encoded), &mut |_| {}).unwrap();
@@ -131,7 +130,7 @@ fn a_whole_content_that_is_no_model_gets_no_name() {
     fs::write(&file, "hello").unwrap();
     let store = Store::at(home.path());
     let content = store.contents().adopt(&file, &mut |_, _| {}).unwrap();
-    assert_eq!(store.add_content(name("m"), &content).unwrap_err().kind(), ErrorKind::Damaged);
+    assert_eq!(store.add_content(name("m"), &content, None).unwrap_err().kind(), ErrorKind::Damaged);
     assert!(store.list().unwrap().is_empty());
 }
 
@@ -160,7 +159,7 @@ fn fsck_finds_what_is_damaged_and_it_is_fetched_again() {
     let home = tempfile::tempdir().unwrap();
     let (store, peer) = (Store::at(&home.path().join("data")), peer(home.path(), 1));
     let content = fetch(&peer, &store, ALL);
-    store.add_content(name("m"), &content).unwrap();
+    store.add_content(name("m"), &content, None).unwrap();
     let path = content.path().to_owned();
     let whole = Health::Ok { held_bytes: peer.bytes() };
     assert_eq!(health(&store, "m"), whole);
@@ -229,7 +228,7 @@ fn the_quota_takes_parts_first_and_then_what_was_not_used_for_longest() {
     let mut ages = Vec::new();
     for (n, peer) in peers.iter().enumerate().take(5) {
         let content = fetch(peer, &store, if n == 4 { &part } else { ALL });
-        store.add_content(name(&format!("m{n}")), &content).unwrap();
+        store.add_content(name(&format!("m{n}")), &content, None).unwrap();
         ages.push(content.path().with_file_name("state"));
     }
     store.pin(&name("m0")).unwrap();
@@ -238,9 +237,10 @@ fn the_quota_takes_parts_first_and_then_what_was_not_used_for_longest() {
         let used = SystemTime::now() - Duration::from_secs(1000 - n as u64);
         fs::File::options().write(true).open(state).unwrap().set_modified(used).unwrap();
     }
-    let in_use = HashSet::from([peers[1].digest()]);
+    let used = store.contents().find(&peers[1].digest()).unwrap().unwrap();
+    let _held = used.hold().unwrap();
     let collect = |quota_bytes| {
-        let collected = store.collect(quota_bytes, &in_use).unwrap();
+        let collected = store.collect(quota_bytes).unwrap();
         let removed: Vec<Digest> = collected.removed.iter().filter_map(|download| download.digest).collect();
         (removed, collected.freed_bytes, collected.left_bytes)
     };

@@ -48,6 +48,10 @@ pub(crate) struct MeshArgs {
     /// How long a request waits for a node that takes it, or takes it over, before it fails
     #[arg(long, env = "MURMUR_WAIT", value_name = "TIME", default_value = "30s")]
     pub(crate) wait: Period,
+    /// Ask the hub for nothing because other nodes say that it is there: what they have comes from them alone. A model that you name as
+    /// hf:owner/repo yourself is looked for on the hub all the same
+    #[arg(long, env = "MURMUR_NO_HUB", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
+    pub(crate) no_hub: bool,
     /// Where other nodes reach this one, over UDP [default: any port on all interfaces]
     #[arg(long, env = "MURMUR_BIND", value_name = "ADDR:PORT")]
     pub(crate) bind: Option<SocketAddr>,

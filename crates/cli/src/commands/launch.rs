@@ -22,12 +22,12 @@ use super::{
     doctor::{Occupant, occupant},
 };
 use crate::{
-    args::{Draft, EngineArgs},
+    args::{Draft, EngineArgs, mesh::MeshArgs},
     client::ApiClient,
     exit::{Code, Failure},
     target::{self, LocalModel, Target},
     ui,
-    units::{Period, Threads},
+    units::Threads,
 };
 
 /// Steps of a progress bar.
@@ -101,13 +101,14 @@ pub(super) async fn node_options(
         upload_bytes_per_s: None,
         download_bytes_per_s: None,
         hub: hub(),
+        hub_by_word: true,
         gpu_layers: engine.gpu_layers,
         engine_program: engine_program()?,
     })
 }
 
 /// A node without models: it asks others.
-pub(super) fn client_options(session: &Session, peer_wait: Period) -> anyhow::Result<NodeOptions> {
+pub(super) fn client_options(session: &Session, mesh: &MeshArgs) -> anyhow::Result<NodeOptions> {
     Ok(NodeOptions {
         data_dir: session.data_dir.clone(),
         models: Vec::new(),
@@ -127,12 +128,13 @@ pub(super) fn client_options(session: &Session, peer_wait: Period) -> anyhow::Re
         spread: false,
         draft: DraftWish::Off,
         exact: false,
-        peer_wait: peer_wait.into(),
+        peer_wait: mesh.wait.into(),
         sharing: Sharing::default(),
         hands_out_files: true,
         upload_bytes_per_s: None,
         download_bytes_per_s: None,
         hub: hub(),
+        hub_by_word: !mesh.no_hub,
         gpu_layers: 0,
         engine_program: engine_program()?,
     })

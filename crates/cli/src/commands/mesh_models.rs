@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use indicatif::ProgressBar;
-use murmur_store::{HubRef, ModelName, ModelRef};
+use murmur_store::{HubRef, ModelName};
 use serde_json::{Value, json};
 
 use super::{
@@ -33,20 +33,31 @@ pub(super) async fn pull(session: &Session, model: &ModelName, stop: bool) -> an
         return end(session, model.as_str()).await;
     }
     match fetch(session, model.as_str()).await? {
-        Fetched::Whole => Ok(()),
+        Fetched::Whole(event) => done(session, model.as_str(), &event),
         Fetched::Nowhere(reason) => Err(Failure::because(Code::Failed, reason)),
     }
 }
 
-/// Has a server that is in a mesh fetch a model of a hub from other nodes and the hub at once. False: there is no such server, or no other
-/// node has the model.
+/// Has a server that is in a mesh fetch a model of a hub, and says so. False: see [`fetch_of_hub`].
 pub(super) async fn pull_of_hub(session: &Session, model: &HubRef) -> anyhow::Result<bool> {
+    match fetch_of_hub(session, model).await? {
+        Some(event) => done(session, &model.to_string(), &event).map(|()| true),
+        None => Ok(false),
+    }
+}
+
+/// Has a server that is in a mesh fetch a model of a hub from other nodes and the hub at once; returns what it says in the end. `None`: there
+/// is no such server, it is here already, or the server gets it nowhere.
+pub(crate) async fn fetch_of_hub(session: &Session, model: &HubRef) -> anyhow::Result<Option<Value>> {
     // No server is no failure, and neither is one that is alone: the hub has it as well.
     let status = session.client().get("/api/status").await.unwrap_or_default();
-    if !status["mesh"].is_object() || session.store().resolve(&ModelRef::Hub(model.clone())).is_ok() {
-        return Ok(false);
+    if !status["mesh"].is_object() || session.store().find_pulled(model)?.is_some() {
+        return Ok(None);
     }
-    Ok(matches!(fetch(session, &model.to_string()).await?, Fetched::Whole))
+    match fetch(session, &model.to_string()).await? {
+        Fetched::Whole(event) => Ok(Some(event)),
+        Fetched::Nowhere(_) => Ok(None),
+    }
 }
 
 /// Ends what the server fetches.
@@ -62,7 +73,8 @@ pub(super) async fn end(session: &Session, model: &str) -> anyhow::Result<()> {
 
 /// How a fetch by the server has ended, if not by a failure.
 enum Fetched {
-    Whole,
+    /// And what the server says of it.
+    Whole(Value),
     /// No node has it; what the server says of that.
     Nowhere(String),
 }
@@ -91,7 +103,8 @@ async fn fetch(session: &Session, model: &str) -> anyhow::Result<Fetched> {
         match event["state"].as_str() {
             Some("fetching") if !session.global.quiet => {
                 let bar = shown.get_or_insert_with(|| {
-                    ui::say(&format!("pulling {model} ({}) from the mesh", Size(total)));
+                    let from = if event["from"] == "hub" { "hub" } else { "mesh" };
+                    ui::say(&format!("pulling {model} ({}) from the {from}", Size(total)));
                     pull::new_bar(total, held)
                 });
                 bar.set_position(held);
@@ -99,8 +112,7 @@ async fn fetch(session: &Session, model: &str) -> anyhow::Result<Fetched> {
             }
             Some("done") => {
                 shown.iter().for_each(ProgressBar::finish_and_clear);
-                done(session, model, &event)?;
-                return Ok(Fetched::Whole);
+                return Ok(Fetched::Whole(event));
             }
             Some("failed") => {
                 shown.iter().for_each(ProgressBar::finish_and_clear);

@@ -8,7 +8,7 @@ mod launch;
 mod machine;
 mod memberships;
 mod mesh;
-mod mesh_models;
+pub(crate) mod mesh_models;
 mod models;
 mod pages;
 mod run;

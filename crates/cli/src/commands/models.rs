@@ -154,6 +154,6 @@ fn origin(entry: &ModelEntry) -> String {
         Origin::Reference => entry.path.display().to_string(),
         Origin::Copy => "copy".to_owned(),
         Origin::Hub { repo, file, .. } => format!("hf:{repo}:{file}"),
-        Origin::Mesh { .. } => "mesh".to_owned(),
+        Origin::Mesh { .. } => entry.asked_as.clone().unwrap_or_else(|| "mesh".to_owned()),
     }
 }

@@ -1,6 +1,6 @@
 //! `murmur serve`: models behind the API, offered to a mesh where one is named.
 
-use murmur_node::{ModelSpec, NodeOptions};
+use murmur_node::{ModelSpec, NodeOptions, Sought, WantedModel};
 use murmur_protocol::codec::Codec;
 use murmur_store::{ModelRef, StoreError};
 
@@ -61,6 +61,7 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
             standby: args.standby,
             spread: mesh.is_some(),
             peer_wait: args.mesh.wait.into(),
+            hub_by_word: !args.mesh.no_hub,
             ..launch::node_options(session, here, &args.engine).await?
         };
         Ok(Plan { node, mesh })
@@ -73,8 +74,8 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
 struct Models {
     /// Models of this machine, under the names that clients use.
     here: Vec<LocalModel>,
-    /// Names that other nodes know.
-    elsewhere: Vec<String>,
+    /// Those that other nodes may have, or the hub.
+    elsewhere: Vec<WantedModel>,
 }
 
 /// What was named. What is not on this machine may be in the mesh, where there is one.
@@ -86,15 +87,20 @@ async fn models(session: &Session, args: &Serve, has_mesh: bool) -> anyhow::Resu
     };
     let Models { here: mut models, mut elsewhere } = Models::default();
     for (at, reference) in wanted.iter().enumerate() {
-        let mut model = match (target::local(session, reference).await, reference) {
-            (Err(error), ModelRef::Name(name)) if has_mesh && is_unknown(&error) => {
-                elsewhere.push(name.to_string());
+        let alias = args.alias.get(at).map(ToString::to_string);
+        let found = match has_mesh {
+            true => here_or_elsewhere(session, reference)?,
+            false => Place::Here(target::local(session, reference).await?),
+        };
+        let mut model = match found {
+            Place::Here(model) => model,
+            Place::Elsewhere(sought) => {
+                elsewhere.push(WantedModel { sought, id: alias });
                 continue;
             }
-            (found, _) => found?,
         };
-        if let Some(alias) = args.alias.get(at) {
-            model.id = alias.to_string();
+        if let Some(alias) = alias {
+            model.id = alias;
         }
         if let Some(other) = models.iter().find(|other| other.id == model.id) {
             return Err(Failure::because(
@@ -112,8 +118,27 @@ async fn models(session: &Session, args: &Serve, has_mesh: bool) -> anyhow::Resu
     Ok(Models { here: models, elsewhere })
 }
 
-fn is_unknown(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(StoreError::NoSuchModel { .. }))
+/// Where a model is.
+enum Place {
+    Here(LocalModel),
+    /// In the mesh or on the hub.
+    Elsewhere(Sought),
+}
+
+/// What is not on this machine, or not all of it, or not any more, is fetched by the node, from the mesh and from the hub.
+fn here_or_elsewhere(session: &Session, reference: &ModelRef) -> anyhow::Result<Place> {
+    let sought = |error: &StoreError| match (error, reference) {
+        (StoreError::NoSuchModel { .. }, ModelRef::Name(name)) => Some(Sought::Name(name.clone())),
+        (StoreError::NoSuchModel { .. }, ModelRef::Hub(reference)) => Some(Sought::Hub(reference.clone())),
+        (StoreError::NotHere { source_name, .. } | StoreError::Incomplete { source_name, .. }, _) => {
+            source_name.parse().ok()
+        }
+        _ => None,
+    };
+    match session.store().resolve(reference) {
+        Ok(resolved) => Ok(Place::Here(resolved.into())),
+        Err(error) => sought(&error).map(Place::Elsewhere).ok_or_else(|| error.into()),
+    }
 }
 
 /// All other models of the store.

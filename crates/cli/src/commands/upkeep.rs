@@ -1,13 +1,12 @@
 //! `murmur models pin`, `quota`, `gc` and `fsck`: what stays, what goes, and whether it is right.
 
-use std::{collections::HashSet, io::IsTerminal, time::UNIX_EPOCH};
+use std::{io::IsTerminal, time::UNIX_EPOCH};
 
 use indicatif::{ProgressBar, ProgressDrawTarget};
-use murmur_gguf::Digest;
 use murmur_store::{Checked, Collected, Download, Health, ModelName, Stays, Store};
 use serde_json::{Value, json};
 
-use super::{Session, small_runtime};
+use super::Session;
 use crate::{
     args::Quota,
     exit::{Code, Failure},
@@ -26,17 +25,10 @@ pub(super) fn pin(session: &Session, store: &Store, names: &[ModelName], off: bo
     if session.global.json { ui::print_json(&json!({"names": names, "pinned": !off})) } else { Ok(()) }
 }
 
-/// What a server here has in hand, which stays. No server has nothing.
-fn in_hand(session: &Session) -> anyhow::Result<HashSet<Digest>> {
-    let status = small_runtime()?.block_on(session.client().get("/api/status")).unwrap_or_default();
-    let contents = status["node"]["contents"].as_array().into_iter().flatten();
-    Ok(contents.filter_map(|content| content["digest"].as_str()?.parse().ok()).collect())
-}
-
 /// Removes what was downloaded until the rest takes no more than `quota_bytes`, or the store's own quota, or nothing.
 pub(super) fn collect(session: &Session, store: &Store, quota_bytes: Option<u64>) -> anyhow::Result<()> {
     let quota_bytes = quota_bytes.or(store.quota()?).unwrap_or(0);
-    let collected = store.collect(quota_bytes, &in_hand(session)?)?;
+    let collected = store.collect(quota_bytes)?;
     if session.global.json {
         let removed: Vec<Value> = collected.removed.iter().map(download_as_json).collect();
         return ui::print_json(&json!({
@@ -63,7 +55,7 @@ pub(super) fn quota(session: &Session, store: &Store, quota: Option<Quota>) -> a
         Some(Quota::Unlimited) => store.set_quota(None)?,
         Some(Quota::Bytes(bytes)) => {
             store.set_quota(Some(bytes))?;
-            let collected = store.collect(bytes, &in_hand(session)?)?;
+            let collected = store.collect(bytes)?;
             if !session.global.json {
                 told(session, &collected, bytes);
                 return Ok(());
@@ -71,7 +63,7 @@ pub(super) fn quota(session: &Session, store: &Store, quota: Option<Quota>) -> a
         }
         None => {}
     }
-    let (quota_bytes, downloads) = (store.quota()?, store.downloads(&in_hand(session)?)?);
+    let (quota_bytes, downloads) = (store.quota()?, store.downloads()?);
     let taken_bytes: u64 = downloads.iter().map(|download| download.bytes).sum();
     if session.global.json {
         let downloads: Vec<Value> = downloads.iter().map(download_as_json).collect();

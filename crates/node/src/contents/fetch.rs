@@ -12,8 +12,8 @@ use murmur_core::{planner::size, swarm::GroupSet};
 use murmur_gguf::ByteRange;
 use tokio::sync::{mpsc, watch};
 
-use super::{Shelf, length, standing::Standing, take::Take};
-use crate::{Node, mesh::MeshNode};
+use super::{Shelf, length, room::Promise, standing::Standing, take::Take};
+use crate::{Node, mesh::MeshNode, model::with_causes};
 
 /// Without anybody who has what is missing, this long is waited.
 const NOBODY_MAX: Duration = Duration::from_secs(30);
@@ -70,7 +70,7 @@ pub(super) struct Taking {
 }
 
 impl Shelf {
-    /// Waits until these bytes are here. `urgent`: they go before others that are wanted.
+    /// Waits until these bytes are here, for which room is made first. `urgent`: they go before others that are wanted.
     pub(crate) async fn fetch(
         self: &Arc<Self>,
         node: &Arc<Node>,
@@ -78,6 +78,11 @@ impl Shelf {
         wanted: &[ByteRange],
         urgent: bool,
     ) -> Result<(), TakeError> {
+        let missing = self.content.missing(wanted);
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let _room = self.make_room(node, GroupSet::covering(&missing)).await?;
         loop {
             let missing = self.content.missing(wanted);
             if missing.is_empty() {
@@ -104,6 +109,17 @@ impl Shelf {
                 return Err(TakeError::Stopping);
             }
         }
+    }
+
+    async fn make_room(self: &Arc<Self>, node: &Arc<Node>, groups: GroupSet) -> Result<Promise, TakeError> {
+        let (node, shelf) = (Arc::clone(node), Arc::clone(self));
+        let made = tokio::task::spawn_blocking(move || {
+            let made = node.room.make(&node.library.store(), &shelf, groups);
+            // What has gone takes room for as long as it is open.
+            drop(node.library.list());
+            made.map_err(|error| TakeError::Store { name: shelf.name.clone(), reason: with_causes(&error) })
+        });
+        made.await.map_err(|_| TakeError::Stopping)?
     }
 
     /// Waits until nothing of it is being fetched.

@@ -64,6 +64,8 @@ pub(crate) async fn tell(node: &Node, model: ModelDigest, send: &mut SendStream)
     let Some(shelf) = shared(node, &model) else {
         return say(send, &Work::Refused(not_here())).await;
     };
+    // Who watches does not keep it from making room.
+    let shelf = Arc::downgrade(&shelf);
     let mut ticks = tokio::time::interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let left = send.stopped();
@@ -75,7 +77,9 @@ pub(crate) async fn tell(node: &Node, model: ModelDigest, send: &mut SendStream)
             _ = &mut left => return Ok(()),
             _ = ticks.tick() => {}
         }
-        let now = content(&shelf);
+        let Some(now) = shelf.upgrade().map(|shelf| content(&shelf)) else {
+            return say(send, &Work::Refused(not_here())).await;
+        };
         if told.as_ref() != Some(&now) {
             say(send, &Work::Content(now.clone())).await?;
             told = Some(now);
@@ -151,6 +155,7 @@ async fn begin(shelf: &Arc<Shelf>, fetch: &Fetch, mut send: SendStream, node: Ar
     say(&mut send, &Work::Sending).await.map_err(|error| error.to_string())?;
     let (shelf, ranges, only_hashes) = (Arc::clone(shelf), from_wire(&fetch.ranges), fetch.only_hashes);
     let sending = tokio::task::spawn_blocking(move || {
+        let _held = shelf.content.hold().map_err(|error| with_causes(&error))?;
         let mut patient = TimeoutWriter::new(send);
         patient.set_timeout(Some(STALL_MAX));
         let bridge = SyncIoBridge::new(Box::pin(patient));

@@ -12,13 +12,15 @@ mod hub;
 mod hub_name;
 pub(crate) mod pace;
 pub(crate) mod pull;
+pub(crate) mod room;
+mod sought;
 mod standing;
 mod take;
 pub(crate) mod wanted;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    ops::Range,
+    ops::{Deref, Range},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -28,11 +30,12 @@ use murmur_protocol::mesh::{
     HeldContent, ModelDigest, NodeId,
     content::{CONTENTS_MAX, GROUP_BYTES, SOURCE_BYTES_MAX},
 };
-use murmur_store::{Content, Contents, HubRef, Origin, Store, StoreError};
+use murmur_store::{Content, Contents, Hold, HubRef, Origin, Store, StoreError};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
 pub use fetch::TakeError;
+pub use sought::Sought;
 
 use crate::Node;
 
@@ -65,6 +68,20 @@ pub(crate) struct Shelf {
     on_hub: Mutex<OnHub>,
 }
 
+/// One of them that is used here: no process removes it to make room.
+pub(crate) struct InUse {
+    shelf: Arc<Shelf>,
+    _held: Hold,
+}
+
+impl Deref for InUse {
+    type Target = Arc<Shelf>;
+
+    fn deref(&self) -> &Arc<Shelf> {
+        &self.shelf
+    }
+}
+
 /// What is known of where a hub has a file: references to it at one commit.
 #[derive(Default)]
 pub(crate) struct OnHub {
@@ -77,8 +94,9 @@ pub(crate) struct OnHub {
 }
 
 impl OnHub {
-    fn likely(&self) -> Vec<HubRef> {
-        self.proven.iter().chain(&self.said).cloned().collect()
+    /// Places to ask. What was proven may have been found by the word of another node.
+    fn likely(&self, by_word: bool) -> Vec<HubRef> {
+        self.proven.iter().filter(|_| by_word).chain(&self.said).cloned().collect()
     }
 
     fn prove(&mut self, place: &HubRef) {
@@ -102,6 +120,11 @@ impl Library {
         self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The store that they are in.
+    fn store(&self) -> Store {
+        Store::at(&self.data_dir)
+    }
+
     /// A file of this machine, read through unless that was done before. Blocks.
     pub(crate) fn adopt(&self, name: &str, path: &Path, header_bytes: u64) -> Result<Arc<Shelf>, StoreError> {
         let content = self.contents.adopt(path, &mut |_, _| ())?;
@@ -115,24 +138,25 @@ impl Library {
 
     /// Where on the hub a file of the store was pulled from.
     fn pulled_from(&self, path: &Path) -> Option<HubRef> {
-        let entries = Store::at(&self.data_dir).list().ok()?;
+        let entries = self.store().list().ok()?;
         entries.into_iter().filter(|entry| entry.path == path).find_map(|entry| match entry.origin {
             Origin::Hub { repo, commit, file, .. } => Some(HubRef { repo, revision: commit, wanted: Some(file) }),
             _ => None,
         })
     }
 
-    /// A file that is not here, or is in parts. Blocks.
-    pub(crate) fn begin(&self, name: &str, digest: ModelDigest, file_bytes: u64) -> Result<Arc<Shelf>, StoreError> {
+    /// A file that is not here, or is in parts, for somebody who fetches it. Blocks.
+    pub(crate) fn begin(&self, name: &str, digest: ModelDigest, file_bytes: u64) -> Result<InUse, StoreError> {
         let content = self.contents.create(Digest(*digest.as_bytes()), file_bytes)?;
-        Ok(self.put(name, content))
+        let held = content.hold()?;
+        Ok(InUse { shelf: self.put(name, content), _held: held })
     }
 
     fn put(&self, name: &str, content: Content) -> Arc<Shelf> {
         let digest = ModelDigest::from_bytes(content.digest().0);
         let mut shelves = self.shelves();
-        // One of another length was begun by a false claim.
-        if let Some(known) = shelves.get(&digest).filter(|shelf| shelf.content.bytes() == content.bytes()) {
+        // One of another length was begun by a false claim, and one that has gone made room.
+        if let Some(known) = shelves.get(&digest).filter(|shelf| shelf.content.is_same(&content)) {
             return Arc::clone(known);
         }
         let proven = content.source().and_then(|source| source.parse().ok());
@@ -158,9 +182,11 @@ impl Library {
         self.shelves().get(digest).cloned()
     }
 
-    /// All of them.
+    /// All of them. What has gone meanwhile, by whomever it was removed, takes no room any more.
     pub(crate) fn list(&self) -> Vec<Arc<Shelf>> {
-        self.shelves().values().cloned().collect()
+        let mut shelves = self.shelves();
+        shelves.retain(|_, shelf| shelf.content.is_there());
+        shelves.values().cloned().collect()
     }
 
     /// What the record says of them. Parts that grow are told in steps of one [`HELD_STEPS`]th.
@@ -234,10 +260,11 @@ impl Shelf {
         })
     }
 
-    /// Enters it in the store under its name, once all of it is here. Blocks.
-    fn enter(&self, data_dir: &Path) -> Result<(), StoreError> {
+    /// Enters it in the store under its name, once all of it is here, and as what a user has asked for. Blocks.
+    fn enter(&self, store: &Store) -> Result<(), StoreError> {
         if self.content.is_complete() && !self.content.is_reference() {
-            Store::at(data_dir).add_content(self.name.parse()?, &self.content)?;
+            let asked_as = self.on_hub().said.clone();
+            store.add_content(self.name.parse()?, &self.content, asked_as.as_ref())?;
         }
         Ok(())
     }

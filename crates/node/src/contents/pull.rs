@@ -8,7 +8,7 @@ use std::{
 };
 
 use murmur_api::backend::Refusal;
-use murmur_store::{HubRef, ModelName, StoreError};
+use murmur_store::{HubRef, ModelEntry, StoreError};
 use serde_json::{Value, json};
 use tokio::{
     sync::{mpsc, watch},
@@ -17,8 +17,8 @@ use tokio::{
 };
 
 use super::{
-    Shelf,
-    hub_name::HubFinder,
+    Shelf, Sought,
+    hub_name::{Hub, HubFinder},
     wanted::{begin, blocking, find, search_within},
 };
 use crate::{Node, NodeError, mesh::MeshNode, model::with_causes};
@@ -43,7 +43,13 @@ struct Pull {
 enum State {
     Searching,
     Fetching(Arc<Shelf>),
-    Done(Arc<Shelf>),
+    /// No node has it, and the hub gives it.
+    FromHub {
+        done_bytes: u64,
+        total_bytes: u64,
+    },
+    /// It is here, as this view says.
+    Done(Value),
     /// Why, and whether that is because nobody in the mesh has it: it may still be had from the hub.
     Failed {
         reason: String,
@@ -52,15 +58,25 @@ enum State {
 }
 
 impl State {
+    /// How a pull has ended.
+    fn of(pulled: Result<Value, NodeError>) -> State {
+        pulled.map_or_else(
+            |error| State::Failed {
+                reason: with_causes(&error),
+                is_nowhere: matches!(error, NodeError::Nowhere(_) | NodeError::NorOnHub { .. }),
+            },
+            State::Done,
+        )
+    }
+
     fn view(&self) -> Value {
         match self {
             State::Searching => json!({"state": "searching"}),
-            State::Fetching(shelf) | State::Done(shelf) => {
-                let mut view = shelf.view();
-                view["state"] = if matches!(self, State::Done(_)) { "done" } else { "fetching" }.into();
-                view["path"] = shelf.content.path().to_string_lossy().into();
-                view
+            State::Fetching(shelf) => view(shelf, "fetching"),
+            State::FromHub { done_bytes, total_bytes } => {
+                json!({"state": "fetching", "from": "hub", "file_bytes": total_bytes, "held_bytes": done_bytes})
             }
+            State::Done(view) => view.clone(),
             State::Failed { reason, is_nowhere } => {
                 json!({"state": "failed", "reason": reason, "nowhere": is_nowhere})
             }
@@ -72,19 +88,33 @@ impl State {
     }
 }
 
+/// What is told of a file that comes from nodes.
+fn view(shelf: &Shelf, state: &str) -> Value {
+    let mut view = shelf.view();
+    view["state"] = state.into();
+    view["path"] = shelf.content.path().to_string_lossy().into();
+    view
+}
+
+/// What is told of a file of the store.
+fn view_entry(entry: &ModelEntry) -> Value {
+    json!({
+        "state": "done",
+        "name": entry.name,
+        "file_bytes": entry.size_bytes,
+        "held_bytes": entry.size_bytes,
+        "path": entry.path.to_string_lossy(),
+    })
+}
+
 impl Pulls {
     fn pulls(&self) -> MutexGuard<'_, BTreeMap<String, Pull>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins to pull a model, or listens to a pull that runs.
-    pub(crate) fn begin(
-        &self,
-        node: &Arc<Node>,
-        mesh: &Arc<MeshNode>,
-        name: String,
-    ) -> Result<mpsc::Receiver<Value>, Refusal> {
-        let sought = Sought::parse(&name).map_err(|error| Refusal::BadRequest {
+    /// Begins to pull a model, or listens to a pull that runs. Without a mesh, the hub may have it.
+    pub(crate) fn begin(&self, node: &Node, name: String) -> Result<mpsc::Receiver<Value>, Refusal> {
+        let sought: Sought = name.parse().map_err(|error: StoreError| Refusal::BadRequest {
             message: error.to_string(),
             param: Some("model".to_owned()),
             code: None,
@@ -95,17 +125,24 @@ impl Pulls {
             Some(pull) => pull.state.clone(),
             None => {
                 let (tell, state) = watch::channel(State::Searching);
-                let (node, mesh_node) = (Arc::clone(node), Arc::clone(mesh));
-                let task = mesh.spawn(async move {
-                    let last = match run(&node, &mesh_node, sought, &tell).await {
-                        Ok(shelf) => State::Done(shelf),
-                        Err(error) => State::Failed {
-                            reason: with_causes(&error),
-                            is_nowhere: matches!(error, NodeError::Nowhere(_)),
-                        },
-                    };
-                    tell.send_replace(last);
-                });
+                let task = match (sought, node.mesh.get()) {
+                    (sought, Some(mesh)) => {
+                        let ending = || Refusal::Failed { message: "this node is stopping".to_owned() };
+                        let (node, own) = (mesh.node().ok_or_else(ending)?, Arc::clone(mesh));
+                        mesh.spawn(async move {
+                            let pulled = pull(&node, &own, sought, &tell).await;
+                            tell.send_replace(State::of(pulled));
+                        })
+                    }
+                    (Sought::Hub(reference), None) => {
+                        let hub = Hub::of(node);
+                        node.tend(async move {
+                            let pulled = pull_from_hub(&hub, &reference, &tell).await;
+                            tell.send_replace(State::of(pulled));
+                        })
+                    }
+                    (Sought::Name(_), None) => return Err(Refusal::not_in_a_mesh()),
+                };
                 pulls.insert(name, Pull { state: state.clone(), task });
                 state
             }
@@ -141,41 +178,51 @@ async fn tell_on(mut state: watch::Receiver<State>, events: mpsc::Sender<Value>)
     }
 }
 
-/// What a user asks for.
-enum Sought {
-    Name(ModelName),
-    Hub(HubRef),
-}
-
-impl Sought {
-    fn parse(name: &str) -> Result<Sought, StoreError> {
-        match name.starts_with("hf:") {
-            true => name.parse().map(Sought::Hub),
-            false => name.parse().map(Sought::Name),
-        }
-    }
-}
-
-async fn run(
+/// Gets a model that is not here from those of a mesh who have it, or else from the hub.
+async fn pull(
     node: &Arc<Node>,
     mesh: &Arc<MeshNode>,
     sought: Sought,
     tell: &watch::Sender<State>,
-) -> Result<Arc<Shelf>, NodeError> {
+) -> Result<Value, NodeError> {
     let begun = |shelf: &Arc<Shelf>| drop(tell.send_replace(State::Fetching(Arc::clone(shelf))));
     let shelf = match sought {
         Sought::Name(name) => {
+            let (store, known) = (node.library.store(), name.clone());
+            if let Some(entry) = blocking(move || Ok(store.find_whole(&known)?)).await? {
+                return Ok(view_entry(&entry));
+            }
             let digest = search_within(mesh, SEARCH_MAX, |table| find(table, name.as_str()), &name).await?;
             let shelf = begin(node, mesh, name.as_str(), digest, begun).await?;
             shelf.fetch(node, mesh, &[shelf.whole()], false).await?;
             shelf
         }
-        Sought::Hub(reference) => HubFinder::of(node, reference).await?.fetch(node, mesh, begun).await?,
+        Sought::Hub(reference) => {
+            let hub = Hub::of(node);
+            if let Some(entry) = hub.find_pulled(&reference).await? {
+                return Ok(view_entry(&entry));
+            }
+            match HubFinder::of(&hub, reference.clone()).await?.search(mesh).await {
+                Ok(of_hub) => of_hub.fetch(node, mesh, begun).await?,
+                Err(NodeError::Nowhere(_)) => return pull_from_hub(&hub, &reference, tell).await,
+                Err(error) => return Err(error),
+            }
+        }
     };
     let node = Arc::clone(node);
     blocking(move || {
-        shelf.enter(&node.options().data_dir)?;
-        Ok(shelf)
+        shelf.enter(&node.library.store())?;
+        Ok(view(&shelf, "done"))
     })
     .await
+}
+
+/// Gets a model from the hub alone, unless it was pulled before.
+async fn pull_from_hub(hub: &Hub, reference: &HubRef, tell: &watch::Sender<State>) -> Result<Value, NodeError> {
+    if let Some(entry) = hub.find_pulled(reference).await? {
+        return Ok(view_entry(&entry));
+    }
+    let told = tell.clone();
+    let heard = move |done_bytes, total_bytes| drop(told.send_replace(State::FromHub { done_bytes, total_bytes }));
+    Ok(view_entry(&hub.pull(reference, heard).await?))
 }

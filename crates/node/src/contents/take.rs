@@ -72,6 +72,8 @@ pub(super) struct Take {
     mesh: Weak<MeshNode>,
     /// `None`: the hub is not asked.
     hub: Option<HubConfig>,
+    /// Whether it is asked also for what only other nodes say that it has.
+    hub_by_word: bool,
     swarm: Swarm,
     sources: HashMap<SourceId, Source>,
     /// Names of those that are, or were, sources.
@@ -103,6 +105,7 @@ impl Take {
             node: Arc::downgrade(node),
             mesh: Arc::downgrade(mesh),
             hub: node.options().hub.clone().filter(|hub| !hub.is_offline()),
+            hub_by_word: node.options().hub_by_word,
             swarm: Swarm::new(shelf.content.bytes(), salt),
             sources: HashMap::new(),
             ids: HashMap::new(),
@@ -216,8 +219,9 @@ impl Take {
         if self.hub.is_none() || !can_check || self.useless.len() >= HUB_NAMES_MAX {
             return None;
         }
-        let told = table.keys().filter_map(|node| self.told_by(table, node)?.source.as_ref()?.parse().ok());
-        let likely = self.shelf.on_hub().likely();
+        let likely = self.shelf.on_hub().likely(self.hub_by_word);
+        let others = table.keys().filter(|_| self.hub_by_word);
+        let told = others.filter_map(|node| self.told_by(table, node)?.source.as_ref()?.parse().ok());
         asked.into_iter().chain(likely).chain(told).find(is_of_use)
     }
 

@@ -7,25 +7,34 @@
 use std::{
     fs::File,
     io::Read,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
     time::Duration,
 };
 
+use murmur_core::planner::size;
 use murmur_gguf::{ByteRange, Gguf, LayerRange};
 use murmur_net::Table;
 use murmur_protocol::mesh::{HeldContent, ModelDigest, content::GROUP_BYTES};
+use murmur_store::HubRef;
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::timeout};
 
-use super::{Shelf, length, take::TELL_EVERY};
+use super::{
+    InUse, Shelf, Sought,
+    hub_name::{Hub, HubFinder, OfHub},
+    length,
+    take::TELL_EVERY,
+};
 use crate::{
-    ModelSpec, Node, NodeError,
+    ModelSpec, Node, NodeError, WantedModel,
     mesh::{IdentityError, MeshNode, ModelIdentity, both, by_count},
     model::with_causes,
 };
 
 /// Before what could not be had is tried again.
 const RETRY: Duration = Duration::from_secs(5);
+/// The same where a hub was asked.
+const HUB_RETRY: Duration = Duration::from_secs(30);
 /// Where nodes claim several lengths of a file, one that is not proven within this gives way to the next.
 const PROOF_MAX: Duration = Duration::from_secs(5);
 /// So many times it is tried to prove one.
@@ -37,7 +46,9 @@ const HEADER_BYTES_MAX: u64 = 256 << 20;
 
 /// A name that was asked for, and how far it is.
 pub(crate) struct Wanted {
-    pub(crate) name: String,
+    sought: Sought,
+    /// The name clients use, as soon as it is known.
+    id: OnceLock<String>,
     state: Mutex<State>,
 }
 
@@ -45,14 +56,29 @@ enum State {
     Looking,
     /// Its header comes.
     Found,
+    /// No node has it, and the hub gives it.
+    FromHub {
+        done_bytes: u64,
+        total_bytes: u64,
+    },
     /// It is one of the node's models.
     Listed,
     Failed(String),
 }
 
 impl Wanted {
-    pub(crate) fn new(name: String) -> Wanted {
-        Wanted { name, state: Mutex::new(State::Looking) }
+    pub(crate) fn new(wanted: &WantedModel) -> Wanted {
+        let id = match (&wanted.id, &wanted.sought) {
+            (Some(id), _) => OnceLock::from(id.clone()),
+            (None, Sought::Name(name)) => OnceLock::from(name.to_string()),
+            (None, Sought::Hub(_)) => OnceLock::new(),
+        };
+        Wanted { sought: wanted.sought.clone(), id, state: Mutex::new(State::Looking) }
+    }
+
+    /// Whether clients mean it by this name.
+    pub(crate) fn is_called(&self, id: &str) -> bool {
+        self.id.get().is_some_and(|own| own == id)
     }
 
     fn set(&self, state: State) {
@@ -62,8 +88,17 @@ impl Wanted {
     /// What it is waiting for; `None`: it is there.
     pub(crate) fn waiting(&self) -> Option<String> {
         match &*self.state.lock().unwrap_or_else(PoisonError::into_inner) {
-            State::Looking => Some(format!("no node of the mesh has {} yet", self.name)),
-            State::Found => Some(format!("the header of {} is being fetched", self.name)),
+            State::Looking => Some(match &self.sought {
+                Sought::Name(name) => format!("no node of the mesh has {name} yet"),
+                Sought::Hub(reference) => format!("{reference} is being looked for in the mesh and on the hub"),
+            }),
+            State::Found => Some(format!("the header of {} is being fetched", self.sought)),
+            State::FromHub { done_bytes, total_bytes } => Some(format!(
+                "{} is being fetched from the hub: {} of {} are here",
+                self.sought,
+                size(*done_bytes),
+                size(*total_bytes)
+            )),
             State::Listed => None,
             State::Failed(reason) => Some(reason.clone()),
         }
@@ -71,15 +106,19 @@ impl Wanted {
 
     /// For `/api/status`.
     pub(crate) fn view(&self) -> Value {
-        json!({"name": self.name, "waiting": self.waiting()})
+        json!({"name": self.sought.to_string(), "waiting": self.waiting()})
     }
 }
 
 /// Where the bytes of a model come from that are not here.
 pub(crate) struct Supply {
-    pub(crate) node: Weak<Node>,
-    pub(crate) mesh: Weak<MeshNode>,
-    pub(crate) shelf: Arc<Shelf>,
+    node: Weak<Node>,
+    mesh: Weak<MeshNode>,
+    shelf: InUse,
+    /// Where it was asked for by its name on a hub.
+    of_hub: Option<OfHub>,
+    /// Whether it is what that hub has, once all of it was here.
+    compared: OnceLock<Result<(), String>>,
 }
 
 impl Supply {
@@ -114,33 +153,97 @@ impl Supply {
                 () = told => Err(NodeError::Interrupted),
             }
         })?;
+        self.compare(&node)?;
         // Where it is not entered under its name, it is found by its digest, as long as others have it.
-        if let Err(error) = self.shelf.enter(&node.options().data_dir) {
+        if let Err(error) = self.shelf.enter(&node.library.store()) {
             tracing::warn!("{} is not entered in the store: {}", self.shelf.name, with_causes(&error));
         }
         Ok(())
+    }
+
+    /// Makes sure that a file that was asked for by its name on a hub is the hub's, once all of it is here. Of a part of it nobody but the nodes can
+    /// say so. Blocks.
+    fn compare(&self, node: &Node) -> Result<(), NodeError> {
+        let Some(of_hub) = self.of_hub.as_ref().filter(|_| self.shelf.content.is_complete()) else { return Ok(()) };
+        let compared = self.compared.get_or_init(|| {
+            tokio::runtime::Handle::current().block_on(self.shelf.rest());
+            of_hub.compare(node, &self.shelf).map_err(|error| with_causes(&error))
+        });
+        let unusable = |reason| NodeError::Unusable { path: self.shelf.content.path().to_owned(), reason };
+        compared.clone().map_err(unusable)
     }
 }
 
 /// Finds a model by its name and adds it to the node's.
 pub(crate) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>, wanted: Arc<Wanted>) {
-    let Some(mut table) = mesh.upgrade().map(|mesh| mesh.mesh().watch()) else { return };
-    while let Some(digest) = search(&mut table, |table| find(table, &wanted.name)).await {
-        let Some((strong, mesh)) = both(&node, &mesh) else { return };
-        let added = add(&strong, &mesh, &wanted, digest).await;
-        drop((strong, mesh));
+    loop {
+        let (added, retry) = match &wanted.sought {
+            Sought::Name(name) => (add_named(&node, &mesh, &wanted, name.as_str()).await, RETRY),
+            Sought::Hub(reference) => (add_of_hub(&node, &mesh, &wanted, reference).await, HUB_RETRY),
+        };
         match added {
-            Ok(at) => {
+            Some(Ok(at)) => {
                 wanted.set(State::Listed);
                 return load(node, at).await;
             }
-            Err(error) => {
-                tracing::warn!("{}: {}", wanted.name, with_causes(&error));
+            Some(Err(error)) => {
+                tracing::warn!("{}: {}", wanted.sought, with_causes(&error));
                 wanted.set(State::Failed(with_causes(&error)));
-                tokio::time::sleep(RETRY).await;
+                tokio::time::sleep(retry).await;
             }
+            None => return,
         }
     }
+}
+
+/// Adds what nodes have under a name, as soon as one has it. `None`: the mesh was left.
+async fn add_named(
+    node: &Weak<Node>,
+    mesh: &Weak<MeshNode>,
+    wanted: &Wanted,
+    name: &str,
+) -> Option<Result<usize, NodeError>> {
+    let mut table = mesh.upgrade()?.mesh().watch();
+    let digest = search(&mut table, |table| find(table, name)).await?;
+    let (node, mesh) = both(node, mesh)?;
+    let begun = begin(&node, &mesh, name, digest, |_| wanted.set(State::Found));
+    Some(match begun.await {
+        Ok(shelf) => add(&node, &mesh, wanted, shelf, None).await,
+        Err(error) => Err(error),
+    })
+}
+
+/// Adds what a hub has under a name, from nodes that have it and from the hub, or from the hub alone. `None`: the mesh was left.
+async fn add_of_hub(
+    node: &Weak<Node>,
+    mesh: &Weak<MeshNode>,
+    wanted: &Arc<Wanted>,
+    reference: &HubRef,
+) -> Option<Result<usize, NodeError>> {
+    let (node, mesh) = both(node, mesh)?;
+    let hub = Hub::of(&node);
+    let found = match HubFinder::of(&hub, reference.clone()).await {
+        Ok(finder) => finder.search(&mesh).await,
+        Err(error) => Err(error),
+    };
+    Some(match found {
+        Ok(of_hub) => match of_hub.begin(&node, &mesh, |_| wanted.set(State::Found)).await {
+            Ok(shelf) => add(&node, &mesh, wanted, shelf, Some(of_hub)).await,
+            Err(error) => Err(error),
+        },
+        Err(NodeError::Nowhere(_)) => add_pulled(&node, &hub, wanted, reference).await,
+        Err(error) => Err(error),
+    })
+}
+
+/// Adds what comes from the hub alone.
+async fn add_pulled(node: &Arc<Node>, hub: &Hub, wanted: &Arc<Wanted>, reference: &HubRef) -> Result<usize, NodeError> {
+    let told = Arc::clone(wanted);
+    let heard = move |done_bytes, total_bytes| told.set(State::FromHub { done_bytes, total_bytes });
+    let entry = hub.pull(reference, heard).await?;
+    let id = wanted.id.get_or_init(|| entry.name.to_string()).clone();
+    let (node, spec) = (Arc::clone(node), ModelSpec { path: entry.path, id });
+    blocking(move || node.models.add(&spec, None)).await
 }
 
 /// What is looked for in the table, as soon as it is there. `None`: the mesh was left.
@@ -189,7 +292,7 @@ pub(super) async fn begin(
     name: &str,
     digest: ModelDigest,
     begun: impl Fn(&Arc<Shelf>),
-) -> Result<Arc<Shelf>, NodeError> {
+) -> Result<InUse, NodeError> {
     let mut table = mesh.mesh().watch();
     let mut failed = NodeError::Nowhere(name.to_owned());
     for turn in 0..PROOFS_MAX {
@@ -224,17 +327,25 @@ fn is_meant(digest: ModelDigest, name: &str, wanted: &str) -> bool {
         || wanted.strip_prefix(name).and_then(|rest| rest.strip_prefix('@')) == Some(&digest.short().to_string())
 }
 
-async fn add(node: &Arc<Node>, mesh: &Arc<MeshNode>, wanted: &Wanted, digest: ModelDigest) -> Result<usize, NodeError> {
-    let shelf = begin(node, mesh, &wanted.name, digest, |_| wanted.set(State::Found)).await?;
+/// Adds a model of which nothing but its last group is here yet.
+async fn add(
+    node: &Arc<Node>,
+    mesh: &Arc<MeshNode>,
+    wanted: &Wanted,
+    shelf: InUse,
+    of_hub: Option<OfHub>,
+) -> Result<usize, NodeError> {
     fetch_header(node, mesh, &shelf).await?;
-    let supply = Supply { node: Arc::downgrade(node), mesh: Arc::downgrade(mesh), shelf };
-    let (node, spec) =
-        (Arc::clone(node), ModelSpec { path: supply.shelf.content.path().to_owned(), id: wanted.name.clone() });
+    let id = wanted.id.get_or_init(|| shelf.name.clone()).clone();
+    let (spec, digest) = (ModelSpec { path: shelf.content.path().to_owned(), id }, shelf.digest());
+    let compared = OnceLock::new();
+    let supply = Supply { node: Arc::downgrade(node), mesh: Arc::downgrade(mesh), shelf, of_hub, compared };
+    let node = Arc::clone(node);
     blocking(move || {
         let unusable =
             |error: IdentityError| NodeError::Unusable { path: spec.path.clone(), reason: error.to_string() };
         let identity = ModelIdentity::known(&spec.path, digest).map_err(unusable)?;
-        node.models.add(&spec, identity, supply)
+        node.models.add(&spec, Some((identity, supply)))
     })
     .await
 }

@@ -68,28 +68,33 @@ impl World {
     pub(crate) async fn new() -> World {
         let folder = tempfile::tempdir().unwrap();
         let taker_dir = folder.path().join("taker");
-        World::with(folder, taker_dir, None).await
+        World::with(folder, options(&taker_dir)).await
     }
 
     pub(crate) async fn with_taker_at(taker_dir: PathBuf) -> World {
-        World::with(tempfile::tempdir().unwrap(), taker_dir, None).await
+        World::with(tempfile::tempdir().unwrap(), options(&taker_dir)).await
     }
 
     /// One whose node may ask this hub.
     pub(crate) async fn with_hub(hub: HubConfig) -> World {
-        let folder = tempfile::tempdir().unwrap();
-        let taker_dir = folder.path().join("taker");
-        World::with(folder, taker_dir, Some(hub)).await
+        World::with_taker(|options| NodeOptions { hub: Some(hub), ..options }).await
     }
 
-    async fn with(folder: TempDir, taker_dir: PathBuf, hub: Option<HubConfig>) -> World {
+    /// One whose node is to do something else.
+    pub(crate) async fn with_taker(change: impl FnOnce(NodeOptions) -> NodeOptions) -> World {
+        let folder = tempfile::tempdir().unwrap();
+        let taker_dir = folder.path().join("taker");
+        World::with(folder, change(options(&taker_dir))).await
+    }
+
+    async fn with(folder: TempDir, options: NodeOptions) -> World {
         let file = folder.path().join("tiny.gguf");
         let bytes = the_file(&file);
         assert!((3_000_000..10_000_000).contains(&bytes.len()), "{}", bytes.len());
         let source = Contents::at(&folder.path().join("source")).adopt(&file, &mut |_, _| ()).unwrap();
         let digest = ModelDigest::from_bytes(source.digest().0);
-        let taker = Node::open(NodeOptions { hub, ..options(&taker_dir) }).unwrap();
-        let taker = Arc::new(taker);
+        let taker_dir = options.data_dir.clone();
+        let taker = Arc::new(Node::open(options).unwrap());
         taker.join_mesh(mesh(&taker_dir, &[])).await.unwrap();
         World { folder, taker_dir, taker, digest, bytes }
     }
@@ -164,6 +169,16 @@ impl World {
         .await;
     }
 
+    /// The length of the file.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// Whether the file lies there.
+    pub(crate) fn is_the_file(&self, path: &Path) -> bool {
+        fs::read(path).is_ok_and(|bytes| bytes == self.bytes)
+    }
+
     /// What the taker says of the file.
     pub(crate) fn content_view(&self) -> Value {
         self.taker.status()["contents"][0].clone()
@@ -221,6 +236,7 @@ pub(crate) fn options(data_dir: &Path) -> NodeOptions {
         upload_bytes_per_s: None,
         download_bytes_per_s: None,
         hub: None,
+        hub_by_word: true,
         gpu_layers: 0,
         // No model is loaded.
         engine_program: PathBuf::new(),

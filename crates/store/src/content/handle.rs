@@ -18,6 +18,7 @@ use super::{
 use crate::{
     error::StoreError,
     files::{self, FileLock},
+    quota::Hold,
 };
 
 /// Bytes that arrive between two checkpoints: as much as a power cut may cost.
@@ -244,6 +245,22 @@ impl Content {
     /// Whether the file lies elsewhere and is only referred to.
     pub fn is_reference(&self) -> bool {
         self.0.reference.is_some()
+    }
+
+    /// Holds it: until that is dropped, no process removes it to make room. Waits while somebody decides whether to.
+    pub fn hold(&self) -> Result<Hold, StoreError> {
+        let gone = StoreError::ContentGone { digest: self.digest() };
+        Hold::on(self.path()).filter(|_| self.is_there()).ok_or(gone)
+    }
+
+    /// Whether its file has not been removed, or replaced by another one. What was removed can be read as long as a handle is there.
+    pub fn is_there(&self) -> bool {
+        files::is_at(&self.0.data, self.path())
+    }
+
+    /// Whether both are handles of one content, and not of one that was removed and a later one of the same bytes.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 
     /// What is verified and here: ascending, joined, of whole groups (the last group ends where the file does).

@@ -20,7 +20,7 @@ mod search;
 pub(crate) mod select;
 mod transfer;
 
-use std::{collections::HashSet, path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 pub(crate) use self::transfer::sha256_of;
 use self::{client::Client, layout::RepoCache};
@@ -150,7 +150,7 @@ impl Store {
     /// Makes room for a download, on a thread on which that may take a while.
     async fn make_room_apart(&self, needs_bytes: u64) -> Result<Vec<Download>, StoreError> {
         let store = self.clone();
-        let made = tokio::task::spawn_blocking(move || store.make_room(needs_bytes, &HashSet::new()));
+        let made = tokio::task::spawn_blocking(move || store.make_room(needs_bytes));
         match made.await {
             Ok(collected) => Ok(collected?.removed),
             Err(error) => {

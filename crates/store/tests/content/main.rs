@@ -5,6 +5,7 @@
 mod crashes;
 mod disks;
 mod hashes;
+mod held;
 mod lies;
 
 use std::{

@@ -7,7 +7,8 @@
 //! The second half is about layers. [`slice()`] writes the part of a model that one stage of a ring runs, as a GGUF file of
 //! its own that unpatched llama.cpp loads: layers renumbered from zero, the embedding only in the first stage, the head
 //! only in the last. [`tokenizer_card`] is what is left without any layer. [`Manifest`] says what a model is, in bytes and digests; [`synth`] makes small random models of every
-//! supported architecture for tests and large ones for benchmarks. [`groups`] are the pieces in which a file travels.
+//! supported architecture for tests and large ones for benchmarks. [`groups`] are the pieces in which a file travels. [`join`] makes
+//! one file of a model that comes in several.
 //!
 //! The format's specification is `docs/gguf.md` of ggml; where it is silent, `ggml/src/gguf.cpp` decides.
 //! Start reading at [`mod@gguf`], then [`mod@slice`].
@@ -18,6 +19,7 @@ pub mod error;
 pub mod facts;
 pub mod gguf;
 pub mod groups;
+pub mod join;
 mod layout;
 pub mod manifest;
 pub mod parse;

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use murmur_gguf::{Digest, GgufErrorKind};
+use murmur_gguf::{Digest, GgufErrorKind, WriteError, join::JoinError};
 
 use crate::files;
 
@@ -67,6 +67,9 @@ pub enum StoreError {
     /// A GGUF file that cannot be read.
     #[error(transparent)]
     Gguf(#[from] murmur_gguf::GgufError),
+    /// The parts of a model that was split cannot be joined.
+    #[error(transparent)]
+    Join(#[from] murmur_gguf::join::JoinError),
     /// The file system said no.
     #[error("cannot {doing} {path}: {source}. {}", advice_for(source))]
     Io {
@@ -317,12 +320,15 @@ impl StoreError {
             | Self::ContentInUse { .. }
             | Self::Incomplete { .. } => ErrorKind::Unavailable,
             Self::BadHubAnswer { .. } | Self::Send(_) => ErrorKind::Other,
-            Self::Gguf(error) => match error.kind() {
+            Self::Gguf(error) | Self::Join(JoinError::Part(error)) => match error.kind() {
                 GgufErrorKind::NotFound => ErrorKind::NotFound,
                 GgufErrorKind::PermissionDenied => ErrorKind::Unavailable,
                 GgufErrorKind::Io(_) => ErrorKind::Other,
                 _ => ErrorKind::Damaged,
             },
+            Self::Join(JoinError::Mismatch { .. } | JoinError::Count(_)) => ErrorKind::Damaged,
+            Self::Join(JoinError::Write(WriteError::DiskFull { .. })) => ErrorKind::NoSpace,
+            Self::Join(JoinError::Write(_)) => ErrorKind::Other,
             Self::Io { source, .. } => match source.kind() {
                 io::ErrorKind::NotFound => ErrorKind::NotFound,
                 io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => ErrorKind::Unavailable,

@@ -149,6 +149,21 @@ pub(crate) fn is_at(file: &File, path: &Path) -> bool {
     is_linked && path.exists()
 }
 
+/// Whether what is written at both paths takes room on the same disk. Where nobody says: it does.
+pub(crate) fn is_same_disk(a: &Path, b: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let disk = |path: &Path| path.ancestors().find_map(|path| Some(std::fs::metadata(path).ok()?.dev()));
+        disk(a) == disk(b)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = (a, b);
+        true
+    }
+}
+
 /// Creates a directory and its parents.
 pub(crate) fn create_directory(path: &Path) -> Result<(), StoreError> {
     std::fs::create_dir_all(path).map_err(StoreError::io("create the directory", path))

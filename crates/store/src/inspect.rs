@@ -21,11 +21,11 @@ pub(crate) struct ModelFile {
 pub(crate) fn check_model_file(path: &Path) -> Result<ModelFile, StoreError> {
     let gguf = Gguf::open(path)?;
     let file_name = path.file_name().unwrap_or_default().to_string_lossy();
-    if let Some(part) = select::split_part(&file_name).filter(|part| part.count > 1) {
+    if let Some(part) = select::split_part(&file_name) {
         return Err(StoreError::BadModel {
             path: path.to_owned(),
             why: format!("it is part {} of a model that was split into {} files", part.number, part.count),
-            advice: select::JOIN_ADVICE.to_owned(),
+            advice: format!("Make one file of them first: murmur models import {}", path.display()),
         });
     }
     let licence = gguf.str("general.license").and_then(licence);

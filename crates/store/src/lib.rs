@@ -21,6 +21,7 @@ mod files;
 pub mod hub;
 mod index;
 mod inspect;
+mod parts;
 mod quota;
 pub mod reference;
 mod store;

@@ -84,9 +84,13 @@ impl Store {
         index.find(name).cloned().ok_or_else(|| no_such_model(name.as_str(), &index))
     }
 
-    /// Adds a GGUF file. The file is checked first; with `copy`, the disk's room too.
+    /// Adds a GGUF file. The file is checked first; with `copy`, the disk's room too. Of a model in several files any names all; they are joined
+    /// into a copy.
     pub fn import(&self, file: &Path, options: &ImportOptions) -> Result<ModelEntry, StoreError> {
         let path = std::path::absolute(file).map_err(StoreError::io("find", file))?;
+        if let Some(part) = path.to_str().and_then(select::split_part) {
+            return self.import_parts(&part, options.name.clone());
+        }
         let model = inspect::check_model_file(&path)?;
         let name = match &options.name {
             Some(name) => name.clone(),
@@ -94,9 +98,7 @@ impl Store {
         };
         let (path, origin) = if options.copy {
             // The lock comes later: copying may take minutes, and its target is decided by the name alone.
-            if let Some(taken) = Index::read(&self.index_path())?.find(&name) {
-                return Err(StoreError::NameTaken { name: name.to_string(), path: taken.path.clone() });
-            }
+            self.demand_unknown(&name)?;
             (self.copy_in(&path, &name, model.bytes)?, Origin::Copy)
         } else {
             (path, Origin::Reference)
@@ -278,9 +280,16 @@ impl Store {
         Ok(outcome)
     }
 
+    /// Refuses a name that a model has.
+    pub(crate) fn demand_unknown(&self, name: &ModelName) -> Result<(), StoreError> {
+        match Index::read(&self.index_path())?.find(name) {
+            Some(taken) => Err(StoreError::NameTaken { name: name.to_string(), path: taken.path.clone() }),
+            None => Ok(()),
+        }
+    }
+
     fn copy_in(&self, from: &Path, name: &ModelName, size_bytes: u64) -> Result<PathBuf, StoreError> {
-        let directory = self.root.join("files");
-        files::create_directory(&directory)?;
+        let directory = self.files_dir()?;
         files::demand_space(&directory, size_bytes, "--data-dir, or import without --copy")?;
         let target = directory.join(format!("{name}.gguf"));
         let temporary = files::with_suffix(&target, &format!(".tmp-{}", std::process::id()));
@@ -295,6 +304,13 @@ impl Store {
         Ok(target)
     }
 
+    /// Where copies lie. It is made.
+    pub(crate) fn files_dir(&self) -> Result<PathBuf, StoreError> {
+        let directory = self.root.join("files");
+        files::create_directory(&directory)?;
+        Ok(directory)
+    }
+
     pub(crate) fn index_path(&self) -> PathBuf {
         self.root.join("index.json")
     }
@@ -306,7 +322,7 @@ fn resolve_path(path: &Path) -> Result<Resolved, StoreError> {
     Ok(Resolved { name: name_of(&path)?, path })
 }
 
-fn name_of(path: &Path) -> Result<ModelName, StoreError> {
+pub(crate) fn name_of(path: &Path) -> Result<ModelName, StoreError> {
     ModelName::from_file_name(&path.file_name().unwrap_or_default().to_string_lossy())
 }
 

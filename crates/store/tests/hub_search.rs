@@ -74,7 +74,12 @@ async fn what_cannot_be_looked_at_or_pulled_is_left_out() {
     let found = vec!["a/hidden", "a/shown", "../up", "a/b/c", "nothing"];
     let (hub, config) = hub(Behaviour { found, hidden: vec!["a/hidden"], ..Behaviour::default() }).await;
     assert_eq!(names(&search(&config, "a", 10).await.unwrap()), ["a/shown"]);
+    // A model in several files is one, if all are there.
     hub.set(|behaviour| behaviour.files = vec!["README.md", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]);
+    let found = search(&config, "a", 10).await.unwrap();
+    let part_bytes = hub.behaviour.lock().unwrap().content.len() as u64;
+    assert_eq!((found[0].files.len(), found[0].files[0].bytes), (1, Some(2 * part_bytes)));
+    hub.set(|behaviour| behaviour.files = vec!["README.md", "m-00001-of-00002.gguf"]);
     assert!(search(&config, "a", 10).await.unwrap().is_empty());
     hub.set(|behaviour| behaviour.found = vec!["a/hidden"]);
     assert_eq!(search(&config, "a", 10).await.unwrap_err().kind(), ErrorKind::NotFound);

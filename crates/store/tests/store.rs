@@ -95,7 +95,8 @@ fn what_is_no_model_is_refused_with_a_reason() {
     fs::write(&short, &tiny_gguf()[..30]).unwrap();
     assert_eq!(import(&short).kind(), ErrorKind::Damaged);
     let split = import(&model_in(home.path(), "m-00001-of-00002.gguf"));
-    assert!(split.to_string().contains("llama-gguf-split"), "{split}");
+    assert_eq!(split.kind(), ErrorKind::NotFound);
+    assert!(split.to_string().contains("m-00002-of-00002.gguf"), "{split}");
     assert!(store.list().unwrap().is_empty());
 }
 

@@ -87,6 +87,8 @@ struct Told {
     bytes: u64,
     /// In lower-case hex.
     sha256: Option<String>,
+    /// Whether it is in several files there.
+    is_split: bool,
 }
 
 /// A file that nodes have from a hub.
@@ -115,6 +117,7 @@ impl HubFinder {
                 },
                 bytes: file.bytes(),
                 sha256: file.sha256().map(str::to_owned),
+                is_split: file.is_part(),
             }),
             // What there is not, nobody can have from there.
             Ok(Err(error @ StoreError::NotOnHub { .. })) => return Err(error.into()),
@@ -129,6 +132,10 @@ impl HubFinder {
 
     /// Looks for it in the mesh. [`NodeError::Nowhere`]: no node has it, and the hub does; [`NodeError::NorOnHub`]: nor does the hub give it.
     pub(super) async fn search(&self, mesh: &MeshNode) -> Result<OfHub, NodeError> {
+        // What its parts become when they are joined, the hub has no checksum of.
+        if self.told.as_ref().is_ok_and(|told| told.is_split) {
+            return Err(NodeError::Nowhere(self.wanted.to_string()));
+        }
         let found = search_within(mesh, SEARCH_MAX, |table| self.find(table), &self.wanted).await;
         let (digest, place) = found.map_err(|error| match &self.told {
             Ok(_) => error,

@@ -41,7 +41,7 @@ use bao_tree::{
     BaoTree, BlockSize,
     io::{outboard::PreOrderOutboard, sync::CreateOutboard},
 };
-use murmur_gguf::Digest;
+use murmur_gguf::{Digest, GroupSet};
 
 pub use handle::Content;
 pub use murmur_gguf::GROUP_BYTES;
@@ -160,6 +160,27 @@ impl Contents {
         }
         let mut state = State::new(reference.bytes);
         state.references.push(reference);
+        state.write(&place.path.join(STATE))?;
+        self.settle(place, &digest)?;
+        self.find(&digest)?.ok_or(StoreError::ContentGone { digest })
+    }
+
+    /// The content of a file that is made at the path which `make` is told. Nobody sees it before it is whole, read through and on disk.
+    pub(crate) fn make(&self, make: impl FnOnce(&Path) -> Result<(), StoreError>) -> Result<Content, StoreError> {
+        let place = self.make_place()?;
+        let data = place.path.join(DATA);
+        make(&data)?;
+        let made = Reference::to(&data).map_err(StoreError::io("read", &data))?;
+        let digest = hash_file(&made, &place.path.join(TREE), &mut |_, _| ())?;
+        check_size(digest, made.bytes)?;
+        if let Some(content) = self.find(&digest)? {
+            if content.is_complete() {
+                return Ok(content);
+            }
+            self.discard(&digest)?;
+        }
+        let mut state = State::new(made.bytes);
+        state.held = GroupSet::all(made.bytes);
         state.write(&place.path.join(STATE))?;
         self.settle(place, &digest)?;
         self.find(&digest)?.ok_or(StoreError::ContentGone { digest })
@@ -346,10 +367,17 @@ impl Contents {
     }
 }
 
-/// A directory in the making. What is not settled is swept up later.
+/// A directory in the making. What is not settled is removed, or swept up later.
 struct Place {
     path: PathBuf,
     _lock: FileLock,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // After it was settled there is none.
+        let _ = std::fs::remove_dir_all(&self.path);
+    }
 }
 
 fn check_size(digest: Digest, bytes: u64) -> Result<(), StoreError> {

@@ -33,7 +33,7 @@ impl RepoCache {
         files::create_directory(&self.root.join("blobs"))
     }
 
-    fn blob(&self, etag: &str) -> PathBuf {
+    pub(super) fn blob(&self, etag: &str) -> PathBuf {
         self.root.join("blobs").join(etag)
     }
 

@@ -14,6 +14,7 @@
 mod client;
 mod config;
 pub(crate) mod layout;
+mod parts;
 mod range;
 mod repo;
 mod search;
@@ -23,7 +24,7 @@ mod transfer;
 use std::{path::Path, sync::Arc, time::Duration};
 
 pub(crate) use self::transfer::sha256_of;
-use self::{client::Client, layout::RepoCache};
+use self::{client::Client, layout::RepoCache, parts::PartsPull};
 pub use self::{
     config::HubConfig,
     range::{HubFile, RangeError, Transfer},
@@ -98,6 +99,10 @@ impl Store {
         let what = wanted.to_string();
         let (repo, commit) = client.repo(wanted).await?;
         let file = client.file_of(&repo, wanted)?;
+        if let Some(part) = select::split_part(&file) {
+            let (store, client) = (self, &client);
+            return PartsPull { store, config, client, wanted, repo, commit, on_event }.run(&part, name).await;
+        }
         let name = match name {
             Some(name) => name,
             None => ModelName::from_file_name(file.rsplit('/').next().unwrap_or(&file))?,

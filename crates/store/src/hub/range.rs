@@ -75,6 +75,11 @@ impl HubFile {
         &self.remote.file
     }
 
+    /// Whether it is one of several files of a model.
+    pub fn is_part(&self) -> bool {
+        select::split_part(&self.remote.file).is_some()
+    }
+
     /// The commit at which it was looked up.
     pub fn commit(&self) -> &str {
         &self.commit

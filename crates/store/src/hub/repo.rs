@@ -67,10 +67,25 @@ impl From<Answer> for Repo {
 }
 
 impl Repo {
+    fn paths(&self) -> Vec<&str> {
+        self.files.iter().map(|file| file.path.as_str()).collect()
+    }
+
+    /// The files that are models; of one in several files, the first.
+    pub(super) fn models(&self) -> Vec<&str> {
+        select::models(&self.paths())
+    }
+
+    /// How large a model is, in all its files.
+    pub(super) fn bytes(&self, file: &str) -> Option<u64> {
+        let parts = select::split_part(file).map_or_else(|| vec![file.to_owned()], |part| part.all());
+        let bytes = |part: &String| self.files.iter().find(|file| file.path == *part)?.bytes;
+        parts.iter().map(bytes).sum()
+    }
+
     /// The file that is meant. `what` and `endpoint` are for messages.
     pub(super) fn choose(&self, wanted: Option<&str>, what: &str, endpoint: &str) -> Result<&str, StoreError> {
-        let paths: Vec<&str> = self.files.iter().map(|file| file.path.as_str()).collect();
-        select::choose(&paths, wanted, what, endpoint)
+        select::choose(&self.paths(), wanted, what, endpoint)
     }
 }
 

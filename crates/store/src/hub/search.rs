@@ -114,16 +114,13 @@ async fn describe(client: &Client, wanted: HubRef) -> Result<HubModel, StoreErro
     let (answer, _) = client.document::<Answer>(url, &wanted.to_string()).await?;
     let repo = Repo::from(answer);
     let preferred = repo.choose(None, "", "").ok().map(str::to_owned);
-    let mut files: Vec<HubModelFile> = repo
-        .files
-        .iter()
-        .filter(|file| select::is_whole_model(&file.path))
-        .map(|file| HubModelFile {
-            quantization: select::quantization(&file.path),
-            file: file.path.clone(),
-            bytes: file.bytes,
-        })
-        .collect();
+    let models = repo.models();
+    let model = |file: &str| HubModelFile {
+        quantization: select::quantization(file),
+        file: file.to_owned(),
+        bytes: repo.bytes(file),
+    };
+    let mut files: Vec<HubModelFile> = models.into_iter().map(model).collect();
     files.sort_by(|a, b| (a.bytes, &a.file).cmp(&(b.bytes, &b.file)));
     let preferred = preferred.and_then(|path| files.iter().position(|file| file.file == path));
     let Repo { licence, is_gated, downloads, .. } = repo;

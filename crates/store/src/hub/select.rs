@@ -3,6 +3,10 @@
 //! Repositories hold one model in many quantisations, told apart by nothing but file names. Names are read as the hub's own
 //! tools and llama.cpp's do: the quantisation is a word of the name, bounded by anything that is no letter, digit or `_`.
 
+use std::{borrow::Cow, collections::HashSet};
+
+use murmur_gguf::join::PARTS_MAX;
+
 use crate::error::StoreError;
 
 /// Quantisations in the order in which they are taken when the user names none: best quality per byte first (llama.cpp's own
@@ -13,29 +17,48 @@ const PREFERENCE: [&str; 24] = [
     "Q6_K", "Q6_K_L", "Q8_0", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "Q2_K", "BF16", "F16", "FP16", "F32",
 ];
 
-/// What to do about a model in several files.
-pub(crate) const JOIN_ADVICE: &str = "Murmur reads models in one file: choose a quantisation that is not split, or join the parts with llama.cpp's \
-     `llama-gguf-split --merge FIRST_PART OUT.gguf` and import the result.";
-
 /// A file of a model that was split (`name-00001-of-00003.gguf`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct SplitPart {
+pub(crate) struct SplitPart<'a> {
+    /// What all parts begin with.
+    base: &'a str,
     pub(crate) number: u32,
     pub(crate) count: u32,
 }
 
-/// Reads the part number out of a file's name.
-pub(crate) fn split_part(file_name: &str) -> Option<SplitPart> {
+impl SplitPart<'_> {
+    /// All parts, in their order.
+    pub(crate) fn all(&self) -> Vec<String> {
+        (1..=self.count).map(|number| self.name(number)).collect()
+    }
+
+    /// What the joined file is called.
+    pub(crate) fn joined(&self) -> String {
+        format!("{}.gguf", self.base)
+    }
+
+    fn name(&self, number: u32) -> String {
+        format!("{}-{number:05}-of-{:05}.gguf", self.base, self.count)
+    }
+}
+
+/// Reads the part number out of a file's name, or its path. One part alone is a whole model.
+pub(crate) fn split_part(file_name: &str) -> Option<SplitPart<'_>> {
     const DIGITS: usize = 5;
     let stem = strip_gguf(file_name)?;
     let (rest, count) = stem.split_at_checked(stem.len().checked_sub(DIGITS)?)?;
     let rest = rest.strip_suffix("-of-")?;
     let (rest, number) = rest.split_at_checked(rest.len().checked_sub(DIGITS)?)?;
-    let all_digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
-    if !rest.ends_with('-') || !all_digits(number) || !all_digits(count) {
-        return None;
-    }
-    Some(SplitPart { number: number.parse().ok()?, count: count.parse().ok()? })
+    let base = rest.strip_suffix('-')?;
+    let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<u32>().ok()).flatten();
+    let (number, count) = (digits(number)?, digits(count)?);
+    let is_part = (2..=PARTS_MAX).contains(&(count as usize)) && (1..=count).contains(&number);
+    is_part.then_some(SplitPart { base, number, count })
+}
+
+/// The file that stands for a model: the first part, of one in several files.
+fn first(file: &str) -> Cow<'_, str> {
+    split_part(file).map_or(Cow::Borrowed(file), |part| Cow::Owned(part.name(1)))
 }
 
 fn strip_gguf(file_name: &str) -> Option<&str> {
@@ -43,9 +66,10 @@ fn strip_gguf(file_name: &str) -> Option<&str> {
     ending.eq_ignore_ascii_case(".gguf").then_some(stem)
 }
 
-/// Whether `file` is what the user wrote after `:`, as a file's name or as a quantisation.
+/// Whether `file` is what the user wrote after `:`, as a file's name or as a quantisation. Any part of a model names all of it.
 pub(crate) fn is_wanted(file: &str, wanted: &str) -> bool {
-    file == wanted || file.rsplit('/').next() == Some(wanted) || has_word(file, wanted)
+    let wanted = first(wanted);
+    file == wanted || file.rsplit('/').next() == Some(&*wanted) || has_word(file, &wanted)
 }
 
 /// Whether a path contains `word`, bounded and whatever the case.
@@ -65,9 +89,14 @@ fn is_model(file: &str) -> bool {
     strip_gguf(file).is_some() && !has_prefix_in_name(file, "mmproj") && !file.to_ascii_lowercase().contains("imatrix")
 }
 
-/// Whether a file of a repository is a model that can be pulled.
-pub(crate) fn is_whole_model(file: &str) -> bool {
-    is_model(file) && split_part(file).is_none()
+/// Those files of a repository that are models which can be pulled. Of one in several files it is the first, if all are there.
+pub(crate) fn models<'a>(files: &[&'a str]) -> Vec<&'a str> {
+    let present: HashSet<&str> = files.iter().copied().collect();
+    let is_whole = |file: &str| match split_part(file) {
+        Some(part) => part.number == 1 && part.all().iter().all(|part| present.contains(&**part)),
+        None => true,
+    };
+    files.iter().copied().filter(|file| is_model(file) && is_whole(file)).collect()
 }
 
 /// The quantisation that a file's name tells, such as `Q4_K_M`, `UD-IQ2_XXS` or `BF16`.
@@ -102,22 +131,19 @@ pub(crate) fn choose<'a>(
         why,
         advice,
     };
-    let models: Vec<&str> = files.iter().copied().filter(|file| is_model(file)).collect();
-    if models.is_empty() {
+    let parts_missing = |why| not_on_hub(why, "Look for another repository, or ask its owner for the rest.".to_owned());
+    if !files.iter().any(|file| is_model(file)) {
         return Err(not_on_hub(
             "the repository has no GGUF model".to_owned(),
             "Look for one whose name ends in -GGUF.".to_owned(),
         ));
     }
-    let whole: Vec<&str> = models.iter().copied().filter(|file| split_part(file).is_none()).collect();
+    let whole = models(files);
     let chosen = match wanted {
         Some(wanted) => {
             let matching = narrow(whole.iter().copied().filter(|file| is_wanted(file, wanted)).collect(), wanted);
-            if matching.is_empty() && models.iter().any(|file| is_wanted(file, wanted)) {
-                return Err(not_on_hub(
-                    format!("{wanted} is there, but split into several files"),
-                    JOIN_ADVICE.to_owned(),
-                ));
+            if matching.is_empty() && files.iter().any(|file| is_model(file) && is_wanted(&first(file), wanted)) {
+                return Err(parts_missing(format!("of {wanted} only some parts are there")));
             }
             matching
         }
@@ -130,9 +156,7 @@ pub(crate) fn choose<'a>(
     };
     match chosen.as_slice() {
         [one] => Ok(one),
-        [] if whole.is_empty() => {
-            Err(not_on_hub("every model in it is split into several files".to_owned(), JOIN_ADVICE.to_owned()))
-        }
+        [] if whole.is_empty() => Err(parts_missing("of every model in it only some parts are there".to_owned())),
         [] => {
             let why = wanted.map_or_else(
                 || "no file has a known quantisation in its name".to_owned(),
@@ -268,11 +292,15 @@ mod tests {
     }
 
     #[test]
-    fn split_models_are_refused_with_what_to_do_and_passed_over_when_there_is_another() {
-        let split = ["Q8_0/m-Q8_0-00001-of-00002.gguf", "Q8_0/m-Q8_0-00002-of-00002.gguf"];
-        assert!(pick(&split, Some("Q8_0")).unwrap_err().contains("llama-gguf-split"));
-        assert!(pick(&split, None).unwrap_err().contains("split"));
-        assert_eq!(pick(&[split[0], split[1], "m-Q4_0.gguf"], None).unwrap(), "m-Q4_0.gguf");
+    fn of_a_model_in_several_files_the_first_stands_for_all_if_all_are_there() {
+        let [first, second] = ["Q8_0/m-Q8_0-00001-of-00002.gguf", "Q8_0/m-Q8_0-00002-of-00002.gguf"];
+        for wanted in [None, Some("Q8_0"), Some(first), Some(second), Some("m-Q8_0-00002-of-00002.gguf")] {
+            assert_eq!(pick(&[second, first], wanted).unwrap(), first, "{wanted:?}");
+        }
+        assert_eq!(pick(&[first, second, "m-Q4_0.gguf"], None).unwrap(), "m-Q4_0.gguf");
+        assert!(pick(&[second], Some("Q8_0")).unwrap_err().contains("of Q8_0 only some parts are there"));
+        assert!(pick(&[first], None).unwrap_err().contains("only some parts"));
+        assert_eq!(pick(&[first, "m-Q4_0.gguf"], None).unwrap(), "m-Q4_0.gguf");
     }
 
     #[test]
@@ -282,10 +310,22 @@ mod tests {
 
     #[test]
     fn part_numbers_are_read_from_the_end_of_the_name() {
-        assert_eq!(split_part("m-00002-of-00010.gguf"), Some(SplitPart { number: 2, count: 10 }));
-        for whole in
-            ["m.gguf", "m-of-00010.gguf", "m-0002-of-0010.gguf", "of-00010.gguf", ".gguf", "", "é-00001-of-0000é.gguf"]
-        {
+        let part = split_part("q/m-00002-of-00003.gguf").unwrap();
+        assert_eq!((part.number, part.count, part.joined()), (2, 3, "q/m.gguf".to_owned()));
+        assert_eq!(part.all(), ["q/m-00001-of-00003.gguf", "q/m-00002-of-00003.gguf", "q/m-00003-of-00003.gguf"]);
+        for whole in [
+            "m.gguf",
+            "m-of-00010.gguf",
+            "m-0002-of-0010.gguf",
+            "of-00010.gguf",
+            ".gguf",
+            "",
+            "é-00001-of-0000é.gguf",
+            "m-00001-of-00001.gguf",
+            "m-00000-of-00002.gguf",
+            "m-00003-of-00002.gguf",
+            "m-00001-of-99999.gguf",
+        ] {
             assert_eq!(split_part(whole), None, "{whole}");
         }
     }

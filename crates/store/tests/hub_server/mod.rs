@@ -31,6 +31,8 @@ pub const REPO: &str = "someone/Tiny-GGUF";
 pub struct Behaviour {
     pub files: Vec<&'static str>,
     pub content: Vec<u8>,
+    /// Files with another content.
+    pub others: Vec<(String, Vec<u8>)>,
     /// Announced instead of the real ones.
     pub sha256: Option<String>,
     pub size_bytes: Option<u64>,
@@ -69,6 +71,7 @@ impl Default for Behaviour {
         Self {
             files: vec!["README.md", "tiny-Q4_K_M.gguf", "tiny-Q8_0.gguf"],
             content: gguf_of_size(300_000),
+            others: Vec::new(),
             sha256: None,
             size_bytes: None,
             breaks_off_after: None,
@@ -87,6 +90,13 @@ impl Default for Behaviour {
             page_repos: usize::MAX,
             leads_astray: false,
         }
+    }
+}
+
+impl Behaviour {
+    fn content_of(&self, file: &str) -> &[u8] {
+        let other = self.others.iter().find(|(other, _)| other.rsplit('/').next() == file.rsplit('/').next());
+        other.map_or(&self.content, |(_, content)| content)
     }
 }
 
@@ -228,31 +238,34 @@ async fn resolve(
     }
     assert_eq!(commit, COMMIT, "the file was not asked for at the listed commit");
     let behaviour = hub.behaviour.lock().unwrap().clone();
-    let etag = behaviour.sha256.unwrap_or_else(|| sha256_of(&behaviour.content));
-    let size = behaviour.size_bytes.unwrap_or(behaviour.content.len() as u64);
+    let content = behaviour.content_of(&file);
+    let size = behaviour.size_bytes.unwrap_or(content.len() as u64);
+    let etag = behaviour.sha256.clone().unwrap_or_else(|| sha256_of(content));
     let announced =
         [("x-linked-etag", format!("\"{etag}\"")), ("x-linked-size", size.to_string()), ("x-repo-commit", commit)];
     if behaviour.redirects {
         // `localhost` is another host than `127.0.0.1`: the token must not follow.
-        let location = format!("http://localhost:{}/store/{file}", hub.address.port());
+        let name = file.rsplit('/').next().unwrap();
+        let location = format!("http://localhost:{}/store/{name}", hub.address.port());
         return (StatusCode::FOUND, announced, [("location", location)]).into_response();
     }
-    let mut response = if method == Method::HEAD { StatusCode::OK.into_response() } else { send(&hub, &headers) };
+    let mut response =
+        if method == Method::HEAD { StatusCode::OK.into_response() } else { send(&hub, &headers, &file) };
     for (name, value) in announced {
         response.headers_mut().insert(name, value.parse().unwrap());
     }
     response
 }
 
-async fn bytes(State(hub): State<Arc<Hub>>, headers: HeaderMap) -> Response {
+async fn bytes(State(hub): State<Arc<Hub>>, headers: HeaderMap, Path(file): Path<String>) -> Response {
     let token = headers.get("authorization").map(|v| v.to_str().unwrap().to_owned());
     hub.tokens_at_store.lock().unwrap().push(token);
-    send(&hub, &headers)
+    send(&hub, &headers, &file)
 }
 
-fn send(hub: &Hub, headers: &HeaderMap) -> Response {
+fn send(hub: &Hub, headers: &HeaderMap, file: &str) -> Response {
     let mut behaviour = hub.behaviour.lock().unwrap();
-    let total = behaviour.content.len();
+    let total = behaviour.content_of(file).len();
     let text = |name: &str| headers.get(name).map(|value| value.to_str().unwrap());
     let is_the_same = !behaviour.honours_if_range || text("if-range").is_none_or(|etag| Some(etag) == behaviour.etag);
     let asked = text("range").filter(|_| behaviour.honours_ranges && is_the_same).map(|range| {
@@ -271,7 +284,7 @@ fn send(hub: &Hub, headers: &HeaderMap) -> Response {
     }
     hub.transfers.lock().unwrap().push(start as u64);
     let end = end.min(total);
-    let whole = behaviour.content[start..(end + behaviour.too_many).min(total)].to_vec();
+    let whole = behaviour.content_of(file)[start..(end + behaviour.too_many).min(total)].to_vec();
     let length = whole.len();
     let body = if behaviour.stalls > 0 {
         behaviour.stalls -= 1;

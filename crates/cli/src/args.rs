@@ -257,9 +257,9 @@ pub(crate) enum Models {
         /// A GGUF file, a name from the store, or hf:owner/repo[:quant] that was pulled
         model: ModelRef,
     },
-    /// Add a GGUF file to the store, where it lies
+    /// Add a GGUF file to the store, where it lies. A model in several files is joined into one, a copy
     Import {
-        /// The file
+        /// The file; of a model in several files (NAME-00001-of-00003.gguf), any of them
         #[arg(value_hint = ValueHint::FilePath)]
         file: PathBuf,
         /// The name in the store [default: from the file's name]

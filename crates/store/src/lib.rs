@@ -4,14 +4,15 @@
 //! large and people already have them, so a model is imported *by reference* unless a copy is asked for, and a model
 //! that is pulled from a hub lies in the hub's own cache (`HF_HOME`), where every other tool finds it too.
 //!
-//! What comes from peers is a [content]: verified in groups of 16 KiB, kept in parts, served on.
+//! What comes from peers is a [content]: verified in groups of 16 KiB, kept in parts, served on. So is what comes from a hub in several
+//! files and was joined into one.
 //!
 //! Start reading at [`Store`], then [`mod@reference`] (what a user may write as `MODEL`), [`hub`] (the transfer) and [`content`].
 //!
 //! ```text
 //! <data-dir>/models/index.json    the index, replaced atomically, guarded by index.lock
-//! <data-dir>/models/files/        copies made by `import --copy`
-//! <data-dir>/models/contents/     bytes from peers, whole or in parts, by digest
+//! <data-dir>/models/files/        copies made by `import --copy`, and what was joined by `import`
+//! <data-dir>/models/contents/     bytes from peers, whole or in parts, and joined files, by digest
 //! <data-dir>/slices/              layer ranges cut out for stages; anything in it can be made again
 //! ```
 

@@ -6,7 +6,7 @@ use murmur_protocol::sampling::{SamplingParams, Token};
 use tokio::sync::mpsc;
 
 use crate::limits::{FAILED_RETRY_AFTER, LOADING_RETRY_AFTER};
-pub use crate::wishes::{PlanPin, RingWishes, node_digits};
+pub use crate::wishes::{PlanPin, RingWishes, node_digits, region};
 
 /// A boxed future, so that [`Backend`] can be a trait object.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

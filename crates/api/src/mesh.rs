@@ -9,7 +9,7 @@ use axum::{Json, extract::State};
 use serde_json::Value;
 
 use crate::{
-    backend::{MeshAction, PlanQuestion, Refusal, RingWishes, node_digits},
+    backend::{MeshAction, PlanQuestion, Refusal, RingWishes, node_digits, region},
     body::JsonObject,
     errors::ApiError,
     fields::{Fields, shorten, too_long, too_many, wrong_type},
@@ -65,8 +65,8 @@ pub(crate) async fn revoke(
 }
 
 /// `POST /api/mesh/plan`: `{"model"}`, and optionally `"context_tokens"`, `"streams"`, `"prompt_tokens"`, `"keep_ends"`,
-/// `"objective"`, `"exclude"`, `"pin"` and `"max_rtt_ms"`, to the ring that the node would make. What is left out is as the node
-/// has it. 503 where there is no ring.
+/// `"objective"`, `"exclude"`, `"pin"`, `"max_rtt_ms"` and `"only_region"`, to the ring that the node would make. What is left
+/// out is as the node has it. 503 where there is no ring.
 pub(crate) async fn plan(
     State(state): State<Arc<AppState>>,
     JsonObject(map): JsonObject,
@@ -78,6 +78,7 @@ pub(crate) async fn plan(
         exclude: each(&mut fields, "exclude", node_digits)?,
         pin: each(&mut fields, "pin", str::parse)?,
         rtt_max: fields.number("max_rtt_ms", 0.0..=MAX_PLAN_RTT_MS)?.map(|ms| Duration::from_secs_f64(ms / 1e3)),
+        only_region: each(&mut fields, "only_region", region)?,
     };
     let question = PlanQuestion {
         model: required_text(&mut fields, "model")?,

@@ -2,6 +2,8 @@
 
 use std::{fmt, ops::Range, str::FromStr, time::Duration};
 
+use murmur_protocol::mesh::record::REGION_BYTES_MAX;
+
 use crate::fields::shorten;
 
 /// Digits of a node's id.
@@ -20,6 +22,8 @@ pub struct RingWishes {
     pub pin: Vec<PlanPin>,
     /// Longest round trip between neighbours in the ring.
     pub rtt_max: Option<Duration>,
+    /// Regions of the nodes that may be used; empty: any, also those that do not say where they are.
+    pub only_region: Vec<String>,
 }
 
 impl RingWishes {
@@ -31,6 +35,7 @@ impl RingWishes {
             exclude: if self.exclude.is_empty() { others.exclude.clone() } else { self.exclude },
             pin: if self.pin.is_empty() { others.pin.clone() } else { self.pin },
             rtt_max: self.rtt_max.or(others.rtt_max),
+            only_region: if self.only_region.is_empty() { others.only_region.clone() } else { self.only_region },
         }
     }
 }
@@ -82,6 +87,21 @@ pub fn node_digits(text: &str) -> Result<String, String> {
     ))
 }
 
+/// The name of a region.
+///
+/// # Errors
+/// Why it is none, for people.
+pub fn region(text: &str) -> Result<String, String> {
+    let is_name = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    if (1..=REGION_BYTES_MAX).contains(&text.len()) && text.bytes().all(is_name) {
+        return Ok(text.to_owned());
+    }
+    let text = shorten(text);
+    Err(format!(
+        "`{text}` names no region. Give up to {REGION_BYTES_MAX} small letters, digits and hyphens, such as eu-north."
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,6 +125,7 @@ mod tests {
             exclude: vec!["02".into()],
             pin: vec!["03".parse().unwrap()],
             rtt_max: None,
+            only_region: vec!["eu".into()],
         };
         let both = RingWishes { keep_ends: Some(0), exclude: vec!["01".into()], ..others.clone() };
         assert_eq!(wishes.or(&others), both);

@@ -117,6 +117,8 @@ pub struct OwnRecord {
     pub machine: Option<MachineSpeed>,
     /// Models' files of which it hands out what it has.
     pub contents: Vec<HeldContent>,
+    /// Where it is, as its user calls the place; empty: not said.
+    pub region: String,
     /// What it can do.
     pub capabilities: Capabilities,
     /// Memory in which it could load models, in bytes.
@@ -133,6 +135,7 @@ impl Default for OwnRecord {
             links: Vec::new(),
             machine: None,
             contents: Vec::new(),
+            region: String::new(),
             capabilities: Capabilities::NONE,
             memory_free_bytes: 0,
         }
@@ -448,6 +451,7 @@ impl State {
             links: if tombstone { Vec::new() } else { self.own.links.clone() },
             machine: self.own.machine,
             contents: self.own.contents.clone(),
+            region: self.own.region.clone(),
             software: identity.software.clone(),
             capabilities: self.own.capabilities,
             memory_free_bytes: self.own.memory_free_bytes,

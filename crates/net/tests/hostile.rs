@@ -197,6 +197,7 @@ fn unsigned(key: &NodeKey) -> NodeRecord {
         links: Vec::new(),
         machine: None,
         contents: Vec::new(),
+        region: String::new(),
     }
 }
 

@@ -72,6 +72,8 @@ pub struct NodeOptions {
     pub max_memory_bytes: Option<u64>,
     /// Layers of one model that the node holds at most; `None`: as many as memory allows.
     pub layers_max: Option<u32>,
+    /// Where it is, as its user calls the place; empty: other nodes are not told.
+    pub region: String,
     /// A model that is too large for this node is spread over the nodes of its mesh, instead of being refused.
     pub spread: bool,
     /// Forms beside f32 in which hidden states may travel between the nodes of a spread model, where a link is slow. Empty with

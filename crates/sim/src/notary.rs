@@ -98,5 +98,6 @@ pub(crate) fn record(node: NodeId, mesh: MeshId, sequence: u64, ttl_ms: u32, tom
         links: Vec::new(),
         machine: None,
         contents: Vec::new(),
+        region: String::new(),
     }
 }

@@ -54,7 +54,7 @@ async fn actions_reach_the_node_as_they_were_asked_for() {
             "/api/mesh/plan",
             json!({
                 "model": "big", "context_tokens": 4096, "streams": 8, "prompt_tokens": 100, "keep_ends": 1,
-                "objective": "many_streams", "exclude": ["0A"], "pin": ["01", "02:0-8"], "max_rtt_ms": 2.5,
+                "objective": "many_streams", "exclude": ["0A"], "pin": ["01", "02:0-8"], "max_rtt_ms": 2.5, "only_region": ["eu"],
             }),
         ),
     ];
@@ -83,6 +83,7 @@ async fn actions_reach_the_node_as_they_were_asked_for() {
                 exclude: vec!["0a".into()],
                 pin: ["01", "02:0-8"].map(|pin| pin.parse().unwrap()).into(),
                 rtt_max: Some(Duration::from_micros(2500)),
+                only_region: vec!["eu".into()],
             },
         }),
     ];
@@ -117,6 +118,7 @@ async fn what_makes_no_sense_does_not_reach_the_node() {
         ("/api/mesh/plan", json!({"model": "big", "pin": ["0a:8-8"]}), "pin[0]"),
         ("/api/mesh/plan", json!({"model": "big", "pin": [":0-8"]}), "pin[0]"),
         ("/api/mesh/plan", json!({"model": "big", "max_rtt_ms": -1}), "max_rtt_ms"),
+        ("/api/mesh/plan", json!({"model": "big", "only_region": ["The North"]}), "only_region[0]"),
         ("/api/mesh/plan", json!({"model": "big", "layers": 3}), "layers"),
     ] {
         let (status, error) = server.fail(path, &body).await;

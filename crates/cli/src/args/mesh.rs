@@ -7,7 +7,7 @@ use std::{
 };
 
 use clap::{Args, Subcommand, ValueEnum, value_parser};
-use murmur_api::backend::{PlanPin, RingWishes, node_digits};
+use murmur_api::backend::{PlanPin, RingWishes, node_digits, region};
 use murmur_api::limits::{MAX_INVITE_USES, MAX_PLAN_KEEP_ENDS, MAX_PLAN_RTT_MS, MAX_PLAN_STREAMS, MAX_PLAN_TOKENS};
 use murmur_net::Relays;
 use murmur_node::sharing::{Sharing, Window};
@@ -71,6 +71,10 @@ pub(crate) struct LimitArgs {
     /// that does not fit into memory [default: as many as fit]
     #[arg(long, env = "MURMUR_MAX_LAYERS", value_name = "N", value_parser = value_parser!(u32).range(1..))]
     pub(crate) max_layers: Option<u32>,
+    /// Where this machine is, for those who want layers of their models only in some regions: any name that the nodes of the mesh
+    /// agree on, such as eu-north [default: not said]
+    #[arg(long, env = "MURMUR_REGION", value_name = "NAME", value_parser = region)]
+    pub(crate) region: Option<String>,
     /// Hand out no files of models to other nodes, only answers
     #[arg(long, env = "MURMUR_KEEP_FILES", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true)]
     pub(crate) keep_files: bool,
@@ -197,6 +201,9 @@ pub(crate) struct RingArgs {
     /// Longest round trip between neighbours in the ring, such as 20ms or 0.5s
     #[arg(long, env = "MURMUR_MAX_RTT", value_name = "TIME")]
     pub(crate) max_rtt: Option<RoundTrip>,
+    /// Only nodes that say they are in this region (`--region`) hold layers, also of this one; may be repeated
+    #[arg(long, env = "MURMUR_ONLY_REGION", value_name = "NAME", value_delimiter = ',', value_parser = region)]
+    pub(crate) only_region: Vec<String>,
 }
 
 impl RingArgs {
@@ -207,6 +214,7 @@ impl RingArgs {
             exclude: self.exclude.clone(),
             pin: self.pin.clone(),
             rtt_max: self.max_rtt.map(|rtt| Duration::from_secs_f64(rtt.ms / 1e3)),
+            only_region: self.only_region.clone(),
         }
     }
 }

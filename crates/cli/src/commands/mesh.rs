@@ -146,6 +146,7 @@ async fn show_plan(session: &Session, client: &ApiClient, plan: &RingPlan) -> an
         "exclude": ring.exclude,
         "pin": ring.pin.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "max_rtt_ms": ring.max_rtt.map(|rtt| rtt.ms),
+        "only_region": ring.only_region,
     });
     let answer = client.ask("/api/mesh/plan", &question).await?;
     if session.global.json {

@@ -56,6 +56,7 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
             upload_bytes_per_s: args.limits.max_upload.map(|size| size.0),
             download_bytes_per_s: args.limits.max_download.map(|size| size.0),
             layers_max: args.limits.max_layers,
+            region: args.limits.region.clone().unwrap_or_default(),
             lossy: Codec::ALL.into_iter().filter(|codec| (Codec::F16..=args.codec).contains(codec)).collect(),
             ring: args.ring.wishes(),
             standby: args.standby,

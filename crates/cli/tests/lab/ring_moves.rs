@@ -300,3 +300,21 @@ fn excluded_machines_are_left_out_and_named_where_they_would_do() {
     });
     assert!(waits.contains(&driver.id()[..10]), "{waits}");
 }
+
+#[test]
+fn machines_of_other_regions_or_of_none_are_left_out() {
+    let Some(lab) = lab(&Topology::of_hosts(["one", "two", "three", "four", "whole"])) else { return };
+    let files = Home::new();
+    let mut world = World::new(&lab, &files, 12, Weights::Q8_0);
+    let north = world.machine("one", 6, &["--region=north"]);
+    let south = world.machine("two", 8, &["--region=south"]);
+    let nowhere = world.machine("three", 6, &[]);
+    let picky = world.machine("four", 8, &["--region=south", "--only-region=south"]);
+    [&north, &south, &nowhere, &picky].into_iter().for_each(Node::waits_for_its_models);
+    let mut ring = holders(&picky);
+    ring.sort();
+    let mut in_the_south = [south.id(), picky.id()];
+    in_the_south.sort();
+    assert_eq!(ring, in_the_south);
+    assert_eq!(picky.complete(&request(1, 40)), world.whole.complete(&request(1, 40)));
+}

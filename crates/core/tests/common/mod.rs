@@ -63,6 +63,7 @@ fn verified(mesh: MeshId, node: NodeId, sequence: u64, tombstone: bool) -> Arc<V
         links: Vec::new(),
         machine: None,
         contents: Vec::new(),
+        region: String::new(),
     };
     Verified::trusted(record, SignedRecord::from_bytes([0; 100]).unwrap())
 }

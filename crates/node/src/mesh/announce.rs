@@ -72,11 +72,12 @@ pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
         }
         told.clone_from(&now);
         let memory_free_bytes = fit::available_bytes().unwrap_or(0) / MEMORY_STEP_BYTES * MEMORY_STEP_BYTES;
-        let machine = node.machine();
+        let (machine, region) = (node.machine(), node.options().region.clone());
         let update = mesh.mesh().update(|own| {
             (own.models, own.stages, own.links, own.contents) = now;
             own.memory_free_bytes = memory_free_bytes;
             own.machine = machine;
+            own.region = region;
         });
         if update.await.is_err() {
             return;

@@ -225,6 +225,7 @@ pub(crate) fn options(data_dir: &Path) -> NodeOptions {
         parallel: 1,
         max_memory_bytes: None,
         layers_max: None,
+        region: String::new(),
         spread: false,
         lossy: Vec::new(),
         ring: RingWishes::default(),

@@ -34,6 +34,8 @@ pub const TTL_MS_MAX: u32 = 600_000;
 pub const DIRECT_ADDRESSES_MAX: usize = 16;
 /// Length of a relay's URL.
 pub const RELAY_URL_BYTES_MAX: usize = 256;
+/// Length of the name of a region, bytes.
+pub const REGION_BYTES_MAX: usize = 32;
 
 const DOMAIN: &str = "murmur node record v1";
 
@@ -147,6 +149,8 @@ pub struct NodeRecord {
     pub machine: Option<MachineSpeed>,
     /// Models' files of which it hands out what it has, at most [`CONTENTS_MAX`], digests all different.
     pub contents: Vec<HeldContent>,
+    /// Where it is, as its user calls the place, at most [`REGION_BYTES_MAX`] bytes. Empty: not said.
+    pub region: String,
 }
 
 /// Why a record is not believed.
@@ -207,7 +211,7 @@ impl Body for NodeRecord {
     const BYTES_MAX: usize = RECORD_BYTES_MAX - SIGNATURE_BYTES;
 
     fn to_proto(&self) -> Result<proto::NodeRecord, MessageError> {
-        check_scalars(self.ttl_ms, &self.software)?;
+        check_scalars(self.ttl_ms, &self.software, &self.region)?;
         check_models(&self.models)?;
         check_stages(&self.stages)?;
         check_contents(&self.contents)?;
@@ -228,11 +232,12 @@ impl Body for NodeRecord {
             links: measured::to_proto(&self.links)?,
             machine: self.machine.map(MachineSpeed::to_proto),
             contents: self.contents.iter().map(HeldContent::to_proto).collect::<Result<_, _>>()?,
+            region: self.region.clone(),
         })
     }
 
     fn from_proto(proto: proto::NodeRecord) -> Result<NodeRecord, MessageError> {
-        check_scalars(proto.ttl_ms, &proto.software)?;
+        check_scalars(proto.ttl_ms, &proto.software, &proto.region)?;
         check::count("models", proto.models.len(), MODELS_MAX)?;
         let models: Vec<_> = proto.models.into_iter().map(ServedModel::from_proto).collect::<Result<_, _>>()?;
         check_models(&models)?;
@@ -259,15 +264,17 @@ impl Body for NodeRecord {
             links: measured::from_proto(&proto.links)?,
             machine: proto.machine.map(MachineSpeed::from_proto),
             contents,
+            region: proto.region,
         })
     }
 }
 
-fn check_scalars(ttl_ms: u32, software: &str) -> Result<(), MessageError> {
+fn check_scalars(ttl_ms: u32, software: &str, region: &str) -> Result<(), MessageError> {
     if !(1..=TTL_MS_MAX).contains(&ttl_ms) {
         return Err(MessageError::Invalid { what: "ttl_ms", why: "it must be from 1 to 600000" });
     }
-    check::text("software", software, SOFTWARE_BYTES_MAX)
+    check::text("software", software, SOFTWARE_BYTES_MAX)?;
+    check::text("region", region, REGION_BYTES_MAX)
 }
 
 fn check_models(models: &[ServedModel]) -> Result<(), MessageError> {
@@ -429,6 +436,7 @@ mod tests {
         let with_addresses = |addresses| proto::NodeRecord { addresses: Some(addresses), ..good.clone() };
         let broken = [
             proto::NodeRecord { ttl_ms: 0, ..good.clone() },
+            proto::NodeRecord { region: "r".repeat(REGION_BYTES_MAX + 1), ..good.clone() },
             proto::NodeRecord { ttl_ms: TTL_MS_MAX + 1, ..good.clone() },
             proto::NodeRecord { node: vec![1; 31], ..good.clone() },
             proto::NodeRecord { node: Vec::new(), ..good.clone() },

@@ -33,6 +33,8 @@ fn vectors() -> String {
     add(&mut text, "record with contents", &holding, holding.sign(&node_key(1)).unwrap().as_bytes());
     let sourced = NodeRecord { contents: samples::contents_of_a_hub(), ..samples::record() };
     add(&mut text, "record with contents of a hub", &sourced, sourced.sign(&node_key(1)).unwrap().as_bytes());
+    let placed = NodeRecord { region: "eu-north".into(), ..samples::record() };
+    add(&mut text, "record with a region", &placed, placed.sign(&node_key(1)).unwrap().as_bytes());
     let member = NodeRecord {
         mesh: mesh_key().mesh_id(),
         certificate: Some(samples::certificate().sign(&mesh_key()).unwrap()),
@@ -121,6 +123,7 @@ fn what_was_written_down_is_read_as_what_it_meant() {
                     | "record with stages"
                     | "record with what was measured"
                     | "record with contents"
+                    | "record with a region"
                     | "tombstone"
             ) =>
             {
@@ -139,5 +142,5 @@ fn what_was_written_down_is_read_as_what_it_meant() {
         assert_eq!(&found, meaning, "{name}");
         read += 1;
     }
-    assert_eq!(read, 11 + samples::controls().len() + samples::works().len());
+    assert_eq!(read, 12 + samples::controls().len() + samples::works().len());
 }

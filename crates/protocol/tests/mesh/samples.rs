@@ -112,6 +112,7 @@ pub(crate) fn record() -> NodeRecord {
         links: Vec::new(),
         machine: None,
         contents: Vec::new(),
+        region: String::new(),
     }
 }
 
@@ -453,10 +454,11 @@ pub(crate) fn any_record(mesh: MeshId) -> impl Strategy<Value = (NodeRecord, Nod
             any_links(),
             any::<Option<(u64, u64)>>(),
             any_contents(),
+            any_text(32),
         ),
     )
         .prop_map(move |(key, (sequence, ttl_ms, tombstone, role, addresses), (models, stages), rest)| {
-            let (software, capabilities, memory_free_bytes, certificate, links, machine, contents) = rest;
+            let (software, capabilities, memory_free_bytes, certificate, links, machine, contents, region) = rest;
             let record = NodeRecord {
                 node: key.node_id(),
                 mesh,
@@ -477,6 +479,7 @@ pub(crate) fn any_record(mesh: MeshId) -> impl Strategy<Value = (NodeRecord, Nod
                     multiply_adds_per_s,
                 }),
                 contents,
+                region,
             };
             (record, key)
         })

@@ -33,12 +33,14 @@ pub(super) struct Ways {
     pub(super) is_new: bool,
     /// How fast its machine is.
     pub(super) machine: Option<MachineSpeed>,
+    /// Where it is, as its user calls the place; empty: not said.
+    pub(super) region: String,
 }
 
 impl Ways {
     /// Those of this node.
     pub(super) fn own(node: &Node) -> Ways {
-        Ways { machine: node.machine(), ..Ways::default() }
+        Ways { machine: node.machine(), region: node.options().region.clone(), ..Ways::default() }
     }
 }
 
@@ -53,6 +55,7 @@ pub(super) fn ways(mesh: &MeshNode, peer: &PeerView) -> (f64, Ways) {
         told: record.links.clone(),
         is_new: mesh.links().is_new(&record.node),
         machine: record.machine,
+        region: record.region.clone(),
     };
     (told.map_or_else(now_us, |(rtt_us, _)| rtt_us), ways)
 }

@@ -169,7 +169,7 @@ fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
     };
     let (mut offers, leaving) = matching_offers(node, mesh, model, &identity.digest);
     let is_waiting = in_use.is_some() && model.is_crowded();
-    let (options, ids) = (node.options(), Ids::of(mesh));
+    let (options, ids) = (node.options(), Ids::of(node, mesh));
     let (before, is_crowded) = {
         let mut search = model.search();
         offers.retain(|offer| !search.is_avoided(offer.node));

@@ -45,7 +45,7 @@ use crate::{
 pub(crate) async fn answer(node: &Node, mesh: &MeshNode, question: PlanQuestion) -> Result<Value, Refusal> {
     let model = own_model(node, mesh, &question.model)?;
     let offers = offers(node, mesh, model)?;
-    let ids = Ids::of(mesh);
+    let ids = Ids::of(node, mesh);
     for digits in &question.wishes.exclude {
         ids.find(digits).map_err(|reason| bad(reason, "exclude"))?;
     }

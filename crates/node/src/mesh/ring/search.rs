@@ -95,6 +95,8 @@ impl Search {
     /// long.
     pub(super) fn failed(&mut self, refused: Vec<NodeId>) {
         let until = Instant::now() + AVOIDED;
+        // Nothing has changed for which a better one would have to wait.
+        self.stays_until = Instant::now();
         if refused.is_empty() {
             self.moves_from = until;
         }

@@ -6,25 +6,27 @@ use murmur_gguf::LayerRange;
 use murmur_protocol::mesh::NodeId;
 
 use super::form::{Offer, Size};
-use crate::mesh::MeshNode;
+use crate::{Node, mesh::MeshNode};
 
-/// The nodes that can be named, this one first.
-pub(super) struct Ids(Vec<NodeId>);
+/// The nodes that can be named and the regions where they say they are, this one first.
+pub(super) struct Ids(Vec<(NodeId, String)>);
 
 impl Ids {
-    pub(super) fn of(mesh: &MeshNode) -> Ids {
+    pub(super) fn of(node: &Node, mesh: &MeshNode) -> Ids {
+        let own = (mesh.mesh().node_id(), node.options().region.clone());
         let peers = mesh.mesh().peers();
-        Ids([mesh.mesh().node_id()].into_iter().chain(peers.iter().map(|peer| peer.record().node)).collect())
+        let theirs = peers.iter().map(|peer| (peer.record().node, peer.record().region.clone()));
+        Ids([own].into_iter().chain(theirs).collect())
     }
 
     /// This node.
     pub(super) fn own(&self) -> NodeId {
-        self.0[0]
+        self.0[0].0
     }
 
     /// The one whose id begins so. Errors are for people.
     pub(super) fn find(&self, digits: &str) -> Result<NodeId, String> {
-        let mut found = self.0.iter().filter(|node| begins(node, digits));
+        let mut found = self.0.iter().map(|(node, _)| node).filter(|node| begins(node, digits));
         match (found.next(), found.next()) {
             (Some(only), None) => Ok(*only),
             (Some(_), Some(_)) => Err(format!("the ids of several nodes begin with {digits}. Give more digits")),
@@ -44,7 +46,7 @@ impl Ids {
     /// These wishes as the planner understands them. A node that is not there need not be excluded, but cannot be used: why, for
     /// people.
     pub(super) fn ask(&self, wishes: &RingWishes, size: Size) -> Result<Ask, String> {
-        let is_excluded = |node: &&NodeId| wishes.exclude.iter().any(|digits| begins(node, digits));
+        let excluded = self.0.iter().filter(|(node, region)| !may_be_used(wishes, node, region));
         Ok(Ask {
             streams: size.parallel,
             objective: match wishes.many_streams {
@@ -53,11 +55,17 @@ impl Ids {
             },
             keep_ends: wishes.keep_ends.unwrap_or(0),
             pins: wishes.pin.iter().map(|pin| self.pin(pin)).collect::<Result<_, _>>()?,
-            excluded: self.0.iter().filter(is_excluded).copied().collect(),
+            excluded: excluded.map(|(node, _)| *node).collect(),
             rtt_us_max: rtt_us_max(wishes),
             ..Ask::new(self.own(), size.context_tokens)
         })
     }
+}
+
+/// Whoever does not say where it is, is in no region.
+fn may_be_used(wishes: &RingWishes, node: &NodeId, region: &str) -> bool {
+    let is_there = wishes.only_region.is_empty() || wishes.only_region.iter().any(|only| only == region);
+    is_there && !wishes.exclude.iter().any(|digits| begins(node, digits))
 }
 
 fn begins(node: &NodeId, digits: &str) -> bool {
@@ -70,8 +78,7 @@ fn rtt_us_max(wishes: &RingWishes) -> Option<f64> {
 
 /// Whether a node may hold layers for a driver that wants this.
 pub(super) fn allow(wishes: &RingWishes, offer: &Offer) -> bool {
-    let is_excluded = wishes.exclude.iter().any(|digits| begins(&offer.node, digits));
-    !is_excluded && rtt_us_max(wishes).is_none_or(|most| offer.rtt_us <= most)
+    may_be_used(wishes, &offer.node, &offer.ways.region) && rtt_us_max(wishes).is_none_or(|most| offer.rtt_us <= most)
 }
 
 /// Whether a node must be in the ring of a driver that wants this: nobody takes its place.
@@ -90,7 +97,8 @@ mod tests {
             bytes[0] = first;
             NodeId::from_bytes(bytes)
         };
-        let ids = Ids(vec![id(0xa0, 1), id(0xb0, 2), id(0xb0, 3)]);
+        let nodes = [(id(0xa0, 1), ""), (id(0xb0, 2), "eu"), (id(0xb0, 3), "us")];
+        let ids = Ids(nodes.map(|(node, region)| (node, region.to_owned())).into());
         let size = Size { context_tokens: 512, parallel: 2 };
         let wants = |exclude: &[&str], pin: &[&str]| RingWishes {
             exclude: exclude.iter().map(|digits| (*digits).to_owned()).collect(),
@@ -103,6 +111,8 @@ mod tests {
         assert_eq!(ask.pins, [Pin::Exactly(id(0xa0, 1), LayerRange::new(0, 4))]);
         assert_eq!((ask.driver, ask.streams, ask.context_tokens), (id(0xa0, 1), 2, 512));
         assert_eq!(ids.ask(&wants(&[], &["b002"]), size).unwrap().pins, [Pin::Used(id(0xb0, 2))]);
+        let only_eu = RingWishes { only_region: vec!["eu".to_owned()], ..RingWishes::default() };
+        assert_eq!(ids.ask(&only_eu, size).unwrap().excluded, [id(0xa0, 1), id(0xb0, 3)]);
         for (digits, why) in [("b0", "several nodes"), ("c", "no node's id begins with c")] {
             let refused = ids.ask(&wants(&[], &[digits]), size).unwrap_err();
             assert!(refused.contains(why), "{refused}");

@@ -5,7 +5,7 @@
 //! Both speak plain HTTP here. On loopback and in a trusted network that is enough: what goes through is encrypted end
 //! to end. On the internet, put a proxy with a certificate in front of both: browsers and firewalls insist on TLS, and it
 //! hides which nodes talk. The relay also tells nodes how they look from outside, over UDP at its port
-//! ([`own_relays`]).
+//! (`own_relays`).
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};

@@ -148,13 +148,6 @@ impl Admission {
         inner.gossip.keys().copied().collect()
     }
 
-    /// The live gossip connections with a peer.
-    pub(crate) fn gossip_connections(&self, node: &NodeId) -> Vec<Connection> {
-        let inner = self.inner();
-        let all = inner.gossip.get(node).into_iter().flatten().filter_map(WeakConnectionHandle::upgrade);
-        all.filter(|connection| connection.close_reason().is_none()).collect()
-    }
-
     /// Closes the gossip connections with a peer.
     pub(crate) fn hang_up(&self, node: &NodeId) {
         self.inner().close_gossip(node, close::STRANGER, b"no neighbour");

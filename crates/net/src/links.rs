@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use iroh::TransportAddr;
 use iroh::endpoint::{Connection, ConnectionError};
@@ -22,7 +22,6 @@ pub(crate) struct Link {
     pub connection: Connection,
     pub greeted: Greeted,
     pub dialled_by_us: bool,
-    pub since: Instant,
     /// The peer was sent a new certificate over this connection.
     pub prolonged: AtomicBool,
 }
@@ -30,7 +29,7 @@ pub(crate) struct Link {
 impl Link {
     /// A connection that was greeted.
     pub(crate) fn new(node: NodeId, connection: Connection, greeted: Greeted, dialled_by_us: bool) -> Self {
-        Link { node, connection, greeted, dialled_by_us, since: Instant::now(), prolonged: AtomicBool::new(false) }
+        Link { node, connection, greeted, dialled_by_us, prolonged: AtomicBool::new(false) }
     }
 }
 

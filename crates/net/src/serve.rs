@@ -212,7 +212,7 @@ async fn connection(
 
 /// A peer dials although a connection to it stands: both have dialled at the same moment, it wants one for something else, or it has died
 /// and come back. Then nothing comes over the old connections, and until QUIC gives them up iroh sends what is meant for the peer where
-/// it was. What the new life has begun by then stays: it may be a neighbour in the overlay already.
+/// it was.
 ///
 /// Who is slow to answer has not died: where links are full, questions wait. What tells is whether QUIC hears anything, which the question
 /// asks for.
@@ -220,8 +220,7 @@ async fn bury_earlier_life(shared: &Shared, peer: NodeId) {
     let Some(old) = shared.links.get(&peer) else { return };
     let begun = |connection: Connection| (heard(&connection), connection);
     let link = begun(old.connection.clone());
-    let work: Vec<_> = shared.work_connections(&peer).into_iter().map(begun).collect();
-    let gossip: Vec<_> = shared.admission.gossip_connections(&peer).into_iter().map(begun).collect();
+    let others: Vec<_> = shared.work_connections(&peer).into_iter().map(begun).collect();
     let says_something = |(before, connection): &(u64, Connection)| heard(connection) > *before;
     let patience = patience(shared.round_trip(&peer), Duration::from_millis(SIGN_OF_LIFE_MS));
     let ping = Control::Ping(rand::random());
@@ -231,15 +230,12 @@ async fn bury_earlier_life(shared: &Shared, peer: NodeId) {
     if is_over || matches!(answer, Ok(Ok(Some(_)))) || says_something(&link) {
         return;
     }
-    let mut silent = vec![&link];
-    if work.iter().any(says_something) {
+    if others.iter().any(says_something) {
         tracing::info!(node = %peer.short(), "of several connections with a node the one for control has died");
+        old.connection.close(close::DUPLICATE, b"silent");
     } else {
         tracing::info!(node = %peer.short(), "a node has come back");
-        silent.extend(work.iter().chain(gossip.iter().filter(|connection| !says_something(connection))));
-    }
-    for (_, connection) in silent {
-        connection.close(close::DUPLICATE, b"silent");
+        shared.disconnect(&peer);
     }
 }
 

@@ -43,9 +43,6 @@ const BATCH_MAX: usize = 64;
 /// How often timers are looked at.
 const TICK_MS: u64 = 100;
 
-/// Of a peer that connected within this the overlay may still lose the earlier life. Milliseconds.
-const YOUNG_LINK_MS: u64 = 5_000;
-
 /// Control connections that are wanted. Smaller meshes are connected completely, larger ones by so many random pairs
 /// per node.
 pub const LINKS_WANTED: usize = 32;
@@ -270,7 +267,7 @@ impl State {
                     self.membership.note_change();
                 }
             }
-            Command::NeighbourDown(node) => self.neighbour_down(node),
+            Command::NeighbourDown(node) => self.overlay.down(node),
             Command::NeighboursLost => self.overlay.lost(),
             Command::Found(contact) => self.found(&contact, false),
             Command::Bootstrap(contact) => self.found(&contact, true),
@@ -562,16 +559,6 @@ impl State {
             self.serving.spawn(serve::control(Arc::clone(&self.shared), Arc::clone(&link)));
             self.link_up(&link);
             self.exchange(link);
-        }
-    }
-
-    /// Where the peer has just connected it has died and come back, and what is lost is a neighbour of its earlier life. If the new life has
-    /// asked to be one meanwhile, the answer has gone to the earlier.
-    fn neighbour_down(&mut self, node: NodeId) {
-        self.overlay.down(node);
-        let is_young = |link: Arc<Link>| link.since.elapsed() < Duration::from_millis(YOUNG_LINK_MS);
-        if self.shared.links.get(&node).is_some_and(is_young) {
-            self.topic.join([node]);
         }
     }
 

@@ -14,7 +14,7 @@ use iroh::{RelayConfig, RelayMap, RelayUrl};
 use iroh_relay::RelayQuicConfig;
 use iroh_relay::tls::CaTlsConfig;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, Error, ServerConfig, SignatureScheme};
 
@@ -45,8 +45,8 @@ pub(crate) fn certificates(urls: &[RelayUrl]) -> CaTlsConfig {
     let unvouched: Arc<[ServerName<'static>]> =
         hosts(true).filter(|host| !vouched.contains(host)).filter_map(server_name).collect();
     CaTlsConfig::custom_server_cert_verifier(Arc::new(move |provider: Arc<CryptoProvider>| {
-        let usual = CaTlsConfig::default().server_cert_verifier(provider.clone())?;
-        Ok(Arc::new(Verifier { usual, unvouched: unvouched.clone(), provider }))
+        let usual = CaTlsConfig::default().server_cert_verifier(provider)?;
+        Ok(Arc::new(Verifier { usual, unvouched: unvouched.clone() }))
     }))
 }
 
@@ -60,7 +60,6 @@ fn server_name(host: &str) -> Option<ServerName<'static>> {
 struct Verifier {
     usual: Arc<dyn ServerCertVerifier>,
     unvouched: Arc<[ServerName<'static>]>,
-    provider: Arc<CryptoProvider>,
 }
 
 impl ServerCertVerifier for Verifier {
@@ -84,7 +83,7 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, cert, signature, &self.provider.signature_verification_algorithms)
+        self.usual.verify_tls12_signature(message, cert, signature)
     }
 
     fn verify_tls13_signature(
@@ -93,11 +92,11 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, signature, &self.provider.signature_verification_algorithms)
+        self.usual.verify_tls13_signature(message, cert, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+        self.usual.supported_verify_schemes()
     }
 }
 

@@ -30,6 +30,11 @@ impl ModelName {
         clean[..clean.len().min(NAME_BYTES_MAX)].parse()
     }
 
+    /// The same of a file of a hub, which may lie in a folder there.
+    pub fn from_hub_file(file: &str) -> Result<Self, StoreError> {
+        Self::from_file_name(file.rsplit('/').next().unwrap_or(file))
+    }
+
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -90,6 +95,14 @@ pub struct HubRef {
     pub revision: String,
     /// A quantisation such as `Q4_K_M`, or a file of the repository; `None`: the preferred one.
     pub wanted: Option<String>,
+}
+
+impl HubRef {
+    /// Whether this place, which says its commit, is in a repository at the revision that is wanted. What `main` is moves, so any commit may have been it.
+    pub fn is_in(&self, wanted: &HubRef) -> bool {
+        self.repo.eq_ignore_ascii_case(&wanted.repo)
+            && (wanted.revision == "main" || self.revision.starts_with(&wanted.revision))
+    }
 }
 
 impl FromStr for HubRef {

@@ -370,9 +370,7 @@ fn was_pulled_as(entry: &ModelEntry, wanted: &HubRef) -> bool {
 /// Whether a file of a hub at one commit is what is wanted.
 fn is_place_of(place: &HubRef, wanted: &HubRef) -> bool {
     let is_file = |wanted: &str| place.wanted.as_deref().is_some_and(|file| select::is_wanted(file, wanted));
-    place.repo.eq_ignore_ascii_case(&wanted.repo)
-        && (wanted.revision == "main" || place.revision.starts_with(&wanted.revision))
-        && wanted.wanted.as_deref().is_none_or(is_file)
+    place.is_in(wanted) && wanted.wanted.as_deref().is_none_or(is_file)
 }
 
 fn is_same_source(a: &Origin, b: &Origin) -> bool {

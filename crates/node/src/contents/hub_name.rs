@@ -148,11 +148,14 @@ impl HubFinder {
     fn find(&self, table: &Table) -> Option<(ModelDigest, HubRef)> {
         let from_there = contents(table).filter(|content| content.held_bytes > 0).filter_map(|content| {
             let place: HubRef = content.source.as_ref()?.parse().ok()?;
-            let is_it = place.repo.eq_ignore_ascii_case(&self.wanted.repo)
-                && match &self.told {
-                    Ok(told) => place.wanted == told.place.wanted && content.file_bytes == told.bytes,
-                    Err(_) => self.wanted.revision == "main" || place.revision.starts_with(&self.wanted.revision),
-                };
+            let is_it = match &self.told {
+                Ok(told) => {
+                    place.repo.eq_ignore_ascii_case(&self.wanted.repo)
+                        && place.wanted == told.place.wanted
+                        && content.file_bytes == told.bytes
+                }
+                Err(_) => place.is_in(&self.wanted),
+            };
             is_it.then_some((content.digest, place))
         });
         let from_there: Vec<_> = from_there.collect();
@@ -178,8 +181,7 @@ impl HubFinder {
 impl OfHub {
     /// What it is called in a store.
     pub(super) fn name(&self) -> Result<ModelName, StoreError> {
-        let path = self.place.wanted.as_deref().unwrap_or_default();
-        ModelName::from_file_name(path.rsplit('/').next().unwrap_or(path))
+        ModelName::from_hub_file(self.place.wanted.as_deref().unwrap_or_default())
     }
 
     /// Begins to fetch it from those who have it. `begun` hears of it as soon as it is known what comes.

@@ -105,7 +105,7 @@ impl Store {
         }
         let name = match name {
             Some(name) => name,
-            None => ModelName::from_file_name(file.rsplit('/').next().unwrap_or(&file))?,
+            None => ModelName::from_hub_file(&file)?,
         };
         self.demand_free_name(&name, &wanted.repo, &file)?;
 

@@ -62,7 +62,7 @@ impl PartsPull<'_> {
             HubRef { repo: self.wanted.repo.clone(), revision: self.commit.clone(), wanted: files.first().cloned() };
         let name = match name {
             Some(name) => name,
-            None => ModelName::from_file_name(part.joined().rsplit('/').next().unwrap_or_default())?,
+            None => ModelName::from_hub_file(&part.joined())?,
         };
         self.demand_free_name(&name, &place)?;
         let cache = RepoCache::new(self.config.cache_dir(), self.wanted);

@@ -98,7 +98,8 @@ pub(super) fn offers(node: &Node, mesh: &MeshNode, model: &ModelDigest) -> Vec<O
 
 /// What is offered of a model, by this node too, and by those that end or pause.
 pub(super) fn listed(node: &Node, mesh: &MeshNode, model: &ModelDigest) -> Vec<Offer> {
-    let own = node.models.iter().filter_map(|own| announce::offered(node, own)).map(|stage| Offer {
+    let own = node.models.iter().filter_map(|own| announce::offered(node, own));
+    let own = own.filter(|stage| stage.digest == *model).map(|stage| Offer {
         node: mesh.mesh().node_id(),
         stage,
         rtt_us: 0.0,
@@ -106,11 +107,13 @@ pub(super) fn listed(node: &Node, mesh: &MeshNode, model: &ModelDigest) -> Vec<O
     });
     let peers = mesh.mesh().peers();
     let theirs = peers.iter().flat_map(|peer| {
-        let (rtt_us, ways) = facts::ways(mesh, peer);
-        let stages = peer.record().stages.iter();
-        stages.map(move |stage| Offer { node: peer.record().node, stage: stage.clone(), rtt_us, ways: ways.clone() })
+        let stages = peer.record().stages.iter().filter(|stage| stage.digest == *model);
+        stages.map(|stage| {
+            let (rtt_us, ways) = facts::ways(mesh, peer);
+            Offer { node: peer.record().node, stage: stage.clone(), rtt_us, ways }
+        })
     });
-    own.chain(theirs).filter(|offer| offer.stage.digest == *model).collect()
+    own.chain(theirs).collect()
 }
 
 /// What is offered by nodes that compute as this one does, so that they fit together in a ring, with what was known of them

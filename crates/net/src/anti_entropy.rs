@@ -17,6 +17,9 @@
 //! `murmur_core::membership`. Each exchange is one stream with a deadline. Signatures are checked before a record is taken, on
 //! the stream's own task, so that a flood of forgeries costs the one who checks and not the table; each one that fails is an
 //! offence of the peer that handed it over.
+//!
+//! Usually this is the second way, which now and then brings what the overlay has lost. With a node that has died and come back it is for a
+//! while the first ([`accompany`]): the overlay goes on sending to its earlier life until that heals.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,6 +38,12 @@ use crate::stream::{self, Reader};
 
 /// Within this time an exchange is over.
 pub const EXCHANGE_DEADLINE_MS: u64 = 20_000;
+
+/// How often records are compared with a node that has come back. Milliseconds.
+pub const ACCOMPANY_EVERY_MS: u64 = 1_000;
+
+/// And for how long: the overlay has joined it anew by then, which it tries every [`crate::Timing::heal_every_ms`].
+pub const ACCOMPANY_MS: u64 = 60_000;
 
 /// Messages with records in one direction of one exchange, at most.
 const RECORD_MESSAGES_MAX: usize = 512;
@@ -66,6 +75,20 @@ pub(crate) async fn exchange(shared: &Arc<Shared>, link: &Link) -> Result<(), Ne
         }
     };
     deadline(exchanging).await
+}
+
+/// Compares again and again with a node that has come back, while this connection lasts.
+pub(crate) async fn accompany(shared: Arc<Shared>, link: Arc<Link>) {
+    for _ in 0..ACCOMPANY_MS / ACCOMPANY_EVERY_MS {
+        if let Err(error) = exchange(&shared, &link).await {
+            tracing::debug!(node = %link.node.short(), %error, "an exchange with a node that has come back failed");
+        }
+        let pause = tokio::time::sleep(Duration::from_millis(ACCOMPANY_EVERY_MS));
+        tokio::select! {
+            () = pause => {}
+            _ = link.connection.closed() => return,
+        }
+    }
 }
 
 /// Answers a neighbour's digest.

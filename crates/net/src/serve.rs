@@ -236,6 +236,8 @@ async fn bury_earlier_life(shared: &Shared, peer: NodeId) {
     } else {
         tracing::info!(node = %peer.short(), "a node has come back");
         shared.disconnect(&peer);
+        // Without a state there is nobody left to tell.
+        let _ = shared.commands.send(Command::CameBack(peer)).await;
     }
 }
 

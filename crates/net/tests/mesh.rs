@@ -4,14 +4,19 @@
 
 mod common;
 
-use std::{sync::mpsc, thread, time::Duration};
+use std::{
+    sync::{Arc, mpsc},
+    thread,
+    time::Duration,
+};
 
 use common::{QUICK, all_know_all, join, lists, meet, open_invitation, options, public, soon, start, until};
 use murmur_net::{
-    Mesh, MeshChoice, MeshOptions, NetError, Path, PeerView, Timing, endpoint::WORK_IDLE_TIMEOUT_MS,
+    Mesh, MeshChoice, MeshOptions, NetError, Path, PeerView, Table, Timing, endpoint::WORK_IDLE_TIMEOUT_MS,
     remembered::CONTACTS_FILE,
 };
 use murmur_protocol::mesh::{Capabilities, MeasuredLink, NodeId, NodeKey};
+use tempfile::TempDir;
 
 #[tokio::test]
 async fn two_nodes_find_each_other_by_ticket_and_see_each_other_directly() {
@@ -289,6 +294,41 @@ async fn two_nodes_that_ask_each_other_for_a_sign_of_life_at_the_same_moment_bot
         let (there, back) = tokio::join!(one.mesh.ping(other.mesh.node_id()), other.mesh.ping(one.mesh.node_id()));
         assert!(there.is_ok() && back.is_ok(), "{there:?} {back:?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_node_says_that_died_and_has_come_back_is_known_soon() {
+    // Within this test nobody heals the overlay, and nobody compares records by the clock.
+    let timing = Timing { exchange_every_ms: 3_600_000, heal_every_ms: 3_600_000, ..Timing::default() };
+    let calm = move |folder: &TempDir, bootstrap| MeshOptions { timing, bootstrap, ..options(folder, public()) };
+    let (here, there) = (tempfile::tempdir().unwrap(), Arc::new(tempfile::tempdir().unwrap()));
+    let witness = Mesh::start(calm(&here, Vec::new())).await.unwrap();
+    let (contact, folder, (back, away)) = (witness.contact(), Arc::clone(&there), mpsc::channel::<()>());
+    // On a thread of its own, which blocks when it is known: as silent as a process that is gone.
+    let first_life = thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mesh = Mesh::start(calm(&folder, vec![contact])).await.unwrap();
+            until(&mesh, "the witness is listed", |table| !table.is_empty()).await;
+            let _ = away.recv();
+        });
+    });
+    until(&witness, "the first life is listed", |table| !table.is_empty()).await;
+    let second_life = Mesh::start(calm(&there, vec![witness.contact()])).await.unwrap();
+    // An answer comes when the witness has done with the first life.
+    second_life.ping(witness.node_id()).await.unwrap();
+    let says = |who: &Mesh, bytes| {
+        let node = who.node_id();
+        move |table: &Table| table.get(&node).is_some_and(|known| known.verified.record().memory_free_bytes == bytes)
+    };
+    for bytes in 7..10 {
+        second_life.update(|own| own.memory_free_bytes = bytes).await.unwrap();
+        until(&witness, "what the second life says is known", says(&second_life, bytes)).await;
+        witness.update(|own| own.memory_free_bytes = bytes).await.unwrap();
+        until(&second_life, "what the witness says is known to it", says(&witness, bytes)).await;
+    }
+    drop(back);
+    first_life.join().unwrap();
 }
 
 #[tokio::test]

@@ -304,6 +304,12 @@ impl Refusal {
             code: "not_in_a_mesh".into(),
         }
     }
+
+    /// What was asked for needs the mesh that the node is not in yet.
+    pub fn joining() -> Self {
+        let message = "this node is still joining its mesh: try again shortly".into();
+        Refusal::NotReady { retry_after: LOADING_RETRY_AFTER, message }
+    }
 }
 
 /// Embeddings of several inputs.
@@ -384,9 +390,13 @@ pub trait Backend: Send + Sync + 'static {
     fn status(&self) -> serde_json::Value;
     /// Ends all work at once, because the server stops: every generation fails with a reason, and none begins.
     fn cut_off(&self) {}
-    /// The node's mesh for `/api/mesh`, with its peers; `None`: it is in none.
-    fn mesh(&self) -> Option<serde_json::Value> {
-        None
+    /// The node's mesh for `/api/mesh`, with its peers. Refused where there is none.
+    fn mesh(&self) -> Result<serde_json::Value, Refusal> {
+        Err(Refusal::not_in_a_mesh())
+    }
+    /// Whether the node is to be in a mesh, and is not yet.
+    fn is_joining(&self) -> bool {
+        false
     }
     /// Does something about the mesh, and says what came of it. Refused where there is no mesh.
     fn mesh_action(&self, action: MeshAction) -> BoxFuture<'_, Result<serde_json::Value, Refusal>> {

@@ -25,9 +25,9 @@ const ROLES: [&str; 2] = ["worker", "client"];
 /// What a ring can be best at.
 const OBJECTIVES: [&str; 2] = ["one_stream", "many_streams"];
 
-/// `GET /api/mesh`: the mesh and its peers. 404 where the node is in none.
+/// `GET /api/mesh`: the mesh and its peers. 404 where the node is in none, 503 where it is in none yet.
 pub(crate) async fn show(State(state): State<Arc<AppState>>) -> Result<Json<Value>, ApiError> {
-    Ok(Json(state.backend.mesh().ok_or_else(Refusal::not_in_a_mesh)?))
+    Ok(Json(state.backend.mesh()?))
 }
 
 /// `POST /api/mesh/invite`: `{"valid_s", "role", "uses"}`, all of them optional, to `{"ticket", "id",
@@ -93,7 +93,7 @@ pub(crate) async fn plan(
 
 /// What `/api/status` says about the mesh: everything but the peers, of which it gives the number.
 pub(crate) fn summary(state: &AppState) -> Value {
-    let Some(Value::Object(mut mesh)) = state.backend.mesh() else { return Value::Null };
+    let Ok(Value::Object(mut mesh)) = state.backend.mesh() else { return Value::Null };
     let peers = mesh.get("peers").and_then(Value::as_array).map_or(0, Vec::len);
     mesh.insert("peers".to_owned(), peers.into());
     mesh.into()

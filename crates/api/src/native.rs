@@ -1,6 +1,6 @@
 //! The node's own endpoints: health, metrics, status, and the tokenizer and chat template as they are used.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json,
@@ -15,6 +15,7 @@ use crate::{
     body::JsonObject,
     errors::ApiError,
     fields::Fields,
+    limits::LOADING_RETRY_AFTER,
     mesh,
     openai::{
         chat_request::ChatInput,
@@ -25,8 +26,12 @@ use crate::{
     router::AppState,
 };
 
-/// `GET /health`: 200 when requests are served; 503 while a model is being loaded, and when none can be had. Needs no key.
+/// `GET /health`: 200 when requests are served; 503 while the node joins its mesh or loads a model, and when no model can be had.
+/// Needs no key.
 pub(crate) async fn health(State(state): State<Arc<AppState>>) -> Response {
+    if state.backend.is_joining() {
+        return not_healthy(LOADING_RETRY_AFTER, json!({"status": "joining"}));
+    }
     let models = state.backend.models();
     let is_loading = |model: &&Arc<ModelCard>| matches!(model.state, ModelState::Loading { .. });
     let is_ready = |model: &Arc<ModelCard>| model.state.refusal(&model.id).is_none();
@@ -51,7 +56,11 @@ pub(crate) async fn health(State(state): State<Arc<AppState>>) -> Response {
         ModelState::Ready | ModelState::Available { .. } | ModelState::Failed { .. } => 1.0,
     });
     body["progress"] = json!(fractions.sum::<f32>() / models.len() as f32);
-    let retry_after = [(header::RETRY_AFTER, hindrance.state.retry_after().as_secs())];
+    not_healthy(hindrance.state.retry_after(), body)
+}
+
+fn not_healthy(retry_after: Duration, body: Value) -> Response {
+    let retry_after = [(header::RETRY_AFTER, retry_after.as_secs())];
     (StatusCode::SERVICE_UNAVAILABLE, retry_after, Json(body)).into_response()
 }
 

@@ -3,7 +3,7 @@
 use std::{
     collections::HashSet,
     fmt::Write,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -92,7 +92,8 @@ impl Node {
     }
 
     async fn remote(&self, id: &str) -> Result<Target, Refusal> {
-        let mesh = self.mesh.get().ok_or_else(|| no_such_model(id))?;
+        let unjoined = || if self.is_joining() { Refusal::joining() } else { no_such_model(id) };
+        let mesh = self.mesh.get().ok_or_else(unjoined)?;
         let model = mesh.remotes().iter().find(|model| model.card.id == id).cloned();
         let model = model.ok_or_else(|| match self.wanted.iter().find(|wanted| wanted.is_called(id)) {
             Some(wanted) => Refusal::NotReady {
@@ -402,13 +403,17 @@ impl Backend for Node {
         self.stop();
     }
 
-    fn mesh(&self) -> Option<serde_json::Value> {
-        self.mesh.get().map(|mesh| mesh.view())
+    fn mesh(&self) -> Result<serde_json::Value, Refusal> {
+        self.mesh.get().map(|mesh| mesh.view()).ok_or_else(|| self.no_mesh())
+    }
+
+    fn is_joining(&self) -> bool {
+        self.mesh.get().is_none() && self.is_to_join.load(Ordering::Relaxed)
     }
 
     fn mesh_action(&self, action: MeshAction) -> BoxFuture<'_, Result<serde_json::Value, Refusal>> {
         Box::pin(async move {
-            let mesh = self.mesh.get().ok_or_else(Refusal::not_in_a_mesh)?;
+            let mesh = self.mesh.get().ok_or_else(|| self.no_mesh())?;
             mesh.act(self, action).await
         })
     }

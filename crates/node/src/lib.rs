@@ -22,7 +22,7 @@ mod status;
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
@@ -259,6 +259,8 @@ pub struct Node {
     /// Vocabularies of models that are not loaded here.
     readers: Readers,
     mesh: mesh::MeshCell,
+    /// A place in a mesh is to be taken, or is taken.
+    is_to_join: AtomicBool,
     requests: Arc<Requests>,
     gate: Gate,
     /// Models' files, and parts of them.
@@ -295,6 +297,7 @@ impl Node {
             models: Arc::new(Models::open(options)?),
             readers,
             mesh: mesh::MeshCell::new(),
+            is_to_join: AtomicBool::new(false),
             requests: Arc::default(),
             gate,
             machine,

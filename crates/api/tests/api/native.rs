@@ -95,6 +95,11 @@ async fn health_says_whether_the_models_are_ready() {
     let server = Server::start(Fake::saying(&[])).await;
     assert_eq!(health(&server).await, (200, None, json!({"status": "ok"})));
 
+    let mut joining = Fake::saying(&[]);
+    joining.is_joining = true;
+    let server = Server::start(joining).await;
+    assert_eq!(health(&server).await, (503, Some("2".into()), json!({"status": "joining"})));
+
     let half = ModelState::Loading { fraction: 0.5 };
     let server = Server::start(in_states([ModelState::Ready, half])).await;
     let models = json!([{"id": "org/tiny", "state": "ready"}, {"id": "embedder", "state": "loading", "progress": 0.5}]);

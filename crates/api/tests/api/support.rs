@@ -40,6 +40,7 @@ pub(crate) struct Fake {
     pub(crate) embedded: Mutex<Vec<Prompt>>,
     pub(crate) cut_off: tokio::sync::Notify,
     pub(crate) mesh: Option<Value>,
+    pub(crate) is_joining: bool,
     pub(crate) mesh_refusal: Option<Refusal>,
     pub(crate) mesh_actions: Mutex<Vec<MeshAction>>,
     answer: Answer,
@@ -69,6 +70,7 @@ impl Fake {
             embedded: Mutex::default(),
             cut_off: tokio::sync::Notify::new(),
             mesh: None,
+            is_joining: false,
             mesh_refusal: None,
             mesh_actions: Mutex::default(),
             answer: Box::new(answer),
@@ -189,8 +191,12 @@ impl Backend for Fake {
         json!({"peers": 0})
     }
 
-    fn mesh(&self) -> Option<Value> {
-        self.mesh.clone()
+    fn mesh(&self) -> Result<Value, Refusal> {
+        self.mesh.clone().ok_or_else(Refusal::not_in_a_mesh)
+    }
+
+    fn is_joining(&self) -> bool {
+        self.is_joining
     }
 
     fn mesh_action(&self, action: MeshAction) -> BoxFuture<'_, Result<Value, Refusal>> {

@@ -60,6 +60,9 @@ async fn serve(session: &Session, plan: Plan, api: ApiOptions, listener: TcpList
     let bar = LoadBar::new(session, options.stages);
     let opened = tokio::task::spawn_blocking(move || Node::open(options));
     let node = Arc::new(opened.await.context("reading the models")??);
+    if mesh.is_some() {
+        node.will_join_mesh();
+    }
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let address = listener.local_addr()?;
     // The first says to stop, the second to stop at once.

@@ -141,7 +141,7 @@ impl Pulls {
                             tell.send_replace(State::of(pulled));
                         })
                     }
-                    (Sought::Name(_), None) => return Err(Refusal::not_in_a_mesh()),
+                    (Sought::Name(_), None) => return Err(node.no_mesh()),
                 };
                 pulls.insert(name, Pull { state: state.clone(), task });
                 state

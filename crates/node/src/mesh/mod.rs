@@ -24,11 +24,11 @@ mod worker;
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak, atomic::Ordering},
     time::{Duration, Instant},
 };
 
-use murmur_api::backend::{MeshAction, Refusal};
+use murmur_api::backend::{Backend, MeshAction, Refusal};
 use murmur_core::{health::Health, router::Router, time::Now};
 use murmur_net::{Mesh, MeshOptions, NetError};
 use murmur_protocol::mesh::{Capabilities, Role};
@@ -150,6 +150,16 @@ impl MeshNode {
 pub(crate) type MeshCell = OnceLock<Arc<MeshNode>>;
 
 impl Node {
+    /// Says that this node will take its place in a mesh: until it has, what needs one is to wait, and `/health` says so.
+    pub fn will_join_mesh(&self) {
+        self.is_to_join.store(true, Ordering::Relaxed);
+    }
+
+    /// Why what needs a mesh cannot be had.
+    pub(crate) fn no_mesh(&self) -> Refusal {
+        if self.is_joining() { Refusal::joining() } else { Refusal::not_in_a_mesh() }
+    }
+
     /// Takes this node's place in a mesh: from now on its models are offered there, and the models of others here. Returns
     /// when the endpoint is bound and a ticket for a private mesh is redeemed.
     ///

@@ -38,6 +38,9 @@ beside (1 - a) L, the figure says more of the machine than of the ring.
 temperature 0, with and without guesses, and the same through `llama-server` with half of the layers on an `ggml-rpc-server`, with and
 without the same model as its draft.
 
+*window*: eight rows that go around a ring of two together against one, 60 ms around: the time of a token, and how much later the first one
+comes where eight rows of a prompt are new instead of one; and what stages compute of it. Of a model of this width that has hardly anything to compute, and of one that has: what rows cost there is the back end's.
+
 *candidates*: for each token of stories of the demo model at temperature 0, whether the small model's first choice is right, and if not, its second
 one and so on: what several candidates for a position could bring.
 
@@ -75,7 +78,7 @@ import servers
 from bench import Table, at_once, decode_rate, first_token_s, in_turns, machine, together_rate, token_and_compute_ms
 from mesh import Story, distribution, layers_of, spread_over, synthetic, ticket_of
 
-PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "pair", "candidates", "shared", "copied", "relayed", "replay")
+PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "pair", "window", "candidates", "shared", "copied", "relayed", "replay")
 SHAPE = "bench-1b"
 CONTEXT = 4608
 ROUND_TRIPS_MS = (0, 5, 20, 50)
@@ -101,6 +104,7 @@ NAMES, FRIENDS = ("Lily", "Tom", "Mia", "Ben", "Sue", "Max"), ("a kitten", "a do
 DEEDS = ("went to the park", "played with a ball", "found a box", "saw a big tree", "were very sad", "wanted to fly", "ran to the river")
 RELAYED_MS, FIRST_TOKENS, SETTLED_S = (0, 20), 25, 12
 REPLAY_STAGES, REPLAY_STREAMS, REPLAY_BUSY, REPLAY_SAMPLE = 3, 8, 0.5, (1024, 192)
+WINDOW_SHAPES, WINDOW_MS, WINDOW_ROWS, WINDOW_PREFIX, WINDOW_PAIRS = ("bench-wide", "bench-1b"), 60, 8, 64, 15
 SHARED_MS, SHARED_RIGHT, SHARED_TOKENS = 60, 0.85, 160
 
 
@@ -372,6 +376,31 @@ def pair(options, _, table):
                 table.pairs(f"stories at {ring_ms:g} ms, {name}", "tok/s", *rates)
 
 
+def window(options, _, table):
+    with lab.Lab(options.lab, 2) as (network, hosts):
+        for shape, bar in zip(WINDOW_SHAPES, (1 / 1.1, None), strict=True):
+            model = next(synthetic(options, [shape]))
+            network.links(WINDOW_MS)
+            with Ring(options, model, list(hosts), layers_of(options, model)) as ring:
+                known, computed_ms = servers.unique_prompt(WINDOW_PREFIX), {WINDOW_ROWS: [], 1: []}
+
+                def first_ms(rows):
+                    took_s = ring.generate(known + servers.unique_prompt(rows), 1)[1]
+                    steps = [stage["last_step"] for stage in ring.ask("GET", "/api/status")["node"]["models"][0]["stages"]]
+                    if any(step["batch_rows"] != rows for step in steps):
+                        raise SystemExit(f"the rows before were not kept: {steps}")
+                    computed_ms[rows].append(sum(step["compute_us"] for step in steps) / 1000)
+                    return 1000 * took_s
+
+                ring.generate(known + servers.unique_prompt(1), 1)
+                pair = in_turns(WINDOW_PAIRS, lambda: first_ms(WINDOW_ROWS), lambda: first_ms(1))
+                # What a first token takes before its rows leave: the session is opened once around.
+                opening_ms = statistics.median(pair[1]) - token_ms(ring)
+                pair = ([first - opening_ms for first in rows] for rows in pair)
+                table.pairs(f"{shape}, {WINDOW_ROWS} rows / 1 around a ring of {WINDOW_MS} ms", "ms", *pair, lower_is_better=True, bar=bar)
+                table.pairs(f"{shape}, of which stages compute", "ms", computed_ms[WINDOW_ROWS], computed_ms[1], lower_is_better=True)
+
+
 def asked_for_a_story():
     """A prompt that was hardly asked before."""
     return f"Once upon a time, {random.choice(NAMES)} and {random.choice(FRIENDS)} {random.choice(DEEDS)}"
@@ -566,7 +595,7 @@ def main():
     shapes = {
         SHAPE: (tokens, streams, prefill, codecs),
         DEATHS_SHAPE: (deaths,),
-        GUESSED_SHAPE: (guesses, pair, candidates, shared, copied, relayed, replay),
+        GUESSED_SHAPE: (guesses, pair, window, candidates, shared, copied, relayed, replay),
     }
     for shape, parts in shapes.items():
         for part in parts:

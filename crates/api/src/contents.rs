@@ -20,7 +20,7 @@ use crate::{
     errors::ApiError,
     fields::{Fields, too_long},
     limits::MAX_MODEL_NAME_BYTES,
-    router::AppState,
+    state::AppState,
 };
 
 /// `GET /api/models`: the model files that this node and the nodes of its mesh have, or have parts of.

@@ -34,6 +34,7 @@ mod security;
 mod server;
 mod sse;
 mod stall;
+mod state;
 mod timings;
 mod wishes;
 

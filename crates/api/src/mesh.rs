@@ -9,7 +9,7 @@ use axum::{Json, extract::State};
 use serde_json::Value;
 
 use crate::{
-    backend::{MeshAction, PlanQuestion, Refusal, RingWishes, node_digits, region},
+    backend::{MeshAction, PlanQuestion, RingWishes, node_digits, region},
     body::JsonObject,
     errors::ApiError,
     fields::{Fields, shorten, too_long, too_many, wrong_type},
@@ -17,7 +17,7 @@ use crate::{
         DEFAULT_INVITE_VALID_S, MAX_INVITE_USES, MAX_INVITE_VALID_S, MAX_MESH_TEXT_BYTES, MAX_PLAN_KEEP_ENDS,
         MAX_PLAN_NODES, MAX_PLAN_RTT_MS, MAX_PLAN_STREAMS, MAX_PLAN_TOKENS,
     },
-    router::AppState,
+    state::AppState,
 };
 
 /// What the bearer of a ticket can become.

@@ -17,7 +17,7 @@ use axum::{
     response::Response,
 };
 
-use crate::{backend::Completion, router::AppState};
+use crate::{backend::Completion, state::AppState};
 
 /// Upper bounds of the histograms' buckets, in seconds: from a cached prompt's first token to a long answer.
 const BUCKETS: [f64; 13] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];

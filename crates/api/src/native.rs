@@ -23,7 +23,7 @@ use crate::{
         request::{model, tokens},
         templates,
     },
-    router::AppState,
+    state::AppState,
 };
 
 /// `GET /health`: 200 when requests are served; 503 while the node joins its mesh or loads a model, and when no model can be had.

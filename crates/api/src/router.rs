@@ -1,4 +1,4 @@
-//! The routes, and what all handlers share.
+//! The routes, and what happens before and after all of them.
 
 use std::sync::Arc;
 
@@ -10,7 +10,6 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use tokio::sync::Semaphore;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
@@ -21,38 +20,11 @@ use crate::{
     fields::shorten,
     limits::IN_FLIGHT_RETRY_AFTER,
     mesh,
-    metrics::{Metrics, observe},
+    metrics::observe,
     native, openai,
-    openai::templates::Templates,
-    security::{Policy, guard},
+    security::guard,
+    state::AppState,
 };
-
-/// What handlers and middleware share.
-pub(crate) struct AppState {
-    pub(crate) backend: Arc<dyn Backend>,
-    pub(crate) metrics: Arc<Metrics>,
-    pub(crate) policy: Policy,
-    pub(crate) templates: Templates,
-    pub(crate) keep_alive: std::time::Duration,
-    /// One permit per request that makes the node work.
-    in_flight: Arc<Semaphore>,
-    max_in_flight: usize,
-}
-
-impl AppState {
-    pub(crate) fn new(backend: Arc<dyn Backend>, options: &ApiOptions) -> Self {
-        let max_in_flight = options.max_in_flight.min(Semaphore::MAX_PERMITS);
-        AppState {
-            backend,
-            metrics: Arc::default(),
-            policy: Policy::new(options),
-            templates: Templates::default(),
-            keep_alive: options.keep_alive,
-            in_flight: Arc::new(Semaphore::new(max_in_flight)),
-            max_in_flight,
-        }
-    }
-}
 
 /// The routes without sockets, for embedding and for tests. The options are not validated against an address here.
 pub fn router(backend: Arc<dyn Backend>, options: &ApiOptions) -> Router {

@@ -17,7 +17,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-use crate::{ApiOptions, body::reject, errors::ApiError, fields::shorten, router::AppState};
+use crate::{ApiOptions, body::reject, errors::ApiError, fields::shorten, state::AppState};
 
 /// The one route that needs no key: load balancers ask it, and it says nothing.
 const OPEN_ROUTE: &str = "/health";

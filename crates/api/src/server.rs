@@ -27,8 +27,9 @@ use crate::{
         WRITE_STALL_TIMEOUT,
     },
     metrics::Metrics,
-    router::{AppState, routes},
+    router::routes,
     stall::StallGuard,
+    state::AppState,
 };
 
 /// Why the server did not start.

@@ -21,8 +21,8 @@ use crate::{
         head::{Head, add_timings, random_id},
         logprobs, templates,
     },
-    router::AppState,
     sse::{self, Chunks, Render},
+    state::AppState,
     timings::Timings,
 };
 

@@ -22,8 +22,8 @@ use crate::{
         logprobs::Legacy,
         request::{Common, check_choices, token_limit},
     },
-    router::AppState,
     sse::{self, Chunks, Render},
+    state::AppState,
     timings::Timings,
 };
 

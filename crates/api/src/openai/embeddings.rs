@@ -18,7 +18,7 @@ use crate::{
     fields::{Fields, too_many, wrong_type},
     limits::MAX_EMBEDDING_INPUTS,
     openai::request::{model, tokens},
-    router::AppState,
+    state::AppState,
 };
 
 /// How vectors are written.

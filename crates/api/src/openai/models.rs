@@ -13,7 +13,7 @@ use crate::{
     backend::{ModelCard, ModelKind, ModelState},
     errors::ApiError,
     fields::shorten,
-    router::AppState,
+    state::AppState,
 };
 
 /// `GET /v1/models`.

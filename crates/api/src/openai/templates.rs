@@ -13,7 +13,7 @@ use crate::{
     backend::ModelCard,
     errors::ApiError,
     openai::{chat_request::ChatInput, constraint::Constraint, head::unix_seconds},
-    router::AppState,
+    state::AppState,
 };
 
 /// Compiled templates by their source: two models of a family often share one, and a reloaded model keeps its own.

@@ -2,7 +2,8 @@
 
 use std::io;
 
-const DEFINITIONS: [&str; 4] = [
+const DEFINITIONS: [&str; 5] = [
+    "proto/murmur/v1/attestation.proto",
     "proto/murmur/v1/record.proto",
     "proto/murmur/v1/member.proto",
     "proto/murmur/v1/control.proto",

@@ -12,6 +12,12 @@
 //! - The *tokenizer* digest is the same mode (context [`TOKENIZER_CONTEXT`]) of all `tokenizer.*` keys but the chat
 //!   templates, in ascending order: each as it stands in a file.
 //!
+//! - The *manifest* digest, which people sign, is the same mode (context [`MANIFEST_CONTEXT`]) of the file digest, the file's length
+//!   (u64), the architecture (length as u32, text), the number of layers in all (u32), the parts in this order: the layers, the embedding,
+//!   the head, the shared tensors, the tokenizer; each as 1 and itself or, where there is none, as 0 (u8). A part is its digest, its bytes
+//!   (u64), the number of its ranges (u32) and these (two u64 each); the tokenizer is its digest. Then the shape: 0, or 1 and the numbers of
+//!   [`Facts`] from `embedding_length` to `experts_used`, in their order (u32 each).
+//!
 //! So a layer has the same digest in the whole model and in a slice, where it has another number and another place.
 
 use std::collections::BTreeMap;
@@ -35,6 +41,9 @@ use crate::value::encode_bytes;
 pub const PART_CONTEXT: &str = "murmur 2026 gguf part digest v1";
 /// Key-derivation context of tokenizer digests.
 pub const TOKENIZER_CONTEXT: &str = "murmur 2026 gguf tokenizer digest v1";
+
+/// Key-derivation context of manifest digests.
+pub const MANIFEST_CONTEXT: &str = "murmur 2026 gguf manifest digest v1";
 
 /// Bytes read at a time.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -254,6 +263,30 @@ impl Manifest {
         }
     }
 
+    /// BLAKE3 of the manifest itself, see the module's page: who signs it signs all that follows from the file's bytes.
+    pub fn own_digest(&self) -> Digest {
+        let mut hasher = blake3::Hasher::new_derive_key(MANIFEST_CONTEXT);
+        hasher.update(&self.digest.0).update(&self.file_bytes.to_le_bytes());
+        hasher.update(&(self.architecture.len() as u32).to_le_bytes()).update(self.architecture.as_bytes());
+        hasher.update(&(self.layers.len() as u32).to_le_bytes());
+        let others = [&self.embedding, &self.head, &self.shared];
+        for part in self.layers.iter().map(Some).chain(others.map(Option::as_ref)) {
+            hasher.update(&[u8::from(part.is_some())]);
+            if let Some(part) = part {
+                part.hash_into(&mut hasher);
+            }
+        }
+        hasher.update(&[u8::from(self.tokenizer.is_some())]);
+        if let Some(tokenizer) = self.tokenizer {
+            hasher.update(&tokenizer.0);
+        }
+        hasher.update(&[u8::from(self.facts.is_some())]);
+        for number in self.facts.iter().flat_map(shape) {
+            hasher.update(&number.to_le_bytes());
+        }
+        hasher.finalize().into()
+    }
+
     /// Bytes of keys and values that one token takes in the layers of `range`, as f16.
     ///
     /// Layers with a sliding window take that much for the tokens of the window only.
@@ -266,6 +299,33 @@ impl Manifest {
     pub fn layer_bytes(&self, range: LayerRange) -> u64 {
         self.layers.iter().take(range.end as usize).skip(range.first as usize).map(|layer| layer.bytes).sum()
     }
+}
+
+impl Part {
+    fn hash_into(&self, hasher: &mut blake3::Hasher) {
+        hasher.update(&self.digest.0).update(&self.bytes.to_le_bytes());
+        hasher.update(&(self.ranges.len() as u32).to_le_bytes());
+        for range in &self.ranges {
+            hasher.update(&range.start.to_le_bytes()).update(&range.end.to_le_bytes());
+        }
+    }
+}
+
+/// What a manifest digest has of the shape, the number of layers aside.
+fn shape(facts: &Facts) -> [u32; 11] {
+    [
+        facts.embedding_length,
+        facts.feed_forward_length,
+        facts.heads,
+        facts.kv_heads,
+        facts.key_length,
+        facts.value_length,
+        facts.rope_dimensions,
+        facts.vocabulary,
+        facts.context_length,
+        facts.experts,
+        facts.experts_used,
+    ]
 }
 
 /// The digests of one pass over the file.

@@ -99,3 +99,31 @@ fn a_tied_model_counts_its_head_once() {
     assert_eq!(m.head.unwrap().parameters, 64 * 300 + 64);
     assert_eq!(m.parameters, m.layers.iter().map(|l| l.parameters).sum::<u64>() + 64 * 300 + 64 + 16);
 }
+
+#[test]
+fn the_digest_of_a_manifest_is_pinned_and_follows_from_all_that_it_covers() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = write(&common::tiny("llama"), folder.path().join("whole"));
+    let known = manifest(&path);
+    let pinned = "6afafd08ed085717e9046707f3c1418db94dbc41ad6def27abd37b494e1675cc";
+    assert_eq!(known.own_digest().to_string(), pinned, "who has signed it has signed something else now");
+    let changes: [fn(&mut Manifest); 9] = [
+        |m| m.digest.0[0] ^= 1,
+        |m| m.file_bytes += 1,
+        |m| m.architecture.push('2'),
+        |m| drop(m.layers.pop()),
+        |m| m.layers.swap(0, 1),
+        |m| m.layers[2].ranges[0].end += 1,
+        |m| m.head = m.embedding.clone(),
+        |m| m.tokenizer = None,
+        |m| m.facts.as_mut().unwrap().kv_heads += 1,
+    ];
+    for (at, change) in changes.iter().enumerate() {
+        let mut changed = known.clone();
+        change(&mut changed);
+        assert_ne!(changed.own_digest(), known.own_digest(), "{at}");
+    }
+    // The path and what people call it are nobody's business.
+    let renamed = write(&common::tiny("llama"), folder.path().join("elsewhere"));
+    assert_eq!(manifest(&renamed).own_digest(), known.own_digest());
+}

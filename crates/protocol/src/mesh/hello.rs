@@ -41,6 +41,9 @@ impl Capabilities {
     /// Hands out bytes of the model files that its record lists.
     pub const CONTENTS: Capabilities = Capabilities(1 << 5);
 
+    /// Hands out what was signed of the model files that its record lists.
+    pub const ATTESTATIONS: Capabilities = Capabilities(1 << 6);
+
     /// Both sets together.
     pub const fn with(self, other: Capabilities) -> Capabilities {
         Capabilities(self.0 | other.0)

@@ -107,6 +107,11 @@ hex_id! {
 }
 
 hex_id! {
+    /// The manifest of a model's file: what its parts are and where they lie (`murmur_gguf::Manifest::own_digest`).
+    ManifestDigest, 32, "manifest digest"
+}
+
+hex_id! {
     /// What a driver needs of a model it does not hold: BLAKE3 of a GGUF file with the model's metadata (vocabulary and
     /// chat template) and no tensors. Equal digests: equal tokens for equal text.
     TokenizerDigest, 32, "tokenizer digest"

@@ -4,7 +4,7 @@
 //! from strangers, therefore:
 //!
 //! - every message, list and text has a named limit, and a decoder allocates a small multiple of what has come at most;
-//! - what is signed is verified over the bytes as received ([`record`], [`member`], [`ticket`]), with a domain per kind of
+//! - what is signed is verified over the bytes as received ([`record`], [`member`], [`ticket`], [`attestation`]), with a domain per kind of
 //!   statement ([`key`]);
 //! - ids, addresses and numbers are checked once, on the way in: a value of these types is a valid one. Encoding applies
 //!   the same rules, so that a node cannot send what others must refuse.
@@ -14,8 +14,9 @@
 //! changing the outcome, such as an unknown kind of grammar, is an error.
 //!
 //! Start with [`record`], then [`hello`], [`control`] and [`summary`] (neighbours), [`ticket`] and [`member`] (private meshes), [`work`]
-//! and [`open`] (requests), [`ring`] (stages on several machines), [`wire`] (all of them on a stream).
+//! and [`open`] (requests), [`ring`] (stages on several machines), [`content`] and [`attestation`] (model files), [`wire`] (all of them on a stream).
 
+pub mod attestation;
 mod body;
 pub mod card;
 mod check;
@@ -44,13 +45,14 @@ mod proto {
     include!(concat!(env!("OUT_DIR"), "/murmur.v1.rs"));
 }
 
+pub use attestation::{Attestation, AttestationError, SignedAttestation};
 pub use card::{CardAssembly, CardError, card_digest};
 pub use contact::ContactError;
 pub use content::{Content, Fetch, HeldContent};
 pub use control::{AgedRecord, Control, Redeem, Redeemed};
 pub use error::{BadSignature, MessageError};
 pub use hello::{Capabilities, Hello, PROTOCOL_VERSIONS, Refusal, RefusalCode, negotiate};
-pub use id::{IdError, MeshId, ModelDigest, NodeId, RequestId, RingId, TicketId, TokenizerDigest};
+pub use id::{IdError, ManifestDigest, MeshId, ModelDigest, NodeId, RequestId, RingId, TicketId, TokenizerDigest};
 pub use key::{MeshKey, NodeKey};
 pub use measured::{MachineSpeed, MeasuredLink};
 pub use member::{MemberCertificate, MemberError, Revocation, RevocationList, SignedCertificate, SignedRevocations};

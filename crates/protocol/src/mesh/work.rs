@@ -31,7 +31,7 @@
 //!   frames: Hidden ...
 //! ```
 //!
-//! How bytes of model files are asked for stands at [`super::content`].
+//! How bytes of model files are asked for stands at [`super::content`], and what was signed of them at [`super::attestation`].
 //!
 //! After [`Work::Stage`] both directions carry [`crate::frame`]s and nothing else, as between a driver and its child process,
 //! only that the request itself stands for the frame that says what to load. The driver's [`Route`](crate::stage::Route) says
@@ -39,6 +39,7 @@
 //! of them begins with [`Work::Hop`] and then carries frames of [`Kind::Hidden`](crate::frame::Kind::Hidden) in this one
 //! direction.
 
+use super::attestation::{Attestations, GetAttestations, SignedAttestation};
 use super::body::Body;
 use super::card::{CARD_BYTES_MAX, CARD_PART_BYTES_MAX};
 use super::check::{self, open_enum};
@@ -98,6 +99,10 @@ pub enum Work {
     Fetch(Fetch),
     /// They follow.
     Sending,
+    /// What was signed of this file?
+    GetAttestations(ModelDigest),
+    /// What a holder knows of that, at most [`ATTESTATIONS_MAX`](super::attestation::ATTESTATIONS_MAX).
+    Attestations(Vec<SignedAttestation>),
     /// A message that this version does not know: to be ignored. Encodes as an empty one.
     Unknown {
         /// Its kind.
@@ -255,6 +260,8 @@ const WATCH_CONTENT: u16 = 13;
 const CONTENT: u16 = 14;
 const FETCH: u16 = 15;
 const SENDING: u16 = 16;
+const GET_ATTESTATIONS: u16 = 17;
+const ATTESTATIONS: u16 = 18;
 
 impl Message for Work {
     fn kind(&self) -> u16 {
@@ -275,6 +282,8 @@ impl Message for Work {
             Work::Content(_) => CONTENT,
             Work::Fetch(_) => FETCH,
             Work::Sending => SENDING,
+            Work::GetAttestations(_) => GET_ATTESTATIONS,
+            Work::Attestations(_) => ATTESTATIONS,
             Work::Unknown { kind } => *kind,
         }
     }
@@ -297,6 +306,8 @@ impl Message for Work {
             CONTENT => Content::BYTES_MAX,
             FETCH => Fetch::BYTES_MAX,
             SENDING => 0,
+            GET_ATTESTATIONS => GetAttestations::BYTES_MAX,
+            ATTESTATIONS => Attestations::BYTES_MAX,
             _ => UNKNOWN_BODY_BYTES_MAX,
         }
     }
@@ -319,7 +330,9 @@ impl Message for Work {
             Work::Content(content) => content.encode(),
             Work::Fetch(fetch) => fetch.encode(),
             Work::Sending => Ok(Vec::new()),
-            Work::Unknown { kind } if (OPEN..=SENDING).contains(kind) => {
+            Work::GetAttestations(model) => GetAttestations(*model).encode(),
+            Work::Attestations(signed) => Attestations(signed.clone()).encode(),
+            Work::Unknown { kind } if (OPEN..=ATTESTATIONS).contains(kind) => {
                 Err(MessageError::Invalid { what: "kind", why: "it is known, and its message is not given" })
             }
             Work::Unknown { .. } => Ok(Vec::new()),
@@ -344,6 +357,8 @@ impl Message for Work {
             CONTENT => Work::Content(Body::decode(body)?),
             FETCH => Work::Fetch(Body::decode(body)?),
             SENDING => Work::Sending,
+            GET_ATTESTATIONS => Work::GetAttestations(GetAttestations::decode(body)?.0),
+            ATTESTATIONS => Work::Attestations(Attestations::decode(body)?.0),
             kind => Work::Unknown { kind },
         })
     }

@@ -48,6 +48,8 @@ fn vectors() -> String {
     let list = samples::revocations();
     add(&mut text, "revocations", &list, list.sign(&mesh_key()).unwrap().as_bytes());
     add(&mut text, "contact", &record.addresses, &contact::seal(&record.addresses, &node_key(1)).unwrap());
+    let attestation = samples::attestation();
+    add(&mut text, "attestation", &attestation, attestation.sign(&node_key(2)).unwrap().as_bytes());
     for (name, ticket) in [("private ticket", samples::private_ticket()), ("public ticket", samples::public_ticket())] {
         let signed = ticket.clone().sign(&node_key(1)).unwrap();
         writeln!(text, "{name}\n  {ticket:?}\n  {signed}\n").unwrap();
@@ -137,10 +139,14 @@ fn what_was_written_down_is_read_as_what_it_meant() {
             _ if name == "revocations" => {
                 format!("{:?}", SignedRevocations::from_bytes(bytes()).unwrap().verify(mesh_key().mesh_id()).unwrap())
             }
+            _ if name == "attestation" => {
+                let signed = SignedAttestation::from_bytes(bytes()).unwrap();
+                format!("{:?}", signed.verify(samples::attestation().model).unwrap())
+            }
             _ => continue,
         };
         assert_eq!(&found, meaning, "{name}");
         read += 1;
     }
-    assert_eq!(read, 12 + samples::controls().len() + samples::works().len());
+    assert_eq!(read, 13 + samples::controls().len() + samples::works().len());
 }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends when something is off")]
 
+mod attestations;
 mod frames;
 mod golden;
 mod hostile;

@@ -138,6 +138,19 @@ pub(crate) fn revocations() -> RevocationList {
     list
 }
 
+pub(crate) fn attestation() -> Attestation {
+    Attestation {
+        signer: node_key(2).node_id(),
+        model: model().digest,
+        manifest: ManifestDigest::from_bytes([0x33; 32]),
+        file_bytes: 639_446_688,
+        name: "qwen3-0.6b:q8_0".into(),
+        licence: Some("apache-2.0".into()),
+        source: Some("hf:Qwen/Qwen3-0.6B-GGUF@23749fefcc72300e3a2ad315e1317431b06b590a:Qwen3-0.6B-Q8_0.gguf".into()),
+        signed_ms: 1_764_000_000_000,
+    }
+}
+
 pub(crate) fn private_ticket() -> Ticket {
     Ticket {
         id: TicketId::from_bytes([0x33; 16]),
@@ -306,6 +319,8 @@ pub(crate) fn works() -> Vec<(&'static str, Work)> {
         ("request for bytes", Work::Fetch(fetch.clone())),
         ("request for hashes", Work::Fetch(Fetch { only_hashes: true, ..fetch })),
         ("the bytes follow", Work::Sending),
+        ("question for attestations", Work::GetAttestations(model().digest)),
+        ("attestations", Work::Attestations(vec![attestation().sign(&node_key(2)).unwrap()])),
         ("unknown", Work::Unknown { kind: 999 }),
     ]
 }
@@ -399,6 +414,23 @@ fn any_contents() -> impl Strategy<Value = Vec<HeldContent>> {
         };
         contents.into_iter().map(held).collect()
     })
+}
+
+/// What node 2 could sign.
+pub(crate) fn any_attestation() -> impl Strategy<Value = Attestation> {
+    let texts = (any_text(20), option::of(any_text(40)), option::of(any_text(40)));
+    (any_id(), any_id(), 1..=content::FILE_BYTES_MAX, texts, any::<u64>()).prop_map(
+        |(model, manifest, file_bytes, (name, licence, source), signed_ms)| Attestation {
+            signer: node_key(2).node_id(),
+            model,
+            manifest,
+            file_bytes,
+            name,
+            licence,
+            source,
+            signed_ms,
+        },
+    )
 }
 
 /// Whole groups, apart from each other.
@@ -675,6 +707,9 @@ pub(crate) fn any_work() -> impl Strategy<Value = Work> {
             only_hashes
         })),
         Just(Work::Sending),
+        any_id().prop_map(Work::GetAttestations),
+        vec(any_attestation(), 0..3)
+            .prop_map(|all| { Work::Attestations(all.iter().map(|one| one.sign(&node_key(2)).unwrap()).collect()) }),
         (100..=u16::MAX).prop_map(|kind| Work::Unknown { kind }),
     ]
 }

@@ -32,6 +32,11 @@ pub(crate) fn check_model_file(path: &Path) -> Result<ModelFile, StoreError> {
     Ok(ModelFile { bytes: gguf.file_bytes(), licence })
 }
 
+/// Under which licence a model may be used, as its file says; `None`: it does not, or is none.
+pub fn licence_of(path: &Path) -> Option<String> {
+    Gguf::open(path).ok()?.str("general.license").and_then(licence)
+}
+
 /// The name of a licence as somebody else wrote it, on one line and of a length that fits there; `None`: it names none.
 pub(crate) fn licence(text: &str) -> Option<String> {
     let clean: String = text.chars().filter(|c| !c.is_control()).collect();

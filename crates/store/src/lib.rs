@@ -32,6 +32,7 @@ pub use content::{CONTENT_BYTES_MAX, Content, ContentEntry, Contents, DecodeErro
 pub use error::{ErrorKind, StoreError};
 pub use files::available_bytes;
 pub use index::{ModelEntry, Origin};
+pub use inspect::licence_of;
 pub use quota::{Collected, Download, Hold, Stays};
 pub use reference::{HubRef, ModelName, ModelRef};
 pub use store::{ImportOptions, Removed, Resolved, Store};

@@ -33,7 +33,7 @@ pub struct Content(pub(super) Arc<Inner>);
 
 #[derive(Debug)]
 pub(super) struct Inner {
-    root: PathBuf,
+    pub(super) root: PathBuf,
     pub(super) directory: PathBuf,
     digest: Digest,
     bytes: u64,

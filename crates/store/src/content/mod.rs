@@ -9,6 +9,7 @@
 //! <data-dir>/models/contents/<digest>/model.gguf     the bytes, each at its true offset; absent when the file lies elsewhere
 //! <data-dir>/models/contents/<digest>/tree           hash pairs of the tree above the groups, in pre-order
 //! <data-dir>/models/contents/<digest>/state          size, files elsewhere, verified groups; its own time of change: last use
+//! <data-dir>/models/contents/<digest>/signatures      what people have signed of it
 //! <data-dir>/models/contents/<digest>/lock           held by the one process that writes
 //! <data-dir>/models/contents/.*                      being made or removed; swept up when nobody holds the lock in it
 //! ```
@@ -22,6 +23,7 @@
 mod check;
 mod handle;
 mod hashes;
+mod signatures;
 mod state;
 mod stream;
 
@@ -156,7 +158,7 @@ impl Contents {
                 return Ok(content);
             }
             // Parts of what lies there whole are not needed any more.
-            self.discard(&digest)?;
+            self.discard_for(&place, &digest)?;
         }
         let mut state = State::new(reference.bytes);
         state.references.push(reference);
@@ -177,7 +179,7 @@ impl Contents {
             if content.is_complete() {
                 return Ok(content);
             }
-            self.discard(&digest)?;
+            self.discard_for(&place, &digest)?;
         }
         let mut state = State::new(made.bytes);
         state.held = GroupSet::all(made.bytes);
@@ -191,17 +193,21 @@ impl Contents {
     /// claim asks for the last group first.
     pub fn create(&self, digest: Digest, bytes: u64) -> Result<Content, StoreError> {
         check_size(digest, bytes)?;
-        if let Some(content) = self.find(&digest)? {
+        let known = self.find(&digest)?;
+        if let Some(content) = &known {
             if content.bytes() == bytes {
-                return Ok(content);
+                return Ok(content.clone());
             }
             if content.is_size_proven() {
                 let why = format!("it has {} bytes, which is proven, and not {bytes}", content.bytes());
                 return Err(StoreError::ContentSize { digest, why });
             }
-            self.discard(&digest)?;
         }
         let place = self.make_place()?;
+        if known.is_some() {
+            self.discard_for(&place, &digest)?;
+        }
+        drop(known);
         let data = place.path.join(DATA);
         let sized = File::create_new(&data).and_then(|file| file.set_len(bytes));
         sized.map_err(|error| files::write_failed(error, &data, bytes))?;
@@ -331,6 +337,12 @@ impl Contents {
             Err(source) => return Err(StoreError::Io { doing: "rename to", path: directory, source }),
         }
         Ok(())
+    }
+
+    /// Removes what is here of a content that gets a new place. What people have signed of it is true there as well.
+    fn discard_for(&self, place: &Place, digest: &Digest) -> Result<(), StoreError> {
+        signatures::carry(&self.directory(digest), &place.path)?;
+        self.discard(digest)
     }
 
     /// Removes the directory of a content, unless somebody writes to it.

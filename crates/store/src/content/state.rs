@@ -72,7 +72,7 @@ impl State {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Nothing),
             Err(source) => return Err(StoreError::Io { doing: "read", path: path.to_owned(), source }),
         }
-        let Some(json) = sealed(&text) else { return Ok(Found::Damaged) };
+        let Some(json) = unsealed(&text) else { return Ok(Found::Damaged) };
         #[derive(Deserialize)]
         struct VersionOnly {
             version: u32,
@@ -91,21 +91,26 @@ impl State {
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<(), StoreError> {
-        let mut text = serde_json::to_vec(self).map_err(|error| StoreError::BadContent {
-            path: path.to_owned(),
-            why: error.to_string(),
-            advice: "The path of a file must be valid Unicode to be remembered.".to_owned(),
-        })?;
-        let seal = blake3::hash(&text);
-        text.push(b'\n');
-        text.extend_from_slice(seal.to_hex().as_bytes());
-        text.push(b'\n');
-        files::replace_file(path, &text)
+        write_sealed(self, path)
     }
 }
 
+/// Replaces a file by a line of JSON and its digest.
+pub(super) fn write_sealed(value: &impl Serialize, path: &Path) -> Result<(), StoreError> {
+    let mut text = serde_json::to_vec(value).map_err(|error| StoreError::BadContent {
+        path: path.to_owned(),
+        why: error.to_string(),
+        advice: "The path of a file must be valid Unicode to be remembered.".to_owned(),
+    })?;
+    let seal = blake3::hash(&text);
+    text.push(b'\n');
+    text.extend_from_slice(seal.to_hex().as_bytes());
+    text.push(b'\n');
+    files::replace_file(path, &text)
+}
+
 /// The JSON, if the digest after it is its own.
-fn sealed(text: &[u8]) -> Option<&[u8]> {
+pub(super) fn unsealed(text: &[u8]) -> Option<&[u8]> {
     let (json, seal) = text.strip_suffix(b"\n")?.split_last_chunk::<64>()?;
     let json = json.strip_suffix(b"\n")?;
     (blake3::Hash::from_hex(seal).ok()? == blake3::hash(json)).then_some(json)

@@ -7,6 +7,7 @@ mod disks;
 mod hashes;
 mod held;
 mod lies;
+mod signatures;
 
 use std::{
     fs,

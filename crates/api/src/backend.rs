@@ -407,9 +407,14 @@ pub trait Backend: Send + Sync + 'static {
     fn contents(&self) -> Vec<serde_json::Value> {
         Vec::new()
     }
-    /// Fetches a model's file from the nodes of the mesh, and says how far it is until it is done. Goes on when nobody listens.
-    fn pull(&self, model: String) -> BoxFuture<'_, Result<mpsc::Receiver<serde_json::Value>, Refusal>> {
-        let _ = model;
+    /// Fetches a model's file from the nodes of the mesh, and says how far it is until it is done. Goes on when nobody listens. `signed_by`:
+    /// the key of whoever must have signed it.
+    fn pull(
+        &self,
+        model: String,
+        signed_by: Option<String>,
+    ) -> BoxFuture<'_, Result<mpsc::Receiver<serde_json::Value>, Refusal>> {
+        let _ = (model, signed_by);
         Box::pin(std::future::ready(Err(Refusal::not_in_a_mesh())))
     }
     /// Ends a fetch. False: there was none.

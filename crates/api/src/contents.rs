@@ -29,13 +29,19 @@ pub(crate) async fn list(State(state): State<Arc<AppState>>) -> Json<Value> {
 }
 
 /// `POST /api/models/pull`: `{"model"}`, a name that a node of the mesh has, or one of the hub (`hf:owner/repo:quant`), to a stream of
-/// server-sent events that say how far it is.
+/// server-sent events that say how far it is. With `signed_by`, a key, nothing is fetched that this key has not signed.
 /// The last has the `state` `done` or `failed`. It goes on when nobody listens any more.
 pub(crate) async fn pull(
     State(state): State<Arc<AppState>>,
     JsonObject(map): JsonObject,
 ) -> Result<Response, ApiError> {
-    let events = state.backend.pull(name(map)?).await?;
+    let mut fields = Fields::new(map);
+    let (name, signed_by) = (required_name(&mut fields)?, fields.string("signed_by")?);
+    fields.finish()?;
+    if let Some(key) = signed_by.as_ref().filter(|key| key.len() > MAX_MODEL_NAME_BYTES) {
+        return Err(too_long("signed_by", key.len(), MAX_MODEL_NAME_BYTES));
+    }
+    let events = state.backend.pull(name, signed_by).await?;
     let body = stream::unfold(events, |mut events| async move {
         let event: Value = events.recv().await?;
         Some((Ok::<_, Infallible>(Bytes::from(format!("data: {event}\n\n"))), events))
@@ -54,8 +60,13 @@ pub(crate) async fn stop(
 
 fn name(map: serde_json::Map<String, Value>) -> Result<String, ApiError> {
     let mut fields = Fields::new(map);
-    let name = fields.required_string("model")?;
+    let name = required_name(&mut fields)?;
     fields.finish()?;
+    Ok(name)
+}
+
+fn required_name(fields: &mut Fields) -> Result<String, ApiError> {
+    let name = fields.required_string("model")?;
     match name.len() {
         0..=MAX_MODEL_NAME_BYTES => Ok(name),
         bytes => Err(too_long("model", bytes, MAX_MODEL_NAME_BYTES)),

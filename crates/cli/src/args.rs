@@ -10,7 +10,7 @@ pub(crate) mod mesh;
 use std::{net::SocketAddr, path::PathBuf, str::FromStr};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueHint, value_parser};
-use murmur_protocol::codec::Codec;
+use murmur_protocol::{codec::Codec, mesh::NodeId};
 use murmur_store::{ModelName, ModelRef, StoreError, hub::HUB_SEARCH_MAX};
 
 use crate::{
@@ -285,6 +285,12 @@ pub(crate) enum Models {
         #[arg(long, value_name = "N")]
         seed: Option<u64>,
     },
+    /// Sign a model with the key of this machine's node: what is in its file, its licence and its source. Nodes of a mesh hand it on with
+    /// the file, and others see who has signed it
+    Sign {
+        /// A GGUF file, a name from the store, or hf:owner/repo[:quant] that was pulled
+        model: ModelRef,
+    },
     /// Remove models from the store; files that were imported in place stay
     Rm {
         /// Names from the store
@@ -302,6 +308,9 @@ pub(crate) enum Models {
         /// End the server's download of a model of the mesh
         #[arg(long, conflicts_with = "name")]
         stop: bool,
+        /// Take it only from nodes of the mesh, and only if this key has signed it (murmur models sign tells the signer its key)
+        #[arg(long, value_name = "KEY", conflicts_with_all = ["name", "stop"])]
+        signed_by: Option<NodeId>,
     },
     /// Keep models whatever the quota
     Pin {

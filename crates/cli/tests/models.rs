@@ -366,3 +366,50 @@ fn a_model_of_the_hub_comes_from_the_mesh_where_a_node_has_it_and_else_from_the_
     let stopped = home.run(["models", "pull", "hf:a/other", "--stop", "--api", &client.address]).succeeds();
     assert!(stopped.err.contains("was not being pulled"), "{}", stopped.err);
 }
+
+#[cfg(unix)]
+#[test]
+fn who_has_signed_a_model_is_shown_travels_with_it_and_can_be_demanded() {
+    let maker = Home::new();
+    let file = model(&maker, "tiny-Q8_0.gguf", 1);
+    let imported = maker.run(["models", "import", file.to_str().unwrap()]).succeeds();
+    assert!(!maker.run(["models", "show", "tiny-Q8_0"]).succeeds().out.contains("signed by"), "{}", imported.err);
+    let signed = maker.run(["models", "sign", "tiny-Q8_0", "--json"]).succeeds().json();
+    let key = signed["signature"]["signer"].as_str().unwrap();
+    let again = maker.run(["models", "sign", "tiny-Q8_0"]).succeeds();
+    assert!(again.err.contains(&format!("murmur models pull tiny-Q8_0 --signed-by {key}")), "{}", again.err);
+    let shown = maker.run(["models", "show", "tiny-Q8_0"]).succeeds().out;
+    let line = shown.lines().find(|line| line.starts_with("signed by")).unwrap();
+    assert!(line.contains(&format!("{key} (this machine), just now, as tiny-Q8_0")), "{line}");
+    assert_eq!(shown.matches("signed by").count(), 1, "{shown}");
+
+    maker.run(["mesh", "create", "home"]).succeeds();
+    let serving = Server::start(&maker, [&["tiny-Q8_0", "--mesh", "home"], &ALONE[..]].concat());
+    let ticket = maker.run(["mesh", "invite", "--json", "--api", &serving.address]).succeeds().json();
+    let taker = Home::new();
+    let client = ["client", "--json", "--api", "127.0.0.1:0", "--join", ticket["ticket"].as_str().unwrap()];
+    let client = Server::ready(taker.murmur([&client, &ALONE[..]].concat()));
+    until("the file is known in the mesh", || {
+        let (_, answer) = http::get(&client.address, "/api/models");
+        answer["models"][0]["nodes"][0]["held_bytes"].is_u64().then_some(())
+    });
+    let stranger = "ab".repeat(32);
+    let pull =
+        |signer: &str| taker.run(["models", "pull", "tiny-Q8_0", "--signed-by", signer, "--api", &client.address]);
+    pull(&stranger).fails(1, "no node of the mesh shows that").fails(1, key);
+    assert_eq!(taker.run(["models", "ls", "--json"]).succeeds().json(), serde_json::json!([]));
+    let pulled = pull(key).succeeds();
+    assert!(pulled.err.contains(&format!("signed by {key}")), "{}", pulled.err);
+    let shown = taker.run(["models", "show", "tiny-Q8_0", "--json"]).succeeds().json();
+    let signature = &shown["signatures"][0];
+    assert_eq!(
+        (&signature["signer"], &signature["own"], &signature["fits"]),
+        (&key.into(), &false.into(), &true.into())
+    );
+    // What is here is not taken for what somebody else has signed.
+    pull(&stranger).fails(1, "no node of the mesh shows that");
+
+    taker.run(["models", "pull", "tiny-Q8_0", "--signed-by", "me"]).fails(2, "64 hex digits");
+    let nobody = ["models", "pull", "tiny-Q8_0", "--signed-by", key, "--api", &unused_address()];
+    taker.run(nobody).fails(5, "known to the nodes of a mesh alone");
+}

@@ -422,8 +422,12 @@ impl Backend for Node {
         contents::view(self)
     }
 
-    fn pull(&self, model: String) -> BoxFuture<'_, Result<mpsc::Receiver<serde_json::Value>, Refusal>> {
-        Box::pin(async move { self.pulls.begin(self, model) })
+    fn pull(
+        &self,
+        model: String,
+        signed_by: Option<String>,
+    ) -> BoxFuture<'_, Result<mpsc::Receiver<serde_json::Value>, Refusal>> {
+        Box::pin(async move { self.pulls.begin(self, model, signed_by) })
     }
 
     fn stop_pull(&self, model: &str) -> bool {

@@ -18,6 +18,7 @@ mod models;
 mod readers;
 mod requests;
 pub mod sharing;
+pub mod signatures;
 mod status;
 
 use std::{
@@ -225,6 +226,18 @@ pub enum NodeError {
         name: String,
         /// Why not.
         reason: String,
+    },
+    /// A model is not signed by whom the user wants to have signed it.
+    #[error(
+        "{name} is not taken: no node of the mesh shows that {signer} has signed it; {others}. Pull it without --signed-by to take it unsigned"
+    )]
+    NotSigned {
+        /// The name of the model.
+        name: String,
+        /// Who should have signed it.
+        signer: String,
+        /// Who has, in words.
+        others: String,
     },
     /// Parts of a file cannot be had from other nodes.
     #[error(transparent)]

@@ -290,7 +290,7 @@ async fn a_pull_by_a_name_of_the_hub_ends_at_the_hub_when_there_is_no_mesh_or_no
     let data_dir = home.path().join("data");
     let node = Node::open(NodeOptions { hub: Some(config), ..common::options(&data_dir) }).unwrap();
     for _ in 0..2 {
-        let mut events = node.pull(NAME.to_owned()).await.unwrap();
+        let mut events = node.pull(NAME.to_owned(), None).await.unwrap();
         let mut last = Value::Null;
         while let Some(event) = events.recv().await {
             last = event;
@@ -300,7 +300,7 @@ async fn a_pull_by_a_name_of_the_hub_ends_at_the_hub_when_there_is_no_mesh_or_no
         // The second time it is here, and nobody is asked.
         hub.set(|behaviour| behaviour.refusals = vec![(StatusCode::SERVICE_UNAVAILABLE, Vec::new()); 1_000]);
     }
-    assert!(node.pull("tiny".to_owned()).await.is_err(), "that is a name of a mesh");
+    assert!(node.pull("tiny".to_owned(), None).await.is_err(), "that is a name of a mesh");
 }
 
 #[tokio::test(flavor = "multi_thread")]

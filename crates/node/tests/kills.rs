@@ -122,7 +122,7 @@ fn play(role: &str) {
             }
         });
         loop {
-            let mut events = node.pull("tiny".to_owned()).await.unwrap();
+            let mut events = node.pull("tiny".to_owned(), None).await.unwrap();
             while let Some(event) = events.recv().await {
                 if event["state"] == "done" {
                     return;

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use indicatif::ProgressBar;
-use murmur_store::{HubRef, ModelName};
+use murmur_protocol::mesh::NodeId;
+use murmur_store::{HubRef, ModelName, ModelRef};
 use serde_json::{Value, json};
 
 use super::{
@@ -32,8 +33,35 @@ pub(super) async fn pull(session: &Session, model: &ModelName, stop: bool) -> an
     if stop {
         return end(session, model.as_str()).await;
     }
-    match fetch(session, model.as_str()).await? {
+    match fetch(session, model.as_str(), None).await? {
         Fetched::Whole(event) => done(session, model.as_str(), &event),
+        Fetched::Nowhere(reason) => Err(Failure::because(Code::Failed, reason)),
+    }
+}
+
+/// Has the server fetch a model if this key has signed it.
+pub(super) async fn pull_signed(session: &Session, model: &ModelRef, signer: &NodeId) -> anyhow::Result<()> {
+    let wanted = match model {
+        ModelRef::Name(name) => name.to_string(),
+        ModelRef::Hub(reference) => reference.to_string(),
+        ModelRef::Path(path) => {
+            let advice = format!("{} is a file: `murmur models show` tells who has signed it", path.display());
+            return Err(Failure::because(Code::Usage, advice));
+        }
+    };
+    let status = session.client().get("/api/status").await.unwrap_or_default();
+    if !status["mesh"].is_object() {
+        return Err(Failure::because(
+            Code::Unavailable,
+            format!(
+                "who has signed a model is known to the nodes of a mesh alone, and no server that is in one listens at {}. Start one, such as \
+                 `murmur client --mesh NAME`",
+                session.client().address()
+            ),
+        ));
+    }
+    match fetch(session, &wanted, Some(signer)).await? {
+        Fetched::Whole(event) => done(session, &wanted, &event),
         Fetched::Nowhere(reason) => Err(Failure::because(Code::Failed, reason)),
     }
 }
@@ -54,7 +82,7 @@ pub(crate) async fn fetch_of_hub(session: &Session, model: &HubRef) -> anyhow::R
     if !status["mesh"].is_object() || session.store().find_pulled(model)?.is_some() {
         return Ok(None);
     }
-    match fetch(session, &model.to_string()).await? {
+    match fetch(session, &model.to_string(), None).await? {
         Fetched::Whole(event) => Ok(Some(event)),
         Fetched::Nowhere(_) => Ok(None),
     }
@@ -80,8 +108,12 @@ enum Fetched {
 }
 
 /// Has the server fetch a model, and shows how far it is. Ctrl-C ends the showing only.
-async fn fetch(session: &Session, model: &str) -> anyhow::Result<Fetched> {
-    let mut events = session.client().stream("/api/models/pull", &json!({"model": model})).await?;
+async fn fetch(session: &Session, model: &str, signer: Option<&NodeId>) -> anyhow::Result<Fetched> {
+    let mut order = json!({"model": model});
+    if let Some(signer) = signer {
+        order["signed_by"] = signer.to_string().into();
+    }
+    let mut events = session.client().stream("/api/models/pull", &order).await?;
     let mut shown: Option<ProgressBar> = None;
     loop {
         let event = tokio::select! {
@@ -138,6 +170,8 @@ fn done(session: &Session, model: &str, event: &Value) -> anyhow::Result<()> {
     let entry = name.parse::<ModelName>().ok().and_then(|name| session.store().get(&name).ok());
     let licence = entry.and_then(|entry| entry.licence).map_or_else(String::new, |name| format!(", licence {name}"));
     ui::say(&ui::without_controls(&format!("pulled {model} ({}{licence})", Size(total))));
+    let signatures = event["signatures"].as_array().into_iter().flatten();
+    signatures.filter_map(|one| one["signer"].as_str()).for_each(|key| ui::say(&format!("signed by {key}")));
     ui::say(&format!("try: murmur run {name}"));
     let path = event["path"].as_str().map(Path::new).filter(|path| path.exists());
     let draft = path.and_then(|path| drafts::offer(session, &session.store(), &name, path));

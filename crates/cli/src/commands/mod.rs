@@ -17,6 +17,7 @@ mod self_test;
 mod serve;
 mod server;
 mod show;
+mod sign;
 mod status;
 mod top;
 mod upkeep;

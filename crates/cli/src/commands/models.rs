@@ -10,7 +10,7 @@ use murmur_gguf::synth::{self, Spec};
 use murmur_store::{ImportOptions, ModelEntry, ModelName, ModelRef, Origin, Store};
 use serde_json::{Value, json};
 
-use super::{Session, mesh_models, show, small_runtime, upkeep};
+use super::{Session, mesh_models, show, sign, small_runtime, upkeep};
 use crate::{
     args::Models,
     exit::{Code, Failure},
@@ -23,6 +23,7 @@ pub(super) fn run(session: &Session, command: Models) -> anyhow::Result<()> {
     match command {
         Models::Ls => list(session, &store),
         Models::Show { model } => show::run(session, &store, &model),
+        Models::Sign { model } => sign::run(session, &store, &model),
         Models::Import { file, name, copy } => {
             let entry = store.import(&file, &ImportOptions { name, copy })?;
             added(session, &entry, if copy { "copied" } else { "imported" })
@@ -38,7 +39,10 @@ pub(super) fn run(session: &Session, command: Models) -> anyhow::Result<()> {
             ui::print(&format!("{} ({})", file.display(), Size(bytes)))
         }
         Models::Rm { names } => remove(session, &store, &names),
-        Models::Pull { model: ModelRef::Hub(model), name, stop: false } => {
+        Models::Pull { model, signed_by: Some(signer), .. } => {
+            small_runtime()?.block_on(mesh_models::pull_signed(session, &model, &signer))
+        }
+        Models::Pull { model: ModelRef::Hub(model), name, stop: false, .. } => {
             let runtime = small_runtime()?;
             // Who wants another name than that of the file gets it from the hub alone.
             if name.is_none() && runtime.block_on(mesh_models::pull_of_hub(session, &model))? {
@@ -50,7 +54,7 @@ pub(super) fn run(session: &Session, command: Models) -> anyhow::Result<()> {
         Models::Pull { model: ModelRef::Hub(model), stop: true, .. } => {
             small_runtime()?.block_on(mesh_models::end(session, &model.to_string()))
         }
-        Models::Pull { model: ModelRef::Name(model), name: None, stop } => {
+        Models::Pull { model: ModelRef::Name(model), name: None, stop, .. } => {
             small_runtime()?.block_on(mesh_models::pull(session, &model, stop))
         }
         Models::Pull { .. } => Err(Failure::because(

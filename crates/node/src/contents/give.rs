@@ -87,6 +87,15 @@ pub(crate) async fn tell(node: &Node, model: ModelDigest, send: &mut SendStream)
     }
 }
 
+/// Says what was signed of a file.
+pub(crate) async fn tell_attestations(node: &Node, model: ModelDigest, send: &mut SendStream) -> Result<(), NetError> {
+    let Some(shelf) = shared(node, &model) else {
+        return say(send, &Work::Refused(not_here())).await;
+    };
+    let read = tokio::task::spawn_blocking(move || shelf.attestations()).await.unwrap_or_default();
+    say(send, &Work::Attestations(read.iter().map(|attested| attested.signed().clone()).collect())).await
+}
+
 fn content(shelf: &Shelf) -> Content {
     let mut held = shelf.content.held();
     // Of too many, the longest.

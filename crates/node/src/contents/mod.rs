@@ -13,6 +13,7 @@ mod hub_name;
 pub(crate) mod pace;
 pub(crate) mod pull;
 pub(crate) mod room;
+mod signers;
 mod sought;
 mod standing;
 mod take;
@@ -37,7 +38,10 @@ use tokio::sync::watch;
 pub use fetch::TakeError;
 pub use sought::Sought;
 
-use crate::Node;
+use crate::{
+    Node,
+    signatures::{self, Attested},
+};
 
 const _: () = assert!(GROUP_BYTES == murmur_store::GROUP_BYTES, "nodes check the groups that they keep");
 
@@ -269,6 +273,19 @@ impl Shelf {
         Ok(())
     }
 
+    /// What is known to have been signed of it. Blocks.
+    fn attestations(&self) -> Vec<Attested> {
+        signatures::attestations(&self.content).unwrap_or_else(|error| {
+            tracing::warn!("what was signed of {} cannot be read: {error}", self.name);
+            Vec::new()
+        })
+    }
+
+    /// The same, for programs.
+    fn view_attestations(&self) -> Value {
+        self.attestations().iter().map(Attested::view).collect()
+    }
+
     /// All of the file.
     pub(crate) fn whole(&self) -> ByteRange {
         ByteRange { start: 0, end: self.content.bytes() }
@@ -293,12 +310,19 @@ pub(crate) fn view(node: &Node) -> Vec<Value> {
     let mut files: BTreeMap<ModelDigest, Value> = BTreeMap::new();
     let file = |digest: ModelDigest, name: &str, file_bytes: u64, held_bytes: u64| {
         json!({
-            "digest": digest.to_string(), "name": name, "file_bytes": file_bytes, "held_bytes": held_bytes, "nodes": [],
+            "digest": digest.to_string(),
+            "name": name,
+            "file_bytes": file_bytes,
+            "held_bytes": held_bytes,
+            "signatures": [],
+            "nodes": [],
         })
     };
     for shelf in node.library.list() {
         let digest = shelf.digest();
-        files.insert(digest, file(digest, &shelf.name, shelf.content.bytes(), shelf.held_bytes()));
+        let mut own = file(digest, &shelf.name, shelf.content.bytes(), shelf.held_bytes());
+        own["signatures"] = shelf.view_attestations();
+        files.insert(digest, own);
     }
     let peers = node.mesh.get().map(|mesh| mesh.mesh().peers()).unwrap_or_default();
     for peer in &peers {

@@ -8,7 +8,9 @@ use std::{
 };
 
 use murmur_api::backend::Refusal;
-use murmur_store::{HubRef, ModelEntry, StoreError};
+use murmur_gguf::Digest;
+use murmur_protocol::mesh::{IdError, ModelDigest, NodeId};
+use murmur_store::{Content, HubRef, ModelEntry, Origin, StoreError};
 use serde_json::{Value, json};
 use tokio::{
     sync::{mpsc, watch},
@@ -17,11 +19,17 @@ use tokio::{
 };
 
 use super::{
-    Shelf, Sought,
+    InUse, Shelf, Sought,
     hub_name::{Hub, HubFinder},
+    signers::{find_signed, gather, gather_signed, not_signed},
     wanted::{begin, blocking, find, search_within},
 };
-use crate::{Node, NodeError, mesh::MeshNode, model::with_causes};
+use crate::{
+    Node, NodeError,
+    mesh::MeshNode,
+    model::with_causes,
+    signatures::{Attested, attestations, keep},
+};
 
 /// So long it is waited for a node that has the model.
 const SEARCH_MAX: Duration = Duration::from_secs(30);
@@ -30,9 +38,9 @@ const TELL_EVERY: Duration = Duration::from_millis(500);
 /// What those may leave unread.
 const EVENTS_MAX: usize = 4;
 
-/// Those that run, by name.
+/// Those that run, by name, and by who must have signed it.
 #[derive(Default)]
-pub(crate) struct Pulls(Mutex<BTreeMap<String, Pull>>);
+pub(crate) struct Pulls(Mutex<BTreeMap<(String, Option<NodeId>), Pull>>);
 
 struct Pull {
     state: watch::Receiver<State>,
@@ -108,20 +116,27 @@ fn view_entry(entry: &ModelEntry) -> Value {
 }
 
 impl Pulls {
-    fn pulls(&self) -> MutexGuard<'_, BTreeMap<String, Pull>> {
+    fn pulls(&self) -> MutexGuard<'_, BTreeMap<(String, Option<NodeId>), Pull>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins to pull a model, or listens to a pull that runs. Without a mesh, the hub may have it.
-    pub(crate) fn begin(&self, node: &Node, name: String) -> Result<mpsc::Receiver<Value>, Refusal> {
-        let sought: Sought = name.parse().map_err(|error: StoreError| Refusal::BadRequest {
-            message: error.to_string(),
-            param: Some("model".to_owned()),
-            code: None,
-        })?;
+    /// Begins to pull a model, or listens to a pull that runs. Without a mesh, the hub may have it, but nobody who knows what was signed.
+    pub(crate) fn begin(
+        &self,
+        node: &Node,
+        name: String,
+        signed_by: Option<String>,
+    ) -> Result<mpsc::Receiver<Value>, Refusal> {
+        let wrong = |param: &str, message| Refusal::BadRequest { message, param: Some(param.to_owned()), code: None };
+        let sought: Sought = name.parse().map_err(|error: StoreError| wrong("model", error.to_string()))?;
+        let signer: Option<NodeId> = signed_by
+            .map(|key| key.parse::<NodeId>())
+            .transpose()
+            .map_err(|error: IdError| wrong("signed_by", error.to_string()))?;
         let mut pulls = self.pulls();
         pulls.retain(|_, pull| !pull.task.is_finished());
-        let state = match pulls.get(&name) {
+        let order = (name, signer);
+        let state = match pulls.get(&order) {
             Some(pull) => pull.state.clone(),
             None => {
                 let (tell, state) = watch::channel(State::Searching);
@@ -130,20 +145,20 @@ impl Pulls {
                         let ending = || Refusal::Failed { message: "this node is stopping".to_owned() };
                         let (node, own) = (mesh.node().ok_or_else(ending)?, Arc::clone(mesh));
                         mesh.spawn(async move {
-                            let pulled = pull(&node, &own, sought, &tell).await;
+                            let pulled = pull(&node, &own, sought, signer, &tell).await;
                             tell.send_replace(State::of(pulled));
                         })
                     }
-                    (Sought::Hub(reference), None) => {
+                    (Sought::Hub(reference), None) if signer.is_none() => {
                         let hub = Hub::of(node);
                         node.tend(async move {
                             let pulled = pull_from_hub(&hub, &reference, &tell).await;
                             tell.send_replace(State::of(pulled));
                         })
                     }
-                    (Sought::Name(_), None) => return Err(node.no_mesh()),
+                    (_, None) => return Err(node.no_mesh()),
                 };
-                pulls.insert(name, Pull { state: state.clone(), task });
+                pulls.insert(order, Pull { state: state.clone(), task });
                 state
             }
         };
@@ -152,13 +167,14 @@ impl Pulls {
         Ok(heard)
     }
 
-    /// Ends one. False: there was none.
+    /// Ends those of a name. False: there was none.
     pub(crate) fn stop(&self, name: &str) -> bool {
-        let pull = self.pulls().remove(name);
-        pull.is_some_and(|pull| {
+        let mut pulls = self.pulls();
+        let ended = pulls.extract_if(.., |(pulled, _), _| pulled == name);
+        ended.fold(false, |ran, (_, pull)| {
             let runs = !pull.task.is_finished();
             pull.task.abort();
-            runs
+            ran || runs
         })
     }
 }
@@ -178,43 +194,111 @@ async fn tell_on(mut state: watch::Receiver<State>, events: mpsc::Sender<Value>)
     }
 }
 
-/// Gets a model that is not here from those of a mesh who have it, or else from the hub.
+/// Gets a model that is not here from those of a mesh who have it, or else from the hub. With a signer, nothing is taken that it has not signed.
 async fn pull(
     node: &Arc<Node>,
     mesh: &Arc<MeshNode>,
     sought: Sought,
+    signer: Option<NodeId>,
     tell: &watch::Sender<State>,
 ) -> Result<Value, NodeError> {
     let begun = |shelf: &Arc<Shelf>| drop(tell.send_replace(State::Fetching(Arc::clone(shelf))));
-    let shelf = match sought {
+    let (shelf, signed) = match sought {
         Sought::Name(name) => {
             let (store, known) = (node.library.store(), name.clone());
             if let Some(entry) = blocking(move || Ok(store.find_whole(&known)?)).await? {
-                return Ok(view_entry(&entry));
+                return have(node, mesh, entry, signer).await;
             }
             let digest = search_within(mesh, SEARCH_MAX, |table| find(table, name.as_str()), &name).await?;
+            let (digest, signed) = match signer {
+                None => (digest, Vec::new()),
+                Some(signer) => find_signed(mesh, name.as_str(), signer).await?,
+            };
             let shelf = begin(node, mesh, name.as_str(), digest, begun).await?;
             shelf.fetch(node, mesh, &[shelf.whole()], false).await?;
-            shelf
+            (shelf, signed)
         }
         Sought::Hub(reference) => {
             let hub = Hub::of(node);
             if let Some(entry) = hub.find_pulled(&reference).await? {
-                return Ok(view_entry(&entry));
+                return have(node, mesh, entry, signer).await;
             }
+            let name = reference.to_string();
             match HubFinder::of(&hub, reference.clone()).await?.search(mesh).await {
-                Ok(of_hub) => of_hub.fetch(node, mesh, begun).await?,
-                Err(NodeError::Nowhere(_)) => return pull_from_hub(&hub, &reference, tell).await,
+                Ok(of_hub) => {
+                    let signed = match signer {
+                        None => Vec::new(),
+                        Some(signer) => gather_signed(mesh, of_hub.digest, signer)
+                            .await
+                            .map_err(|others| not_signed(&name, signer, &others))?,
+                    };
+                    (of_hub.fetch(node, mesh, begun).await?, signed)
+                }
+                Err(NodeError::Nowhere(_)) => match signer {
+                    None => return pull_from_hub(&hub, &reference, tell).await,
+                    Some(signer) => return Err(not_signed(&name, signer, &[])),
+                },
                 Err(error) => return Err(error),
             }
         }
     };
-    let node = Arc::clone(node);
+    enter(node, mesh, shelf, signed, signer).await
+}
+
+/// Enters a file that has come in the store, with what is known to have been signed of it.
+async fn enter(
+    node: &Arc<Node>,
+    mesh: &Arc<MeshNode>,
+    shelf: InUse,
+    signed: Vec<Attested>,
+    signer: Option<NodeId>,
+) -> Result<Value, NodeError> {
+    let signed = match signer {
+        Some(_) => signed,
+        None => gather(mesh, shelf.digest(), None).await,
+    };
+    let (node, first) = (Arc::clone(node), signer.into_iter().chain([mesh.mesh().node_id()]).collect::<Vec<_>>());
     blocking(move || {
+        // What was signed can be had again; the file is here.
+        if let Err(error) = keep(&shelf.content, signed, &first) {
+            tracing::warn!("what was signed of {} is not kept: {}", shelf.name, with_causes(&error));
+        }
         shelf.enter(&node.library.store())?;
-        Ok(view(&shelf, "done"))
+        let mut view = view(&shelf, "done");
+        view["signatures"] = shelf.view_attestations();
+        Ok(view)
     })
     .await
+}
+
+/// What is told of a model that is here already, if the signer has signed it: what lies beside it says so, or a node shows it.
+async fn have(
+    node: &Arc<Node>,
+    mesh: &Arc<MeshNode>,
+    entry: ModelEntry,
+    signer: Option<NodeId>,
+) -> Result<Value, NodeError> {
+    let Some(signer) = signer else { return Ok(view_entry(&entry)) };
+    let (contents, of) = (node.library.store().contents(), entry.clone());
+    let (content, known): (Content, Vec<Attested>) = blocking(move || {
+        let content = match &of.origin {
+            Origin::Mesh { digest } => contents.find(digest)?.ok_or(StoreError::ContentGone { digest: *digest })?,
+            _ => contents.adopt(&of.path, &mut |_, _| ())?,
+        };
+        let known = attestations(&content)?;
+        Ok((content, known))
+    })
+    .await?;
+    if !known.iter().any(|attested| attested.says().signer == signer) {
+        let Digest(digest) = content.digest();
+        let shown = gather_signed(mesh, ModelDigest::from_bytes(digest), signer).await;
+        let shown = shown.map_err(|others| {
+            let others: Vec<Attested> = known.into_iter().chain(others).collect();
+            not_signed(entry.name.as_str(), signer, &others)
+        })?;
+        blocking(move || Ok(keep(&content, shown, &[signer])?)).await?;
+    }
+    Ok(view_entry(&entry))
 }
 
 /// Gets a model from the hub alone, unless it was pulled before.

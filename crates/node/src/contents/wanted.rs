@@ -322,7 +322,7 @@ pub(super) async fn begin(
 }
 
 /// A name, or one with the beginning of a digest, as lists have it where two files share a name.
-fn is_meant(digest: ModelDigest, name: &str, wanted: &str) -> bool {
+pub(super) fn is_meant(digest: ModelDigest, name: &str, wanted: &str) -> bool {
     wanted == name
         || wanted.strip_prefix(name).and_then(|rest| rest.strip_prefix('@')) == Some(&digest.short().to_string())
 }

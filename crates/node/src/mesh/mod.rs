@@ -52,8 +52,11 @@ use links::LinkBook;
 use worker::Speeds;
 
 /// What this build can do for others.
-const CAPABILITIES: Capabilities =
-    Capabilities::GRAMMARS.with(Capabilities::LOGPROBS).with(Capabilities::CARDS).with(Capabilities::CONTENTS);
+const CAPABILITIES: Capabilities = Capabilities::GRAMMARS
+    .with(Capabilities::LOGPROBS)
+    .with(Capabilities::CARDS)
+    .with(Capabilities::CONTENTS)
+    .with(Capabilities::ATTESTATIONS);
 
 /// A node's part in a mesh.
 pub(crate) struct MeshNode {

@@ -459,7 +459,9 @@ async fn converse(
             | Work::WatchContent(_)
             | Work::Content(_)
             | Work::Fetch(_)
-            | Work::Sending => {
+            | Work::Sending
+            | Work::GetAttestations(_)
+            | Work::Attestations(_) => {
                 return Err(NetError::Protocol("a worker answers with something else".to_owned()));
             }
         };

@@ -17,9 +17,11 @@ use murmur_gguf::{ByteRange, Digest, synth};
 use murmur_net::{
     EndpointOptions, Mesh, MeshChoice, MeshOptions, OwnRecord, Relays, SendStream, stream, stream::Reader,
 };
-use murmur_node::{DraftWish, ModelSpec, Node, NodeOptions, Threads, sharing::Sharing};
-use murmur_protocol::mesh::{Capabilities, Content, Fetch, HeldContent, ModelDigest, NodeId, Refused, Role, Work};
-use murmur_store::{Contents, hub::HubConfig};
+use murmur_node::{DraftWish, ModelSpec, Node, NodeOptions, Threads, sharing::Sharing, signatures};
+use murmur_protocol::mesh::{
+    Capabilities, Content, Fetch, HeldContent, ModelDigest, NodeId, NodeKey, Refused, Role, SignedAttestation, Work,
+};
+use murmur_store::{Contents, Resolved, Store, hub::HubConfig};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::{sync::mpsc, task::JoinSet};
@@ -119,7 +121,7 @@ impl World {
 
     /// One that says besides where a hub has it.
     pub(crate) async fn honest_with(&self, upload_bytes_per_s: Option<u64>, source: Option<&str>) -> Arc<Node> {
-        let data_dir = self.folder.path().join("honest");
+        let data_dir = self.honest_dir();
         let path = self.folder.path().join("tiny.gguf");
         if let Some(source) = source {
             let content = Contents::at(&data_dir).adopt(&path, &mut |_, _| ()).unwrap();
@@ -132,8 +134,30 @@ impl World {
         node
     }
 
+    /// The store of the node that [`honest`](Self::honest) makes.
+    pub(crate) fn honest_dir(&self) -> PathBuf {
+        self.folder.path().join("honest")
+    }
+
+    /// Has this key sign the file there, as its node will hand it on.
+    pub(crate) fn signs(&self, key: &NodeKey) {
+        let path = self.folder.path().join("tiny.gguf");
+        let model = Resolved { name: NAME.parse().unwrap(), path };
+        signatures::sign(&Store::at(&self.honest_dir()), key, &model, |_, _| ()).unwrap();
+    }
+
     /// A node that says that it has the file.
     pub(crate) async fn rogue(&self, claim: Claim, trick: Trick) -> Rogue {
+        self.rogue_that_shows(claim, trick, Vec::new()).await
+    }
+
+    /// One that shows this as signed of the file.
+    pub(crate) async fn rogue_that_shows(
+        &self,
+        claim: Claim,
+        trick: Trick,
+        signatures: Vec<SignedAttestation>,
+    ) -> Rogue {
         let folder = tempfile::tempdir().unwrap();
         let held = HeldContent {
             digest: self.digest,
@@ -145,14 +169,14 @@ impl World {
         let own = OwnRecord {
             role: Role::Worker,
             contents: vec![held],
-            capabilities: Capabilities::CONTENTS,
+            capabilities: Capabilities::CONTENTS.with(Capabilities::ATTESTATIONS),
             ..OwnRecord::default()
         };
         let options = MeshOptions { own, ..mesh(folder.path(), &[self.contact()]) };
         let mesh = Arc::new(Mesh::start(options).await.unwrap());
         let source = Contents::at(&self.folder.path().join("source")).find(&self.own_digest()).unwrap().unwrap();
         let (asked, open) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-        let serving = Serving { trick, claim, source, asked: Arc::clone(&asked), open: Arc::clone(&open) };
+        let serving = Serving { trick, claim, source, signatures, asked: Arc::clone(&asked), open: Arc::clone(&open) };
         let mut tasks = JoinSet::new();
         tasks.spawn(Arc::new(serving).run(Arc::clone(&mesh)));
         Rogue { _folder: folder, mesh, asked, open, tasks }
@@ -261,7 +285,12 @@ impl Pull {
     }
 
     pub(crate) async fn named(world: &World, name: &str) -> Pull {
-        Pull(world.taker.pull(name.to_owned()).await.unwrap())
+        Pull(world.taker.pull(name.to_owned(), None).await.unwrap())
+    }
+
+    /// Of what this key has signed.
+    pub(crate) async fn signed_by(world: &World, signer: &NodeId) -> Pull {
+        Pull(world.taker.pull(NAME.to_owned(), Some(signer.to_string())).await.unwrap())
     }
 
     /// What is told to the end; `heard` is called each time.
@@ -363,6 +392,7 @@ struct Serving {
     trick: Trick,
     claim: Claim,
     source: murmur_store::Content,
+    signatures: Vec<SignedAttestation>,
     asked: Arc<AtomicUsize>,
     open: Arc<AtomicUsize>,
 }
@@ -378,6 +408,11 @@ impl Serving {
                 // Whoever is done with it stops an answer: that is no failure here.
                 let _ = match reader.expect().await {
                     Ok(Work::WatchContent(_)) => serving.tell(&mut send).await,
+                    Ok(Work::GetAttestations(_)) => {
+                        let shown = stream::write(&mut send, &Work::Attestations(serving.signatures.clone())).await;
+                        stream::finish(&mut send);
+                        shown.map_err(Into::into)
+                    }
                     Ok(Work::Fetch(fetch)) => {
                         serving.asked.fetch_add(1, SeqCst);
                         serving.open.fetch_add(1, SeqCst);

@@ -1,0 +1,131 @@
+//! What other nodes know to have been signed of files that they have. Each answer is verified; who leaves something out cannot hide it, as
+//! long as somebody else shows it.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use murmur_net::stream::{self, Reader};
+use murmur_protocol::mesh::{Capabilities, HeldContent, ModelDigest, NodeId, SignedAttestation, Work};
+use rand::seq::SliceRandom;
+use tokio::{task::JoinSet, time::timeout};
+
+use super::wanted::{contents, is_meant};
+use crate::{
+    NodeError,
+    mesh::{MeshNode, by_count},
+    signatures::Attested,
+};
+
+/// A node that is asked answers within this, or is not waited for.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
+/// Nodes that are asked for one file.
+const ASKED_MAX: usize = 32;
+/// Nodes that are asked at once.
+const AT_ONCE_MAX: usize = 8;
+/// Files that are looked at where several have the name.
+const FILES_MAX: usize = 8;
+/// Signers that a message names.
+const SHOWN_MAX: usize = 4;
+
+/// Asks those who have a file, until somebody shows what `wanted` has signed of it; or several of them, where nobody is wanted.
+pub(super) async fn gather(mesh: &Arc<MeshNode>, model: ModelDigest, wanted: Option<NodeId>) -> Vec<Attested> {
+    let mut holders = holders(mesh, model);
+    let mut asking = JoinSet::new();
+    let mut known: Vec<Attested> = Vec::new();
+    let is_wanted = |attested: &Attested| Some(attested.says().signer) == wanted;
+    loop {
+        while asking.len() < AT_ONCE_MAX
+            && let Some(holder) = holders.pop()
+        {
+            let mesh = Arc::clone(mesh);
+            asking.spawn(async move {
+                let answer = timeout(ANSWER_DEADLINE, ask(&mesh, holder, model)).await;
+                answer.ok().flatten().map(|signed| (holder, signed))
+            });
+        }
+        let Some(answered) = asking.join_next().await else { return known };
+        let Ok(Some((holder, signed))) = answered else { continue };
+        for attested in signed.into_iter().map(|signed| Attested::verify(signed, model)) {
+            match attested {
+                Ok(attested) if !known.contains(&attested) => known.push(attested),
+                Ok(_) => {}
+                Err(error) => tracing::warn!("what {} shows as signed of {}: {error}", holder.short(), model.short()),
+            }
+        }
+        if known.iter().any(is_wanted) {
+            return known;
+        }
+    }
+}
+
+/// Those who have a file and say what was signed of it, in any order: nobody decides alone who is asked.
+fn holders(mesh: &MeshNode, model: ModelDigest) -> Vec<NodeId> {
+    let table = Arc::clone(&mesh.mesh().watch().borrow());
+    let own = mesh.mesh().node_id();
+    let records = table.values().map(|known| known.verified.record());
+    let able = records.filter(|record| {
+        record.node != own
+            && record.capabilities.contains(Capabilities::ATTESTATIONS)
+            && record.contents.iter().any(|content| content.digest == model && content.held_bytes > 0)
+    });
+    let mut holders: Vec<NodeId> = able.map(|record| record.node).collect();
+    holders.shuffle(&mut rand::rng());
+    holders.truncate(ASKED_MAX);
+    holders
+}
+
+async fn ask(mesh: &MeshNode, holder: NodeId, model: ModelDigest) -> Option<Vec<SignedAttestation>> {
+    let (mut send, recv) = mesh.mesh().open_work(holder).await.ok()?;
+    stream::write(&mut send, &Work::GetAttestations(model)).await.ok()?;
+    stream::finish(&mut send);
+    match Reader::<Work>::new(recv).expect().await {
+        Ok(Work::Attestations(signed)) => Some(signed),
+        _ => None,
+    }
+}
+
+/// Of the files that nodes have under a name, the one that most of them mean and of which somebody shows that `signer` has signed it; and
+/// all that was signed of it.
+pub(super) async fn find_signed(
+    mesh: &Arc<MeshNode>,
+    name: &str,
+    signer: NodeId,
+) -> Result<(ModelDigest, Vec<Attested>), NodeError> {
+    let files = {
+        let table = Arc::clone(&mesh.mesh().watch().borrow());
+        let is_it = |content: &&HeldContent| content.held_bytes > 0 && is_meant(content.digest, &content.name, name);
+        by_count(contents(&table).filter(is_it).map(|content| content.digest))
+    };
+    let mut seen = Vec::new();
+    for model in files.into_iter().take(FILES_MAX) {
+        match gather_signed(mesh, model, signer).await {
+            Ok(signed) => return Ok((model, signed)),
+            Err(others) => seen.extend(others),
+        }
+    }
+    Err(not_signed(name, signer, &seen))
+}
+
+/// All that was signed of a file, if `signer` is among those who did; else what others have.
+pub(super) async fn gather_signed(
+    mesh: &Arc<MeshNode>,
+    model: ModelDigest,
+    signer: NodeId,
+) -> Result<Vec<Attested>, Vec<Attested>> {
+    let signed = gather(mesh, model, Some(signer)).await;
+    match signed.iter().any(|attested| attested.says().signer == signer) {
+        true => Ok(signed),
+        false => Err(signed),
+    }
+}
+
+/// Why a model is not taken that a signer should have signed.
+pub(super) fn not_signed(name: &str, signer: NodeId, others: &[Attested]) -> NodeError {
+    let others: BTreeSet<NodeId> = others.iter().map(|attested| attested.says().signer).collect();
+    let shown: Vec<String> = others.iter().take(SHOWN_MAX).map(ToString::to_string).collect();
+    let others = match others.len().saturating_sub(SHOWN_MAX) {
+        _ if shown.is_empty() => "nobody has, as far as they show".to_owned(),
+        0 => format!("those who have: {}", shown.join(", ")),
+        more => format!("those who have: {} and {more} more", shown.join(", ")),
+    };
+    NodeError::NotSigned { name: name.to_owned(), signer: signer.to_string(), others }
+}

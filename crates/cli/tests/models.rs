@@ -413,3 +413,18 @@ fn who_has_signed_a_model_is_shown_travels_with_it_and_can_be_demanded() {
     let nobody = ["models", "pull", "tiny-Q8_0", "--signed-by", key, "--api", &unused_address()];
     taker.run(nobody).fails(5, "known to the nodes of a mesh alone");
 }
+
+#[cfg(unix)]
+#[test]
+fn a_name_of_the_hub_that_there_is_not_is_refused_at_once_also_where_a_mesh_could_have_it() {
+    let home = Home::new();
+    let content = std::fs::read(model(&home, "source.gguf", 1)).unwrap();
+    let endpoint = hub(repository("a/tiny", "tiny-Q8_0.gguf", "mit", &content));
+    let serve = |reference: &str| -> Outcome {
+        let arguments = [&["serve", reference, "--mesh", "home", "--api", "127.0.0.1:0"], &ALONE[..]].concat();
+        let mut command = home.murmur(arguments);
+        command.env("HF_ENDPOINT", &endpoint).env("HF_HOME", home.path().join("hf")).output().unwrap().into()
+    };
+    serve("hf:a/tinny").fails(3, "a/tinny is not on").fails(3, "spelling");
+    serve("hf:a/tiny:Q3_K_M").fails(3, "is not on");
+}

@@ -167,7 +167,7 @@ async fn draft(session: &Session, models: &[LocalModel], engine: &EngineArgs) ->
 }
 
 /// The hub, unless its settings are wrong: then files come from other nodes alone, and whoever asks the hub itself hears what is wrong.
-fn hub() -> Option<HubConfig> {
+pub(super) fn hub() -> Option<HubConfig> {
     let config = HubConfig::from_env();
     config.inspect_err(|error| tracing::warn!("the hub is not asked for files that other nodes have: {error}")).ok()
 }

@@ -1,8 +1,11 @@
 //! `murmur serve`: models behind the API, offered to a mesh where one is named.
 
+use std::time::Duration;
+
 use murmur_node::{ModelSpec, NodeOptions, Sought, WantedModel};
 use murmur_protocol::codec::Codec;
-use murmur_store::{ModelRef, StoreError};
+use murmur_store::{HubRef, ModelRef, StoreError, hub::HubFile};
+use tokio::time::timeout;
 
 use super::{
     Session, launch,
@@ -14,6 +17,9 @@ use crate::{
     membership,
     target::{self, LocalModel},
 };
+
+/// A hub that has not said by then whether it has a model is not waited for.
+const HUB_ANSWER_MAX: Duration = Duration::from_secs(3);
 
 pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
     if args.alias.len() > args.models.len().max(1) {
@@ -96,6 +102,9 @@ async fn models(session: &Session, args: &Serve, has_mesh: bool) -> anyhow::Resu
         let mut model = match found {
             Place::Here(model) => model,
             Place::Elsewhere(sought) => {
+                if let Sought::Hub(reference) = &sought {
+                    refuse_unknown(reference).await?;
+                }
                 elsewhere.push(WantedModel { sought, id: alias });
                 continue;
             }
@@ -139,6 +148,16 @@ fn here_or_elsewhere(session: &Session, reference: &ModelRef) -> anyhow::Result<
     match session.store().resolve(reference) {
         Ok(resolved) => Ok(Place::Here(resolved.into())),
         Err(error) => sought(&error).map(Place::Elsewhere).ok_or_else(|| error.into()),
+    }
+}
+
+/// Refuses at once what the hub does not know: no node can have it from there. A hub that is not to be asked, does not answer or says anything
+/// else is no reason to: nodes may have the file.
+async fn refuse_unknown(reference: &HubRef) -> anyhow::Result<()> {
+    let Some(hub) = launch::hub().filter(|hub| !hub.is_offline()) else { return Ok(()) };
+    match timeout(HUB_ANSWER_MAX, HubFile::open(&hub, reference)).await {
+        Ok(Err(error @ StoreError::NotOnHub { .. })) => Err(error.into()),
+        _ => Ok(()),
     }
 }
 

@@ -18,7 +18,7 @@ import time
 import xml.sax.saxutils
 
 HERE = pathlib.Path(__file__).resolve().parent
-TARGETS = ("gguf", "frame", "record", "ticket", "control", "work", "card", "contact")
+TARGETS = ("gguf", "frame", "record", "ticket", "control", "work", "card", "contact", "attestation", "content")
 # What cargo-fuzz gives the compiler, without the sanitizer.
 FLAGS = (
     "--cfg fuzzing -C passes=sancov-module -C llvm-args=-sanitizer-coverage-level=4 "

@@ -1,9 +1,11 @@
-//! Signed statements from a stranger: records, certificates and lists of revocations. Nothing that was not signed may
+//! Signed statements from a stranger: records, certificates, lists of revocations and what is said of models. Nothing that was not signed may
 //! verify, whatever it holds.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use murmur_protocol::mesh::{MeshId, NodeId, RECORD_BYTES_MAX, SignedCertificate, SignedRecord, SignedRevocations};
+use murmur_protocol::mesh::{
+    MeshId, ModelDigest, NodeId, RECORD_BYTES_MAX, SignedAttestation, SignedCertificate, SignedRecord, SignedRevocations,
+};
 
 fuzz_target!(|bytes: &[u8]| {
     let mesh = MeshId::public("fuzz");
@@ -14,6 +16,9 @@ fuzz_target!(|bytes: &[u8]| {
     }
     if let Ok(signed) = SignedCertificate::from_bytes(bytes) {
         assert!(signed.verify(mesh, NodeId::from_bytes([1; 32]), 0).is_err());
+    }
+    if let Ok(signed) = SignedAttestation::from_bytes(bytes) {
+        assert!(signed.verify(ModelDigest::from_bytes([1; 32])).is_err());
     }
     if let Ok(signed) = SignedRevocations::from_bytes(bytes) {
         assert!(signed.verify(mesh).is_err());

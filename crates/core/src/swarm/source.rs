@@ -29,6 +29,11 @@ pub const IN_FLIGHT_MIN: usize = 2;
 /// The same, where the round trip is long for the rate.
 pub const IN_FLIGHT_MAX: usize = 8;
 
+/// What one request at a node brings in a round trip, however fast the way is: 1 MiB, a little less than the flow-control window of a stream (QUIC's is
+/// 1.25 MB here, and widened when an eighth of it was read). What more is to be on its way takes further requests. A hub's connections have windows that
+/// grow.
+pub const WINDOW_GROUPS: u64 = 64;
+
 /// A source is never called silent before this time, and a round trip. Milliseconds.
 pub const SILENCE_MS_MIN: f64 = 2_000.0;
 
@@ -192,8 +197,12 @@ impl Source {
 
     /// How many requests it is to have under way.
     pub(super) fn in_flight_wanted(&self, now: Now) -> usize {
-        // One that it works on, and those that are on their way meanwhile.
-        let on_the_way = self.rate(now) * f64::from(self.rtt_ms) / self.request_groups(now) as f64;
+        // One that it works on, and those that are on their way meanwhile. Where windows are what holds the rate down, it rises with each more.
+        let one_at_most = match self.kind {
+            SourceKind::Peer => WINDOW_GROUPS,
+            SourceKind::Hub => REQUEST_GROUPS_MAX,
+        };
+        let on_the_way = self.rate(now) * f64::from(self.rtt_ms) / self.request_groups(now).min(one_at_most) as f64;
         (1 + on_the_way.ceil() as usize).clamp(IN_FLIGHT_MIN, IN_FLIGHT_MAX)
     }
 

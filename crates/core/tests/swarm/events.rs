@@ -9,7 +9,7 @@ use murmur_core::{
         choice::RANGES_PER_REQUEST_MAX,
         source::{
             FAILURES_MAX, HOPELESS_MS, IN_FLIGHT_MAX, IN_FLIGHT_MIN, PAUSE_MS_MAX, PAUSE_MS_MIN, RANGES_MAX,
-            REQUEST_GROUPS_MAX, REQUEST_GROUPS_MIN, SILENCE_MS_MIN,
+            REQUEST_GROUPS_MAX, REQUEST_GROUPS_MIN, SILENCE_MS_MIN, WINDOW_GROUPS,
         },
     },
     time::Now,
@@ -201,6 +201,23 @@ fn a_long_way_is_kept_filled() {
     // 4,000 groups a second: more than a request may be, and more than two on their way.
     assert!(bench.open.len() > IN_FLIGHT_MIN, "{}", bench.open.len());
     assert!(bench.open.len() <= IN_FLIGHT_MAX);
+}
+
+#[test]
+fn where_each_stream_has_a_window_so_many_are_under_way_that_the_link_is_the_limit() {
+    const RTT: u64 = 100;
+    const LINK_GROUPS: u64 = 5 * WINDOW_GROUPS;
+    let mut bench = Bench::wanting(1_000_000);
+    let has = GroupSet::from(0..1_000_000);
+    bench.tell(Event::Source { id: SourceId(1), kind: SourceKind::Peer, has, rtt_ms: RTT as u32 });
+    let mut delivered = 0;
+    for _ in 0..200 {
+        bench.now = bench.now.plus_ms(RTT);
+        delivered = LINK_GROUPS.min(bench.open.len() as u64 * WINDOW_GROUPS);
+        bench.deliver(1, delivered);
+    }
+    assert_eq!(delivered, LINK_GROUPS, "{} requests", bench.open.len());
+    assert!((5..=IN_FLIGHT_MAX).contains(&bench.open.len()), "{}", bench.open.len());
 }
 
 #[test]

@@ -409,6 +409,16 @@ fn who_has_signed_a_model_is_shown_travels_with_it_and_can_be_demanded() {
     // What is here is not taken for what somebody else has signed.
     pull(&stranger).fails(1, "no node of the mesh shows that");
 
+    // Whoever serves it by its name has it with what was signed, and hands that on.
+    let server = Home::new();
+    let arguments =
+        ["serve", "tiny-Q8_0", "--json", "--api", "127.0.0.1:0", "--join", ticket["ticket"].as_str().unwrap()];
+    let serving_on = Server::ready(server.murmur([&arguments, &ALONE[..]].concat()));
+    until("what was signed is there", || {
+        let (_, answer) = http::get(&serving_on.address, "/api/models");
+        (answer["models"][0]["signatures"][0]["signer"] == key).then_some(())
+    });
+
     taker.run(["models", "pull", "tiny-Q8_0", "--signed-by", "me"]).fails(2, "64 hex digits");
     let nobody = ["models", "pull", "tiny-Q8_0", "--signed-by", key, "--api", &unused_address()];
     taker.run(nobody).fails(5, "known to the nodes of a mesh alone");

@@ -8,16 +8,20 @@ use murmur_protocol::mesh::{Capabilities, HeldContent, ModelDigest, NodeId, Sign
 use rand::seq::SliceRandom;
 use tokio::{task::JoinSet, time::timeout};
 
-use super::wanted::{contents, is_meant};
+use super::{
+    Shelf,
+    wanted::{blocking, contents, is_meant},
+};
 use crate::{
     NodeError,
     mesh::{MeshNode, by_count},
-    signatures::Attested,
+    model::with_causes,
+    signatures::{Attested, keep},
 };
 
 /// A node that is asked answers within this, or is not waited for.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
-/// Nodes that are asked for one file.
+/// Nodes that are asked for one file where a particular signature is wanted; else no more than at once, so that one deadline is all that is waited.
 const ASKED_MAX: usize = 32;
 /// Nodes that are asked at once.
 const AT_ONCE_MAX: usize = 8;
@@ -29,6 +33,7 @@ const SHOWN_MAX: usize = 4;
 /// Asks those who have a file, until somebody shows what `wanted` has signed of it; or several of them, where nobody is wanted.
 pub(super) async fn gather(mesh: &Arc<MeshNode>, model: ModelDigest, wanted: Option<NodeId>) -> Vec<Attested> {
     let mut holders = holders(mesh, model);
+    holders.truncate(if wanted.is_some() { ASKED_MAX } else { AT_ONCE_MAX });
     let mut asking = JoinSet::new();
     let mut known: Vec<Attested> = Vec::new();
     let is_wanted = |attested: &Attested| Some(attested.says().signer) == wanted;
@@ -69,7 +74,6 @@ fn holders(mesh: &MeshNode, model: ModelDigest) -> Vec<NodeId> {
     });
     let mut holders: Vec<NodeId> = able.map(|record| record.node).collect();
     holders.shuffle(&mut rand::rng());
-    holders.truncate(ASKED_MAX);
     holders
 }
 
@@ -80,6 +84,15 @@ async fn ask(mesh: &MeshNode, holder: NodeId, model: ModelDigest) -> Option<Vec<
     match Reader::<Work>::new(recv).expect().await {
         Ok(Work::Attestations(signed)) => Some(signed),
         _ => None,
+    }
+}
+
+/// Keeps beside a file what other nodes show to have been signed of it.
+pub(super) async fn take_along(mesh: Arc<MeshNode>, shelf: Arc<Shelf>) {
+    let (signed, own) = (gather(&mesh, shelf.digest(), None).await, mesh.mesh().node_id());
+    let kept = blocking(move || Ok(keep(&shelf.content, signed, &[own])?)).await;
+    if let Err(error) = kept {
+        tracing::warn!("what was signed of a model is not kept: {}", with_causes(&error));
     }
 }
 

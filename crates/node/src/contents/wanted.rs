@@ -23,6 +23,7 @@ use super::{
     InUse, Shelf, Sought,
     hub_name::{Hub, HubFinder, OfHub},
     length,
+    signers::take_along,
     take::TELL_EVERY,
 };
 use crate::{
@@ -158,6 +159,7 @@ impl Supply {
         if let Err(error) = self.shelf.enter(&node.library.store()) {
             tracing::warn!("{} is not entered in the store: {}", self.shelf.name, with_causes(&error));
         }
+        mesh.spawn(take_along(Arc::clone(&mesh), Arc::clone(&self.shelf)));
         Ok(())
     }
 

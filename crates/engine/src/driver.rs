@@ -36,7 +36,7 @@ use tokio::sync::mpsc;
 use draft::Plan;
 pub use draft::{DEPTHS, Guessing};
 use pace::Pace;
-pub use session::{Draft, DraftModel, Ending, SessionEvent, SessionRequest};
+pub use session::{Draft, DraftModel, Ending, PeerDraft, SessionEvent, SessionRequest};
 use session::{Phase, Rows, Session};
 
 /// Events a reader may lag behind before its session pauses.
@@ -95,6 +95,10 @@ pub struct DriverOptions {
 impl DriverOptions {
     fn ends(&self, token: Token, sampling: &SamplingParams) -> bool {
         !sampling.ignore_eos && self.end_of_generation.contains(&token)
+    }
+
+    fn has(&self, token: Token) -> bool {
+        usize::try_from(token).is_ok_and(|token| token < self.vocabulary)
     }
 }
 
@@ -175,6 +179,7 @@ impl Driver {
     pub fn new(options: DriverOptions) -> Driver {
         let stages = options.stages;
         let pace = Pace::new(stages, options.travel_us, !options.is_shared);
+        let pace = if matches!(options.draft, Draft::Peer(_)) { pace.with_drafter_elsewhere() } else { pace };
         Driver {
             options,
             health: vec![Health::Down; stages],
@@ -585,7 +590,7 @@ impl Driver {
     fn on_token(&mut self, id: u64, sampled: Sampled) -> bool {
         let Some(session) = self.sessions.get_mut(&id) else { return false };
         let token = sampled.token;
-        if !usize::try_from(token).is_ok_and(|token| token < self.options.vocabulary) {
+        if !self.options.has(token) {
             self.fail(id, format!("a stage has chosen token {token}, which the vocabulary does not have"));
             return false;
         }

@@ -29,7 +29,8 @@ pub use tokenizer::Tokenizer;
 
 use crate::{
     driver::{
-        Counters, Draft, DraftModel, Driver, DriverOptions, Guessing, LAG_MAX, NotStarted, SessionEvent, SessionRequest,
+        Counters, Draft, DraftModel, Driver, DriverOptions, Guessing, LAG_MAX, NotStarted, PeerDraft, SessionEvent,
+        SessionRequest,
     },
     engine::supervisor::{ENDING, Place, Shared, StageCell},
     link::{LinkError, RemoteStage},
@@ -263,6 +264,13 @@ impl Engine {
         {
             stages.push(drafter_cell(&options, &gguf, draft)?);
         }
+        let awaited = stages.len();
+        if let Draft::Peer(PeerDraft(peer)) = &options.draft
+            && ring_stages > 0
+        {
+            let range = LayerRange { first: 0, end: 0 };
+            stages.push(StageCell { place: Place::Elsewhere(peer.clone()), range, state: Mutex::default() });
+        }
         let driver = Driver::new(DriverOptions {
             stages: ring_stages,
             parallel: options.parallel as usize,
@@ -280,6 +288,7 @@ impl Engine {
             driver: Mutex::new(driver),
             started: Instant::now(),
             stages,
+            awaited,
             stop,
             program: options.program.clone(),
             patience: options.patience,
@@ -295,7 +304,9 @@ impl Engine {
             false => engine.shared.bring_up_at_once(),
         };
         let receivers = receivers.map_err(|error| stopped_or(&engine.shared.stop, error.into()))?;
-        for (stage, receiver) in receivers.into_iter().enumerate() {
+        // A model elsewhere that guesses is looked for while sessions run.
+        let receivers = receivers.into_iter().map(Some).chain((awaited < engine.shared.stages.len()).then_some(None));
+        for (stage, receiver) in receivers.enumerate() {
             let shared = engine.shared.clone();
             let supervisor = thread::Builder::new()
                 .name(format!("stage-{stage}"))
@@ -384,6 +395,12 @@ impl Engine {
             }
         });
         EngineStatus { stages: stages.collect(), running, queued, counters, draft: drafter, guessing, unavailable }
+    }
+
+    /// Whether sessions run or wait.
+    pub fn is_working(&self) -> bool {
+        let driver = lock(&self.shared.driver);
+        driver.running() + driver.queued() > 0
     }
 
     /// True when every stage is up.

@@ -26,7 +26,7 @@ mod threads;
 mod vocabulary;
 
 pub use build_id::{BUILD_ID_BYTES_MAX, build_id};
-pub use driver::{Counters, DEPTHS, Draft, DraftModel, Ending, Guessing, SessionEvent, SessionRequest};
+pub use driver::{Counters, DEPTHS, Draft, DraftModel, Ending, Guessing, PeerDraft, SessionEvent, SessionRequest};
 pub use engine::{
     DraftStatus, Engine, EngineError, EngineOptions, EngineStatus, PARALLEL_MAX, Patience, SessionStream, StartError,
     Stop, Tokenizer, UNUSED_SLICES_BYTES_MAX, prune_slices,

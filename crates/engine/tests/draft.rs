@@ -4,15 +4,22 @@
 
 mod common;
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering, time::Duration};
 
-use common::{spread::Spread, *};
+use common::{
+    spread::{Spread, Twist, guesser},
+    *,
+};
 use murmur_engine::{Counters, Draft, DraftModel, Engine, EngineOptions, SessionRequest, Stop};
 use murmur_gguf::{
     LayerRange,
     synth::{self, Spec, Weights},
 };
-use murmur_protocol::sampling::{Grammar, SamplingParams, Token};
+use murmur_protocol::{
+    frame::{Frame, Kind},
+    sampling::{Grammar, SamplingParams, Token},
+    stage::Step,
+};
 
 /// How long frames are on their way to hosts that are far away.
 const WAY: Duration = Duration::from_millis(10);
@@ -122,6 +129,121 @@ async fn the_model_that_guesses_may_die_and_nobody_waits_for_it() {
     let before = guessing.status().counters.right_tokens;
     assert_eq!(run(&guessing, request()).await.tokens, plain.tokens);
     assert!(guessing.status().counters.right_tokens > before);
+}
+
+/// What a liar makes of a guess.
+fn lied(frame: Frame, lie: impl Fn(u32, &mut Step)) -> Frame {
+    match (frame.header.kind, frame.decode::<Step>()) {
+        (Kind::Sampled, Ok(mut step)) => {
+            lie(frame.header.position, &mut step);
+            Frame::message(frame.header, &step).unwrap()
+        }
+        _ => frame,
+    }
+}
+
+/// Every third guess is another token.
+fn often_wrong(frame: Frame) -> Frame {
+    lied(frame, |position, step| step.sampled.iter_mut().for_each(|s| s.token ^= i32::from(position % 3 == 0)))
+}
+
+/// No guess is a token.
+fn garbage(frame: Frame) -> Frame {
+    lied(frame, |position, step| step.sampled.iter_mut().for_each(|s| s.token = i32::MIN + position as i32))
+}
+
+/// Guesses are for another place than that which was asked for, and said to have taken no time.
+fn misplaced(frame: Frame) -> Frame {
+    let mut frame = lied(frame, |_, step| step.compute_us = 0);
+    if frame.header.kind == Kind::Sampled {
+        frame.header.position += 1;
+    }
+    frame
+}
+
+/// Bytes that mean nothing.
+fn noise(mut frame: Frame) -> Frame {
+    frame.payload.iter_mut().for_each(|byte| *byte ^= 0x5a);
+    frame
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_on_another_machine_guesses_and_whatever_it_says_changes_no_token() {
+    let lab = Lab::new();
+    let large = lab.tiny("llama", Weights::Q4KM);
+    let plain = answers(&engine(&lab, &large, ranges(&[0, 8]), Draft::Off)).await;
+    let spread = Spread::new(&lab, &large, 3);
+    // At once, and as late as rows come around the ring.
+    let twists: [(Twist, Duration); 6] = [
+        (|frame| frame, Duration::ZERO),
+        (|frame| frame, WAY),
+        (often_wrong, Duration::ZERO),
+        (garbage, Duration::ZERO),
+        (misplaced, Duration::ZERO),
+        (noise, Duration::ZERO),
+    ];
+    for (number, (twist, way)) in twists.into_iter().enumerate() {
+        let (holder, draft) = guesser(&lab, &large, way, twist);
+        let guessing = spread.engine_far(true, WAY, draft);
+        assert_eq!(answers(&guessing).await, plain, "twist {number}");
+        let Counters { guessed_tokens, right_tokens, .. } = guessing.status().counters;
+        assert!(holder.arrived(Kind::Open) > 0, "twist {number}: it was never asked");
+        // Some can be looked up, whoever guesses.
+        assert!(guessed_tokens > 0, "twist {number}");
+        assert!(right_tokens > 100 || number != 0, "{right_tokens} of {guessed_tokens}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_on_another_machine_may_die_or_stay_away_and_nobody_waits_for_it() {
+    let lab = Lab::new();
+    let large = lab.tiny("llama", Weights::Q4KM);
+    let request = || requests().swap_remove(0);
+    let plain = run(&engine(&lab, &large, ranges(&[0, 8]), Draft::Off), request()).await;
+    let spread = Spread::new(&lab, &large, 2);
+    let (holder, draft) = guesser(&lab, &large, Duration::ZERO, |frame| frame);
+    // An engine is there before anybody guesses for it.
+    holder.is_gone.store(true, Ordering::Relaxed);
+    let guessing = spread.engine_far(true, WAY, draft);
+    assert_eq!(run(&guessing, request()).await.tokens, plain.tokens);
+    assert_eq!(holder.arrived(Kind::Open), 0);
+    holder.is_gone.store(false, Ordering::Relaxed);
+    until("it is found", || (holder.host().guests() > 0).then_some(()));
+    let dies = |count| {
+        if count == 20 {
+            holder.is_gone.store(true, Ordering::Relaxed);
+            kill(holder.host().process_id().unwrap());
+        }
+    };
+    assert_eq!(tokens_while(&guessing, request(), dies).await, plain.tokens);
+    assert!(holder.arrived(Kind::Open) > 0, "it was never asked");
+    let asked = holder.arrived(Kind::Tokens);
+    holder.is_gone.store(false, Ordering::Relaxed);
+    until("it comes back", || (guessing.status().draft.unwrap().restarts > 0).then_some(()));
+    assert_eq!(run(&guessing, request()).await.tokens, plain.tokens);
+    assert!(holder.arrived(Kind::Tokens) > asked);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_on_another_machine_that_hangs_holds_no_token_up() {
+    let lab = Lab::new();
+    let large = lab.tiny("llama", Weights::Q4KM);
+    let request = || requests().swap_remove(0);
+    let plain = run(&engine(&lab, &large, ranges(&[0, 8]), Draft::Off), request()).await;
+    let spread = Spread::new(&lab, &large, 2);
+    let (holder, draft) = guesser(&lab, &large, Duration::ZERO, |frame| frame);
+    let guessing = spread.engine_far(true, WAY, draft);
+    until("it is found", || (holder.host().guests() > 0).then_some(()));
+    let process = holder.host().process_id().unwrap();
+    let hangs = |count| {
+        if count == 20 {
+            stop_process(process);
+        }
+    };
+    assert_eq!(tokens_while(&guessing, request(), hangs).await, plain.tokens);
+    // It still owes a guess, and nobody has given it up.
+    assert_eq!(guessing.status().draft.unwrap().restarts, 0);
+    assert_eq!(run(&guessing, request()).await.tokens, plain.tokens);
 }
 
 #[test]

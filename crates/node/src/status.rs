@@ -164,7 +164,7 @@ fn model(model: &Model) -> Value {
 fn guesser(draft: &Draft) -> Option<Cow<'_, str>> {
     match draft {
         Draft::Model(model) => model.path.file_name().map(OsStr::to_string_lossy),
-        Draft::Off | Draft::Lookup => None,
+        Draft::Off | Draft::Lookup | Draft::Peer(_) => None,
     }
 }
 

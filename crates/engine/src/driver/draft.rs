@@ -144,7 +144,8 @@ impl Plan {
     /// - `(1 - a) (R(w) + b / (1 - b) S(w))` in frames that follow one another, if guesses cost nothing;
     /// - `(1 - a) (R(w) + a / (1 - b) max(S(w), w d))` if a model makes them while the known token is on its way already. On one machine it
     ///   is the sum instead of the larger: stages and guesser have the same processors;
-    /// - `(1 - a) / (1 - b) (R(w) + (w - 1) d)` if the known token waits for guesses, and these for its answer.
+    /// - `(1 - a) / (1 - b) (R(w) + (w - 1) d)` if the known token waits for guesses, and these for its answer: only for a model of this
+    ///   machine. One elsewhere may be gone at any time.
     fn of(guesser: Guesser, right: f64, pace: &Pace, sessions: usize) -> Option<Plan> {
         let plain_us = pace.ring_us(1)?;
         let guess_us = match guesser {
@@ -161,7 +162,9 @@ impl Plan {
             let guesses_us = rows as f64 * guess_us;
             let (frame_us, first) = match guesser {
                 Guesser::Lookup => (spacing_us, all_right),
-                Guesser::Model if pace.is_one_machine() => (spacing_us + guesses_us, right),
+                Guesser::Model if pace.is_one_machine() && !pace.is_drafter_elsewhere() => {
+                    (spacing_us + guesses_us, right)
+                }
                 Guesser::Model => (spacing_us.max(guesses_us), right),
             };
             // The ring is full of so many frames of all sessions; some more may wait.
@@ -188,7 +191,8 @@ impl Plan {
                 us_per_token: per_token((ring_us + guesses_us - guess_us) / (1.0 - all_right)),
             };
             let streamed = Some(streamed).filter(|_| frames > 0.0);
-            let in_turns = Some(in_turns).filter(|_| guesser == Guesser::Model && sessions == 1);
+            let can_wait = guesser == Guesser::Model && sessions == 1 && !pace.is_drafter_elsewhere();
+            let in_turns = Some(in_turns).filter(|_| can_wait);
             let possible = streamed.into_iter().chain(in_turns).filter(|plan| plan.depth > 0);
             best = best.into_iter().chain(possible).min_by(|a, b| a.us_per_token.total_cmp(&b.us_per_token));
         }
@@ -256,7 +260,7 @@ impl Guesses {
     pub(super) fn new(draft: &Draft) -> Guesses {
         Guesses {
             lookup: (*draft != Draft::Off).then(Lookup::default),
-            pursuit: matches!(draft, Draft::Model(_)).then(Pursuit::default),
+            pursuit: matches!(draft, Draft::Model(_) | Draft::Peer(_)).then(Pursuit::default),
             aims: [Aim::default(); 2],
             waiting: VecDeque::new(),
             plan: None,
@@ -300,7 +304,8 @@ impl Guesses {
             let right = self.aims[guesser as usize].right.min(RIGHT_MAX);
             Plan::of(guesser, right, pace, sessions).or_else(|| {
                 let us = pace.ring_us(2)?;
-                let another = Plan { guesser, rows: 2, depth: 1, waits: true, right, frame_us: us, us_per_token: us };
+                let waits = !pace.is_drafter_elsewhere();
+                let another = Plan { guesser, rows: 2, depth: 1, waits, right, frame_us: us, us_per_token: us };
                 Some(another).filter(|_| self.refrained >= ANOTHER_TRY && sessions == 1)
             })
         };

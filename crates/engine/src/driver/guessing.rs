@@ -1,7 +1,9 @@
 //! The driver's side of guessing: whose guesses are taken, and what the model that makes them is told.
 //!
 //! That model is no stage of the ring. It runs beside it, has a place behind the last stage in what goes out and comes in, and is
-//! missed by nobody: sessions go on without guesses while it is away.
+//! missed by nobody: sessions go on without guesses while it is away. It may run on another machine, which is not trusted: what it says is
+//! a guess if it was asked for, and a token of the vocabulary. Nobody waits for that machine; a guess that takes longer than a way around
+//! the ring is not counted on.
 
 use murmur_protocol::{
     codec::Codec,
@@ -60,7 +62,11 @@ impl Driver {
             return None;
         }
         let (room, made) = (session.room_for_guesses(), session.guesses.made);
-        let plan = session.guesses.plan(&session.tokens, &self.pace, sessions, is_drafter_up, room)?;
+        let patience_us = self.pace.ring_us(1).filter(|_| self.pace.is_drafter_elsewhere());
+        let is_late =
+            |pursuit: &mut Pursuit| patience_us.is_some_and(|patience| pursuit.is_late(self.now_us, patience));
+        let is_drafter_there = is_drafter_up && !session.guesses.pursuit.as_mut().is_some_and(is_late);
+        let plan = session.guesses.plan(&session.tokens, &self.pace, sessions, is_drafter_there, room)?;
         self.counters.guessed_tokens += u64::from(session.guesses.made - made);
         self.last_plan = Some(plan);
         if plan.guesser == Guesser::Model && session.guesses.len() < plan.depth && session.room_for_guesses() > 0 {
@@ -79,7 +85,7 @@ impl Driver {
             let header = Header { epoch: pursuit.epoch(), ..Header::new(Kind::Rewind, id) };
             self.output.push((drafter, Frame { header, payload: Vec::new() }));
         }
-        let ask = pursuit.ask(length);
+        let ask = pursuit.ask(length, self.now_us);
         let header = Header { epoch: pursuit.epoch(), ..Header::new(Kind::Open, id) };
         match ask {
             None => {}
@@ -122,8 +128,11 @@ impl Driver {
             Kind::Done => pursuit.computed(end, false),
             Kind::Sampled => match frame.decode::<Step>() {
                 Ok(step) => {
+                    let since = pursuit.awaited_since(end);
                     pursuit.computed(end, true);
-                    self.on_guess(id, end, step);
+                    if let Some(asked_us) = since {
+                        self.on_guess(id, &frame.header, asked_us, step);
+                    }
                 }
                 Err(_) => pursuit.pause(),
             },
@@ -136,8 +145,14 @@ impl Driver {
         self.advance(id);
     }
 
-    /// The model that guesses has said what may come at `position`.
-    fn on_guess(&mut self, id: u64, position: u32, mut step: Step) {
+    /// The model that guesses has said, of rows that were sent at `asked_us`, what may follow them.
+    fn on_guess(&mut self, id: u64, header: &Header, asked_us: u64, mut step: Step) {
+        let position = header.position.saturating_add(header.rows);
+        if self.pace.is_drafter_elsewhere() {
+            // What counts is when it comes, and not what that machine says.
+            step.compute_us = u32::try_from(self.now_us.saturating_sub(asked_us)).unwrap_or(u32::MAX);
+            step.batch_rows = header.rows;
+        }
         self.pace.note_drafter(&step);
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Some(sampled) = step.sampled.pop() else { return };
@@ -149,6 +164,9 @@ impl Driver {
             Draft::Model(model) if model.spoils(id, position) => (sampled.token + 1) % self.options.vocabulary as Token,
             _ => sampled.token,
         };
+        if !self.options.has(token) {
+            return session.guesses.pursuit.iter_mut().for_each(Pursuit::give_up);
+        }
         let is_end = sampled.grammar_ended || self.options.ends(token, &session.sampling);
         session.guesses.add(token, Guesser::Model);
         self.counters.guessed_tokens += 1;

@@ -48,15 +48,33 @@ pub(super) struct Pace {
     /// Of the way around the ring, beside computing, us: what it takes at least, and what was measured.
     travel_us: (f64, Option<f64>),
     is_one_machine: bool,
+    /// The model that guesses is on a machine of its own.
+    is_drafter_elsewhere: bool,
 }
 
 impl Pace {
     pub(super) fn new(stages: usize, travel_us: u64, is_one_machine: bool) -> Pace {
         let stages = vec![RowCosts::default(); stages];
-        Pace { stages, drafter: RowCosts::default(), travel_us: (travel_us as f64, None), is_one_machine }
+        Pace {
+            stages,
+            drafter: RowCosts::default(),
+            travel_us: (travel_us as f64, None),
+            is_one_machine,
+            is_drafter_elsewhere: false,
+        }
     }
 
-    /// Whether all stages and the model that guesses have the same processors.
+    /// The same, with the model that guesses on a machine of its own: what it takes has the way there and back in it.
+    pub(super) fn with_drafter_elsewhere(self) -> Pace {
+        Pace { is_drafter_elsewhere: true, ..self }
+    }
+
+    /// Whether the model that guesses is on a machine of its own.
+    pub(super) fn is_drafter_elsewhere(&self) -> bool {
+        self.is_drafter_elsewhere
+    }
+
+    /// Whether all stages, and the model that guesses unless it is elsewhere, have the same processors.
     pub(super) fn is_one_machine(&self) -> bool {
         self.is_one_machine
     }

@@ -29,6 +29,10 @@ pub(super) struct Pursuit {
     computed: u32,
     /// A guess is on its way.
     is_asked: bool,
+    /// When it was asked for, us.
+    asked_at_us: u64,
+    /// It is on its way for so long that nobody counts on it any more.
+    is_late: bool,
     /// No guess follows the last: that one ends the answer.
     is_at_end: bool,
     /// What is on its way is in vain, which it was not told yet.
@@ -56,9 +60,20 @@ impl Pursuit {
         self.phase != Phase::GivenUp && !self.is_at_end
     }
 
-    /// Whether a guess is on its way.
+    /// Whether a guess is on its way that is worth waiting for.
     pub(super) fn is_asked(&self) -> bool {
-        self.is_asked
+        self.is_asked && !self.is_late
+    }
+
+    /// Notes whether the guess on its way has taken longer than `patience_us`, and says so.
+    pub(super) fn is_late(&mut self, now_us: u64, patience_us: f64) -> bool {
+        self.is_late = self.is_asked && now_us.saturating_sub(self.asked_at_us) as f64 > patience_us;
+        self.is_late
+    }
+
+    /// Whether a guess is on its way that follows rows up to `end`; since when, us. Nothing else is a guess that was asked for.
+    pub(super) fn awaited_since(&self, end: u32) -> Option<u64> {
+        (self.is_asked && self.sent == end).then_some(self.asked_at_us)
     }
 
     /// Whether the model holds something of the session.
@@ -71,8 +86,8 @@ impl Pursuit {
         std::mem::take(&mut self.is_stale)
     }
 
-    /// What to send so that it guesses what follows `length` tokens and guesses.
-    pub(super) fn ask(&mut self, length: u32) -> Option<Ask> {
+    /// What to send at `now_us` so that it guesses what follows `length` tokens and guesses.
+    pub(super) fn ask(&mut self, length: u32, now_us: u64) -> Option<Ask> {
         match self.phase {
             Phase::Away => {
                 self.phase = Phase::Opening;
@@ -80,7 +95,7 @@ impl Pursuit {
             }
             Phase::Open if !self.is_asked && !self.is_at_end && self.sent < length => {
                 let first = std::mem::replace(&mut self.sent, length);
-                self.is_asked = true;
+                (self.is_asked, self.is_late, self.asked_at_us) = (true, false, now_us);
                 Some(Ask::Rows(first))
             }
             _ => None,
@@ -101,7 +116,7 @@ impl Pursuit {
 
     /// Rows up to `end` are computed; the last of them gave a guess, or none.
     pub(super) fn computed(&mut self, end: u32, has_guess: bool) {
-        self.computed = end;
+        self.computed = end.min(self.sent);
         self.is_asked &= !has_guess;
     }
 
@@ -143,39 +158,39 @@ mod tests {
     #[test]
     fn rows_are_sent_once_and_those_of_wrong_guesses_again() {
         let mut pursuit = Pursuit::default();
-        assert_eq!((pursuit.ask(10), pursuit.ask(10)), (Some(Ask::Open), None));
+        assert_eq!((pursuit.ask(10, 0), pursuit.ask(10, 0)), (Some(Ask::Open), None));
         pursuit.opened(4);
-        assert_eq!((pursuit.ask(10), pursuit.ask(11)), (Some(Ask::Rows(4)), None));
+        assert_eq!((pursuit.ask(10, 0), pursuit.ask(11, 0)), (Some(Ask::Rows(4)), None));
         pursuit.computed(10, true);
-        assert_eq!((pursuit.ask(10), pursuit.ask(11)), (None, Some(Ask::Rows(10))));
+        assert_eq!((pursuit.ask(10, 0), pursuit.ask(11, 0)), (None, Some(Ask::Rows(10))));
         // Its guess for position 10 was wrong, while the next is on its way.
         pursuit.forget(10);
         assert!(pursuit.take_stale() && !pursuit.take_stale());
-        assert_eq!(pursuit.ask(11), Some(Ask::Rows(10)));
+        assert_eq!(pursuit.ask(11, 0), Some(Ask::Rows(10)));
         pursuit.computed(11, true);
         // All computed: nothing is on its way in vain.
         pursuit.forget(10);
         assert!(!pursuit.take_stale());
-        assert_eq!((pursuit.epoch(), pursuit.ask(11)), (1, Some(Ask::Rows(10))));
+        assert_eq!((pursuit.epoch(), pursuit.ask(11, 0)), (1, Some(Ask::Rows(10))));
     }
 
     #[test]
     fn behind_the_end_nothing_is_asked_until_that_was_wrong() {
         let mut pursuit = Pursuit::default();
-        pursuit.ask(3);
+        pursuit.ask(3, 0);
         pursuit.opened(0);
-        pursuit.ask(3);
+        pursuit.ask(3, 0);
         pursuit.computed(3, true);
         pursuit.pause();
-        assert!(!pursuit.goes_on() && pursuit.ask(4).is_none());
+        assert!(!pursuit.goes_on() && pursuit.ask(4, 0).is_none());
         pursuit.forget(3);
-        assert_eq!(pursuit.ask(4), Some(Ask::Rows(3)));
+        assert_eq!(pursuit.ask(4, 0), Some(Ask::Rows(3)));
     }
 
     #[test]
     fn an_answer_about_a_session_that_was_closed_since_is_none() {
         let mut pursuit = Pursuit::default();
-        pursuit.ask(3);
+        pursuit.ask(3, 0);
         let before = pursuit.epoch();
         pursuit.lose(false);
         assert!(pursuit.epoch() > before && !pursuit.is_known());
@@ -185,11 +200,38 @@ mod tests {
     fn a_session_that_kills_the_model_is_not_its_business_for_long() {
         let mut pursuit = Pursuit::default();
         for _ in 0..DEATHS_MAX {
-            assert_eq!(pursuit.ask(3), Some(Ask::Open));
+            assert_eq!(pursuit.ask(3, 0), Some(Ask::Open));
             pursuit.opened(0);
-            pursuit.ask(3);
+            pursuit.ask(3, 0);
             pursuit.lose(true);
         }
-        assert!(!pursuit.goes_on() && pursuit.ask(3).is_none());
+        assert!(!pursuit.goes_on() && pursuit.ask(3, 0).is_none());
+    }
+
+    #[test]
+    fn a_guess_that_takes_too_long_is_not_counted_on_and_taken_when_it_comes_after_all() {
+        let mut pursuit = Pursuit::default();
+        pursuit.ask(3, 0);
+        pursuit.opened(0);
+        pursuit.ask(3, 1_000);
+        assert!(!pursuit.is_late(2_000, 1_500.0) && pursuit.is_asked());
+        assert!(pursuit.is_late(3_000, 1_500.0) && !pursuit.is_asked());
+        assert_eq!(
+            (pursuit.ask(4, 3_000), pursuit.awaited_since(3), pursuit.awaited_since(4)),
+            (None, Some(1_000), None)
+        );
+        pursuit.computed(3, true);
+        assert_eq!((pursuit.awaited_since(3), pursuit.ask(4, 3_000)), (None, Some(Ask::Rows(3))));
+        assert!(pursuit.is_asked());
+    }
+
+    #[test]
+    fn what_it_claims_to_have_computed_and_was_not_sent_is_not_believed() {
+        let mut pursuit = Pursuit::default();
+        pursuit.ask(3, 0);
+        pursuit.opened(0);
+        pursuit.ask(3, 0);
+        pursuit.computed(u32::MAX, true);
+        assert_eq!(pursuit.ask(4, 0), Some(Ask::Rows(3)));
     }
 }

@@ -1,6 +1,6 @@
 //! One session as the driver sees it: what it asked for, what it has, and how often stages died under it.
 
-use std::path::PathBuf;
+use std::{fmt, path::PathBuf, sync::Arc};
 
 use murmur_protocol::{
     codec::Codec,
@@ -13,6 +13,7 @@ use super::{
     DriverOptions, EVENTS_MARGIN, LAG_MAX,
     draft::{Guesses, Outcome},
 };
+use crate::link::RemoteStage;
 
 /// A session under which stages died so often, without a token in between, is a suspect: it may be what kills them. It
 /// then runs alone, and is given up if that death has no other explanation.
@@ -81,6 +82,25 @@ pub enum Draft {
     Lookup,
     /// The same, or a small model: whoever makes tokens cheaper at the moment.
     Model(DraftModel),
+    /// The same, with the model on another machine. It may come and go: nobody ever waits for it.
+    Peer(PeerDraft),
+}
+
+/// A model on another machine that guesses, as a stage that is all of its model. Its vocabulary must be the same. What it says is compared
+/// like any other guess, so that a wrong word costs time and changes nothing.
+#[derive(Clone)]
+pub struct PeerDraft(pub Arc<dyn RemoteStage>);
+
+impl PartialEq for PeerDraft {
+    fn eq(&self, other: &PeerDraft) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl fmt::Debug for PeerDraft {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PeerDraft")
+    }
 }
 
 /// A model that guesses what another will say.

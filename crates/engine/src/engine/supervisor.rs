@@ -41,6 +41,8 @@ pub(super) struct Shared {
     pub(super) started: Instant,
     /// Those of the driver; behind them the model that guesses, if there is one.
     pub(super) stages: Vec<StageCell>,
+    /// So many of them have to be up before the engine is; nobody waits for one behind them, or misses it.
+    pub(super) awaited: usize,
     pub(super) stop: Stop,
     pub(super) program: PathBuf,
     pub(super) patience: Patience,
@@ -129,14 +131,14 @@ impl Shared {
 
     /// Starts all stages, one after the other.
     pub(super) fn bring_up_in_turn(&self, progress: &dyn Fn(usize, f32)) -> Result<Vec<Receiver>, LinkError> {
-        let stages = 0..self.stages.len();
+        let stages = 0..self.awaited;
         stages.map(|stage| self.bring_up(stage, &mut |fraction| progress(stage, fraction))).collect()
     }
 
     /// Connects to all stages at once, so that every machine loads at the same time.
     pub(super) fn bring_up_at_once(&self) -> Result<Vec<Receiver>, LinkError> {
         thread::scope(|scope| {
-            let stages = 0..self.stages.len();
+            let stages = 0..self.awaited;
             let connecting: Vec<_> =
                 stages.map(|stage| scope.spawn(move || self.bring_up(stage, &mut |_| {}))).collect();
             let panicked = |_| Err(LinkError::Lost(ENDING.to_owned()));
@@ -144,9 +146,11 @@ impl Shared {
         })
     }
 
-    /// Serves a stage that is up until the engine is stopped.
-    pub(super) fn supervise(&self, stage: usize, mut receiver: Receiver) {
+    /// Serves a stage until the engine is stopped. `None`: it is not up yet.
+    pub(super) fn supervise(&self, stage: usize, receiver: Option<Receiver>) {
         let mut failures = 0;
+        let found = receiver.or_else(|| self.bring_back(stage, String::new(), &mut failures));
+        let Some(mut receiver) = found else { return self.drive(|driver| driver.stop(ENDING)) };
         let mut loaded_at = Instant::now();
         loop {
             self.receive(stage, &mut receiver);
@@ -157,7 +161,9 @@ impl Shared {
             if self.stop.is_stopped() {
                 return self.drive(|driver| driver.stop(ENDING));
             }
-            tracing::warn!(stage, "{died}; starting it again");
+            if stage < self.awaited {
+                tracing::warn!(stage, "{died}; starting it again");
+            }
             let is_explained = self.drive(|driver| match is_unreachable {
                 true => driver.on_unreachable(stage),
                 false => driver.on_lost(stage),
@@ -168,6 +174,7 @@ impl Shared {
             let Some(again) = self.bring_back(stage, died, &mut failures) else {
                 return self.drive(|driver| driver.stop(ENDING));
             };
+            lock(&self.stages[stage].state).restarts += 1;
             receiver = again;
             loaded_at = Instant::now();
         }
@@ -186,17 +193,16 @@ impl Shared {
         loop {
             if *failures >= QUICK_RELOADS {
                 let reason = format!("the engine process could not be restarted: {reason}");
-                tracing::error!(stage, "{reason}; trying again later");
+                if stage < self.awaited {
+                    tracing::error!(stage, "{reason}; trying again later");
+                }
                 self.drive(|driver| driver.on_unavailable(stage, &reason));
             }
             if !self.stop.pause(self.pause(*failures)) {
                 return None;
             }
             match self.bring_up(stage, &mut |_| {}) {
-                Ok(receiver) => {
-                    lock(&self.stages[stage].state).restarts += 1;
-                    return Some(receiver);
-                }
+                Ok(receiver) => return Some(receiver),
                 Err(error) => {
                     *failures = failures.saturating_add(1);
                     reason = error.to_string();

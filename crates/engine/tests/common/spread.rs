@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use murmur_engine::{Draft, Engine, EngineOptions, Guest, Host, RemoteStage, Stop};
+use murmur_engine::{Draft, Engine, EngineOptions, Guest, Host, PeerDraft, RemoteStage, Stop};
 use murmur_gguf::{LayerRange, even_cuts};
 use murmur_protocol::frame::{Frame, Header, Kind};
 
@@ -25,11 +25,25 @@ pub struct Holder {
     host: Mutex<Option<Arc<Host>>>,
     /// Hidden states from the stage before it do not arrive: they are on their way until they may.
     pub is_cut_off: AtomicBool,
+    /// It is looked for in vain.
+    pub is_gone: AtomicBool,
     /// What has arrived.
     arrived: Mutex<Vec<Kind>>,
 }
 
 impl Holder {
+    fn new(lab: &Lab, model: &Path, range: LayerRange) -> Arc<Holder> {
+        let options = lab.options(model, vec![range], true);
+        let load = Box::new(move || Host::load(&options, range, &Stop::new(), |_| {}).unwrap());
+        Arc::new(Holder {
+            load,
+            host: Mutex::default(),
+            is_cut_off: AtomicBool::default(),
+            is_gone: AtomicBool::default(),
+            arrived: Mutex::default(),
+        })
+    }
+
     pub fn host(&self) -> Arc<Host> {
         let mut host = self.host.lock().unwrap();
         if host.as_ref().is_none_or(|host| host.is_dead()) {
@@ -61,19 +75,38 @@ struct Seat {
     place: Arc<Place>,
     /// How long frames from the driver are on their way.
     delay: Duration,
+    /// What becomes of the answers.
+    twist: Twist,
+}
+
+/// What becomes of a frame.
+pub type Twist = fn(Frame) -> Frame;
+
+/// A model that guesses on a machine of its own, with frames to it `delay` on their way, and what it says twisted.
+pub fn guesser(lab: &Lab, model: &Path, delay: Duration, twist: Twist) -> (Arc<Holder>, Draft) {
+    let layers = murmur_gguf::Gguf::open(model).unwrap().layer_count().unwrap();
+    let holder = Holder::new(lab, model, LayerRange::new(0, layers));
+    let seat = Seat { holder: holder.clone(), next: None, place: Arc::default(), delay, twist };
+    (holder, Draft::Peer(PeerDraft(Arc::new(seat))))
 }
 
 /// A driver at a host, while there is one.
 type Place = Mutex<Weak<Guest>>;
 
 impl RemoteStage for Seat {
-    fn connect(&self, _stop: &Stop) -> Result<UnixStream, String> {
+    fn connect(&self, stop: &Stop) -> Result<UnixStream, String> {
+        while self.holder.is_gone.load(Ordering::Relaxed) {
+            if stop.is_stopped() {
+                return Err("it is gone".to_owned());
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
         let (engines, ours) = UnixStream::pair().unwrap();
         let host = self.holder.host();
         let (answers, answered) = mpsc::channel::<Frame>();
         let guest = Arc::new(host.enter(move |frame| drop(answers.send(frame))));
         *self.place.lock().unwrap() = Arc::downgrade(&guest);
-        let next = self.next.clone();
+        let (next, twist) = (self.next.clone(), self.twist);
         let loaded = Frame::message(Header::new(Kind::Loaded, 0), host.loaded()).unwrap();
         let (mut from, mut to) = (ours.try_clone().unwrap(), ours);
         thread::spawn(move || {
@@ -85,7 +118,7 @@ impl RemoteStage for Seat {
                     continue;
                 }
                 let mut bytes = Vec::new();
-                frame.append_to(&mut bytes).unwrap();
+                twist(frame).append_to(&mut bytes).unwrap();
                 if to.write_all(&bytes).is_err() {
                     break;
                 }
@@ -124,17 +157,7 @@ pub struct Spread<'a> {
 impl<'a> Spread<'a> {
     pub fn new(lab: &'a Lab, model: &'a Path, stages: u32) -> Self {
         let ranges = even_cuts(&murmur_gguf::Gguf::open(model).unwrap(), stages).unwrap();
-        let holder = |&range: &LayerRange| {
-            let options = lab.options(model, vec![range], true);
-            let load = Box::new(move || Host::load(&options, range, &Stop::new(), |_| {}).unwrap());
-            Arc::new(Holder {
-                load,
-                host: Mutex::default(),
-                is_cut_off: AtomicBool::default(),
-                arrived: Mutex::default(),
-            })
-        };
-        let holders = ranges.iter().map(holder).collect();
+        let holders = ranges.iter().map(|&range| Holder::new(lab, model, range)).collect();
         Spread { lab, model, ranges, holders }
     }
 
@@ -154,7 +177,8 @@ impl<'a> Spread<'a> {
         let seat = |(at, holder): (usize, &Arc<Holder>)| {
             let next = self.holders.get(at + 1).cloned().zip(places.get(at + 1).cloned()).filter(|_| hops);
             let place = places[at].clone();
-            Some(Arc::new(Seat { holder: holder.clone(), next, place, delay }) as Arc<dyn RemoteStage>)
+            let seat = Seat { holder: holder.clone(), next, place, delay, twist: |frame| frame };
+            Some(Arc::new(seat) as Arc<dyn RemoteStage>)
         };
         let stages: Vec<_> = self.holders.iter().enumerate().map(seat).collect();
         // As over a long way, so that guesses are made whatever they cost here.

@@ -97,8 +97,8 @@ async fn peers(session: &Session, client: &ApiClient) -> anyhow::Result<()> {
         return ui::print("no other nodes\n");
     }
     let rows: Vec<Vec<String>> = peers.iter().map(peer_row).collect();
-    let headings = ["NODE", "ROLE", "RTT", "PATH", "LISTED FOR", "CLOCK", "MODELS", "SOFTWARE"];
-    ui::print(&ui::without_controls(&ui::table(&headings, &rows, &[2, 4, 5])))
+    let headings = ["NODE", "ROLE", "REGION", "RTT", "PATH", "LISTED FOR", "CLOCK", "MODELS", "SOFTWARE"];
+    ui::print(&ui::without_controls(&ui::table(&headings, &rows, &[3, 5, 6])))
 }
 
 fn peer_row(peer: &Value) -> Vec<String> {
@@ -109,6 +109,7 @@ fn peer_row(peer: &Value) -> Vec<String> {
     vec![
         text("short"),
         text("role"),
+        text("region"),
         number("rtt_ms").map_or_else(|| "-".to_owned(), |rtt_ms| format!("{rtt_ms:.1} ms")),
         text("path"),
         number("since_s").map_or_else(|| "-".to_owned(), |seconds| format!("{seconds:.0} s")),
@@ -225,9 +226,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_peer_is_one_row_and_says_how_it_is_reached_and_what_it_serves() {
+    fn a_peer_is_one_row_and_says_where_it_is_how_it_is_reached_and_what_it_serves() {
         let peer = json!({
-            "short": "0123456789", "role": "worker", "rtt_ms": 12.34, "path": "direct 192.0.2.1:7", "since_s": 90,
+            "short": "0123456789", "role": "worker", "region": "eu-north", "rtt_ms": 12.34, "path": "direct 192.0.2.1:7", "since_s": 90,
             "clock_ahead_ms": 600_000, "software": "murmur/0.1.0",
             "models": [
                 {"name": "a", "state": "ready", "decode_tokens_per_s": 41.6},
@@ -235,9 +236,10 @@ mod tests {
             ],
         });
         let row = peer_row(&peer);
-        assert_eq!(row[..6], ["0123456789", "worker", "12.3 ms", "direct 192.0.2.1:7", "90 s", "+600 s"]);
-        assert_eq!(row[6], "a (42 tokens/s), b (loading)");
-        assert_eq!(peer_row(&json!({}))[..7], ["-"; 7].map(str::to_owned));
+        assert_eq!(row[..3], ["0123456789", "worker", "eu-north"]);
+        assert_eq!(row[3..7], ["12.3 ms", "direct 192.0.2.1:7", "90 s", "+600 s"]);
+        assert_eq!(row[7], "a (42 tokens/s), b (loading)");
+        assert_eq!(peer_row(&json!({}))[..8], ["-"; 8].map(str::to_owned));
     }
 
     #[test]

@@ -316,5 +316,7 @@ fn machines_of_other_regions_or_of_none_are_left_out() {
     let mut in_the_south = [south.id(), picky.id()];
     in_the_south.sort();
     assert_eq!(ring, in_the_south);
+    let told = picky.mesh(["peers"]).succeeds().out;
+    assert!(["north", "south"].iter().all(|region| told.contains(region)), "{told}");
     assert_eq!(picky.complete(&request(1, 40)), world.whole.complete(&request(1, 40)));
 }

@@ -5,7 +5,7 @@
 //! | `name`, `id`, `private` | of the mesh |
 //! | `node`, `addresses[]`, `relay` | this node: its id, where it can be dialled, its home relay |
 //! | `peers[].node`, `.short` | another node's id, and its first digits for people |
-//! | `.software`, `.role` | as it says itself |
+//! | `.software`, `.role`, `.region` | as it says itself; a region that is not said is null |
 //! | `.rtt_ms`, `.path` | round trip as QUIC measures it, and `direct ADDRESS`, `relayed URL` or `unknown`; where there is a connection |
 //! | `.since_s` | for how long it is listed |
 //! | `.clock_ahead_ms` | how far its wall clock is ahead of this node's |
@@ -48,6 +48,7 @@ fn peer(peer: &PeerView) -> Value {
         "short": record.node.short(),
         "software": record.software,
         "role": record.role.name(),
+        "region": Some(&record.region).filter(|region| !region.is_empty()),
         "rtt_ms": peer.rtt_ms,
         "path": path,
         "since_s": peer.since.elapsed().as_secs(),

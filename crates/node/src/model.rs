@@ -21,7 +21,7 @@ use murmur_sampling::Vocabulary;
 use murmur_store::{Hold, Store};
 use tokio::sync::watch;
 
-pub(crate) use memory::layer_facts;
+pub(crate) use memory::{Room, layer_facts};
 
 use crate::{
     LoadProgress, ModelSpec, NodeError, NodeOptions, Threads,
@@ -431,6 +431,11 @@ impl Model {
     pub(crate) fn in_use(&self) -> Option<Arc<LoadedModel>> {
         let life = self.life();
         life.loaded.clone().filter(|loaded| !life.is_loading && loaded.engine.is_ready())
+    }
+
+    /// Whether requests run or wait.
+    pub(crate) fn is_working(&self) -> bool {
+        self.loaded().is_some_and(|loaded| loaded.engine.is_working())
     }
 
     /// Whether requests wait although fewer run than could: other drivers' requests are in their places.

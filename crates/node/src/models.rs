@@ -17,7 +17,7 @@ use crate::{
     LoadProgress, ModelSpec, NodeError, NodeOptions,
     contents::wanted::Supply,
     mesh::{ModelIdentity, ring::host::Terms},
-    model::{self, LoadedModel, Model, RingOptions, with_causes},
+    model::{self, LoadedModel, Model, RingOptions, Room, with_causes},
 };
 
 /// How often it is looked whether a model was not used for a while.
@@ -164,7 +164,7 @@ impl Models {
         let (model, none) = (&self.list[at], || NodeError::Interrupted);
         let spread = model.spread().ok_or_else(none)?;
         let needed_bytes = spread.stage_bytes(terms);
-        let available_bytes = model.available_bytes(&self.options, &self.list);
+        let available_bytes = model.available_bytes(&self.options, &Room::of(&self.list));
         if needed_bytes > available_bytes {
             return Err(NodeError::StageFit {
                 model: model.id().to_owned(),
@@ -188,7 +188,7 @@ impl Models {
         let here = ring.here().map(bytes).collect::<Result<Vec<_>, NodeError>>()?;
         let needed_bytes: u64 = here.iter().map(|(_, bytes)| bytes).sum();
         let held_bytes = model.holding().held().as_ref().map_or(0, |held| held.memory_bytes);
-        let available_bytes = model.available_bytes(&self.options, &self.list).saturating_sub(held_bytes);
+        let available_bytes = model.available_bytes(&self.options, &Room::of(&self.list)).saturating_sub(held_bytes);
         match here.first() {
             Some(&(layers, _)) if needed_bytes > available_bytes => {
                 Err(NodeError::StageFit { model: model.id().to_owned(), layers, needed_bytes, available_bytes })

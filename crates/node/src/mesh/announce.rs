@@ -7,6 +7,7 @@ use std::{
 
 use murmur_api::backend::ModelState as State;
 use murmur_engine::EngineStatus;
+use murmur_net::PeerView;
 use murmur_protocol::mesh::{
     HeldContent, MeasuredLink, ModelDigest, ModelState, ServedModel, ServedStage,
     model::{BUILD_BYTES_MAX, MODEL_NAME_BYTES_MAX},
@@ -14,7 +15,10 @@ use murmur_protocol::mesh::{
 use tokio::time::MissedTickBehavior;
 
 use super::{MeshNode, ModelIdentity, both, links, ring::host};
-use crate::{Node, fit, model::Model};
+use crate::{
+    Node, fit,
+    model::{Model, Room},
+};
 
 /// How often it is looked whether the record is still true. The mesh sends at most one per second.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -38,15 +42,16 @@ pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
         drop(there);
         let Some((node, mesh)) = both(&node, &mesh) else { return };
         look(&node);
+        let peers = mesh.mesh().peers();
         let mut models: Vec<ServedModel> =
-            node.models.iter().filter_map(|model| served(&node, model, model.identity()?, &mesh)).collect();
+            node.models.iter().filter_map(|model| served(&node, model, model.identity()?, (&mesh, &peers))).collect();
         for model in &mut models {
             if let Some(before) = told.0.iter().find(|before| before.digest == model.digest) {
                 steady(&mut model.decode_us_per_token, before.decode_us_per_token);
                 steady(&mut model.prefill_us_per_token, before.prefill_us_per_token);
             }
         }
-        let mut stages: Vec<ServedStage> = node.models.iter().filter_map(|model| offered(&node, model)).collect();
+        let mut stages = all_offered(&node);
         let shared: Vec<ModelDigest> = stages.iter().map(|stage| stage.digest).collect();
         match host::layers_max(node.options()) {
             // All that this node contributes are the ends that it keeps.
@@ -63,7 +68,6 @@ pub(super) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
                 }
             }
         }
-        let peers = mesh.mesh().peers();
         let links = mesh.links().look(peers.iter().filter(|peer| links::shares_a_model(peer, &shared)), Instant::now());
         let contents = if node.options().hands_out_files { node.library.held() } else { Vec::new() };
         let now = (models, stages, links, contents);
@@ -99,14 +103,20 @@ fn look(node: &Node) {
     node.gate.look(&own);
 }
 
-fn served(node: &Node, model: &Model, identity: &ModelIdentity, mesh: &MeshNode) -> Option<ServedModel> {
+/// What this node says of a model that it serves, with what it knows of its `peers`.
+fn served(
+    node: &Node,
+    model: &Model,
+    identity: &ModelIdentity,
+    (mesh, peers): (&MeshNode, &[PeerView]),
+) -> Option<ServedModel> {
     let (loaded, options) = (model.loaded(), node.options());
     if loaded.is_none() && !model.is_on_demand() {
         return None;
     }
     let status = loaded.as_ref().map(|loaded| loaded.engine.status());
     let count = |read: fn(&EngineStatus) -> usize| u32::try_from(status.as_ref().map_or(0, read)).unwrap_or(u32::MAX);
-    let around_us = model.ring().1.map_or(0, |ring| ring.around_us(node, mesh));
+    let around_us = model.ring().1.map_or(0, |ring| ring.around_us(mesh, peers));
     let decode_us = status.as_ref().and_then(|status| status.counters.us_per_token()).map(|us| us + around_us);
     Some(ServedModel {
         digest: identity.digest,
@@ -131,13 +141,19 @@ fn served(node: &Node, model: &Model, identity: &ModelIdentity, mesh: &MeshNode)
     })
 }
 
+/// What this node offers of all models that are spread over the mesh.
+fn all_offered(node: &Node) -> Vec<ServedStage> {
+    let room = Room::of(&node.models);
+    node.models.iter().filter_map(|model| offered(node, model, &room)).collect()
+}
+
 /// What this node offers of a model that is spread over the mesh.
-pub(super) fn offered(node: &Node, model: &Model) -> Option<ServedStage> {
-    could_offer(node, model, model.spread()?.context_tokens)
+pub(super) fn offered(node: &Node, model: &Model, room: &Room<'_>) -> Option<ServedStage> {
+    could_offer(node, model, model.spread()?.context_tokens, room)
 }
 
 /// What this node would offer of a model if that were spread over the mesh.
-pub(super) fn could_offer(node: &Node, model: &Model, context_tokens: u32) -> Option<ServedStage> {
+pub(super) fn could_offer(node: &Node, model: &Model, context_tokens: u32, room: &Room<'_>) -> Option<ServedStage> {
     let (identity, options) = (model.identity()?, node.options());
     let held = host::held(model);
     let terms = held.map(|(terms, ..)| terms);
@@ -160,7 +176,7 @@ pub(super) fn could_offer(node: &Node, model: &Model, context_tokens: u32) -> Op
         parallel: terms.map_or(options.parallel, |terms| terms.parallel),
         exact: options.exact,
         build: cut(&murmur_engine::build_id(), BUILD_BYTES_MAX),
-        memory_bytes: model.available_bytes(options, &node.models) / STAGE_MEMORY_STEP_BYTES * STAGE_MEMORY_STEP_BYTES,
+        memory_bytes: model.available_bytes(options, room) / STAGE_MEMORY_STEP_BYTES * STAGE_MEMORY_STEP_BYTES,
         decode_us_per_layer: per_layer(speed.decode_us),
         prefill_us_per_layer: per_layer(speed.prefill_us),
         layers_max: options.layers_max.unwrap_or(0),

@@ -9,6 +9,52 @@ use murmur_gguf::{Manifest, TensorType};
 use super::{Model, ModelFile, chunk_rows};
 use crate::{NodeError, NodeOptions, draft::Guessing, fit, models::List};
 
+/// Memory that is set aside for a model.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Claim {
+    planned_bytes: u64,
+    /// Of that, what does not yet show as taken.
+    unshown_bytes: u64,
+}
+
+/// The memory of a node at one moment. It is asked about for every model time and again, and what the system says of each process is
+/// read once for all of them.
+pub(crate) struct Room<'a, M = Model> {
+    /// As the system says; `None`: it does not.
+    free_bytes: Option<u64>,
+    claims: Vec<(&'a M, Claim)>,
+}
+
+impl<'a> Room<'a> {
+    /// That of a node with these models.
+    pub(crate) fn of(models: &'a List) -> Room<'a> {
+        Room::read(fit::available_bytes(), models.iter(), Model::claim)
+    }
+}
+
+impl<'a, M> Room<'a, M> {
+    fn read(free_bytes: Option<u64>, models: impl Iterator<Item = &'a M>, claim: impl Fn(&M) -> Claim) -> Room<'a, M> {
+        Room { free_bytes, claims: models.map(|model| (model, claim(model))).collect() }
+    }
+
+    /// For one of them, beside what the others have and `kept_bytes` of its own. What it has already is its own otherwise.
+    fn available_bytes(&self, model: &M, kept_bytes: u64, max_bytes: Option<u64>) -> u64 {
+        let (mut own, mut others) = (Claim::default(), Claim::default());
+        for (claimant, claim) in &self.claims {
+            let sum = if std::ptr::eq(*claimant, model) { &mut own } else { &mut others };
+            sum.planned_bytes += claim.planned_bytes;
+            sum.unshown_bytes += claim.unshown_bytes;
+        }
+        let taken_bytes = own.planned_bytes - own.unshown_bytes;
+        let free = self.free_bytes.map(|free| (free + taken_bytes).saturating_sub(others.unshown_bytes + kept_bytes));
+        let limit = max_bytes.map(|max| max.saturating_sub(others.planned_bytes + kept_bytes));
+        match (free, limit) {
+            (Some(free), Some(limit)) => free.min(limit),
+            (free, limit) => free.or(limit).unwrap_or(u64::MAX),
+        }
+    }
+}
+
 impl Model {
     /// Memory that stays free for the model that the user has named to guess, until a ring has it.
     pub(super) fn reserved_bytes(&self, options: &NodeOptions) -> u64 {
@@ -21,36 +67,25 @@ impl Model {
         }
     }
 
-    /// Memory that is set aside for it, and of that, what does not yet show as taken.
-    fn claim_bytes(&self) -> (u64, u64) {
+    fn claim(&self) -> Claim {
         let (engines, planned) = {
             let life = self.life();
             (life.engines(), life.claimed_bytes())
         };
-        let (held_bytes, host) = {
-            let held = self.holding.held();
-            held.as_ref().map_or((0, None), |held| (held.memory_bytes, held.host.clone()))
-        };
         let mut processes: Vec<u32> = engines.iter().flat_map(|loaded| loaded.engine.process_ids()).collect();
-        processes.extend(host.and_then(|host| host.process_id()));
-        (planned + held_bytes, fit::outstanding_bytes(planned + held_bytes, &processes))
+        let mut planned_bytes = planned;
+        let held = self.holding.held();
+        planned_bytes += held.as_ref().map_or(0, |held| held.memory_bytes);
+        processes.extend(held.as_ref().and_then(|held| held.host.as_ref()?.process_id()));
+        drop(held);
+        Claim { planned_bytes, unshown_bytes: fit::outstanding_bytes(planned_bytes, &processes) }
     }
 
     /// Memory for this model, beside what the others have; for layers of one that is spread, beside what its own ring has here.
-    pub(crate) fn available_bytes(&self, options: &NodeOptions, models: &List) -> u64 {
-        let own = std::ptr::from_ref(self);
-        let claims = models.iter().filter(|other| !std::ptr::eq(*other, own)).map(Model::claim_bytes);
-        let (planned, outstanding) = claims.fold((0, 0), |sum, claim| (sum.0 + claim.0, sum.1 + claim.1));
-        // What it has already is its own.
-        let (taken, unshown) = self.claim_bytes();
+    pub(crate) fn available_bytes(&self, options: &NodeOptions, room: &Room<'_>) -> u64 {
         let reserved = self.reserved_bytes(options);
         let kept = if self.is_spread() { self.life().claimed_bytes() + reserved } else { 0 };
-        let free = fit::available_bytes().map(|free| (free + taken - unshown).saturating_sub(outstanding + kept));
-        let limit = options.max_memory_bytes.map(|max| max.saturating_sub(planned + kept));
-        match (free, limit) {
-            (Some(free), Some(limit)) => free.min(limit),
-            (free, limit) => free.or(limit).unwrap_or(u64::MAX),
-        }
+        room.available_bytes(self, kept, options.max_memory_bytes)
     }
 
     /// What loading takes, the context that memory allows, and who guesses. A model that was only found to guess is done without if
@@ -71,7 +106,7 @@ impl Model {
         if file.embedding {
             demand.whole_sequences(&file.facts);
         }
-        let available = self.available_bytes(options, models);
+        let available = self.available_bytes(options, &Room::of(models));
         let guessing = self.guessing(options, file);
         let mut context = demand.context(options.ctx_tokens, available);
         let mut draft = guessing.draft();
@@ -125,5 +160,34 @@ pub(super) fn guessing_bytes(guessing: &Guessing, options: &NodeOptions, paralle
             guesser.demand(parallel, chunk_rows(options.exact).max(parallel)).bytes(context_tokens)
         }
         Guessing::Off | Guessing::Lookup => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn what_the_system_says_of_each_model_is_read_once_whichever_is_asked_about() {
+        let (models, read) = (Vec::from_iter(0..15u64), Cell::new(0));
+        let claim = |model: &u64| {
+            read.set(read.get() + 1);
+            Claim { planned_bytes: 100 + model, unshown_bytes: 40 }
+        };
+        let room = Room::read(Some(5_000), models.iter(), claim);
+        let planned: u64 = models.iter().map(|model| 100 + model).sum();
+        for model in &models {
+            let own = 100 + model;
+            assert_eq!(room.available_bytes(model, 7, None), 5_000 + own - 40 - 14 * 40 - 7);
+            assert_eq!(room.available_bytes(model, 0, Some(planned)), own);
+        }
+        assert_eq!(read.get(), 15);
+        let silent = Room::read(None, models.iter(), |_| Claim::default());
+        assert_eq!(
+            (silent.available_bytes(&models[0], 0, None), silent.available_bytes(&models[0], 0, Some(9))),
+            (u64::MAX, 9)
+        );
     }
 }

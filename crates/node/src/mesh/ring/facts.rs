@@ -11,7 +11,7 @@ use murmur_core::planner::{Link, Links, NODES_MAX, Plan, facts::BYTES_PER_S_UNKN
 use murmur_net::PeerView;
 use murmur_protocol::mesh::{MachineSpeed, MeasuredLink, NodeId};
 
-use super::form::Offer;
+use super::offers::Offer;
 use crate::{Node, mesh::MeshNode};
 
 /// Two nodes are no nearer to each other than this part of the difference between the ways to them from here. In theory it is all

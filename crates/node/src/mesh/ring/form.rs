@@ -1,11 +1,12 @@
-//! Forming rings: who offers what, what the planner makes of it, and whose turn it is.
+//! Forming rings: what the planner makes of what is offered, and whose turn it is.
 //!
 //! A model without a ring gets one as soon as there can be one. A model that has one gets a better one when there can be one, which
 //! is opened beside it: requests that run end where they are, further ones go around the new one, and what nobody uses any more
 //! is let go. So that nothing needs memory twice, layers that drivers use stay where they are: newcomers take over whole ranges.
 //!
 //! Drivers share a ring as long as it has room for the requests of all. One whose requests find none there, because others' have it,
-//! goes around the machines that are not in it, if these can hold the model as well: a second ring, and so on.
+//! goes around the machines that are not in it, if these can hold the model as well: a second ring, and so on. When it has had no request
+//! for a while it goes back, and the second ring's machines let go of what nobody uses.
 
 use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
@@ -16,18 +17,18 @@ use murmur_core::planner::{
     Ask, Link, Links, ModelFacts, NODES_MAX, NoRing, NodeFacts, Pin, Placement, Plan, Planner, StagePlan,
 };
 use murmur_gguf::LayerRange;
-use murmur_protocol::mesh::{ModelDigest, ModelState, NodeId, ServedStage};
+use murmur_protocol::mesh::{ModelState, NodeId};
 use tokio::{runtime::Handle, time::MissedTickBehavior};
 
 use super::{
-    Ring, Seat,
-    facts::{self, Ways},
+    Ring, Seat, facts,
     host::{self, Terms},
-    wishes::{self, Ids},
+    offers::{Offer, Sight, Size},
+    wishes::Ids,
 };
 use crate::{
     Node, fit,
-    mesh::{MeshNode, announce, both},
+    mesh::{MeshNode, both},
     model::{LoadedModel, Model, RingOptions, with_causes},
 };
 
@@ -43,96 +44,10 @@ const TURN_WHEN_PRESSED: Duration = Duration::from_secs(1);
 const CROWDED: Duration = Duration::from_secs(5);
 /// A ring beside a crowded one is used for so long at least, be the other one better.
 const BESIDE_MIN: Duration = Duration::from_secs(120);
-
-/// What a node offers of a model.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Offer {
-    pub(super) node: NodeId,
-    pub(super) stage: ServedStage,
-    /// Round trip, where there is a connection; to ourselves 0.
-    pub(super) rtt_us: f64,
-    pub(super) ways: Ways,
-}
-
-impl Offer {
-    pub(super) fn range(&self) -> LayerRange {
-        LayerRange::new(self.stage.first, self.stage.end)
-    }
-
-    /// What its layers are held for.
-    pub(super) fn terms(&self) -> Terms {
-        let ServedStage { context_tokens, parallel, exact, .. } = self.stage;
-        Terms { range: self.range(), context_tokens, parallel, exact }
-    }
-
-    /// It has layers loaded, for drivers that use them or for whoever wants them.
-    pub(super) fn is_loaded(&self) -> bool {
-        matches!(self.stage.state, ModelState::Ready | ModelState::Available) && self.stage.first < self.stage.end
-    }
-
-    /// It has layers loaded that drivers use: these stay where they are.
-    pub(super) fn is_used(&self) -> bool {
-        self.stage.state == ModelState::Ready && self.stage.first < self.stage.end
-    }
-
-    /// It holds nothing that anybody uses, or is about to.
-    pub(super) fn is_free(&self) -> bool {
-        self.stage.state == ModelState::Available
-    }
-
-    fn is_draining(&self) -> bool {
-        self.stage.state == ModelState::Draining
-    }
-
-    fn size(&self) -> Size {
-        Size { context_tokens: self.stage.context_tokens, parallel: self.stage.parallel }
-    }
-}
-
-/// What is offered of a model by those that this node may ask, itself included.
-pub(super) fn offers(node: &Node, mesh: &MeshNode, model: &ModelDigest) -> Vec<Offer> {
-    let mut offers = listed(node, mesh, model);
-    offers.retain(|offer| !offer.is_draining() && wishes::allow(&node.options().ring, offer));
-    offers
-}
-
-/// What is offered of a model, by this node too, and by those that end or pause.
-pub(super) fn listed(node: &Node, mesh: &MeshNode, model: &ModelDigest) -> Vec<Offer> {
-    let own = node.models.iter().filter_map(|own| announce::offered(node, own));
-    let own = own.filter(|stage| stage.digest == *model).map(|stage| Offer {
-        node: mesh.mesh().node_id(),
-        stage,
-        rtt_us: 0.0,
-        ways: Ways::own(node),
-    });
-    let peers = mesh.mesh().peers();
-    let theirs = peers.iter().flat_map(|peer| {
-        let stages = peer.record().stages.iter().filter(|stage| stage.digest == *model);
-        stages.map(|stage| {
-            let (rtt_us, ways) = facts::ways(mesh, peer);
-            Offer { node: peer.record().node, stage: stage.clone(), rtt_us, ways }
-        })
-    });
-    own.chain(theirs).collect()
-}
-
-/// What is offered by nodes that compute as this one does, so that they fit together in a ring, with what was known of them
-/// before; and which nodes are about to leave.
-pub(super) fn matching_offers(
-    node: &Node,
-    mesh: &MeshNode,
-    model: &Model,
-    digest: &ModelDigest,
-) -> (Vec<Offer>, Vec<NodeId>) {
-    let (exact, build) = (node.options().exact, murmur_engine::build_id());
-    let (leaving, mut offers): (Vec<Offer>, Vec<Offer>) =
-        listed(node, mesh, digest).into_iter().partition(Offer::is_draining);
-    offers.retain(|Offer { stage, .. }| {
-        stage.exact == exact && stage.layers == model.layers() && (!exact || stage.build == build)
-    });
-    model.search().recall(&mut offers);
-    (offers, leaving.into_iter().map(|offer| offer.node).collect())
-}
+/// A driver that has had no request for so long goes back to the ring of others, if it has one of its own.
+const IDLE_MAX: Duration = Duration::from_secs(300);
+/// A ring is about as good as another one if a token takes it this factor of time at most.
+const AS_GOOD: f64 = 1.1;
 
 /// Makes rings for the models that need one, and better ones, for as long as there is a node.
 pub(crate) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
@@ -144,22 +59,26 @@ pub(crate) async fn run(node: Weak<Node>, mesh: Weak<MeshNode>) {
         if node.gate.is_closed() {
             return;
         }
-        let spread = (0..node.models.len()).filter(|&at| node.models[at].is_spread());
-        for at in spread {
-            let (node, mesh) = (Arc::clone(&node), Arc::clone(&mesh));
-            // What is let go waits for its processes, and with many nodes there is much to compare.
-            let _ = tokio::task::spawn_blocking(move || {
-                let model = &node.models[at];
-                drop((model.holding().let_go(host::UNUSED_MAX), model.let_go_failed(), model.let_go_left()));
-                look(&node, &mesh, at);
-            })
-            .await;
-        }
+        // What is let go waits for its processes, and with many nodes there is much to compare.
+        let _ = tokio::task::spawn_blocking(move || look_at_all(&node, &mesh)).await;
     }
 }
 
+/// Looks at each model that is spread over the mesh.
+fn look_at_all(node: &Arc<Node>, mesh: &Arc<MeshNode>) {
+    let spread: Vec<usize> = (0..node.models.len()).filter(|&at| node.models[at].is_spread()).collect();
+    if spread.is_empty() {
+        return;
+    }
+    for model in spread.iter().map(|&at| &node.models[at]) {
+        drop((model.holding().let_go(host::UNUSED_MAX), model.let_go_failed(), model.let_go_left()));
+    }
+    let sight = Sight::of(node, mesh);
+    spread.into_iter().for_each(|at| look(node, mesh, at, &sight));
+}
+
 /// Makes a ring if there is none, or a better one, if one can be had and it is this node's turn.
-fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
+fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, sight: &Sight<'_>) {
     let model = &node.models[at];
     let (Some(identity), Some(spread)) = (model.identity(), model.spread()) else { return };
     let in_use = match model.needs_ring() {
@@ -170,20 +89,24 @@ fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
             None => return,
         },
     };
-    let (mut offers, leaving) = matching_offers(node, mesh, model, &identity.digest);
+    let (mut offers, leaving) = sight.matching_offers(model, &identity.digest);
     let is_waiting = in_use.is_some() && model.is_crowded();
-    let (options, ids) = (node.options(), Ids::of(node, mesh));
-    let (before, is_crowded) = {
+    let is_idle = in_use.is_some() && !model.is_working();
+    let (options, own) = (node.options(), mesh.mesh().node_id());
+    let (before, is_crowded, is_unused) = {
         let mut search = model.search();
         offers.retain(|offer| !search.is_avoided(offer.node));
-        let before = offers.iter().filter(|offer| offer.node < ids.own()).count() as u32;
+        let before = offers.iter().filter(|offer| offer.node < own).count() as u32;
         let since = search.crowded_since(is_waiting);
         let is_crowded = since.is_some_and(|since| since.elapsed() >= CROWDED + TURN_WHEN_PRESSED * before);
-        if !search.is_due(&offers, in_use.as_ref().map(|(_, placements)| placements)) && !is_crowded {
+        let is_unused = search.idle_since(is_idle).is_some_and(|since| since.elapsed() >= IDLE_MAX);
+        let is_due = search.is_due(&offers, in_use.as_ref().map(|(_, placements)| placements));
+        if !is_due && !is_crowded && !is_unused {
             return;
         }
-        (before, is_crowded)
+        (before, is_crowded, is_unused)
     };
+    let ids = Ids::of(node, sight.peers(), own);
     let size = Size { context_tokens: spread.context_tokens, parallel: options.parallel };
     let ask = match ids.ask(&options.ring, size) {
         Ok(ask) => Ask { lossy: options.lossy.clone(), ..ask },
@@ -194,9 +117,10 @@ fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize) {
     let found = match &in_use {
         None => first(&wanted, model, spread, options.ctx_tokens.is_some(), before),
         Some((size, placements)) if is_crowded => beside(&wanted, model, (*size, placements)),
+        Some((size, placements)) if is_unused => back(&wanted, model, (*size, placements)),
         Some((size, placements)) => {
             // What this one pauses for is others.
-            let is_used = |node: &NodeId| *node != ids.own() && placements.iter().any(|stage| stage.node == *node);
+            let is_used = |node: &NodeId| *node != own && placements.iter().any(|stage| stage.node == *node);
             let lost: Vec<NodeId> = leaving.into_iter().filter(is_used).collect();
             better(&wanted, model, (*size, placements), &lost, before)
         }
@@ -275,6 +199,13 @@ fn beside(wanted: &Wanted<'_>, model: &Model, (size, now): (Size, &[Placement]))
     Some((plan, size))
 }
 
+/// The ring that others use, when this node has not used its own for long: the machines of one of the two are free then.
+fn back(wanted: &Wanted<'_>, model: &Model, (size, now): (Size, &[Placement])) -> Option<(Plan, Size)> {
+    // Where there is none, it is looked for again when this one was not used for as long again.
+    model.search().idle_since(false);
+    Some((wanted.back(size, now)?, size))
+}
+
 /// Opens a ring, beside the one in use if there is one.
 fn open(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, plan: &Plan, size: Size) {
     let model = &node.models[at];
@@ -335,13 +266,6 @@ fn open(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, plan: &Plan, size: Si
             }
         }
     });
-}
-
-/// How long requests may be, and how many run at once.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Size {
-    pub(super) context_tokens: u32,
-    pub(super) parallel: u32,
 }
 
 /// A ring that is wanted.
@@ -422,6 +346,28 @@ impl Wanted<'_> {
         let is_given = |node: NodeId| self.ask.keep_ends > 0 && node == self.ask.driver;
         nodes.retain(|other| is_given(other.node) || now.iter().all(|stage| stage.node != other.node));
         self.plan(&nodes, &self.ask(size)).ok()
+    }
+
+    /// A ring of loaded layers that other drivers use, without the nodes of the one in use and about as good, which all drivers would
+    /// rather keep of the two: the one with the lowest id in it. So they meet, and do not change places.
+    pub(super) fn back(&self, size: Size, now: &[Placement]) -> Option<Plan> {
+        let is_given = |node: NodeId| self.ask.keep_ends > 0 && node == self.ask.driver;
+        let is_here = |node: NodeId| now.iter().any(|stage| stage.node == node);
+        let is_used = |node: NodeId| self.offers.iter().any(|offer| offer.node == node && offer.is_used());
+        let mut others = self.held(size);
+        others.retain(|other| is_given(other.node) || is_used(other.node) && !is_here(other.node));
+        let lowest = |nodes: &mut dyn Iterator<Item = NodeId>| nodes.filter(|node| !is_given(*node)).min();
+        let lowest_here = lowest(&mut now.iter().map(|stage| stage.node));
+        if lowest(&mut others.iter().map(|other| other.node)).is_none_or(|other| Some(other) > lowest_here) {
+            return None;
+        }
+        let ask = Ask { loaded_only: true, ..self.ask(size) };
+        let plan = self.plan(&others, &ask).ok()?;
+        let pins = now.iter().filter(|stage| !is_given(stage.node));
+        let pins = pins.map(|stage| Pin::Exactly(stage.node, stage.layers)).collect();
+        let here = self.plan(&self.held(size), &Ask { pins, ..ask }).ok()?;
+        let is_kept = lowest(&mut plan.stages.iter().map(|stage| stage.node)) < lowest_here;
+        (is_kept && plan.token_us <= AS_GOOD * here.token_us).then_some(plan)
     }
 
     /// A ring that is found not for this driver but for all together, as it is for this one: a change is for all of them to follow.
@@ -543,9 +489,12 @@ impl Spread {
 
 #[cfg(test)]
 mod tests {
-    use murmur_protocol::mesh::MeasuredLink;
+    use murmur_protocol::mesh::{MeasuredLink, ModelDigest, ServedStage};
 
-    use super::{super::facts::tests::model, *};
+    use super::{
+        super::facts::{Ways, tests::model},
+        *,
+    };
     use crate::mesh::ring::Search;
 
     const LAYERS: u32 = 12;
@@ -715,6 +664,36 @@ mod tests {
             beside(&[RING[0], RING[1], RING[2], held[0], held[1]], Ask { pins: vec![Pin::Used(id(1))], ..ask() }),
             None
         );
+    }
+
+    #[test]
+    fn a_driver_without_requests_goes_back_to_the_ring_of_others_and_never_the_other_way_round() {
+        let facts = model();
+        let back = |peers: &[Peer], now: &[u8], change: fn(&mut Offer)| {
+            let mut offers = seen_by(1, peers);
+            offers.iter_mut().for_each(change);
+            let now: Vec<_> = now.iter().map(|&number| &offers[usize::from(number) - 1]).collect();
+            let now: Vec<_> = now.iter().map(|offer| Placement { node: offer.node, layers: offer.range() }).collect();
+            let ask = Ask::new(id(1), SIZE.context_tokens);
+            let plan = Wanted { offers: &offers, facts: &facts, ask }.back(SIZE, &now)?;
+            Some(plan.stages.iter().map(|stage| stage.node).collect::<Vec<_>>())
+        };
+        // Its rows travel once less from host to host, and are computed more slowly.
+        let second = [Peer(Some((0, 6)), 6, 140), Peer(Some((6, 12)), 6, 140)];
+        let peers = [RING[0], RING[1], RING[2], second[0], second[1]];
+        assert_eq!(back(&peers, &[4, 5], |_| ()), Some([1, 2, 3].map(id).to_vec()));
+        assert_eq!(back(&peers, &[1, 2, 3], |_| ()), None);
+        // Its own is the only one: nobody uses the other, or a part of that is missing.
+        let unused = |offer: &mut Offer| {
+            if offer.node < id(4) {
+                offer.stage.state = ModelState::Available;
+            }
+        };
+        assert_eq!(back(&peers, &[4, 5], unused), None);
+        assert_eq!(back(&[RING[0], Peer(None, 4, 100), RING[2], second[0], second[1]], &[4, 5], |_| ()), None);
+        // Who would be slower there stays.
+        let slow = Peer(Some((4, 8)), 4, 20_000);
+        assert_eq!(back(&[RING[0], slow, RING[2], second[0], second[1]], &[4, 5], |_| ()), None);
     }
 
     #[test]

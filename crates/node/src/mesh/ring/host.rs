@@ -27,8 +27,8 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use super::{
     alive::{self, PATIENCE},
     carry::{self, Drain, FrameReader},
-    form,
     hop::{self, Hop, STREAMS_IN_MAX, Streams},
+    offers,
 };
 use crate::{
     Node, NodeOptions,
@@ -196,7 +196,7 @@ async fn hold(node: &Arc<Node>, mesh: &MeshNode, at: usize, terms: Terms) -> Res
 async fn is_spare(node: &Node, mesh: &MeshNode, model: &Model, there: Terms) -> bool {
     let Some(identity) = model.identity() else { return false };
     let own = mesh.mesh().node_id();
-    for other in form::offers(node, mesh, &identity.digest).iter().filter(|other| other.node < own) {
+    for other in offers::allowed(node, mesh, &identity.digest).iter().filter(|other| other.node < own) {
         // A node that died a moment ago is still listed.
         if other.is_used() && other.terms() == there && alive::is_there(mesh, other.node, PATIENCE).await {
             return true;

@@ -16,6 +16,7 @@ mod hop;
 pub(crate) mod host;
 mod lag;
 mod leave;
+mod offers;
 pub(crate) mod plan;
 mod search;
 pub(crate) mod standby;
@@ -29,7 +30,7 @@ use std::{
 
 use murmur_engine::{RemoteStage, Stop};
 use murmur_gguf::LayerRange;
-use murmur_net::{NetError, stream};
+use murmur_net::{NetError, PeerView, stream};
 use murmur_protocol::{
     frame::{FLAG_NEVER_TAKEN, FLAG_WATCHED, Frame, FrameError, Header, Kind},
     mesh::{ModelDigest, NodeId, RingId, StageOpen, Work},
@@ -48,11 +49,11 @@ use crate::{
 use alive::{silent, while_there};
 use carry::Drain;
 pub(crate) use carry::FrameReader;
-use form::Offer;
 pub(crate) use form::{Spread, run};
 pub(crate) use hop::take_hidden;
 use host::Terms;
 use lag::Lag;
+use offers::Offer;
 pub(crate) use search::Search;
 use standby::Standby;
 
@@ -151,11 +152,11 @@ impl Ring {
         self.seats().iter().map(|seat| (seat.range, seat.holder())).collect()
     }
 
-    /// Time that a token travels, us, as far as it is known here.
-    pub(crate) fn around_us(&self, node: &Node, mesh: &MeshNode) -> u64 {
+    /// Time that a token travels, us, as far as it is known here, with what is known of the `peers`.
+    pub(crate) fn around_us(&self, mesh: &MeshNode, peers: &[PeerView]) -> u64 {
         let own = mesh.mesh().node_id();
         let hosts: Vec<NodeId> = self.view().into_iter().filter_map(|(_, host)| host).collect();
-        let mut offers = form::listed(node, mesh, &self.model);
+        let mut offers = offers::of_peers(mesh, peers, &self.model);
         offers.retain(|offer| hosts.contains(&offer.node));
         let links = facts::links(own, &offers);
         let (from, to) = ([own].into_iter().chain(hosts.clone()), hosts.into_iter().chain([own]));
@@ -196,7 +197,7 @@ impl Ring {
 
     /// Whom to ask for a stage, in this order: who is to hold it, who has it loaded, who could load it.
     fn candidates(&self, node: &Node, mesh: &MeshNode, index: usize) -> (LayerRange, Vec<NodeId>) {
-        let offers = form::offers(node, mesh, &self.model);
+        let offers = offers::allowed(node, mesh, &self.model);
         let seats = self.seats();
         let seat = &seats[index];
         let others: Vec<NodeId> =

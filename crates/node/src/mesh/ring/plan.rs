@@ -30,7 +30,8 @@ use serde_json::{Value, json};
 
 use super::{
     facts::{self, Ways},
-    form::{self, Offer, Size, Wanted},
+    form::Wanted,
+    offers::{Offer, Sight, Size},
     wishes::Ids,
 };
 use crate::{
@@ -38,14 +39,14 @@ use crate::{
     backend::no_such_model,
     fit,
     mesh::{MeshNode, announce, view::bad},
-    model::{Model, layer_facts, with_causes},
+    model::{Model, Room, layer_facts, with_causes},
 };
 
 /// Answers a question.
 pub(crate) async fn answer(node: &Node, mesh: &MeshNode, question: PlanQuestion) -> Result<Value, Refusal> {
     let model = own_model(node, mesh, &question.model)?;
     let offers = offers(node, mesh, model)?;
-    let ids = Ids::of(node, mesh);
+    let ids = Ids::of(node, &mesh.mesh().peers(), mesh.mesh().node_id());
     for digits in &question.wishes.exclude {
         ids.find(digits).map_err(|reason| bad(reason, "exclude"))?;
     }
@@ -120,10 +121,10 @@ fn offers(node: &Node, mesh: &MeshNode, model: &Model) -> Result<Vec<Offer>, Ref
         };
         return Err(not_ready(message));
     };
-    let (mut offers, _) = form::matching_offers(node, mesh, model, &identity.digest);
+    let (mut offers, _) = Sight::of(node, mesh).matching_offers(model, &identity.digest);
     let wanted_tokens = node.options().ctx_tokens.unwrap_or(fit::DEFAULT_CONTEXT_TOKENS);
     if !model.is_spread()
-        && let Some(mut stage) = announce::could_offer(node, model, wanted_tokens)
+        && let Some(mut stage) = announce::could_offer(node, model, wanted_tokens, &Room::of(&node.models))
     {
         // Loaded whole, it may have been measured.
         let us = model.loaded().and_then(|loaded| loaded.engine.status().counters.us_per_token()).unwrap_or(0);

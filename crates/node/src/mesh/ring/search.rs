@@ -8,7 +8,7 @@ use std::{
 use murmur_core::planner::Placement;
 use murmur_protocol::mesh::NodeId;
 
-use super::{AVOIDED, facts, form::Offer};
+use super::{AVOIDED, facts, offers::Offer};
 use crate::mesh::links::is_another_rtt;
 
 /// The memory of the search for a model's ring.
@@ -23,6 +23,8 @@ pub(crate) struct Search {
     pub(super) moves_from: Instant,
     /// Since when requests wait here although fewer run than a ring takes: other drivers' requests have their room.
     crowded_since: Option<Instant>,
+    /// Since when no request runs or waits here.
+    idle_since: Option<Instant>,
     /// Before that no better ring is looked for than the one beside the crowded one.
     stays_until: Instant,
     /// Who did not hold what it said, and until when it is not believed.
@@ -39,6 +41,7 @@ impl Search {
             better_since: None,
             moves_from: Instant::now(),
             crowded_since: None,
+            idle_since: None,
             stays_until: Instant::now(),
             avoided: Vec::new(),
             measured: BTreeMap::new(),
@@ -79,6 +82,12 @@ impl Search {
     pub(super) fn crowded_since(&mut self, is_crowded: bool) -> Option<Instant> {
         self.crowded_since = is_crowded.then(|| self.crowded_since.unwrap_or_else(Instant::now));
         self.crowded_since
+    }
+
+    /// Notes whether no request runs or waits here now, and says since when none does.
+    pub(super) fn idle_since(&mut self, is_idle: bool) -> Option<Instant> {
+        self.idle_since = is_idle.then(|| self.idle_since.unwrap_or_else(Instant::now));
+        self.idle_since
     }
 
     /// A ring beside the crowded one is about to be used.

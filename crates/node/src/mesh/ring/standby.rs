@@ -31,10 +31,10 @@ use super::{
     DETOUR_MIN, Opened, Ring, Seat,
     alive::{self, PATIENCE},
     carry::{self, Room, Waiting},
-    form::{self, Offer},
     hear,
     host::Terms,
     lag::{Deadlines, LAG_MIN},
+    offers::{self, Offer},
     order, show_the_way, show_the_way_around, wishes,
 };
 use crate::{
@@ -199,7 +199,7 @@ impl Ring {
         mesh: &MeshNode,
         refused: &HashMap<NodeId, Instant>,
     ) -> Option<(usize, NodeId)> {
-        let offers = form::offers(node, mesh, &self.model);
+        let offers = offers::allowed(node, mesh, &self.model);
         let seats = self.seats();
         // The ring itself comes first.
         let holders: Vec<NodeId> = seats.iter().map(Seat::holder).collect::<Option<_>>()?;

@@ -3,18 +3,18 @@
 use murmur_api::backend::{PlanPin, RingWishes};
 use murmur_core::planner::{Ask, Objective, Pin};
 use murmur_gguf::LayerRange;
+use murmur_net::PeerView;
 use murmur_protocol::mesh::NodeId;
 
-use super::form::{Offer, Size};
-use crate::{Node, mesh::MeshNode};
+use super::offers::{Offer, Size};
+use crate::Node;
 
 /// The nodes that can be named and the regions where they say they are, this one first.
 pub(super) struct Ids(Vec<(NodeId, String)>);
 
 impl Ids {
-    pub(super) fn of(node: &Node, mesh: &MeshNode) -> Ids {
-        let own = (mesh.mesh().node_id(), node.options().region.clone());
-        let peers = mesh.mesh().peers();
+    pub(super) fn of(node: &Node, peers: &[PeerView], own: NodeId) -> Ids {
+        let own = (own, node.options().region.clone());
         let theirs = peers.iter().map(|peer| (peer.record().node, peer.record().region.clone()));
         Ids([own].into_iter().chain(theirs).collect())
     }
@@ -63,7 +63,7 @@ impl Ids {
 }
 
 /// Whoever does not say where it is, is in no region.
-fn may_be_used(wishes: &RingWishes, node: &NodeId, region: &str) -> bool {
+pub(super) fn may_be_used(wishes: &RingWishes, node: &NodeId, region: &str) -> bool {
     let is_there = wishes.only_region.is_empty() || wishes.only_region.iter().any(|only| only == region);
     is_there && !wishes.exclude.iter().any(|digits| begins(node, digits))
 }

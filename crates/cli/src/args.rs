@@ -139,8 +139,9 @@ pub(crate) struct EngineArgs {
     pub(crate) exact: bool,
     /// Guess the next tokens where that makes answers faster, and compare: off; lookup (what has followed the same words before); a
     /// smaller MODEL of the same vocabulary, which looks up as well; or auto (the smallest such model in the store or served here,
-    /// if it has at most a quarter of the bytes)
-    #[arg(long, env = "MURMUR_DRAFT", value_name = "off|lookup|auto|MODEL", default_value = "off")]
+    /// if it has at most a quarter of the bytes; for a model that is spread over several machines else one that a node nearby serves);
+    /// or peer:MODEL, one that a node of the mesh serves
+    #[arg(long, env = "MURMUR_DRAFT", value_name = "off|lookup|auto|MODEL|peer:MODEL", default_value = "off")]
     pub(crate) draft: Draft,
     /// The part of the guesses of a MODEL that is spoilt, from 0 to 1, for tests and measurements; it may then be as large as the other
     #[arg(long, value_name = "PART", hide = true, value_parser = part)]
@@ -153,6 +154,8 @@ pub(crate) enum Draft {
     Off,
     Lookup,
     Auto,
+    /// A model that another node serves under this name.
+    Peer(String),
     Model(ModelRef),
 }
 
@@ -164,7 +167,10 @@ impl FromStr for Draft {
             "off" => Self::Off,
             "lookup" => Self::Lookup,
             "auto" => Self::Auto,
-            model => Self::Model(model.parse()?),
+            model => match model.strip_prefix("peer:").filter(|name| !name.is_empty()) {
+                Some(name) => Self::Peer(name.to_owned()),
+                None => Self::Model(model.parse()?),
+            },
         })
     }
 }
@@ -444,6 +450,7 @@ mod tests {
     fn who_guesses_is_a_word_or_a_model() {
         let draft = |text: &str| text.parse::<Draft>().unwrap();
         assert_eq!([draft("off"), draft("lookup"), draft("auto")], [Draft::Off, Draft::Lookup, Draft::Auto]);
+        assert_eq!(draft("peer:small:q4"), Draft::Peer("small:q4".to_owned()));
         assert!(matches!(draft("./auto"), Draft::Model(ModelRef::Path(_))));
         assert!(matches!(draft("small-q4"), Draft::Model(ModelRef::Name(_))));
         assert!(matches!(draft("hf:owner/repo:Q4_0"), Draft::Model(ModelRef::Hub(_))));

@@ -26,8 +26,8 @@ use murmur_net::{
 use murmur_protocol::{
     frame::{Frame, Header, Kind},
     mesh::{
-        Admitted, Card, FinishReason, ModelDigest, ModelState, NodeId, Open, RingId, Role, ServedModel, ServedStage,
-        StageOpen, Tokens, Work,
+        Admitted, Capabilities, Card, DraftOpen, FinishReason, ModelDigest, ModelState, NodeId, Open, RingId, Role,
+        ServedModel, ServedStage, StageOpen, Tokens, VocabularyId, Work,
         card::{CARD_PART_BYTES_MAX, card_digest},
         work::Finished,
     },
@@ -108,6 +108,7 @@ impl Worker {
             tokenizer: card_digest(&card),
             exact: true,
             build: "scripted".to_owned(),
+            guesses: None,
         };
         let own = OwnRecord { role: Role::Worker, models: vec![served], ..OwnRecord::default() };
         let folder = tempfile::tempdir().unwrap();
@@ -314,7 +315,27 @@ impl Driver {
             build: None,
             ring,
         };
-        let mut frames = self.begin(host, &Work::Stage(Box::new(open))).await;
+        self.ask(host, &Work::Stage(Box::new(open))).await
+    }
+
+    /// What somebody offers to guess with.
+    async fn offer_of_guesses(&self) -> (NodeId, DraftOpen) {
+        let mut table = self.mesh.watch();
+        let offer = |known: &murmur_net::Known| {
+            let record = known.verified.record();
+            let can = record.capabilities.contains(Capabilities::GUESSES);
+            let served = record.models.iter().filter(|_| can).find(|model| model.guesses.is_some())?;
+            let vocabulary = served.guesses?.vocabulary;
+            Some((record.node, DraftOpen { model: served.digest, vocabulary, context_tokens: 256, parallel: 1 }))
+        };
+        let offered = table.wait_for(|table| table.values().any(|known| offer(known).is_some()));
+        let table = soon("an offer", offered).await.unwrap().clone();
+        table.values().find_map(offer).unwrap()
+    }
+
+    /// The end of what somebody was asked for: loaded, or why not.
+    async fn ask(&self, host: NodeId, request: &Work) -> (Frames, Frame) {
+        let mut frames = self.begin(host, request).await;
         loop {
             let frame = frames.next().await.unwrap();
             if matches!(frame.header.kind, Kind::Loaded | Kind::LoadFailed) {
@@ -403,5 +424,49 @@ fn a_host_of_layers_sends_away_who_says_what_no_driver_says_and_keeps_rings_apar
         // The layers are still there, and the name is free when the host has seen the end of its stream.
         let again = async { while driver.stage(host, &offer, ring).await.1.header.kind != Kind::Loaded {} };
         soon("the name is free", again).await;
+    });
+}
+
+#[test]
+fn a_model_guesses_for_drivers_of_its_vocabulary_and_for_no_more_than_the_node_takes_requests() {
+    let home = Home::new();
+    home.run(["mesh", "create", "home"]).succeeds();
+    let serve = [DEMO, "--alias", "demo", "--mesh", "home", "--max-requests", "2"];
+    let server = Server::start(&home, [&serve, &OFFLINE[..]].concat());
+    let ticket = home.run(["mesh", "invite", "--json", "--api", &server.address]).succeeds().json();
+    let ticket = ticket["ticket"].as_str().unwrap().to_owned();
+    Runtime::new().unwrap().block_on(async {
+        let driver = Driver::join(&ticket).await;
+        let (host, open) = driver.offer_of_guesses().await;
+        let refusal = async |open: DraftOpen| {
+            let (frames, refused) = driver.ask(host, &Work::Draft(open)).await;
+            assert_eq!(refused.header.kind, Kind::LoadFailed);
+            frames.until_its_end().await;
+            refused.as_text()
+        };
+        let others = refusal(DraftOpen { vocabulary: VocabularyId::from_bytes([0; 8]), ..open.clone() }).await;
+        assert!(others.contains("another vocabulary"), "{others}");
+        let unknown = refusal(DraftOpen { model: ModelDigest::from_bytes([0; 32]), ..open.clone() }).await;
+        assert!(unknown.contains("not served here"), "{unknown}");
+
+        let (first, loaded) = driver.ask(host, &Work::Draft(open.clone())).await;
+        assert_eq!(loaded.header.kind, Kind::Loaded, "{}", loaded.as_text());
+        // It is not loaded anew while somebody uses it.
+        let longer = refusal(DraftOpen { context_tokens: 512, ..open.clone() }).await;
+        assert!(longer.contains("256 tokens at most"), "{longer}");
+        let (mut second, loaded) = driver.ask(host, &Work::Draft(open.clone())).await;
+        assert_eq!(loaded.header.kind, Kind::Loaded, "{}", loaded.as_text());
+        let third = refusal(open.clone()).await;
+        assert!(third.contains("as many requests"), "{third}");
+
+        // Who says what no driver says is sent away, and leaves its place.
+        let route = Frame { header: Header::new(Kind::Route, 0), payload: Vec::new() };
+        second.send.write_all(&bytes_of(&route)).await.unwrap();
+        second.until_its_end().await;
+        drop(first);
+        let longer = DraftOpen { context_tokens: 512, ..open };
+        let again =
+            async { while driver.ask(host, &Work::Draft(longer.clone())).await.1.header.kind != Kind::Loaded {} };
+        soon("it is loaded anew when nobody uses it", again).await;
     });
 }

@@ -45,5 +45,5 @@ pub use range::{LayerRange, allowed_cuts, even_cuts, sliceable};
 pub use slice::{SliceError, slice, slice_ranges};
 pub use tensor_type::TensorType;
 pub use value::{Array, StringArray, Value};
-pub use vocabulary::same_vocabulary;
+pub use vocabulary::{same_vocabulary, vocabulary_digest};
 pub use write::{GgufBuilder, TensorSource, WriteError};

@@ -26,6 +26,17 @@ pub fn same_vocabulary(a: &Gguf, b: &Gguf) -> bool {
     tokens.is_some_and(|(a, b)| a.iter().eq(b.iter())) && a.str(&key("model")) == b.str(&key("model"))
 }
 
+/// BLAKE3 of what [`same_vocabulary`] compares. `None`: the model has no list of tokens.
+pub fn vocabulary_digest(gguf: &Gguf) -> Option<[u8; 32]> {
+    let mut hasher = blake3::Hasher::new();
+    let mut add = |text: &[u8]| {
+        hasher.update(&(text.len() as u64).to_le_bytes()).update(text);
+    };
+    add(gguf.str(&key("model")).unwrap_or_default().as_bytes());
+    gguf.tokens()?.iter().for_each(add);
+    Some(*hasher.finalize().as_bytes())
+}
+
 /// The first reason, if any, why llama.cpp would not survive this tokenizer.
 pub(crate) fn check(gguf: &Gguf) -> Result<(), String> {
     let Some(model) = gguf.str(&key("model")) else {

@@ -10,7 +10,7 @@ use murmur_store::Hold;
 use crate::{NodeError, NodeOptions, fit::Demand, model::ModelFile};
 
 /// A model that guesses unasked has at most this part of the bytes of the one that it guesses for: it computes a step for each guess.
-const FOUND_PART: u64 = 4;
+pub(crate) const FOUND_PART: u64 = 4;
 
 /// Who is to guess what models will say.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -20,8 +20,11 @@ pub enum DraftWish {
     Off,
     /// What has followed the same tokens before.
     Lookup,
-    /// That, and the smallest suitable one of these files and the node's own models, where there is one.
+    /// That, and the smallest suitable one of these files and the node's own models, where there is one. For a ring also one of a node
+    /// nearby, where there is none here.
     Auto(Vec<PathBuf>),
+    /// That, and for a ring the model that a node of the mesh serves under this name.
+    Peer(String),
     /// That, and this model.
     Model {
         /// Its GGUF file.
@@ -58,7 +61,7 @@ impl Guessing {
         Ok(match &options.draft {
             _ if file.embedding => Guessing::Off,
             DraftWish::Off => Guessing::Off,
-            DraftWish::Lookup => Guessing::Lookup,
+            DraftWish::Lookup | DraftWish::Peer(_) => Guessing::Lookup,
             DraftWish::Auto(others) => {
                 let own = options.models.iter().chain(&options.on_demand).map(|spec| &spec.path);
                 let found = Guesser::find(others.iter().chain(own), file);

@@ -92,7 +92,9 @@ pub(crate) struct Model {
     search: Mutex<Search>,
     /// Layers of it that this node holds for rings.
     holding: Holding,
-    /// Of what is held.
+    /// All of it, in a process that guesses for other nodes.
+    lent: Holding,
+    /// Of what is held, and lent.
     holding_stop: Stop,
 }
 
@@ -166,6 +168,8 @@ pub(crate) struct RingOptions {
     pub(crate) codecs: Vec<Codec>,
     /// How long a frame is on its way around them, as predicted, us.
     pub(crate) travel_us: u64,
+    /// Who guesses where nothing here does. `None`: that is not wished.
+    pub(crate) guessing_elsewhere: Option<Draft>,
 }
 
 impl RingOptions {
@@ -247,6 +251,7 @@ impl Model {
             ring: Mutex::default(),
             search: Mutex::new(Search::new()),
             holding: Holding::default(),
+            lent: Holding::default(),
             holding_stop: Stop::new(),
         })
     }
@@ -412,6 +417,11 @@ impl Model {
         &self.holding
     }
 
+    /// All of it, where it guesses for other nodes.
+    pub(crate) fn lent(&self) -> &Holding {
+        &self.lent
+    }
+
     /// What its search for a ring remembers.
     pub(crate) fn search(&self) -> MutexGuard<'_, Search> {
         self.search.lock().unwrap_or_else(PoisonError::into_inner)
@@ -549,19 +559,21 @@ impl Model {
         options: &NodeOptions,
         (mut planned_bytes, spare_bytes): (u64, u64),
     ) -> Result<Option<Plan>, NodeError> {
-        let RingOptions { context_tokens, parallel, stages, codecs, travel_us } = ring;
+        let RingOptions { context_tokens, parallel, stages, codecs, travel_us, guessing_elsewhere } = ring;
         let file = ModelFile::read(&self.spec.path)?;
         let guessing = self.guessing(options, &file);
         let draft_bytes = guessing_bytes(guessing, options, parallel, context_tokens);
-        let draft = match draft_bytes <= spare_bytes.saturating_add(self.reserved_bytes(options)) {
-            true => {
+        let has_room = draft_bytes <= spare_bytes.saturating_add(self.reserved_bytes(options));
+        if !has_room {
+            tracing::warn!("{}: there is no room beside its ring for the model that guesses", self.id());
+        }
+        let draft = match guessing {
+            Guessing::Model(_) if has_room => {
                 planned_bytes += draft_bytes;
                 guessing.draft()
             }
-            false => {
-                tracing::warn!("{}: there is no room beside its ring for the model that guesses", self.id());
-                Draft::Lookup
-            }
+            Guessing::Off => Draft::Off,
+            Guessing::Model(_) | Guessing::Lookup => guessing_elsewhere.unwrap_or(Draft::Lookup),
         };
         let (ranges, elsewhere) = stages.into_iter().unzip();
         let plan = |stop| Plan { file, ranges, parallel, context_tokens, elsewhere, codecs, travel_us, draft, stop };
@@ -600,8 +612,12 @@ impl Model {
             supply.fetch(&Gguf::open(&self.spec.path)?, &[range], &|_| ())?;
         }
         let patience = Patience { silence_floor: HOSTED_SILENCE_FLOOR, ..Patience::default() };
-        let engine_options =
-            EngineOptions { exact, patience, ..self.engine_options(options, vec![range], context_tokens, parallel) };
+        let engine_options = EngineOptions {
+            exact,
+            chunk_rows: chunk_rows(exact),
+            patience,
+            ..self.engine_options(options, vec![range], context_tokens, parallel)
+        };
         let host = Host::load(&engine_options, range, &self.holding_stop, |_| {});
         self.mark_used(options);
         host.map_err(|source| NodeError::Engine { model: self.spec.id.clone(), source })

@@ -16,7 +16,10 @@ use tokio::{sync::watch, time::MissedTickBehavior};
 use crate::{
     LoadProgress, ModelSpec, NodeError, NodeOptions,
     contents::wanted::Supply,
-    mesh::{ModelIdentity, ring::host::Terms},
+    mesh::{
+        ModelIdentity,
+        ring::host::{self, Terms},
+    },
     model::{self, LoadedModel, Model, RingOptions, Room, with_causes},
 };
 
@@ -163,8 +166,18 @@ impl Models {
         let _planning = self.planning.lock().unwrap_or_else(PoisonError::into_inner);
         let (model, none) = (&self.list[at], || NodeError::Interrupted);
         let spread = model.spread().ok_or_else(none)?;
-        let needed_bytes = spread.stage_bytes(terms);
         let available_bytes = model.available_bytes(&self.options, &Room::of(&self.list));
+        Self::fits(model, terms, (spread.stage_bytes(terms), available_bytes))
+    }
+
+    /// Sets memory aside for a model that guesses for other nodes, beside its own engine. Blocks.
+    pub(crate) fn set_aside_lent(&self, at: usize, terms: Terms) -> Result<u64, NodeError> {
+        let _planning = self.planning.lock().unwrap_or_else(PoisonError::into_inner);
+        let model = &self.list[at];
+        Self::fits(model, terms, model.lent_bytes(terms, &self.options, &self.list)?)
+    }
+
+    fn fits(model: &Model, terms: Terms, (needed_bytes, available_bytes): (u64, u64)) -> Result<u64, NodeError> {
         if needed_bytes > available_bytes {
             return Err(NodeError::StageFit {
                 model: model.id().to_owned(),
@@ -271,6 +284,10 @@ pub(crate) async fn tend(models: Weak<Models>) {
     loop {
         ticks.tick().await;
         let Some(models) = models.upgrade() else { return };
+        let lent = models.iter().filter_map(|model| model.lent().let_go(host::UNUSED_MAX)).collect::<Vec<_>>();
+        if !lent.is_empty() {
+            let _ = tokio::task::spawn_blocking(move || drop(lent)).await;
+        }
         let unused: Vec<_> = models.iter().filter_map(|model| model.let_go(models.options.idle)).collect();
         for loaded in unused {
             tracing::info!("{} was not used for a while and is let go", loaded.card.id);

@@ -51,7 +51,7 @@
 //! | `guessing.rows_per_frame`, `.frames_in_flight`, `.by_model` | how was guessed lately: rows sent together, and such frames on their way, at most; by a model, or looked up; null: not at all so far |
 //! | `guessing.right`, `.around_us`, `.frame_us`, `.token_us` | why so: the part of guesses that was expected to be right, the time of a row around the stages, the time after which one frame can follow another, and what a token was expected to take with that |
 //! | `rejected_us` | time from wrong guesses to the tokens after those that were chosen instead |
-//! | `draft.model`, `.process_id`, `.restarts` | the file of the model that guesses, and its process; null: none does |
+//! | `draft.model`, `.node`, `.process_id`, `.restarts` | the model that guesses: its file and process; or its name at the `node` that has it guess, and no process; null: none does |
 //! | `token_steps`, `token_compute_us` | steps on one row of a sequence that gave its next token, and their time |
 //! | `stages[]` | `layers` from and to; `process_id`, or the `node` that holds it; `restarts`, `load_ms`, `weight_bytes`, `kv_cells`; `computed_rows` for requests of this node; `codec` in which hidden states go on to the next node |
 //! | `stages[].standby` | who stands by for it: `node`, and the `computed_rows` of this node's requests that it has computed as well; null: nobody |
@@ -136,11 +136,10 @@ fn model(model: &Model) -> Value {
         "right_tokens": counters.right_tokens,
         "guessed_by_depth": counters.guessed_by_depth,
         "right_by_depth": counters.right_by_depth,
-        "draft": status.draft.as_ref().map(|draft| json!({
-            "model": guesser(&loaded.engine.options().draft),
-            "process_id": draft.process_id,
-            "restarts": draft.restarts,
-        })),
+        "draft": status.draft.as_ref().and_then(|draft| {
+            let (model, node) = guesser(&loaded.engine.options().draft, model)?;
+            Some(json!({"model": model, "node": node, "process_id": draft.process_id, "restarts": draft.restarts}))
+        }),
         "guessing": status.guessing.map(|guessing| json!({
             "rows_per_frame": guessing.rows_per_frame,
             "frames_in_flight": guessing.frames_in_flight,
@@ -160,11 +159,15 @@ fn model(model: &Model) -> Value {
     })
 }
 
-/// File of the model that guesses, if one does.
-fn guesser(draft: &Draft) -> Option<Cow<'_, str>> {
+/// File of the model that guesses for another, if one does; or its name, and the node where it is.
+fn guesser<'a>(draft: &'a Draft, model: &Model) -> Option<(Cow<'a, str>, Option<String>)> {
     match draft {
-        Draft::Model(model) => model.path.file_name().map(OsStr::to_string_lossy),
-        Draft::Off | Draft::Lookup | Draft::Peer(_) => None,
+        Draft::Model(guesser) => Some((guesser.path.file_name().map(OsStr::to_string_lossy)?, None)),
+        Draft::Peer(_) => {
+            let (name, node) = model.ring().1?.lender()?;
+            Some((name.into(), Some(node.to_string())))
+        }
+        Draft::Off | Draft::Lookup => None,
     }
 }
 

@@ -80,6 +80,7 @@ pub(crate) fn record(node: NodeId, mesh: MeshId, sequence: u64, ttl_ms: u32, tom
         tokenizer: TokenizerDigest::from_bytes([2; 32]),
         exact: false,
         build: String::new(),
+        guesses: None,
     };
     NodeRecord {
         node,

@@ -162,6 +162,7 @@ async fn draft(session: &Session, models: &[LocalModel], engine: &EngineArgs) ->
         }
         Draft::Off => DraftWish::Off,
         Draft::Lookup => DraftWish::Lookup,
+        Draft::Peer(name) => DraftWish::Peer(name.clone()),
         Draft::Auto => DraftWish::Auto(session.store().list()?.into_iter().map(|entry| entry.path).collect()),
     })
 }

@@ -21,6 +21,7 @@ mod many;
 mod meshes;
 mod ring;
 mod ring_architectures;
+mod ring_drafts;
 mod ring_links;
 mod ring_matrix;
 mod ring_moves;

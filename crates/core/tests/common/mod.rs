@@ -42,6 +42,7 @@ pub fn served() -> ServedModel {
         tokenizer: TokenizerDigest::from_bytes([2; 32]),
         exact: true,
         build: "build".to_owned(),
+        guesses: None,
     }
 }
 

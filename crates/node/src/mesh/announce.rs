@@ -138,6 +138,8 @@ fn served(
         tokenizer: identity.tokenizer,
         exact: options.exact,
         build: cut(&murmur_engine::build_id(), BUILD_BYTES_MAX),
+        // One that is not here whole has no process that could.
+        guesses: identity.guesses.filter(|_| !model.is_spread()),
     })
 }
 

@@ -321,6 +321,7 @@ mod tests {
             tokenizer: TokenizerDigest::from_bytes([digest; 32]),
             exact: false,
             build: String::new(),
+            guesses: None,
         }
     }
 

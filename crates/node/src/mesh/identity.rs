@@ -9,7 +9,7 @@ use std::{
 use murmur_api::backend::ModelKind;
 use murmur_gguf::{Gguf, GgufError};
 use murmur_protocol::mesh::{
-    ModelDigest, TokenizerDigest,
+    GuessOffer, ModelDigest, TokenizerDigest, VocabularyId,
     card::{CARD_BYTES_MAX, card_digest},
 };
 use murmur_store::StoreError;
@@ -29,6 +29,8 @@ pub(crate) struct ModelIdentity {
     pub(crate) tokenizer: TokenizerDigest,
     /// Metadata without tensors, as a GGUF file.
     pub(crate) card: Vec<u8>,
+    /// As whom it can guess, or be guessed for. `None`: its tokens have no list.
+    pub(crate) guesses: Option<GuessOffer>,
 }
 
 /// Why a model cannot be offered to others.
@@ -48,13 +50,14 @@ impl ModelIdentity {
         let gguf = Gguf::open(path)?;
         let card = card(&gguf)?;
         let digest = library.adopt(name, path, gguf.data_offset())?.digest();
-        Ok(ModelIdentity { digest, tokenizer: card_digest(&card), card })
+        Ok(ModelIdentity { digest, tokenizer: card_digest(&card), card, guesses: guesses(&gguf) })
     }
 
     /// Of a file with a digest that is known.
     pub(crate) fn known(path: &Path, digest: ModelDigest) -> Result<ModelIdentity, IdentityError> {
-        let card = card(&Gguf::open(path)?)?;
-        Ok(ModelIdentity { digest, tokenizer: card_digest(&card), card })
+        let gguf = Gguf::open(path)?;
+        let card = card(&gguf)?;
+        Ok(ModelIdentity { digest, tokenizer: card_digest(&card), card, guesses: guesses(&gguf) })
     }
 }
 
@@ -102,6 +105,12 @@ async fn identify(node: Arc<Node>, at: usize) {
         tracing::error!("{} cannot be offered to the mesh: {reason}", model.id());
     });
     model.identify(identity.ok());
+}
+
+fn guesses(gguf: &Gguf) -> Option<GuessOffer> {
+    let digest = murmur_gguf::vocabulary_digest(gguf)?;
+    let vocabulary = VocabularyId::from_bytes(*digest.first_chunk()?);
+    Some(GuessOffer { vocabulary, file_bytes: gguf.file_bytes() })
 }
 
 fn card(gguf: &Gguf) -> Result<Vec<u8>, IdentityError> {

@@ -56,7 +56,8 @@ const CAPABILITIES: Capabilities = Capabilities::GRAMMARS
     .with(Capabilities::LOGPROBS)
     .with(Capabilities::CARDS)
     .with(Capabilities::CONTENTS)
-    .with(Capabilities::ATTESTATIONS);
+    .with(Capabilities::ATTESTATIONS)
+    .with(Capabilities::GUESSES);
 
 /// A node's part in a mesh.
 pub(crate) struct MeshNode {

@@ -461,7 +461,8 @@ async fn converse(
             | Work::Fetch(_)
             | Work::Sending
             | Work::GetAttestations(_)
-            | Work::Attestations(_) => {
+            | Work::Attestations(_)
+            | Work::Draft(_) => {
                 return Err(NetError::Protocol("a worker answers with something else".to_owned()));
             }
         };

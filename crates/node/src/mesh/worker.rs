@@ -117,6 +117,10 @@ async fn serve(node: Arc<Node>, mesh: Arc<MeshNode>, places: Arc<Places>, reques
             let reader = frames(reader);
             return ended(peer, ring::host::serve(node, mesh, *open, reader, Box::pin(back.send)).await);
         }
+        Ok(Ok(Work::Draft(open))) => {
+            let reader = frames(reader);
+            return ended(peer, ring::lend::serve(node, mesh, peer, open, reader, Box::pin(back.send)).await);
+        }
         Ok(Ok(Work::Hop(id))) => {
             // Those of a ring are counted there.
             drop(place);

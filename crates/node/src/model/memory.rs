@@ -7,7 +7,7 @@ use murmur_engine::{Draft, Keep};
 use murmur_gguf::{Manifest, TensorType};
 
 use super::{Model, ModelFile, chunk_rows};
-use crate::{NodeError, NodeOptions, draft::Guessing, fit, models::List};
+use crate::{NodeError, NodeOptions, draft::Guessing, fit, mesh::ring::host::Terms, models::List};
 
 /// Memory that is set aside for a model.
 #[derive(Debug, Clone, Copy, Default)]
@@ -74,11 +74,27 @@ impl Model {
         };
         let mut processes: Vec<u32> = engines.iter().flat_map(|loaded| loaded.engine.process_ids()).collect();
         let mut planned_bytes = planned;
-        let held = self.holding.held();
-        planned_bytes += held.as_ref().map_or(0, |held| held.memory_bytes);
-        processes.extend(held.as_ref().and_then(|held| held.host.as_ref()?.process_id()));
-        drop(held);
+        for place in [&self.holding, &self.lent] {
+            let held = place.held();
+            planned_bytes += held.as_ref().map_or(0, |held| held.memory_bytes);
+            processes.extend(held.as_ref().and_then(|held| held.host.as_ref()?.process_id()));
+        }
         Claim { planned_bytes, unshown_bytes: fit::outstanding_bytes(planned_bytes, &processes) }
+    }
+
+    /// Memory to guess for other nodes: what that takes, and what there is beside its own engine. Blocks.
+    pub(crate) fn lent_bytes(
+        &self,
+        terms: Terms,
+        options: &NodeOptions,
+        models: &List,
+    ) -> Result<(u64, u64), NodeError> {
+        let file = ModelFile::read(&self.spec.path)?;
+        let batch_rows = chunk_rows(terms.exact).max(terms.parallel);
+        let demand = fit::Demand::of(&file.facts, file.gguf.file_bytes(), terms.parallel, batch_rows, 1);
+        let engines_bytes = self.life().claimed_bytes();
+        let available_bytes = self.available_bytes(options, &Room::of(models)).saturating_sub(engines_bytes);
+        Ok((demand.bytes(terms.context_tokens), available_bytes))
     }
 
     /// Memory for this model, beside what the others have; for layers of one that is spread, beside what its own ring has here.

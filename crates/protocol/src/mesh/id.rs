@@ -118,6 +118,12 @@ hex_id! {
 }
 
 hex_id! {
+    /// A vocabulary: the beginning of the BLAKE3 of its tokens in their order. Where it is the same, a token number means the same, so that
+    /// one model can guess what another will say. A false one leads to wrong guesses, which cost time and nothing else.
+    VocabularyId, 8, "vocabulary id"
+}
+
+hex_id! {
     /// A ticket, for its issuer's account of uses and revocations. Random.
     TicketId, 16, "ticket id"
 }

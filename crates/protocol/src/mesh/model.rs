@@ -3,7 +3,7 @@
 
 use super::check::{self, open_enum};
 use super::error::MessageError;
-use super::id::{ModelDigest, TokenizerDigest};
+use super::id::{ModelDigest, TokenizerDigest, VocabularyId};
 use super::proto;
 
 /// Models in one record.
@@ -78,6 +78,28 @@ pub struct ServedModel {
     /// The engine's build and execution class, at most [`BUILD_BYTES_MAX`] bytes. Two nodes that serve the same model in
     /// exact mode with equal builds give bit-equal results.
     pub build: String,
+    /// It would guess what larger models say, for nodes nearby. `None`: it would not, or its node is of a version that cannot.
+    pub guesses: Option<GuessOffer>,
+}
+
+/// What a driver must know of a model that would guess for its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GuessOffer {
+    /// Its tokens.
+    pub vocabulary: VocabularyId,
+    /// Length of its file: a guess takes the time in which that much is read.
+    pub file_bytes: u64,
+}
+
+impl GuessOffer {
+    fn to_proto(self) -> proto::GuessOffer {
+        proto::GuessOffer { vocabulary: self.vocabulary.as_bytes().to_vec(), file_bytes: self.file_bytes }
+    }
+
+    fn from_proto(proto: &proto::GuessOffer) -> Result<GuessOffer, MessageError> {
+        let vocabulary = VocabularyId::from_bytes(check::array("vocabulary id", &proto.vocabulary)?);
+        Ok(GuessOffer { vocabulary, file_bytes: proto.file_bytes })
+    }
 }
 
 impl ServedModel {
@@ -97,6 +119,7 @@ impl ServedModel {
             exact: self.exact,
             build: self.build.clone(),
             load_ms: self.load_ms,
+            guesses: self.guesses.map(GuessOffer::to_proto),
         })
     }
 
@@ -115,6 +138,7 @@ impl ServedModel {
             tokenizer: TokenizerDigest::from_bytes(check::array("tokenizer digest", &proto.tokenizer)?),
             exact: proto.exact,
             build: proto.build,
+            guesses: proto.guesses.as_ref().map(GuessOffer::from_proto).transpose()?,
         };
         check_name_and_build(&model.name, &model.build)?;
         Ok(model)

@@ -1,10 +1,10 @@
-//! How a ring of stages over several machines begins: what a driver asks of the host of a stage, and how one host greets the
-//! next. All else on these streams are [`crate::frame`]s; [`super::work`] shows them in order.
+//! How a ring of stages over several machines begins: what a driver asks of the host of a stage, and of a node whose model guesses for it,
+//! and how one host greets the next. All else on these streams are [`crate::frame`]s; [`super::work`] shows them in order.
 
 use super::body::Body;
 use super::check;
 use super::error::MessageError;
-use super::id::{ModelDigest, RingId};
+use super::id::{ModelDigest, RingId, VocabularyId};
 use super::model::{BUILD_BYTES_MAX, check_layers};
 use super::open::REQUEST_TOKENS_MAX;
 use super::proto;
@@ -41,12 +41,7 @@ impl StageOpen {
         if self.first == self.end {
             return Err(MessageError::Invalid { what: "layer range", why: "it is empty" });
         }
-        if !(1..=REQUEST_TOKENS_MAX).contains(&(self.context_tokens as usize)) {
-            return Err(MessageError::Invalid { what: "context_tokens", why: "it must be from 1 to 1048576" });
-        }
-        if !(1..=STAGE_PARALLEL_MAX).contains(&self.parallel) {
-            return Err(MessageError::Invalid { what: "parallel", why: "it must be from 1 to 256" });
-        }
+        check_size(self.context_tokens, self.parallel)?;
         self.build.as_ref().map_or(Ok(()), |build| check::text("build", build, BUILD_BYTES_MAX))
     }
 }
@@ -86,6 +81,55 @@ impl Body for StageOpen {
         open.check()?;
         Ok(open)
     }
+}
+
+/// A driver asks a node to have one of its models, all of it, guess what the driver's own will say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DraftOpen {
+    /// Which model.
+    pub model: ModelDigest,
+    /// The vocabulary that it must have.
+    pub vocabulary: VocabularyId,
+    /// Tokens that one request may have, prompt and answer together, 1..=[`REQUEST_TOKENS_MAX`].
+    pub context_tokens: u32,
+    /// Requests that run at once, 1..=[`STAGE_PARALLEL_MAX`].
+    pub parallel: u32,
+}
+
+impl Body for DraftOpen {
+    type Proto = proto::DraftOpen;
+    const WHAT: &'static str = "request for guesses";
+    const BYTES_MAX: usize = 256;
+
+    fn to_proto(&self) -> Result<proto::DraftOpen, MessageError> {
+        check_size(self.context_tokens, self.parallel)?;
+        Ok(proto::DraftOpen {
+            model: self.model.as_bytes().to_vec(),
+            vocabulary: self.vocabulary.as_bytes().to_vec(),
+            context_tokens: self.context_tokens,
+            parallel: self.parallel,
+        })
+    }
+
+    fn from_proto(proto: proto::DraftOpen) -> Result<DraftOpen, MessageError> {
+        check_size(proto.context_tokens, proto.parallel)?;
+        Ok(DraftOpen {
+            model: ModelDigest::from_bytes(check::array("model digest", &proto.model)?),
+            vocabulary: VocabularyId::from_bytes(check::array("vocabulary id", &proto.vocabulary)?),
+            context_tokens: proto.context_tokens,
+            parallel: proto.parallel,
+        })
+    }
+}
+
+fn check_size(context_tokens: u32, parallel: u32) -> Result<(), MessageError> {
+    if !(1..=REQUEST_TOKENS_MAX).contains(&(context_tokens as usize)) {
+        return Err(MessageError::Invalid { what: "context_tokens", why: "it must be from 1 to 1048576" });
+    }
+    if !(1..=STAGE_PARALLEL_MAX).contains(&parallel) {
+        return Err(MessageError::Invalid { what: "parallel", why: "it must be from 1 to 256" });
+    }
+    Ok(())
 }
 
 /// The body of [`Work::Hop`](super::Work::Hop).

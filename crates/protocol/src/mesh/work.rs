@@ -31,6 +31,19 @@
 //!   frames: Hidden ...
 //! ```
 //!
+//! A driver whose model is guessed for elsewhere opens a stream to the node that does it:
+//!
+//! ```text
+//! driver                      node with a small model
+//!   Draft           ->
+//!                   <-   frames: Progress ..., then Loaded, or LoadFailed and the end
+//!   frames: Open, Tokens, Rewind, Close ...
+//!                   <-   frames: Opened, Sampled, Done ...; Progress as a sign of life
+//! ```
+//!
+//! That model is a stage of a ring of its own, which is all of it. The sampling parameters come with `Open`, so that both models draw the
+//! same noise; tokens that were chosen and were not guessed so come with their position and epoch, like all rows.
+//!
 //! How bytes of model files are asked for stands at [`super::content`], and what was signed of them at [`super::attestation`].
 //!
 //! After [`Work::Stage`] both directions carry [`crate::frame`]s and nothing else, as between a driver and its child process,
@@ -49,7 +62,7 @@ use super::hello::REASON_BYTES_MAX;
 use super::id::{ModelDigest, RingId, TokenizerDigest};
 use super::open::{Open, pairs};
 use super::proto;
-use super::ring::{Hop, StageOpen};
+use super::ring::{DraftOpen, Hop, StageOpen};
 use super::wire::{Message, UNKNOWN_BODY_BYTES_MAX};
 use crate::sampling::Sampled;
 
@@ -103,6 +116,8 @@ pub enum Work {
     GetAttestations(ModelDigest),
     /// What a holder knows of that, at most [`ATTESTATIONS_MAX`](super::attestation::ATTESTATIONS_MAX).
     Attestations(Vec<SignedAttestation>),
+    /// Driver: asks for guesses of what its model will say. Frames follow, in both directions.
+    Draft(DraftOpen),
     /// A message that this version does not know: to be ignored. Encodes as an empty one.
     Unknown {
         /// Its kind.
@@ -262,6 +277,7 @@ const FETCH: u16 = 15;
 const SENDING: u16 = 16;
 const GET_ATTESTATIONS: u16 = 17;
 const ATTESTATIONS: u16 = 18;
+const DRAFT: u16 = 19;
 
 impl Message for Work {
     fn kind(&self) -> u16 {
@@ -284,6 +300,7 @@ impl Message for Work {
             Work::Sending => SENDING,
             Work::GetAttestations(_) => GET_ATTESTATIONS,
             Work::Attestations(_) => ATTESTATIONS,
+            Work::Draft(_) => DRAFT,
             Work::Unknown { kind } => *kind,
         }
     }
@@ -308,6 +325,7 @@ impl Message for Work {
             SENDING => 0,
             GET_ATTESTATIONS => GetAttestations::BYTES_MAX,
             ATTESTATIONS => Attestations::BYTES_MAX,
+            DRAFT => DraftOpen::BYTES_MAX,
             _ => UNKNOWN_BODY_BYTES_MAX,
         }
     }
@@ -332,7 +350,8 @@ impl Message for Work {
             Work::Sending => Ok(Vec::new()),
             Work::GetAttestations(model) => GetAttestations(*model).encode(),
             Work::Attestations(signed) => Attestations(signed.clone()).encode(),
-            Work::Unknown { kind } if (OPEN..=ATTESTATIONS).contains(kind) => {
+            Work::Draft(open) => open.encode(),
+            Work::Unknown { kind } if (OPEN..=DRAFT).contains(kind) => {
                 Err(MessageError::Invalid { what: "kind", why: "it is known, and its message is not given" })
             }
             Work::Unknown { .. } => Ok(Vec::new()),
@@ -359,6 +378,7 @@ impl Message for Work {
             SENDING => Work::Sending,
             GET_ATTESTATIONS => Work::GetAttestations(GetAttestations::decode(body)?.0),
             ATTESTATIONS => Work::Attestations(Attestations::decode(body)?.0),
+            DRAFT => Work::Draft(Body::decode(body)?),
             kind => Work::Unknown { kind },
         })
     }

@@ -35,6 +35,9 @@ fn vectors() -> String {
     add(&mut text, "record with contents of a hub", &sourced, sourced.sign(&node_key(1)).unwrap().as_bytes());
     let placed = NodeRecord { region: "eu-north".into(), ..samples::record() };
     add(&mut text, "record with a region", &placed, placed.sign(&node_key(1)).unwrap().as_bytes());
+    let guessing =
+        NodeRecord { models: vec![samples::guesser()], capabilities: Capabilities::GUESSES, ..samples::record() };
+    add(&mut text, "record with a model that guesses", &guessing, guessing.sign(&node_key(1)).unwrap().as_bytes());
     let member = NodeRecord {
         mesh: mesh_key().mesh_id(),
         certificate: Some(samples::certificate().sign(&mesh_key()).unwrap()),
@@ -126,6 +129,7 @@ fn what_was_written_down_is_read_as_what_it_meant() {
                     | "record with what was measured"
                     | "record with contents"
                     | "record with a region"
+                    | "record with a model that guesses"
                     | "tombstone"
             ) =>
             {

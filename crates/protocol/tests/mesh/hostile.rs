@@ -541,6 +541,25 @@ fn a_request_for_a_stage_that_breaks_a_rule_is_not_sent() {
 }
 
 #[test]
+fn a_request_for_guesses_that_breaks_a_rule_is_neither_sent_nor_read() {
+    let open = samples::draft_open;
+    let broken = [
+        DraftOpen { context_tokens: 0, ..open() },
+        DraftOpen { context_tokens: REQUEST_TOKENS_MAX as u32 + 1, ..open() },
+        DraftOpen { parallel: 0, ..open() },
+        DraftOpen { parallel: 257, ..open() },
+    ];
+    for open in broken {
+        assert!(encode(&Work::Draft(open)).is_err());
+    }
+    // Nothing but figures that are allowed, and the beginning of a model's digest.
+    let kind = Work::Draft(open()).kind();
+    for body in [&[0x18, 1, 0x20, 1][..], &[0x0a, 1, 7, 0x12, 1, 7, 0x18, 1, 0x20, 1]] {
+        assert!(decode::<Work>(&framed(kind, body)).is_err());
+    }
+}
+
+#[test]
 fn the_longest_request_arrives() {
     let sampling = SamplingParams {
         logit_bias: vec![(i32::MAX, f32::MIN); murmur_protocol::mesh::open::LOGIT_BIAS_MAX],

@@ -35,7 +35,14 @@ pub(crate) fn model() -> ServedModel {
         tokenizer: TokenizerDigest::from_bytes([0x22; 32]),
         exact: true,
         build: "b6500-cpu-avx2".into(),
+        guesses: None,
     }
+}
+
+/// The same, and it would guess for others.
+pub(crate) fn guesser() -> ServedModel {
+    let vocabulary = VocabularyId::from_bytes([0x99; 8]);
+    ServedModel { guesses: Some(GuessOffer { vocabulary, file_bytes: 639_446_688 }), ..model() }
 }
 
 pub(crate) fn stage() -> ServedStage {
@@ -262,6 +269,11 @@ pub(crate) fn stage_open() -> StageOpen {
     }
 }
 
+pub(crate) fn draft_open() -> DraftOpen {
+    let vocabulary = VocabularyId::from_bytes([0x99; 8]);
+    DraftOpen { model: model().digest, vocabulary, context_tokens: 16_384, parallel: 8 }
+}
+
 /// One of each message of the work stream.
 pub(crate) fn works() -> Vec<(&'static str, Work)> {
     let fetch = Fetch { model: model().digest, ranges: vec![0..16_384, 1_048_576..3_145_728], only_hashes: false };
@@ -321,6 +333,7 @@ pub(crate) fn works() -> Vec<(&'static str, Work)> {
         ("the bytes follow", Work::Sending),
         ("question for attestations", Work::GetAttestations(model().digest)),
         ("attestations", Work::Attestations(vec![attestation().sign(&node_key(2)).unwrap()])),
+        ("draft", Work::Draft(draft_open())),
         ("unknown", Work::Unknown { kind: 999 }),
     ]
 }
@@ -347,8 +360,10 @@ pub(crate) fn any_addresses() -> impl Strategy<Value = Addresses> {
 }
 
 fn any_model() -> impl Strategy<Value = ServedModel> {
-    ((any_id(), any_text(96), any_state(), any_id(), any_text(64)), any::<[u32; 8]>(), any::<bool>()).prop_map(
-        |((digest, name, state, tokenizer, build), n, exact)| ServedModel {
+    let guesses = option::of((any::<[u8; 8]>(), any::<u64>()));
+    let texts = (any_id(), any_text(96), any_state(), any_id(), any_text(64));
+    (texts, any::<[u32; 8]>(), any::<bool>(), guesses).prop_map(
+        |((digest, name, state, tokenizer, build), n, exact, guesses)| ServedModel {
             digest,
             name,
             state,
@@ -362,6 +377,7 @@ fn any_model() -> impl Strategy<Value = ServedModel> {
             tokenizer,
             exact,
             build,
+            guesses: guesses.map(|(id, file_bytes)| GuessOffer { vocabulary: id.into(), file_bytes }),
         },
     )
 }
@@ -470,6 +486,16 @@ pub(crate) fn any_stage_open() -> impl Strategy<Value = StageOpen> {
             ring: ring.into(),
         },
     )
+}
+
+fn any_draft_open() -> impl Strategy<Value = DraftOpen> {
+    let figures = (1..=open::REQUEST_TOKENS_MAX as u32, 1..=ring::STAGE_PARALLEL_MAX);
+    (any_id(), any::<[u8; 8]>(), figures).prop_map(|(model, vocabulary, (context_tokens, parallel))| DraftOpen {
+        model,
+        vocabulary: vocabulary.into(),
+        context_tokens,
+        parallel,
+    })
 }
 
 /// Any record of a mesh, with the key of its node.
@@ -710,6 +736,7 @@ pub(crate) fn any_work() -> impl Strategy<Value = Work> {
         any_id().prop_map(Work::GetAttestations),
         vec(any_attestation(), 0..3)
             .prop_map(|all| { Work::Attestations(all.iter().map(|one| one.sign(&node_key(2)).unwrap()).collect()) }),
+        any_draft_open().prop_map(Work::Draft),
         (100..=u16::MAX).prop_map(|kind| Work::Unknown { kind }),
     ]
 }

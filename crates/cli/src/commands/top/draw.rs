@@ -173,7 +173,8 @@ mod tests {
                     "sharing": {"paused": "outside its hours (22:00-07:00)"},
                     "models": [
                         {"id": "tiny", "state": "ready", "requests_running": 2, "requests_queued": 0,
-                            "decode_tokens_per_s": 81.0, "memory_bytes_planned": 3 << 20, "guessed_tokens": 40, "right_tokens": 29},
+                            "decode_tokens_per_s": 81.0, "memory_bytes_planned": 3 << 20, "guessed_tokens": 40, "right_tokens": 29,
+                            "draft": {"model": "small", "node": "abcdef01234567"}},
                         {"id": "large", "state": "loading"},
                     ],
                     "requests": [
@@ -215,7 +216,7 @@ mod tests {
         for row in [
             "tiny this machine here 256/900 0 - 1.5 s",
             "theirs[31m ff00112233 abcdef0123 5 17 39.5 2 min",
-            "tiny ready here 2 0 81.0 72 % 512 3.0 MiB",
+            "tiny ready here 2 0 81.0 72 % by abcdef0123 512 3.0 MiB",
             "large loading 25 % here - - - - 8192 -",
             "theirs ready abcdef0123 1 2 40.0 - 4096 -",
             "0000000000 worker 12.3 ms direct 192.0.2.1:7 1 2 h tiny",

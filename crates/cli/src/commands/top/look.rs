@@ -139,6 +139,9 @@ impl<'a> Look<'a> {
                 Some((right, guessed)) if guessed > 0 => format!("{:.0} %", 100.0 * right as f64 / guessed as f64),
                 _ => NONE.to_owned(),
             };
+            let guesser = here.and_then(|here| here.pointer("/draft/node")).filter(|node| node.is_string());
+            let right =
+                guesser.map_or_else(|| right.clone(), |node| format!("{right} by {}", self.node(Some(node), NONE)));
             let memory = here.and_then(|here| count(here, "/memory_bytes_planned"));
             vec![
                 text(model, "/id"),

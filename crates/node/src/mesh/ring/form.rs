@@ -9,7 +9,7 @@
 //! for a while it goes back, and the second ring's machines let go of what nobody uses.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
@@ -21,7 +21,9 @@ use murmur_protocol::mesh::{ModelState, NodeId};
 use tokio::{runtime::Handle, time::MissedTickBehavior};
 
 use super::{
-    Ring, Seat, facts,
+    Ring, Seat,
+    borrow::Borrower,
+    facts,
     host::{self, Terms},
     offers::{Offer, Sight, Size},
     wishes::Ids,
@@ -228,6 +230,7 @@ fn open(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, plan: &Plan, size: Si
         },
         seats: seats.collect::<Vec<_>>().into(),
         refused: Mutex::default(),
+        borrower: OnceLock::new(),
     });
     let mut elsewhere = ring.stages().into_iter();
     let stage = |stage: &StagePlan| (stage.layers, if is_here(stage) { None } else { elsewhere.next() });
@@ -238,6 +241,8 @@ fn open(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, plan: &Plan, size: Si
         // Edges from and to the driver carry tokens.
         codecs: plan.edges.iter().filter_map(|edge| edge.codec).collect(),
         travel_us: plan.edges.iter().map(|edge| edge.latency_us).sum::<f64>() as u64,
+        guessing_elsewhere: Borrower::of(node, &ring, at)
+            .map(|borrower| ring.borrower.get_or_init(|| borrower).draft()),
     };
     let node = Arc::clone(node);
     // It ends with the model: Model::stop.

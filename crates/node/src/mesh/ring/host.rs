@@ -37,15 +37,15 @@ use crate::{
 };
 
 /// Layers that no driver uses are let go after this.
-pub(super) const UNUSED_MAX: Duration = Duration::from_secs(60);
+pub(crate) const UNUSED_MAX: Duration = Duration::from_secs(60);
 /// Answers that may wait for a driver to take them. One that leaves more unread is no driver any more.
 const ANSWERS_MAX: usize = 1024;
 /// Answers that are written at once.
-const ANSWERS_AT_ONCE: usize = 64;
+pub(super) const ANSWERS_AT_ONCE: usize = 64;
 /// How long a driver does not hear of single rows that went on to the next host. It would be told of each in a packet of its own.
 const ACCOUNTS_DELAY: Duration = Duration::from_millis(20);
 /// How often a driver hears that its stage is there, or is being loaded.
-const HEARTBEAT: Duration = Duration::from_millis(250);
+pub(super) const HEARTBEAT: Duration = Duration::from_millis(250);
 
 /// What a driver and its host must agree on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,7 +72,7 @@ pub(crate) struct Held {
 
 impl Held {
     /// Whether drivers use it, or one is about to.
-    fn is_used(&self) -> bool {
+    pub(super) fn is_used(&self) -> bool {
         self.host.as_ref().is_some_and(|host| host.guests() > 0 || Arc::strong_count(host) > 1)
     }
 }
@@ -82,7 +82,7 @@ impl Held {
 pub(crate) struct Holding {
     held: Mutex<Option<Held>>,
     /// Taken by whoever loads.
-    loading: Arc<tokio::sync::Mutex<()>>,
+    pub(super) loading: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Holding {
@@ -96,7 +96,7 @@ impl Holding {
     }
 
     /// Lets go what died, or was not used for so long. What is returned is to be dropped where one may wait.
-    pub(super) fn let_go(&self, unused_for: Duration) -> Option<Held> {
+    pub(crate) fn let_go(&self, unused_for: Duration) -> Option<Held> {
         let mut held = self.held();
         let gone = held.as_mut().is_some_and(|held| {
             if held.is_used() {
@@ -186,7 +186,9 @@ async fn hold(node: &Arc<Node>, mesh: &MeshNode, at: usize, terms: Terms) -> Res
         let _turn = turn;
         // Its memory is free when it is gone.
         drop(unwanted);
-        load(&node, at, terms)
+        let model = &node.models[at];
+        let memory_bytes = node.models.set_aside(at, terms).map_err(|error| with_causes(&error))?;
+        load(&node, model, model.holding(), terms, memory_bytes)
     });
     loading.await.map_err(|_| "this node is stopping".to_owned())?
 }
@@ -205,12 +207,17 @@ async fn is_spare(node: &Node, mesh: &MeshNode, model: &Model, there: Terms) -> 
     false
 }
 
-fn load(node: &Node, at: usize, terms: Terms) -> Result<Arc<Host>, String> {
-    let model = &node.models[at];
-    let memory_bytes = node.models.set_aside(at, terms).map_err(|error| with_causes(&error))?;
-    *model.holding().held() = Some(Held { terms, host: None, memory_bytes, last_used: Instant::now() });
+/// Loads layers of a model into the place for them. Blocks. `memory_bytes`: what is set aside for that.
+pub(super) fn load(
+    node: &Node,
+    model: &Model,
+    place: &Holding,
+    terms: Terms,
+    memory_bytes: u64,
+) -> Result<Arc<Host>, String> {
+    *place.held() = Some(Held { terms, host: None, memory_bytes, last_used: Instant::now() });
     let loaded = model.load_stage(terms, node.options());
-    let mut held = model.holding().held();
+    let mut held = place.held();
     match loaded {
         Ok(host) => {
             let host = Arc::new(host);
@@ -260,7 +267,7 @@ pub(crate) async fn serve(
     mut drain: Drain,
 ) -> Result<(), FrameError> {
     let host = match admit(&node, &open) {
-        Ok((at, terms)) => held_while_told(&node, &mesh, at, terms, &mut drain).await,
+        Ok((at, terms)) => while_told(&mut drain, hold(&node, &mesh, at, terms)).await,
         Err(reason) => Err(reason),
     };
     let host = match host {
@@ -269,15 +276,8 @@ pub(crate) async fn serve(
             return carry::write(&mut drain, &[Frame::text(Header::new(Kind::LoadFailed, 0), &reason)]).await;
         }
     };
-    let (answers, answered) = mpsc::channel(ANSWERS_MAX);
-    let answers = Mutex::new(Some(answers));
-    let guest = Arc::new(host.enter(move |frame| {
-        let mut answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
-        // An answer that is lost would be waited for in vain: it is the end.
-        if answers.as_ref().is_some_and(|answers| answers.try_send(frame).is_err()) {
-            *answers = None;
-        }
-    }));
+    let (guest, answered) = enter(&host);
+    let guest = Arc::new(guest);
     let Some(_listed) = mesh.rings.list(open.ring, &guest) else {
         let reason = "there is a ring of this name here already";
         return carry::write(&mut drain, &[Frame::text(Header::new(Kind::LoadFailed, 0), reason)]).await;
@@ -296,16 +296,26 @@ pub(crate) async fn serve(
     }
 }
 
-/// Loads what the driver wants, and tells it meanwhile that it is worked on.
-async fn held_while_told(
-    node: &Arc<Node>,
-    mesh: &MeshNode,
-    at: usize,
-    terms: Terms,
+/// A driver comes. Its answers wait until they are taken, and end when too many of them do.
+pub(super) fn enter(host: &Host) -> (Guest, mpsc::Receiver<Frame>) {
+    let (answers, answered) = mpsc::channel(ANSWERS_MAX);
+    let answers = Mutex::new(Some(answers));
+    let guest = host.enter(move |frame| {
+        let mut answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
+        // An answer that is lost would be waited for in vain: it is the end.
+        if answers.as_ref().is_some_and(|answers| answers.try_send(frame).is_err()) {
+            *answers = None;
+        }
+    });
+    (guest, answered)
+}
+
+/// Waits for what the driver wants, and tells it meanwhile that it is worked on.
+pub(super) async fn while_told(
     drain: &mut Drain,
+    holding: impl Future<Output = Result<Arc<Host>, String>>,
 ) -> Result<Arc<Host>, String> {
     let mut ticks = tokio::time::interval(HEARTBEAT);
-    let holding = hold(node, mesh, at, terms);
     tokio::pin!(holding);
     loop {
         tokio::select! {

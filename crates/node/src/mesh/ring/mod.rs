@@ -9,6 +9,7 @@
 //! wait for it, and go on with the same tokens. With `--standby` somebody has been given the same rows all the time ([`standby`]).
 
 mod alive;
+mod borrow;
 mod carry;
 mod facts;
 mod form;
@@ -16,6 +17,7 @@ mod hop;
 pub(crate) mod host;
 mod lag;
 mod leave;
+pub(crate) mod lend;
 mod offers;
 pub(crate) mod plan;
 mod search;
@@ -24,7 +26,7 @@ mod wishes;
 
 use std::{
     os::unix::net::UnixStream,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
@@ -47,6 +49,7 @@ use crate::{
     mesh::{MeshNode, both},
 };
 use alive::{silent, while_there};
+use borrow::Borrower;
 use carry::Drain;
 pub(crate) use carry::FrameReader;
 pub(crate) use form::{Spread, run};
@@ -79,6 +82,8 @@ pub(crate) struct Ring {
     seats: Mutex<Vec<Seat>>,
     /// Who did not hold the layers that were planned for it.
     refused: Mutex<Vec<NodeId>>,
+    /// What looks for a node nearby that guesses for it, if that is wished.
+    borrower: OnceLock<Arc<Borrower>>,
 }
 
 /// A stage of it.
@@ -234,7 +239,7 @@ impl Ring {
             build: exact.then(murmur_engine::build_id),
             ring,
         };
-        let (mut reader, drain): (FrameReader, Drain) = if holder == mesh.mesh().node_id() {
+        let (reader, drain): (FrameReader, Drain) = if holder == mesh.mesh().node_id() {
             let (here, there) = tokio::io::duplex(PIPE_BYTES);
             let (source, drain) = tokio::io::split(there);
             let reader = FrameReader::new(Box::pin(source), &[]);
@@ -242,32 +247,19 @@ impl Ring {
             let (source, drain) = tokio::io::split(here);
             (FrameReader::new(Box::pin(source), &[]), Box::pin(drain))
         } else {
-            let asking = async {
-                let (mut send, recv) = mesh.mesh().open_work(holder).await?;
-                stream::write(&mut send, &Work::Stage(Box::new(open))).await?;
-                Ok::<_, NetError>((send, recv))
-            };
-            // To reach one that died a moment ago would be tried for ten seconds.
-            let asked = while_there(mesh, holder, asking).await.map_err(|error| error.to_string())?;
-            let (send, recv) = asked.map_err(|error| error.to_string())?;
-            (FrameReader::new(Box::pin(recv), &[]), Box::pin(send))
+            ask(mesh, holder, &Work::Stage(Box::new(open))).await?
         };
-        loop {
-            let frame = hear(mesh, holder, &mut reader).await.map_err(|error| error.to_string())?;
-            let frame = frame.ok_or("it has hung up")?;
-            match frame.header.kind {
-                Kind::Loaded => return Ok(Opened { reader, drain, loaded: frame }),
-                Kind::LoadFailed => return Err(frame.as_text()),
-                _ => {}
-            }
-        }
+        until_loaded(mesh, holder, reader, drain).await
+    }
+
+    /// Which model of which node guesses for it now, if one does.
+    pub(crate) fn lender(&self) -> Option<(String, NodeId)> {
+        self.borrower.get()?.lender()
     }
 
     /// Notes who holds a stage, tells the neighbours in the ring, and carries frames from now on.
     fn seat(self: &Arc<Self>, index: usize, to: RouteTo, opened: Opened) -> Result<UnixStream, std::io::Error> {
-        let (engines, ours) = UnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        let ours = tokio::net::UnixStream::from_std(ours)?;
+        let (engines, ours) = socket_pair()?;
         let (words, told) = mpsc::unbounded_channel();
         {
             let mut seats = self.seats();
@@ -409,6 +401,46 @@ fn show_the_way_around(seats: &[Seat], changed: usize) {
     changed.checked_sub(1).into_iter().chain([changed]).for_each(|at| show_the_way(seats, at));
 }
 
+/// Opens a stream to a node on which frames follow a request. Errors are for people.
+async fn ask(mesh: &MeshNode, node: NodeId, request: &Work) -> Result<(FrameReader, Drain), String> {
+    let asking = async {
+        let (mut send, recv) = mesh.mesh().open_work(node).await?;
+        stream::write(&mut send, request).await?;
+        Ok::<_, NetError>((send, recv))
+    };
+    // To reach one that died a moment ago would be tried for ten seconds.
+    let asked = while_there(mesh, node, asking).await.map_err(|error| error.to_string())?;
+    let (send, recv) = asked.map_err(|error| error.to_string())?;
+    Ok((FrameReader::new(Box::pin(recv), &[]), Box::pin(send)))
+}
+
+/// Waits until a host has loaded what it was asked for. Errors are for people.
+async fn until_loaded(mesh: &MeshNode, host: NodeId, mut reader: FrameReader, drain: Drain) -> Result<Opened, String> {
+    loop {
+        let frame = hear(mesh, host, &mut reader).await.map_err(|error| error.to_string())?;
+        let frame = frame.ok_or("it has hung up")?;
+        match frame.header.kind {
+            Kind::Loaded => return Ok(Opened { reader, drain, loaded: frame }),
+            Kind::LoadFailed => return Err(frame.as_text()),
+            _ => {}
+        }
+    }
+}
+
+/// Two ends of a way within this process: the engine's, and ours.
+fn socket_pair() -> Result<(UnixStream, tokio::net::UnixStream), std::io::Error> {
+    let (engines, ours) = UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    Ok((engines, tokio::net::UnixStream::from_std(ours)?))
+}
+
+/// Until an engine is stopped that looks for one of its stages.
+async fn stopped(stop: &Stop) {
+    while !stop.is_stopped() {
+        sleep(STOP_SEEN_EVERY).await;
+    }
+}
+
 /// The next frame of a host.
 async fn hear(mesh: &MeshNode, host: NodeId, reader: &mut FrameReader) -> Result<Option<Frame>, FrameError> {
     while_there(mesh, host, reader.next()).await?
@@ -423,15 +455,10 @@ struct Stage {
 impl RemoteStage for Stage {
     fn connect(&self, stop: &Stop) -> Result<UnixStream, String> {
         // A host may load for minutes.
-        let stopped = async {
-            while !stop.is_stopped() {
-                sleep(STOP_SEEN_EVERY).await;
-            }
-        };
         self.ring.runtime.block_on(async {
             tokio::select! {
                 connected = self.ring.connect(self.index) => connected,
-                () = stopped => Err("it is not wanted any more".to_owned()),
+                () = stopped(stop) => Err("it is not wanted any more".to_owned()),
             }
         })
     }

@@ -424,6 +424,20 @@ mod tests {
     }
 
     #[test]
+    fn no_known_token_waits_for_a_guess_of_another_machine() {
+        // Rows together cost hardly more than one: to wait for guesses that are made at once is best.
+        let plan = |is_elsewhere: bool| {
+            let pace = pace(1, 1000, 100, 0, false);
+            let mut pace = if is_elsewhere { pace.with_drafter_elsewhere() } else { pace };
+            pace.note_drafter(&step(1, 100));
+            Plan::of(Guesser::Model, 0.8, &pace, 1).unwrap()
+        };
+        let (here, elsewhere) = (plan(false), plan(true));
+        assert!(here.waits && !elsewhere.waits, "{here:?}, {elsewhere:?}");
+        assert!(elsewhere.us_per_token > here.us_per_token, "{here:?}, {elsewhere:?}");
+    }
+
+    #[test]
     fn guesses_that_do_not_pay_are_tried_now_and_then() {
         let dear = pace(1, 1000, 1000, 0, true);
         let mut guesses = Guesses::new(&Draft::Lookup);

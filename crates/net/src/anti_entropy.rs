@@ -22,7 +22,7 @@
 //! while the first ([`accompany`]): the overlay goes on sending to its earlier life until that heals.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use iroh::endpoint::SendStream;
 use murmur_core::membership::{Aged, Answer, Digest, Opening, Verified};
@@ -39,11 +39,11 @@ use crate::stream::{self, Reader};
 /// Within this time an exchange is over.
 pub const EXCHANGE_DEADLINE_MS: u64 = 20_000;
 
-/// How often records are compared with a node that has come back. Milliseconds.
-pub const ACCOMPANY_EVERY_MS: u64 = 1_000;
+/// How often records are compared with a node that has come back.
+const ACCOMPANY_EVERY: Duration = Duration::from_secs(1);
 
 /// And for how long: the overlay has joined it anew by then, which it tries every [`crate::Timing::heal_every_ms`].
-pub const ACCOMPANY_MS: u64 = 60_000;
+pub(crate) const ACCOMPANY: Duration = Duration::from_secs(60);
 
 /// Messages with records in one direction of one exchange, at most.
 const RECORD_MESSAGES_MAX: usize = 512;
@@ -79,13 +79,13 @@ pub(crate) async fn exchange(shared: &Arc<Shared>, link: &Link) -> Result<(), Ne
 
 /// Compares again and again with a node that has come back, while this connection lasts.
 pub(crate) async fn accompany(shared: Arc<Shared>, link: Arc<Link>) {
-    for _ in 0..ACCOMPANY_MS / ACCOMPANY_EVERY_MS {
+    let begun = Instant::now();
+    while begun.elapsed() < ACCOMPANY {
         if let Err(error) = exchange(&shared, &link).await {
             tracing::debug!(node = %link.node.short(), %error, "an exchange with a node that has come back failed");
         }
-        let pause = tokio::time::sleep(Duration::from_millis(ACCOMPANY_EVERY_MS));
         tokio::select! {
-            () = pause => {}
+            () = tokio::time::sleep(ACCOMPANY_EVERY) => {}
             _ = link.connection.closed() => return,
         }
     }

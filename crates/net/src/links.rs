@@ -6,14 +6,18 @@
 use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use iroh::TransportAddr;
 use iroh::endpoint::{Connection, ConnectionError};
 use murmur_protocol::mesh::NodeId;
 
 use crate::admission::close;
+use crate::anti_entropy::ACCOMPANY;
 use crate::identity::Greeted;
+
+/// How long it is known that a node has died and come back, at least.
+const BURIALS_KEPT: Duration = ACCOMPANY;
 
 /// A greeted control connection.
 #[derive(Debug)]
@@ -48,6 +52,7 @@ pub enum Path {
 #[derive(Debug, Default)]
 pub(crate) struct Links {
     by_node: Mutex<HashMap<NodeId, Arc<Link>>>,
+    buried: Mutex<HashMap<NodeId, Instant>>,
 }
 
 impl Links {
@@ -84,6 +89,18 @@ impl Links {
     /// The live connection to a node.
     pub(crate) fn get(&self, node: &NodeId) -> Option<Arc<Link>> {
         self.by_node().get(node).filter(|link| link.connection.close_reason().is_none()).cloned()
+    }
+
+    /// Notes that the connections of a node's earlier life have been closed.
+    pub(crate) fn note_burial(&self, node: NodeId) {
+        let mut buried = self.buried.lock().unwrap_or_else(PoisonError::into_inner);
+        buried.retain(|_, at| at.elapsed() < BURIALS_KEPT);
+        buried.insert(node, Instant::now());
+    }
+
+    /// When that was, if it was lately.
+    pub(crate) fn buried(&self, node: &NodeId) -> Option<Instant> {
+        self.buried.lock().unwrap_or_else(PoisonError::into_inner).get(node).copied()
     }
 
     /// All live connections.

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use iroh::endpoint::{Connection, Incoming, IncomingAddr, RecvStream, SendStream, VarInt};
 use murmur_core::membership::Verified;
@@ -158,7 +158,7 @@ async fn connection(
             return;
         }
     };
-    let peer = node_id(connection.remote_id());
+    let (peer, begun) = (node_id(connection.remote_id()), Instant::now());
     let Some(counted) = connections.enter(peer) else {
         connection.close(close::REFUSED, b"too many connections");
         return;
@@ -176,6 +176,11 @@ async fn connection(
     match answered {
         Ok(Answered::Greeted(greeted)) if connection.alpn() == MESH_ALPN => {
             bury_earlier_life(&shared, peer).await;
+            if shared.links.buried(&peer) > Some(begun) {
+                // While the earlier life's connections stood iroh kept to where that one was, and looks for the way anew with the next connection alone.
+                connection.close(close::DUPLICATE, b"dial again");
+                return;
+            }
             let link = Link::new(peer, connection, greeted, false);
             if let Some(link) = shared.links.add(shared.identity.node, link) {
                 // The end of an earlier connection may have taken it back.
@@ -236,8 +241,7 @@ async fn bury_earlier_life(shared: &Shared, peer: NodeId) {
     } else {
         tracing::info!(node = %peer.short(), "a node has come back");
         shared.disconnect(&peer);
-        // Without a state there is nobody left to tell.
-        let _ = shared.commands.send(Command::CameBack(peer)).await;
+        shared.links.note_burial(peer);
     }
 }
 

@@ -6,7 +6,7 @@
 //! shows the outcome in a watch channel. It never waits for the network itself: whatever does is a task of its own,
 //! owned here.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -81,8 +81,6 @@ pub(crate) enum Command {
     LinkUp(Arc<Link>),
     /// A control connection has ended.
     LinkDown(Arc<Link>),
-    /// A peer had died and has come back: what its earlier life had open is closed, and it will have a new control connection.
-    CameBack(NodeId),
     /// The beginning of a comparison; `salt`: for a neighbour that knows summaries.
     Opening { salt: Option<u64>, reply: oneshot::Sender<Opening> },
     /// A neighbour's summary.
@@ -189,8 +187,6 @@ pub(crate) struct State {
     exchanges: JoinSet<()>,
     exchanges_waiting: VecDeque<Arc<Link>>,
     serving: JoinSet<()>,
-    /// Peers that have come back and have no new control connection yet.
-    came_back: BTreeSet<NodeId>,
     exchange_due: Instant,
     heal_due: Instant,
     changed: bool,
@@ -224,7 +220,6 @@ impl State {
             exchanges: JoinSet::new(),
             exchanges_waiting: VecDeque::new(),
             serving: JoinSet::new(),
-            came_back: BTreeSet::new(),
             changed: false,
         }
     }
@@ -290,7 +285,6 @@ impl State {
                     self.shared.admission.lapse(&link.node);
                 }
             }
-            Command::CameBack(node) => drop(self.came_back.insert(node)),
             Command::Opening { salt, reply } => drop(reply.send(self.membership.opening(salt, now))),
             Command::Differing { summary, reply } => drop(reply.send(self.membership.differing(&summary, now))),
             Command::AnswerDiffering { differing, ranges, reply } => {
@@ -573,7 +567,7 @@ impl State {
         if self.overlay.is_thin(self.known.len().max(1)) {
             self.topic.join([link.node]);
         }
-        if self.came_back.remove(&link.node) {
+        if self.shared.links.buried(&link.node).is_some_and(|at| at.elapsed() < anti_entropy::ACCOMPANY) {
             self.serving.spawn(anti_entropy::accompany(Arc::clone(&self.shared), Arc::clone(link)));
         }
         self.tell_revocations(link);

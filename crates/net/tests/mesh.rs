@@ -17,6 +17,7 @@ use murmur_net::{
 };
 use murmur_protocol::mesh::{Capabilities, MeasuredLink, NodeId, NodeKey};
 use tempfile::TempDir;
+use tokio::sync::oneshot;
 
 #[tokio::test]
 async fn two_nodes_find_each_other_by_ticket_and_see_each_other_directly() {
@@ -303,20 +304,27 @@ async fn what_a_node_says_that_died_and_has_come_back_is_known_soon() {
     let calm = move |folder: &TempDir, bootstrap| MeshOptions { timing, bootstrap, ..options(folder, public()) };
     let (here, there) = (tempfile::tempdir().unwrap(), Arc::new(tempfile::tempdir().unwrap()));
     let witness = Mesh::start(calm(&here, Vec::new())).await.unwrap();
-    let (contact, folder, (back, away)) = (witness.contact(), Arc::clone(&there), mpsc::channel::<()>());
+    let (contact, folder) = (witness.contact(), Arc::clone(&there));
+    let ((go, gone), (back, away)) = (oneshot::channel::<()>(), mpsc::channel::<()>());
     // On a thread of its own, which blocks when it is known: as silent as a process that is gone.
     let first_life = thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let mesh = Mesh::start(calm(&folder, vec![contact])).await.unwrap();
             until(&mesh, "the witness is listed", |table| !table.is_empty()).await;
+            let _ = gone.await;
             let _ = away.recv();
         });
     });
     until(&witness, "the first life is listed", |table| !table.is_empty()).await;
+    let first = *witness.watch().borrow().keys().next().unwrap();
+    let _work = witness.open_work(first).await.unwrap();
+    let _ = go.send(());
     let second_life = Mesh::start(calm(&there, vec![witness.contact()])).await.unwrap();
     // An answer comes when the witness has done with the first life.
     second_life.ping(witness.node_id()).await.unwrap();
+    // Iroh sent what is meant for it to the port of the first life, which is held by that still.
+    witness.open_work(second_life.node_id()).await.unwrap();
     let says = |who: &Mesh, bytes| {
         let node = who.node_id();
         move |table: &Table| table.get(&node).is_some_and(|known| known.verified.record().memory_free_bytes == bytes)

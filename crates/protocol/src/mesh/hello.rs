@@ -40,11 +40,10 @@ impl Capabilities {
 
     /// Hands out bytes of the model files that its record lists.
     pub const CONTENTS: Capabilities = Capabilities(1 << 5);
-    /// Has models of its record guess for others that say so there.
-    pub const GUESSES: Capabilities = Capabilities(1 << 7);
-
     /// Hands out what was signed of the model files that its record lists.
     pub const ATTESTATIONS: Capabilities = Capabilities(1 << 6);
+    /// Has models of its record guess for others that say so there.
+    pub const GUESSES: Capabilities = Capabilities(1 << 7);
 
     /// Both sets together.
     pub const fn with(self, other: Capabilities) -> Capabilities {

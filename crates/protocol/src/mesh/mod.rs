@@ -52,7 +52,9 @@ pub use content::{Content, Fetch, HeldContent};
 pub use control::{AgedRecord, Control, Redeem, Redeemed};
 pub use error::{BadSignature, MessageError};
 pub use hello::{Capabilities, Hello, PROTOCOL_VERSIONS, Refusal, RefusalCode, negotiate};
-pub use id::{IdError, ManifestDigest, MeshId, ModelDigest, NodeId, RequestId, RingId, TicketId, TokenizerDigest, VocabularyId};
+pub use id::{
+    IdError, ManifestDigest, MeshId, ModelDigest, NodeId, RequestId, RingId, TicketId, TokenizerDigest, VocabularyId,
+};
 pub use key::{MeshKey, NodeKey};
 pub use measured::{MachineSpeed, MeasuredLink};
 pub use member::{MemberCertificate, MemberError, Revocation, RevocationList, SignedCertificate, SignedRevocations};

@@ -510,7 +510,11 @@ async fn a_peer_that_died_and_came_back_does_not_meet_its_own_ghost() {
     });
     first_life.join().unwrap();
     let again = Rogue::with_key(secret, contact).await;
-    let control = again.greeted(MESH_ALPN).await;
+    let mut control = again.greeted(MESH_ALPN).await;
+    // Where its earlier life has said no goodbye, its connections end with this one, and it is to dial again.
+    if say(&control, &encode(&Control::Ping(7)).unwrap()).await.is_empty() {
+        control = again.greeted(MESH_ALPN).await;
+    }
     answers_pings(&control).await;
     is_well(node).await;
 }

@@ -152,5 +152,5 @@ fn what_was_written_down_is_read_as_what_it_meant() {
         assert_eq!(&found, meaning, "{name}");
         read += 1;
     }
-    assert_eq!(read, 13 + samples::controls().len() + samples::works().len());
+    assert_eq!(read, 14 + samples::controls().len() + samples::works().len());
 }

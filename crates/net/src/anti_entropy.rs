@@ -19,7 +19,7 @@
 //! offence of the peer that handed it over.
 //!
 //! Usually this is the second way, which now and then brings what the overlay has lost. With a node that has died and come back it is for a
-//! while the first ([`accompany`]): the overlay goes on sending to its earlier life until that heals.
+//! while the first (`accompany`): the overlay goes on sending to its earlier life until that heals.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -38,9 +38,7 @@ pub(crate) async fn pull(
     let mut fields = Fields::new(map);
     let (name, signed_by) = (required_name(&mut fields)?, fields.string("signed_by")?);
     fields.finish()?;
-    if let Some(key) = signed_by.as_ref().filter(|key| key.len() > MAX_MODEL_NAME_BYTES) {
-        return Err(too_long("signed_by", key.len(), MAX_MODEL_NAME_BYTES));
-    }
+    let signed_by = signed_by.map(|key| short("signed_by", key)).transpose()?;
     let events = state.backend.pull(name, signed_by).await?;
     let body = stream::unfold(events, |mut events| async move {
         let event: Value = events.recv().await?;
@@ -66,9 +64,12 @@ fn name(map: serde_json::Map<String, Value>) -> Result<String, ApiError> {
 }
 
 fn required_name(fields: &mut Fields) -> Result<String, ApiError> {
-    let name = fields.required_string("model")?;
-    match name.len() {
-        0..=MAX_MODEL_NAME_BYTES => Ok(name),
-        bytes => Err(too_long("model", bytes, MAX_MODEL_NAME_BYTES)),
+    short("model", fields.required_string("model")?)
+}
+
+fn short(field: &str, text: String) -> Result<String, ApiError> {
+    match text.len() {
+        0..=MAX_MODEL_NAME_BYTES => Ok(text),
+        bytes => Err(too_long(field, bytes, MAX_MODEL_NAME_BYTES)),
     }
 }

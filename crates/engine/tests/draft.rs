@@ -43,6 +43,15 @@ fn requests() -> Vec<SessionRequest> {
     ]
 }
 
+fn first_request() -> SessionRequest {
+    requests().swap_remove(0)
+}
+
+/// Its answer, where nobody guesses.
+async fn undisturbed(lab: &Lab, model: &std::path::Path) -> Answer {
+    run(&engine(lab, model, ranges(&[0, 8]), Draft::Off), first_request()).await
+}
+
 fn engine(lab: &Lab, model: &std::path::Path, ranges: Vec<LayerRange>, draft: Draft) -> Engine {
     // As over a long way, so that guesses are made whatever they cost here.
     let options = EngineOptions { draft, travel_us: 1_000_000, ..lab.options(model, ranges, true) };
@@ -114,8 +123,7 @@ async fn a_model_guesses_what_another_says() {
 async fn the_model_that_guesses_may_die_and_nobody_waits_for_it() {
     let lab = Lab::new();
     let large = lab.tiny("llama", Weights::Q4KM);
-    let request = || requests().swap_remove(0);
-    let plain = run(&engine(&lab, &large, ranges(&[0, 8]), Draft::Off), request()).await;
+    let plain = undisturbed(&lab, &large).await;
     let spread = Spread::new(&lab, &large, 2);
     let guessing = spread.engine_far(true, WAY, model(&large, 0.1));
     let dies = |count| {
@@ -123,11 +131,11 @@ async fn the_model_that_guesses_may_die_and_nobody_waits_for_it() {
             kill(guessing.status().draft.unwrap().process_id.unwrap());
         }
     };
-    assert_eq!(tokens_while(&guessing, request(), dies).await, plain.tokens);
+    assert_eq!(tokens_while(&guessing, first_request(), dies).await, plain.tokens);
     until("it comes back", || (guessing.status().draft.unwrap().restarts > 0).then_some(()));
     // And guesses again.
     let before = guessing.status().counters.right_tokens;
-    assert_eq!(run(&guessing, request()).await.tokens, plain.tokens);
+    assert_eq!(run(&guessing, first_request()).await.tokens, plain.tokens);
     assert!(guessing.status().counters.right_tokens > before);
 }
 
@@ -198,14 +206,13 @@ async fn a_model_on_another_machine_guesses_and_whatever_it_says_changes_no_toke
 async fn a_model_on_another_machine_may_die_or_stay_away_and_nobody_waits_for_it() {
     let lab = Lab::new();
     let large = lab.tiny("llama", Weights::Q4KM);
-    let request = || requests().swap_remove(0);
-    let plain = run(&engine(&lab, &large, ranges(&[0, 8]), Draft::Off), request()).await;
+    let plain = undisturbed(&lab, &large).await;
     let spread = Spread::new(&lab, &large, 2);
     let (holder, draft) = guesser(&lab, &large, Duration::ZERO, |frame| frame);
     // An engine is there before anybody guesses for it.
     holder.is_gone.store(true, Ordering::Relaxed);
     let guessing = spread.engine_far(true, WAY, draft);
-    assert_eq!(run(&guessing, request()).await.tokens, plain.tokens);
+    assert_eq!(run(&guessing, first_request()).await.tokens, plain.tokens);
     assert_eq!(holder.arrived(Kind::Open), 0);
     holder.is_gone.store(false, Ordering::Relaxed);
     until("it is found", || (holder.host().guests() > 0).then_some(()));
@@ -215,12 +222,12 @@ async fn a_model_on_another_machine_may_die_or_stay_away_and_nobody_waits_for_it
             kill(holder.host().process_id().unwrap());
         }
     };
-    assert_eq!(tokens_while(&guessing, request(), dies).await, plain.tokens);
+    assert_eq!(tokens_while(&guessing, first_request(), dies).await, plain.tokens);
     assert!(holder.arrived(Kind::Open) > 0, "it was never asked");
     let asked = holder.arrived(Kind::Tokens);
     holder.is_gone.store(false, Ordering::Relaxed);
     until("it comes back", || (guessing.status().draft.unwrap().restarts > 0).then_some(()));
-    assert_eq!(run(&guessing, request()).await.tokens, plain.tokens);
+    assert_eq!(run(&guessing, first_request()).await.tokens, plain.tokens);
     assert!(holder.arrived(Kind::Tokens) > asked);
 }
 
@@ -228,8 +235,7 @@ async fn a_model_on_another_machine_may_die_or_stay_away_and_nobody_waits_for_it
 async fn a_model_on_another_machine_that_hangs_holds_no_token_up() {
     let lab = Lab::new();
     let large = lab.tiny("llama", Weights::Q4KM);
-    let request = || requests().swap_remove(0);
-    let plain = run(&engine(&lab, &large, ranges(&[0, 8]), Draft::Off), request()).await;
+    let plain = undisturbed(&lab, &large).await;
     let spread = Spread::new(&lab, &large, 2);
     let (holder, draft) = guesser(&lab, &large, Duration::ZERO, |frame| frame);
     let guessing = spread.engine_far(true, WAY, draft);
@@ -240,10 +246,10 @@ async fn a_model_on_another_machine_that_hangs_holds_no_token_up() {
             stop_process(process);
         }
     };
-    assert_eq!(tokens_while(&guessing, request(), hangs).await, plain.tokens);
+    assert_eq!(tokens_while(&guessing, first_request(), hangs).await, plain.tokens);
     // It still owes a guess, and nobody has given it up.
     assert_eq!(guessing.status().draft.unwrap().restarts, 0);
-    assert_eq!(run(&guessing, request()).await.tokens, plain.tokens);
+    assert_eq!(run(&guessing, first_request()).await.tokens, plain.tokens);
 }
 
 #[test]
@@ -263,8 +269,7 @@ fn a_model_with_another_vocabulary_cannot_guess() {
 async fn a_stage_may_die_while_guesses_are_on_their_way() {
     let lab = Lab::new();
     let model = lab.tiny("llama", Weights::Q4KM);
-    let request = || requests().swap_remove(0);
-    let plain = run(&engine(&lab, &model, ranges(&[0, 8]), Draft::Off), request()).await;
+    let plain = undisturbed(&lab, &model).await;
     for victim in 0..3 {
         let guessing = engine(&lab, &model, ranges(&[0, 2, 5, 8]), Draft::Lookup);
         let dies = |count| {
@@ -272,7 +277,7 @@ async fn a_stage_may_die_while_guesses_are_on_their_way() {
                 kill(guessing.status().stages[victim].process_id.unwrap());
             }
         };
-        assert_eq!(tokens_while(&guessing, request(), dies).await, plain.tokens, "stage {victim}");
+        assert_eq!(tokens_while(&guessing, first_request(), dies).await, plain.tokens, "stage {victim}");
         assert!(guessing.status().stages[victim].restarts > 0);
     }
 }

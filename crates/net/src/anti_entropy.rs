@@ -31,7 +31,7 @@ use murmur_protocol::mesh::{AgedRecord, Capabilities, Control, NodeId, Summary};
 use tokio::time::timeout;
 
 use crate::NetError;
-use crate::links::Link;
+use crate::links::{JUST_BACK, Link};
 use crate::shared::Shared;
 use crate::state::Command;
 use crate::stream::{self, Reader};
@@ -41,9 +41,6 @@ pub const EXCHANGE_DEADLINE_MS: u64 = 20_000;
 
 /// How often records are compared with a node that has come back.
 const ACCOMPANY_EVERY: Duration = Duration::from_secs(1);
-
-/// And for how long: the overlay has joined it anew by then, which it tries every [`crate::Timing::heal_every_ms`].
-pub(crate) const ACCOMPANY: Duration = Duration::from_secs(60);
 
 /// Messages with records in one direction of one exchange, at most.
 const RECORD_MESSAGES_MAX: usize = 512;
@@ -77,16 +74,16 @@ pub(crate) async fn exchange(shared: &Arc<Shared>, link: &Link) -> Result<(), Ne
     deadline(exchanging).await
 }
 
-/// Compares again and again with a node that has come back, while this connection lasts.
+/// Compares again and again with a node that has come back, while this connection lasts. Whoever has dialled has done so once already.
 pub(crate) async fn accompany(shared: Arc<Shared>, link: Arc<Link>) {
     let begun = Instant::now();
-    while begun.elapsed() < ACCOMPANY {
-        if let Err(error) = exchange(&shared, &link).await {
-            tracing::debug!(node = %link.node.short(), %error, "an exchange with a node that has come back failed");
-        }
+    while begun.elapsed() < JUST_BACK {
         tokio::select! {
             () = tokio::time::sleep(ACCOMPANY_EVERY) => {}
             _ = link.connection.closed() => return,
+        }
+        if let Err(error) = exchange(&shared, &link).await {
+            tracing::debug!(node = %link.node.short(), %error, "an exchange with a node that has come back failed");
         }
     }
 }

@@ -13,11 +13,11 @@ use iroh::endpoint::{Connection, ConnectionError};
 use murmur_protocol::mesh::NodeId;
 
 use crate::admission::close;
-use crate::anti_entropy::ACCOMPANY;
 use crate::identity::Greeted;
 
-/// How long it is known that a node has died and come back, at least.
-const BURIALS_KEPT: Duration = ACCOMPANY;
+/// For so long a node has come back only just: the overlay has joined it anew by then, which it tries every
+/// [`crate::Timing::heal_every_ms`].
+pub(crate) const JUST_BACK: Duration = Duration::from_secs(60);
 
 /// A greeted control connection.
 #[derive(Debug)]
@@ -94,13 +94,14 @@ impl Links {
     /// Notes that the connections of a node's earlier life have been closed.
     pub(crate) fn note_burial(&self, node: NodeId) {
         let mut buried = self.buried.lock().unwrap_or_else(PoisonError::into_inner);
-        buried.retain(|_, at| at.elapsed() < BURIALS_KEPT);
+        buried.retain(|_, at| at.elapsed() < JUST_BACK);
         buried.insert(node, Instant::now());
     }
 
-    /// When that was, if it was lately.
+    /// When that was, if it was within [`JUST_BACK`].
     pub(crate) fn buried(&self, node: &NodeId) -> Option<Instant> {
-        self.buried.lock().unwrap_or_else(PoisonError::into_inner).get(node).copied()
+        let buried = self.buried.lock().unwrap_or_else(PoisonError::into_inner);
+        buried.get(node).copied().filter(|at| at.elapsed() < JUST_BACK)
     }
 
     /// All live connections.

@@ -567,7 +567,7 @@ impl State {
         if self.overlay.is_thin(self.known.len().max(1)) {
             self.topic.join([link.node]);
         }
-        if self.shared.links.buried(&link.node).is_some_and(|at| at.elapsed() < anti_entropy::ACCOMPANY) {
+        if self.shared.links.buried(&link.node).is_some() {
             self.serving.spawn(anti_entropy::accompany(Arc::clone(&self.shared), Arc::clone(link)));
         }
         self.tell_revocations(link);

@@ -49,6 +49,11 @@ impl Attested {
         &self.says
     }
 
+    /// Whether this node's key has signed it.
+    pub fn is_by(&self, node: NodeId) -> bool {
+        self.says.signer == node
+    }
+
     /// What it says, for programs.
     pub fn view(&self) -> Value {
         let Attestation { signer, manifest, name, licence, source, signed_ms, .. } = &self.says;
@@ -85,7 +90,7 @@ pub fn sign(
         return Err(StoreError::ContentChanged { path: model.path.clone() }.into());
     }
     let signer = key.node_id();
-    let before = attestations(&content)?.into_iter().find(|known| known.says.signer == signer);
+    let before = attestations(&content)?.into_iter().find(|known| known.is_by(signer));
     let entry = store.list()?.into_iter().find(|entry| entry.path == model.path);
     let source = entry.as_ref().and_then(|entry| match &entry.origin {
         Origin::Hub { repo, commit, file, .. } => {

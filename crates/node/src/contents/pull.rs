@@ -289,7 +289,7 @@ async fn have(
         Ok((content, known))
     })
     .await?;
-    if !known.iter().any(|attested| attested.says().signer == signer) {
+    if !known.iter().any(|attested| attested.is_by(signer)) {
         let Digest(digest) = content.digest();
         let shown = gather_signed(mesh, ModelDigest::from_bytes(digest), signer).await;
         let shown = shown.map_err(|others| {

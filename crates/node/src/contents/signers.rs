@@ -36,7 +36,7 @@ pub(super) async fn gather(mesh: &Arc<MeshNode>, model: ModelDigest, wanted: Opt
     holders.truncate(if wanted.is_some() { ASKED_MAX } else { AT_ONCE_MAX });
     let mut asking = JoinSet::new();
     let mut known: Vec<Attested> = Vec::new();
-    let is_wanted = |attested: &Attested| Some(attested.says().signer) == wanted;
+    let is_wanted = |attested: &Attested| wanted.is_some_and(|signer| attested.is_by(signer));
     loop {
         while asking.len() < AT_ONCE_MAX
             && let Some(holder) = holders.pop()
@@ -125,7 +125,7 @@ pub(super) async fn gather_signed(
     signer: NodeId,
 ) -> Result<Vec<Attested>, Vec<Attested>> {
     let signed = gather(mesh, model, Some(signer)).await;
-    match signed.iter().any(|attested| attested.says().signer == signer) {
+    match signed.iter().any(|attested| attested.is_by(signer)) {
         true => Ok(signed),
         false => Err(signed),
     }

@@ -22,7 +22,7 @@ use tokio::{runtime::Handle, time::sleep};
 use super::{
     AVOIDED, Opened, Ring, ask,
     carry::{self, Drain, FrameReader},
-    hear, socket_pair, stopped, until_loaded, wishes,
+    hear, socket_pair, until_loaded, while_wanted, wishes,
 };
 use crate::{
     Node,
@@ -272,12 +272,7 @@ struct Seat(Arc<Borrower>);
 
 impl RemoteStage for Seat {
     fn connect(&self, stop: &Stop) -> Result<UnixStream, String> {
-        self.0.runtime.block_on(async {
-            tokio::select! {
-                connected = self.0.connect() => connected,
-                () = stopped(stop) => Err("it is not wanted any more".to_owned()),
-            }
-        })
+        while_wanted(&self.0.runtime, stop, self.0.connect())
     }
 
     fn lost_because(&self) -> String {

@@ -434,11 +434,23 @@ fn socket_pair() -> Result<(UnixStream, tokio::net::UnixStream), std::io::Error>
     Ok((engines, tokio::net::UnixStream::from_std(ours)?))
 }
 
-/// Until an engine is stopped that looks for one of its stages.
-async fn stopped(stop: &Stop) {
-    while !stop.is_stopped() {
-        sleep(STOP_SEEN_EVERY).await;
-    }
+/// Connects an engine with one of its stages, or with whoever guesses for it, unless it is stopped meanwhile. Blocks.
+fn while_wanted<T>(
+    runtime: &Handle,
+    stop: &Stop,
+    connecting: impl Future<Output = Result<T, String>>,
+) -> Result<T, String> {
+    let stopped = async {
+        while !stop.is_stopped() {
+            sleep(STOP_SEEN_EVERY).await;
+        }
+    };
+    runtime.block_on(async {
+        tokio::select! {
+            connected = connecting => connected,
+            () = stopped => Err("it is not wanted any more".to_owned()),
+        }
+    })
 }
 
 /// The next frame of a host.
@@ -455,12 +467,7 @@ struct Stage {
 impl RemoteStage for Stage {
     fn connect(&self, stop: &Stop) -> Result<UnixStream, String> {
         // A host may load for minutes.
-        self.ring.runtime.block_on(async {
-            tokio::select! {
-                connected = self.ring.connect(self.index) => connected,
-                () = stopped(stop) => Err("it is not wanted any more".to_owned()),
-            }
-        })
+        while_wanted(&self.ring.runtime, stop, self.ring.connect(self.index))
     }
 
     fn lost_because(&self) -> String {

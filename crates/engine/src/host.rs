@@ -11,10 +11,9 @@ use std::{
     collections::{HashMap, VecDeque},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
-    thread,
 };
 
 use murmur_gguf::{Gguf, LayerRange};
@@ -22,11 +21,12 @@ use murmur_protocol::{
     frame::{FLAG_HOLD, Frame, Header, Kind},
     stage::{Loaded, Sessions, Step},
 };
+use tokio::runtime::Handle;
 
 use crate::{
     EngineError, EngineOptions, Stop,
     engine::stage_load,
-    link::{Link, Receiver},
+    link::{Frames, Link},
 };
 
 /// Sessions that one driver may have open at a stage.
@@ -81,7 +81,6 @@ pub struct Host {
     inner: Arc<Inner>,
     file: PathBuf,
     loaded: Loaded,
-    receiver: Option<thread::JoinHandle<()>>,
 }
 
 struct Inner {
@@ -247,7 +246,7 @@ impl Routes {
 
 impl Host {
     /// Cuts the range from the model's file if needed, starts the child and waits until it has loaded. Blocks. Of the
-    /// options, `ranges` does not count.
+    /// options, `ranges` does not count. What the child says is taken in `runtime`, whose tasks hand it on.
     ///
     /// # Errors
     /// As [`crate::Engine::load`].
@@ -255,6 +254,7 @@ impl Host {
         options: &EngineOptions,
         range: LayerRange,
         stop: &Stop,
+        runtime: &Handle,
         mut progress: impl FnMut(f32),
     ) -> Result<Host, EngineError> {
         options.check()?;
@@ -263,13 +263,15 @@ impl Host {
         let link = Arc::new(link);
         stop.adopt(&link);
         let loaded = receiver.loaded(&link, &mut progress)?;
+        let frames = {
+            let _entered = runtime.enter();
+            receiver
+                .into_frames()
+                .map_err(|error| EngineError::Io("an engine process could not be listened to", error))?
+        };
         let inner = Arc::new(Inner { link, routes: Mutex::default(), is_dead: AtomicBool::new(false) });
-        let shared = inner.clone();
-        let receiver = thread::Builder::new()
-            .name("stage-host".into())
-            .spawn(move || shared.receive(receiver))
-            .map_err(|e| EngineError::Io("a thread could not be started", e))?;
-        Ok(Host { inner, file: load.path, loaded, receiver: Some(receiver) })
+        runtime.spawn(receive(Arc::downgrade(&inner), frames));
+        Ok(Host { inner, file: load.path, loaded })
     }
 
     /// The file that the child has loaded.
@@ -320,23 +322,21 @@ impl Host {
     }
 }
 
-impl Inner {
-    fn receive(&self, mut receiver: Receiver) {
-        while let Some((frame, _)) = receiver.receive() {
-            self.routes().outward(frame);
-        }
-        let mut routes = self.routes();
-        self.is_dead.store(true, Ordering::Release);
-        routes.guests.clear();
+/// Hands on what the child says, until it is gone.
+async fn receive(inner: Weak<Inner>, mut frames: Frames) {
+    while let Some(frame) = frames.next().await {
+        let Some(inner) = inner.upgrade() else { return };
+        inner.routes().outward(frame);
     }
+    let Some(inner) = inner.upgrade() else { return };
+    let mut routes = inner.routes();
+    inner.is_dead.store(true, Ordering::Release);
+    routes.guests.clear();
 }
 
 impl Drop for Host {
     fn drop(&mut self) {
         self.inner.link.kill();
-        if let Some(receiver) = self.receiver.take() {
-            let _ = receiver.join();
-        }
     }
 }
 

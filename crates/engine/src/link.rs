@@ -14,11 +14,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::{Buf, BytesMut};
 use murmur_protocol::{
     frame::{Frame, FrameError, HEADER_BYTES, Header, Kind},
     stage::{Load, Loaded},
 };
-use rustix::net::SendFlags;
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::Errno,
+    net::SendFlags,
+};
+use tokio::{io::AsyncReadExt, time::timeout};
 use watch::Watch;
 
 use crate::Stop;
@@ -140,7 +146,7 @@ impl Sender {
         while backlog.bytes.is_empty() && !backlog.writing && !bytes.is_empty() {
             match rustix::net::send(&self.socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(n) => bytes = &bytes[n..],
-                Err(rustix::io::Errno::INTR) => {}
+                Err(Errno::INTR) => {}
                 Err(_) => break,
             }
         }
@@ -163,10 +169,23 @@ impl Sender {
             let bytes: Vec<u8> = std::mem::take(&mut backlog.bytes).into();
             backlog.writing = true;
             drop(backlog);
-            let failed = io::Write::write_all(&mut &self.socket, &bytes).is_err();
+            let failed = self.write_all(&bytes).is_err();
             backlog = self.lock();
             backlog.closed |= failed;
         }
+    }
+
+    /// Blocks, whether the socket does or not.
+    fn write_all(&self, mut bytes: &[u8]) -> Result<(), Errno> {
+        while !bytes.is_empty() {
+            match rustix::net::send(&self.socket, bytes, SendFlags::NOSIGNAL) {
+                Ok(n) => bytes = &bytes[n..],
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => drop(poll(&mut [PollFd::new(&self.socket, PollFlags::OUT)], None)),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     fn close(&self) {
@@ -232,6 +251,44 @@ impl Receiver {
                     }
                 }
                 _ => {}
+            }
+        }
+    }
+}
+
+/// Frames of a child, for who waits in a runtime.
+pub struct Frames {
+    socket: tokio::net::UnixStream,
+    bytes: BytesMut,
+    watch: Arc<Mutex<Watch>>,
+}
+
+impl Receiver {
+    /// Goes on in the runtime that the caller is in. Only for a child of ours.
+    pub fn into_frames(self) -> io::Result<Frames> {
+        let bytes = BytesMut::from(self.0.buffer());
+        let Watched { socket, watch } = self.0.into_inner();
+        let watch = watch.ok_or(io::ErrorKind::Unsupported)?;
+        socket.set_nonblocking(true)?;
+        Ok(Frames { socket: tokio::net::UnixStream::from_std(socket)?, bytes, watch })
+    }
+}
+
+impl Frames {
+    /// The next frame; `None` when the child is gone, or hangs. Nothing is lost if it is dropped before it is done.
+    pub async fn next(&mut self) -> Option<Frame> {
+        loop {
+            if let Some((frame, length)) = Frame::parse(&self.bytes).ok()? {
+                self.bytes.advance(length);
+                lock(&self.watch).received(&frame.header, Instant::now());
+                return Some(frame);
+            }
+            self.bytes.reserve(RECEIVE_BYTES);
+            let tick = lock(&self.watch).tick_every();
+            match timeout(tick, self.socket.read_buf(&mut self.bytes)).await {
+                Ok(Ok(1..)) => {}
+                Err(_) if !lock(&self.watch).tick() => {}
+                Ok(_) | Err(_) => return None,
             }
         }
     }

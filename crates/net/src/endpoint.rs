@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use iroh::address_lookup::AddrFilter;
 use iroh::address_lookup::memory::MemoryLookup;
-use iroh::endpoint::{Builder, EndpointHooks, PortmapperConfig, QuicTransportConfig, VarInt, presets};
+use iroh::endpoint::{
+    AckFrequencyConfig, Builder, EndpointHooks, PortmapperConfig, QuicTransportConfig, VarInt, presets,
+};
 use iroh::{Endpoint, EndpointAddr, RelayMode, RelayUrl, SecretKey};
 use iroh_mainline_address_lookup::DhtAddressLookup;
 use murmur_protocol::mesh::{Addresses, NodeKey};
@@ -38,6 +40,14 @@ pub const WORK_IDLE_TIMEOUT_MS: u64 = 4_000;
 
 /// How often a silent connection is kept alive: three tries within [`IDLE_TIMEOUT_MS`].
 pub const KEEP_ALIVE_EVERY_MS: u64 = 3_000;
+
+/// So many packets may come before it is said at once that they did: two rows of hidden states and more. QUIC says it after every other
+/// one unless it is asked not to, and whoever waits for a row then waits for that, too.
+const ACK_AFTER_PACKETS: u32 = 16;
+
+/// What came is acknowledged after this at the latest. It is added to the time after which what is lost at the end of a row is sent again,
+/// so it is shorter than QUIC's 25 ms.
+const ACK_DELAY_MAX: Duration = Duration::from_millis(5);
 
 /// Streams that a peer may have open on one connection before its greeting is accepted, and on control connections.
 pub const CONTROL_STREAMS_MAX: u32 = 16;
@@ -183,15 +193,18 @@ pub(crate) fn relays(relays: &Relays) -> Result<Builder, NetError> {
     }
 }
 
-/// iroh's defaults are the fastest that were measured; only what bounds a peer, and how soon a dead one is noticed,
-/// differs. Of the idle timeouts of both ends the shorter one counts.
+/// iroh's defaults are the fastest that were measured; only what bounds a peer, how soon a dead one is noticed, and how often it is said
+/// what came, differ. Of the idle timeouts of both ends the shorter one counts.
 pub(crate) fn transport(idle_timeout_ms: u64) -> Result<QuicTransportConfig, NetError> {
     let idle = Duration::from_millis(idle_timeout_ms);
     let keep_alive = Duration::from_millis(KEEP_ALIVE_EVERY_MS);
     let idle_timeout = idle
         .try_into()
         .map_err(|_| NetError::Option { what: "idle timeout", reason: "it is too long for QUIC".into() })?;
+    let mut acks = AckFrequencyConfig::default();
+    acks.ack_eliciting_threshold(VarInt::from_u32(ACK_AFTER_PACKETS)).max_ack_delay(Some(ACK_DELAY_MAX));
     Ok(QuicTransportConfig::builder()
+        .ack_frequency_config(Some(acks))
         .max_idle_timeout(Some(idle_timeout))
         .keep_alive_interval(keep_alive)
         .default_path_keep_alive_interval(keep_alive)

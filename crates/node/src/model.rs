@@ -19,7 +19,7 @@ use murmur_gguf::{Facts, Gguf, LayerRange};
 use murmur_protocol::codec::Codec;
 use murmur_sampling::Vocabulary;
 use murmur_store::{Hold, Store};
-use tokio::sync::watch;
+use tokio::{runtime::Handle, sync::watch};
 
 pub(crate) use memory::{Room, layer_facts};
 
@@ -605,7 +605,7 @@ impl Model {
         Some(stop)
     }
 
-    /// Loads layers of it for rings. Blocks.
+    /// Loads layers of it for rings. Blocks, in a runtime.
     pub(crate) fn load_stage(&self, terms: Terms, options: &NodeOptions) -> Result<Host, NodeError> {
         let Terms { range, context_tokens, parallel, exact } = terms;
         if let Some(supply) = self.supply.get() {
@@ -618,7 +618,7 @@ impl Model {
             patience,
             ..self.engine_options(options, vec![range], context_tokens, parallel)
         };
-        let host = Host::load(&engine_options, range, &self.holding_stop, |_| {});
+        let host = Host::load(&engine_options, range, &self.holding_stop, &Handle::current(), |_| {});
         self.mark_used(options);
         host.map_err(|source| NodeError::Engine { model: self.spec.id.clone(), source })
     }

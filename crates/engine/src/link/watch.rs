@@ -63,6 +63,11 @@ impl Watch {
         (floor / TICKS_PER_FLOOR).max(Duration::from_millis(1))
     }
 
+    /// The same of this one.
+    pub(super) fn tick_every(&self) -> Duration {
+        Self::tick_interval(self.floor)
+    }
+
     /// A frame is on its way to the child.
     pub(super) fn sent(&mut self, header: &Header, now: Instant) {
         match header.kind {
@@ -117,7 +122,7 @@ impl Watch {
             self.silent = Duration::ZERO;
             return false;
         }
-        self.silent += Self::tick_interval(self.floor);
+        self.silent += self.tick_every();
         if self.silent > self.patience() {
             self.hung = Some(self.silent);
         }

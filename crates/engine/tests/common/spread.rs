@@ -5,7 +5,7 @@ use std::{
     os::unix::net::UnixStream,
     path::Path,
     sync::{
-        Arc, Mutex, Weak,
+        Arc, LazyLock, Mutex, Weak,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
@@ -16,8 +16,12 @@ use std::{
 use murmur_engine::{Draft, Engine, EngineOptions, Guest, Host, PeerDraft, RemoteStage, Stop};
 use murmur_gguf::{LayerRange, even_cuts};
 use murmur_protocol::frame::{Frame, Header, Kind};
+use tokio::runtime::Runtime;
 
 use super::{Lab, until};
+
+/// In which what children of hosts say is taken.
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().unwrap());
 
 /// Who holds a range: a host in this process, another one once it is dead.
 pub struct Holder {
@@ -34,7 +38,7 @@ pub struct Holder {
 impl Holder {
     fn new(lab: &Lab, model: &Path, range: LayerRange) -> Arc<Holder> {
         let options = lab.options(model, vec![range], true);
-        let load = Box::new(move || Host::load(&options, range, &Stop::new(), |_| {}).unwrap());
+        let load = Box::new(move || Host::load(&options, range, &Stop::new(), RUNTIME.handle(), |_| {}).unwrap());
         Arc::new(Holder {
             load,
             host: Mutex::default(),

@@ -13,6 +13,9 @@ use crate::mesh::MeshNode;
 pub(super) const SILENCE_MAX: Duration = Duration::from_millis(500);
 /// It has so long for it, where one has to do without it if it gives none.
 pub(super) const PATIENCE: Duration = Duration::from_millis(500);
+/// A host for which another one stands by has so long, and so many round trips: less is lost if it is given up by mistake.
+const PATIENCE_WITH_STANDBY: Duration = Duration::from_millis(40);
+const ROUND_TRIPS_WITH_STANDBY: u32 = 2;
 
 /// How long a node may be silent that was asked for a sign of life: `least`, and longer where the way to it is.
 pub(super) fn patience(mesh: &MeshNode, node: NodeId, least: Duration) -> Duration {
@@ -21,6 +24,16 @@ pub(super) fn patience(mesh: &MeshNode, node: NodeId, least: Duration) -> Durati
 
 /// Asks a node for a sign of life. False: it gives none for longer than it should be silent.
 pub(super) async fn is_there(mesh: &MeshNode, node: NodeId, least: Duration) -> bool {
+    is_there_within(mesh, node, || patience(mesh, node, least)).await
+}
+
+/// The same of a host for which another one stands by.
+pub(super) async fn is_there_with_standby(mesh: &MeshNode, node: NodeId) -> bool {
+    let patience = || ROUND_TRIPS_WITH_STANDBY * mesh.mesh().round_trip(node).unwrap_or_default();
+    is_there_within(mesh, node, || patience().max(PATIENCE_WITH_STANDBY)).await
+}
+
+async fn is_there_within(mesh: &MeshNode, node: NodeId, patience: impl Fn() -> Duration) -> bool {
     if node == mesh.mesh().node_id() {
         return true;
     }
@@ -28,7 +41,7 @@ pub(super) async fn is_there(mesh: &MeshNode, node: NodeId, least: Duration) -> 
     tokio::pin!(ping);
     loop {
         // While a link fills up, round trips become longer.
-        let left = patience(mesh, node, least).saturating_sub(asked.elapsed());
+        let left = patience().saturating_sub(asked.elapsed());
         match timeout(left, &mut ping).await {
             Ok(answer) => return answer.is_ok(),
             Err(_) if left.is_zero() => return false,

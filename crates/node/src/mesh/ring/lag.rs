@@ -10,7 +10,7 @@ use std::{
 use murmur_protocol::frame::Header;
 
 /// Who lags behind by less than this, or than is usual, is not asked whether it is there.
-const DOUBT_MIN: Duration = Duration::from_millis(25);
+const DOUBT_MIN: Duration = Duration::from_millis(10);
 /// Nobody who is there is suspected of less.
 pub(super) const LAG_MIN: Duration = Duration::from_millis(100);
 /// Nor of less than so many times what is usual.

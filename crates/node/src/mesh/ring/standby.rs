@@ -44,8 +44,6 @@ use crate::{
 
 /// How often it is looked whether there is a node to stand by.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// A host for which somebody stands by has so long for a sign of life: less is lost if it is given up by mistake.
-const PATIENCE_WITH_STANDBY: Duration = Duration::from_millis(50);
 /// A node that refused, or stood by and was given up, is asked again after this.
 const AGAIN: Duration = Duration::from_secs(10);
 /// What waits to be written to one that stands by, bytes. With more it has fallen behind.
@@ -173,7 +171,7 @@ impl Ring {
             if !self.owes(index, |it| it.doubtful) {
                 continue;
             }
-            let answer = alive::is_there(&mesh, host, PATIENCE_WITH_STANDBY);
+            let answer = alive::is_there_with_standby(&mesh, host);
             // It is not given up later for having been asked.
             let is_there = timeout_at(too_late.into(), answer).await.unwrap_or(true);
             if is_there {

@@ -4,6 +4,7 @@
 
 use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use iroh::address_lookup::AddrFilter;
@@ -16,6 +17,7 @@ use iroh_mainline_address_lookup::DhtAddressLookup;
 use murmur_protocol::mesh::{Addresses, NodeKey};
 use n0_mainline::DhtBuilder;
 
+use crate::congestion::Bursts;
 use crate::contact::Contact;
 use crate::{NetError, data_dir, own_relays};
 
@@ -193,8 +195,8 @@ pub(crate) fn relays(relays: &Relays) -> Result<Builder, NetError> {
     }
 }
 
-/// iroh's defaults are the fastest that were measured; only what bounds a peer, how soon a dead one is noticed, and how often it is said
-/// what came, differ. Of the idle timeouts of both ends the shorter one counts.
+/// iroh's defaults are the fastest that were measured; only what bounds a peer, how soon a dead one is noticed, how often it is said what
+/// came, and what leaves at once ([`crate::congestion`]) differ. Of the idle timeouts of both ends the shorter one counts.
 pub(crate) fn transport(idle_timeout_ms: u64) -> Result<QuicTransportConfig, NetError> {
     let idle = Duration::from_millis(idle_timeout_ms);
     let keep_alive = Duration::from_millis(KEEP_ALIVE_EVERY_MS);
@@ -210,6 +212,7 @@ pub(crate) fn transport(idle_timeout_ms: u64) -> Result<QuicTransportConfig, Net
         .default_path_keep_alive_interval(keep_alive)
         .default_path_max_idle_timeout(idle)
         .max_concurrent_bidi_streams(VarInt::from_u32(CONTROL_STREAMS_MAX))
+        .congestion_controller_factory(Arc::new(Bursts::default()))
         .build())
 }
 

@@ -24,6 +24,7 @@ pub mod admission;
 pub mod anti_entropy;
 mod beacon;
 mod clock;
+mod congestion;
 pub mod contact;
 pub mod credentials;
 mod data_dir;

@@ -6,6 +6,7 @@ import http.client
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import tempfile
 
@@ -24,6 +25,16 @@ class Host:
     def connection(self, port, timeout):
         """An HTTP connection from this host to itself."""
         return _Connection(self.namespace, port, timeout)
+
+    def listening(self):
+        """A socket that other hosts connect to."""
+        with _inside(self.namespace):
+            return socket.create_server((self.address, 0))
+
+    def connected(self, address):
+        """A socket from this host to such a one."""
+        with _inside(self.namespace):
+            return socket.create_connection(address)
 
 
 class Here:

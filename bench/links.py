@@ -5,7 +5,8 @@ The machines are hosts of the lab: network namespaces on this machine with emula
 has one thread.
 
 *tokens*: a model over two machines, at several round trips: the time of a token, through Murmur, through `llama-server`
-with half of the layers on an `ggml-rpc-server`, and on one machine alone. What must be paid is one way round the ring.
+with half of the layers on an `ggml-rpc-server`, and on one machine alone. What must be paid is one way round the ring: as long as a row
+there and a token back take between two bare TCP sockets on the same links, after pauses as long as stages compute.
 
 *streams*: eight streams together against one, at 20 ms. One stream leaves the stages idle while its rows travel; eight
 could use them up to eight times as well, but no better than the slowest stage allows.
@@ -71,7 +72,9 @@ import os
 import pathlib
 import random
 import statistics
+import threading
 import time
+from socket import IPPROTO_TCP, TCP_NODELAY
 
 import lab
 import servers
@@ -83,6 +86,8 @@ SHAPE = "bench-1b"
 CONTEXT = 4608
 ROUND_TRIPS_MS = (0, 5, 20, 50)
 FAR_MS = 20
+# What goes around for a token: a row with its header, and what was sampled. How often that is timed without a ring.
+ROW_BYTES, TOKEN_BYTES, BARE_TRIPS = 2048 * 4 + 36, 64, 60
 STREAMS = 8
 PROMPT_TOKENS, PREFILL_STAGES = 4096, 4
 CHUNK_TOKENS = 256
@@ -149,6 +154,37 @@ def token_ms(server):
     return 1000 / decode_rate(server)
 
 
+def bare_trip_ms(here, there, pause_s):
+    """What a row takes there, and a token back, with nothing around them: two sockets, and `pause_s` between any two, in which everything goes
+    to sleep as it does while stages compute."""
+
+    def answer():
+        with listening.accept()[0] as socket:
+            socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+            for _ in range(BARE_TRIPS):
+                read(socket, ROW_BYTES)
+                socket.sendall(bytes(TOKEN_BYTES))
+
+    def read(socket, count):
+        while count > 0 and (some := socket.recv(count)):
+            count -= len(some)
+
+    times = []
+    with there.listening() as listening:
+        answering = threading.Thread(target=answer)
+        answering.start()
+        with here.connected(listening.getsockname()) as socket:
+            socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+            for _ in range(BARE_TRIPS):
+                time.sleep(pause_s)
+                begun = time.perf_counter()
+                socket.sendall(bytes(ROW_BYTES))
+                read(socket, TOKEN_BYTES)
+                times.append(time.perf_counter() - begun)
+        answering.join()
+    return 1000 * statistics.median(times)
+
+
 def tokens(options, model, table):
     shape = {"threads": 1, "context": CONTEXT, "parallel": 1}
     layers = layers_of(options, model)
@@ -168,8 +204,10 @@ def tokens(options, model, table):
                 pair = in_turns(options.rounds, lambda: token_ms(ring), lambda: token_ms(rpc))
                 table.pairs(f"token at {round_trip_ms} ms, ring of 2 / llama.cpp RPC", "ms", *pair, lower_is_better=True)
                 spread, alone = in_turns(options.rounds, lambda: token_and_compute_ms(ring), lambda: token_and_compute_ms(whole))
-                rest_ms = statistics.median(token - compute for token, compute in spread) - round_trip_ms
-                table.limit(f"token at {round_trip_ms} ms less computing and the round trip", "ms", rest_ms, 1)
+                compute_ms = statistics.median(compute for _, compute in spread)
+                bare_ms = bare_trip_ms(here, there, compute_ms / 1000)
+                rest_ms = statistics.median(token - compute for token, compute in spread) - bare_ms
+                table.limit(f"token at {round_trip_ms} ms less computing and a bare trip of {bare_ms:.1f} ms", "ms", rest_ms, 1)
                 token, compute = (statistics.median(both[at] - one[at] for both, one in zip(spread, alone, strict=True)) for at in (0, 1))
                 print(f"  a token takes {token:.1f} ms longer than on one machine, of which stages compute {compute:.1f} ms longer", flush=True)
 

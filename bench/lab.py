@@ -26,15 +26,12 @@ class Host:
         """An HTTP connection from this host to itself."""
         return _Connection(self.namespace, port, timeout)
 
-    def listening(self):
-        """A socket that other hosts connect to."""
+    def datagrams(self):
+        """A UDP socket of this host."""
         with _inside(self.namespace):
-            return socket.create_server((self.address, 0))
-
-    def connected(self, address):
-        """A socket from this host to such a one."""
-        with _inside(self.namespace):
-            return socket.create_connection(address)
+            made = socket.socket(type=socket.SOCK_DGRAM)
+        made.bind((self.address, 0))
+        return made
 
 
 class Here:

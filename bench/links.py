@@ -6,7 +6,7 @@ has one thread.
 
 *tokens*: a model over two machines, at several round trips: the time of a token, through Murmur, through `llama-server`
 with half of the layers on an `ggml-rpc-server`, and on one machine alone. What must be paid is one way round the ring: as long as a row
-there and a token back take between two bare TCP sockets on the same links, after pauses as long as stages compute.
+there and a token back take between two UDP sockets on the same links, after pauses as long as stages compute.
 
 *streams*: eight streams together against one, at 20 ms. One stream leaves the stages idle while its rows travel; eight
 could use them up to eight times as well, but no better than the slowest stage allows.
@@ -74,7 +74,6 @@ import random
 import statistics
 import threading
 import time
-from socket import IPPROTO_TCP, TCP_NODELAY
 
 import lab
 import servers
@@ -87,7 +86,7 @@ CONTEXT = 4608
 ROUND_TRIPS_MS = (0, 5, 20, 50)
 FAR_MS = 20
 # What goes around for a token: a row with its header, and what was sampled. How often that is timed without a ring.
-ROW_BYTES, TOKEN_BYTES, BARE_TRIPS = 2048 * 4 + 36, 64, 60
+ROW_BYTES, TOKEN_BYTES, DATAGRAM_BYTES, BARE_TRIPS, BARE_LIMIT_S = 2048 * 4 + 36, 64, 1400, 60, 10
 STREAMS = 8
 PROMPT_TOKENS, PREFILL_STAGES = 4096, 4
 CHUNK_TOKENS = 256
@@ -155,32 +154,30 @@ def token_ms(server):
 
 
 def bare_trip_ms(here, there, pause_s):
-    """What a row takes there, and a token back, with nothing around them: two sockets, and `pause_s` between any two, in which everything goes
-    to sleep as it does while stages compute."""
+    """What a row takes there, and a token back, with nothing around them: the datagrams that QUIC would need, and `pause_s` between any two trips,
+    in which everything goes to sleep as it does while stages compute."""
+    row = [bytes(min(DATAGRAM_BYTES, ROW_BYTES - at)) for at in range(0, ROW_BYTES, DATAGRAM_BYTES)]
 
     def answer():
-        with listening.accept()[0] as socket:
-            socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
-            for _ in range(BARE_TRIPS):
-                read(socket, ROW_BYTES)
-                socket.sendall(bytes(TOKEN_BYTES))
-
-    def read(socket, count):
-        while count > 0 and (some := socket.recv(count)):
-            count -= len(some)
+        for _ in range(BARE_TRIPS):
+            for _ in row:
+                _, asked_by = far.recvfrom(DATAGRAM_BYTES)
+            far.sendto(bytes(TOKEN_BYTES), asked_by)
 
     times = []
-    with there.listening() as listening:
+    with here.datagrams() as near, there.datagrams() as far:
+        near.connect(far.getsockname())
+        for socket in (near, far):
+            socket.settimeout(BARE_LIMIT_S)
         answering = threading.Thread(target=answer)
         answering.start()
-        with here.connected(listening.getsockname()) as socket:
-            socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
-            for _ in range(BARE_TRIPS):
-                time.sleep(pause_s)
-                begun = time.perf_counter()
-                socket.sendall(bytes(ROW_BYTES))
-                read(socket, TOKEN_BYTES)
-                times.append(time.perf_counter() - begun)
+        for _ in range(BARE_TRIPS):
+            time.sleep(pause_s)
+            begun = time.perf_counter()
+            for datagram in row:
+                near.send(datagram)
+            near.recv(TOKEN_BYTES)
+            times.append(time.perf_counter() - begun)
         answering.join()
     return 1000 * statistics.median(times)
 

@@ -254,14 +254,16 @@ def engine_alone(options, table):
 
 
 def bench_models(options):
-    """Models with random weights of two usual shapes, made once by the binary."""
+    """Models with random weights of two usual shapes, made once by the binary. `SHAPE:LAYERS`: with another number of layers."""
     options.models.mkdir(parents=True, exist_ok=True)
     for shape in options.shapes:
-        path = options.models / f"{shape}.gguf"
+        path = options.models / f"{shape.replace(':', '-')}.gguf"
         if not path.exists():
             print(f"making {path} ...", flush=True)
             partial = path.with_suffix(".partial")
-            subprocess.run([options.murmur, "models", "synth", shape, partial], check=True)
+            shape, _, layers = shape.partition(":")
+            more = ("--layers", layers) if layers else ()
+            subprocess.run([options.murmur, "models", "synth", shape, partial, *more], check=True)
             partial.rename(path)
         yield path
 

@@ -5,11 +5,14 @@
 
 *three*: a file from three machines with 100 Mbit/s each, against what the three links carry together.
 
-*swarm*: machines that fetch a file at the same time from one that sends 50 Mbit/s, and hand on to each other what they have, at the same rate each.
-Against the time in which the file leaves its source once, which is the least that it can take, and against one download after the other.
+*swarm*: machines that fetch a file at the same time from one, and hand on to each other what they have. Meant are 1 GB and 50 Mbit/s of each machine, 200 to it; since
+one computer carries all of it, file and links are smaller by the same factor, so that the times are those of the large ones. Against the time in which the file leaves
+its source once, which is the least that it can take, and against one download after the other, each as long as the source's link needs for it. How busy the
+processors were is printed, how many times the source, and all together, have sent the file, and how much of it came twice.
 
 *cold*: a ring of four machines of which one has the file and the others have nothing: from the start of the others until the model is ready on the
 first, against the time that the longest part alone takes on the link, and against that of all parts out of the one source, which is the least that it can be.
+Then all are killed and started again, with what they have.
 
 `./x bench fetch` builds everything and runs this.
 """
@@ -32,7 +35,9 @@ PARTS = ("one", "three", "swarm", "cold")
 SHAPE = "bench-0.5b"
 ONE_MBIT_S, ROUND_TRIPS_MS = 400, (0, 20)
 THREE_MBIT_S, SOURCES = 100, 3
-SWARM_MBIT_S, SWARM_MS = 50, 20
+SWARM_BYTES, SWARM_UP_MBIT_S, SWARM_DOWN_MBIT_S, SWARM_MS = 1e9, 50, 200, 20
+# Some 125 MB of which hardly anything is metadata: links of an eighth.
+SWARM_SHAPE = "bench-wide:40"
 RING, RING_MBIT_S, RING_MS = 4, 100, 20
 NAME = "wanted"
 # Reads a file over HTTP and says how long it took.
@@ -87,18 +92,24 @@ def taking(options, host, ticket, known):
 
 def pull_s(node):
     """Seconds until the whole file is there."""
+    return pulled(node)[0]
+
+
+def pulled(node):
+    """Seconds until the whole file is there, and bytes of it that had come twice when it was asked last."""
     connection = node.host.connection(node.port, servers.REQUEST_LIMIT_S)
     begun = time.perf_counter()
     connection.request("POST", "/api/models/pull", json.dumps({"model": NAME}), {"Content-Type": "application/json"})
-    last = {}
+    last, doubled = {}, 0
     for line in connection.getresponse():
         if line.startswith(b"data: "):
             last = json.loads(line[6:])
+            doubled = ((last.get("fetch") or {}).get("doubled_bytes")) or doubled
     took = time.perf_counter() - begun
     connection.close()
     if last.get("state") != "done":
         raise SystemExit(f"a pull ended with {last}")
-    return took
+    return took, doubled
 
 
 def one(options, model, table):
@@ -154,29 +165,51 @@ def three(options, model, table):
             table.pairs(what, "s", took, ideal, bar=0.9, lower_is_better=True)
 
 
-def swarm(options, model, table):
+def swarm(options, _, table):
+    model = next(synthetic(options, [SWARM_SHAPE]))
     size, count = model.stat().st_size, options.takers
+    factor = size / SWARM_BYTES
+    up_mbit_s = SWARM_UP_MBIT_S * factor
     with lab.Lab(options.lab, count + 1) as (network, (source, *hosts)):
         network.links(SWARM_MS)
         with sources(options, model, [source]) as ticket, contextlib.ExitStack() as stack:
             nodes = [stack.enter_context(taking(options, host, ticket, 1)) for host in hosts]
-            network.links(SWARM_MS, SWARM_MBIT_S)
+            network.links(SWARM_MS, up_mbit_s, SWARM_DOWN_MBIT_S * factor)
+            before, ticks = [host.sent_bytes() for host in (source, *hosts)], processor_ticks()
             begun = time.perf_counter()
-            done = at_end(nodes)
+            done, doubled = zip(*at_end(nodes), strict=True)
             took = time.perf_counter() - begun
-        least = transfer_s(size, SWARM_MBIT_S)
-        print(f"{count} nodes fetch {size >> 20} MiB from one: first done after {min(done):.1f} s, median {statistics.median(done):.1f} s, last {took:.1f} s")
-        what = f"{count} nodes from one at {SWARM_MBIT_S} Mbit/s, murmur / "
+            busy = busy_share(ticks, processor_ticks())
+            sent = [host.sent_bytes() - bytes_before for host, bytes_before in zip((source, *hosts), before, strict=True)]
+        least = transfer_s(size, up_mbit_s)
+        print(
+            f"{count} nodes fetch {size / 1e6:.0f} MB from one at {up_mbit_s:.2f} Mbit/s: first done after {min(done):.1f} s, median "
+            f"{statistics.median(done):.1f} s, last {max(done):.1f} s; the source has sent {sent[0] / size:.2f} files, all together "
+            f"{sum(sent) / size:.2f}, in whole packets; {sum(doubled) / size / count:.1%} came twice; processors {busy:.0%} busy",
+            flush=True,
+        )
+        what = f"{count} nodes from one, {up_mbit_s:.2f} Mbit/s each, murmur / "
         table.pairs(what + "once out of the source", "s", [took], [least], lower_is_better=True)
         table.pairs(what + "one after the other", "s", [took], [least * count], lower_is_better=True)
 
 
+def processor_ticks():
+    """Ticks of all processors since the machine started: idle ones, and all."""
+    ticks = [*map(int, pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])]
+    return ticks[3] + ticks[4], sum(ticks)
+
+
+def busy_share(before, after):
+    (idle_before, all_before), (idle, ticks) = before, after
+    return 1 - (idle - idle_before) / (ticks - all_before)
+
+
 def at_end(nodes):
-    """When each has the whole file, in seconds, where all begin together."""
+    """What each says of its pull, where all begin together."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(len(nodes)) as pool:
-        return list(pool.map(pull_s, nodes))
+        return list(pool.map(pulled, nodes))
 
 
 def cold(options, model, table):
@@ -186,6 +219,7 @@ def cold(options, model, table):
         part = spread_over(layers, RING)
 
         def ready_s():
+            """Seconds until the ring is ready, bytes that each of the others has then, and seconds until it is ready when all have been killed and start again."""
             network.links(RING_MS, RING_MBIT_S)
             with contextlib.ExitStack() as stack:
                 first = serving(options, hosts[0], (model, "--alias", NAME, *part), ("--mesh", "bench"))
@@ -201,14 +235,21 @@ def cold(options, model, table):
                 first.wait(lambda: first.answers("/health"))
                 took = time.perf_counter() - begun
                 held = [file["held_bytes"] for node in others for file in node.ask("GET", "/api/models")["models"]]
-                return took, held
+                for node in (first, *others):
+                    node.kill()
+                begun = time.perf_counter()
+                for node in (first, *others):
+                    node.launch()
+                first.wait(lambda: first.answers("/health"))
+                return took, held, time.perf_counter() - begun
 
         results = [ready_s() for _ in range(max(2, options.rounds // 2))]
-        took = [seconds for seconds, _ in results]
+        took = [seconds for seconds, *_ in results]
         what = f"cold ring of {RING} at {RING_MBIT_S} Mbit/s and {RING_MS} ms, ready / "
         for name, of in (("largest part over the link", max), ("all parts out of the source", sum)):
-            ideal = [transfer_s(of(held), RING_MBIT_S) for _, held in results]
+            ideal = [transfer_s(of(held), RING_MBIT_S) for _, held, _ in results]
             table.pairs(f"{what}{name} ({of(results[0][1]) >> 20} MiB)", "s", took, ideal, lower_is_better=True)
+        table.pairs("the same ring, all started again with what they have / cold", "s", [warm for *_, warm in results], took, lower_is_better=True)
 
 
 def arguments():

@@ -33,6 +33,13 @@ class Host:
         made.bind((self.address, 0))
         return made
 
+    def sent_bytes(self):
+        """What it has sent to others so far, in whole IP packets."""
+        words = [*map(str, (*self.entry, "cat", "/proc/net/dev"))]
+        interfaces = [line.split(":") for line in subprocess.check_output(words, text=True).splitlines() if ":" in line]
+        # Eight columns of what was received come first.
+        return sum(int(columns.split()[8]) for name, columns in interfaces if name.strip() != "lo")
+
 
 class Here:
     """This machine, outside of any lab."""
@@ -106,11 +113,15 @@ class Lab:
         self.process.communicate()
         self.folder.cleanup()
 
-    def links(self, round_trip_ms, rate_mbit_s=None):
-        """From now on, between any two hosts."""
-        rate = f", rate_mbit_s = {rate_mbit_s:.1f}" if rate_mbit_s else ""
+    def links(self, round_trip_ms, rate_mbit_s=None, down_mbit_s=None):
+        """From now on, between any two hosts. `rate_mbit_s`: what each sends at most, `down_mbit_s`: what each receives."""
+        rate = lambda mbit_s: [f"rate_mbit_s = {mbit_s:.3f}"] if mbit_s else []
         for host in self.hosts:
-            print(f"up {host.name} {{ delay_ms = {round_trip_ms / 2:.3f}{rate} }}", file=self.process.stdin, flush=True)
-            answer = self.process.stdout.readline().strip()
-            if answer != "done":
-                raise SystemExit(f"the lab did not change a link: {answer}")
+            self._change("up", host, [f"delay_ms = {round_trip_ms / 2:.3f}", *rate(rate_mbit_s)])
+            self._change("down", host, rate(down_mbit_s))
+
+    def _change(self, direction, host, link):
+        print(f"{direction} {host.name} {{ {', '.join(link)} }}", file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline().strip()
+        if answer != "done":
+            raise SystemExit(f"the lab did not change a link: {answer}")

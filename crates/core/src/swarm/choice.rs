@@ -43,12 +43,22 @@ impl Swarm {
             if !free.is_empty() {
                 return Some((Purpose::Fetch, self.pick(id, source, &free, now)));
             }
+            // What is asked of two comes twice in part. Where many fetch from each other, which is when a source often has nothing new, that takes from all.
+            if self.is_free(among) {
+                continue;
+            }
             let late = self.late(id, source, among, now);
             if !late.is_empty() {
                 return Some((Purpose::Rescue, late));
             }
         }
         None
+    }
+
+    /// Whether somebody has groups of these of which nobody is asked for.
+    fn is_free(&self, among: &GroupSet) -> bool {
+        let free = self.unassigned.intersection(among);
+        free.ranges().iter().any(|range| self.holders.steps(range).any(|(holders, _)| holders > 0))
     }
 
     /// What nobody is asked for and the source has. Of a hub, only what no peer has, unless the rest saves time.

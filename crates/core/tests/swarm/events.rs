@@ -383,6 +383,20 @@ fn urgent_groups_of_a_drip_are_asked_of_who_is_fast() {
 }
 
 #[test]
+fn nothing_is_asked_of_two_as_long_as_there_is_something_that_nobody_is_asked_for() {
+    let mut bench = Bench::wanting(1_000);
+    bench.source(1, 0..1_000);
+    let owed = bench.owed_by(1);
+    // A fast one comes that has what the slow one owes already, and nothing else.
+    bench.tell(Event::Source { id: SourceId(2), kind: SourceKind::Peer, has: owed, rtt_ms: 1 });
+    for _ in 0..20 {
+        bench.now = bench.now.plus_ms(100);
+        bench.deliver(1, 1);
+        assert_eq!(bench.owed_by(2), GroupSet::default());
+    }
+}
+
+#[test]
 fn at_the_end_the_last_part_of_what_a_slow_source_owes_is_asked_of_a_fast_one() {
     let mut bench = Bench::wanting(200);
     bench.source(1, 0..200);

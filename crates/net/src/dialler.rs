@@ -17,7 +17,10 @@ use tokio::task::{self, JoinSet};
 use tokio::time::timeout;
 
 use crate::contact::{Contact, endpoint_id};
-use crate::endpoint::{IDLE_TIMEOUT_MS, MESH_ALPN, WORK_ALPN, WORK_IDLE_TIMEOUT_MS, causes, transport};
+use crate::endpoint::{
+    CONTROL_WINDOW_BYTES, IDLE_TIMEOUT_MS, MESH_ALPN, WORK_ALPN, WORK_IDLE_TIMEOUT_MS, WORK_WINDOW_BYTES, causes,
+    transport,
+};
 use crate::identity::Greeted;
 use crate::shared::Shared;
 use crate::{NetError, hello};
@@ -234,11 +237,11 @@ fn target<'a>(node: NodeId, known: impl Iterator<Item = &'a Addresses>) -> Resul
 }
 
 async fn dial(shared: &Shared, node: NodeId, target: EndpointAddr, purpose: Purpose) -> Dialled {
-    let (alpn, idle_timeout_ms) = match purpose {
-        Purpose::Control => (MESH_ALPN, IDLE_TIMEOUT_MS),
-        Purpose::Work => (WORK_ALPN, WORK_IDLE_TIMEOUT_MS),
+    let (alpn, transport) = match purpose {
+        Purpose::Control => (MESH_ALPN, transport(IDLE_TIMEOUT_MS, CONTROL_WINDOW_BYTES)?),
+        Purpose::Work => (WORK_ALPN, transport(WORK_IDLE_TIMEOUT_MS, WORK_WINDOW_BYTES)?),
     };
-    let options = ConnectOptions::new().with_transport_config(transport(idle_timeout_ms)?);
+    let options = ConnectOptions::new().with_transport_config(transport);
     let connecting = async {
         let connecting = shared.endpoint.connect_with_opts(target, alpn, options).await;
         connecting.map_err(|error| causes(&error))?.await.map_err(|error| causes(&error))

@@ -54,6 +54,18 @@ const ACK_DELAY_MAX: Duration = Duration::from_millis(5);
 /// Streams that a peer may have open on one connection before its greeting is accepted, and on control connections.
 pub const CONTROL_STREAMS_MAX: u32 = 16;
 
+/// What of one stream may be on its way and unread, bytes: 100 Mbit/s over 100 ms, and QUIC's usual figure. What is fetched in bulk takes several
+/// streams where the way is longer.
+pub const STREAM_WINDOW_BYTES: u32 = 1_250_000;
+
+/// The same of all streams together of a connection whose greeting is not accepted yet, of one for control, and of the overlay's: all that comes there is
+/// read at once.
+pub const CONTROL_WINDOW_BYTES: u32 = 4 * STREAM_WINDOW_BYTES;
+
+/// The same of a connection for work, which is 1 Gbit/s over 480 ms. A peer that writes on all of its streams has us hold no more than that. Whoever leaves
+/// something unread must leave room for what else comes over the connection: files take half of it at most.
+pub const WORK_WINDOW_BYTES: u32 = 48 * STREAM_WINDOW_BYTES;
+
 /// Which relays carry what cannot go directly. They see ciphertext only.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Relays {
@@ -149,7 +161,7 @@ pub(crate) async fn bind(
     let mut builder = relays(&options.relays)?
         .secret_key(SecretKey::from_bytes(&key.to_bytes()))
         .alpns(vec![MESH_ALPN.to_vec(), WORK_ALPN.to_vec(), GOSSIP_ALPN.to_vec()])
-        .transport_config(transport(IDLE_TIMEOUT_MS)?)
+        .transport_config(transport(IDLE_TIMEOUT_MS, CONTROL_WINDOW_BYTES)?)
         .address_lookup(addresses.clone())
         .hooks(hooks);
     if let Some(dht) = &options.dht {
@@ -196,8 +208,9 @@ pub(crate) fn relays(relays: &Relays) -> Result<Builder, NetError> {
 }
 
 /// iroh's defaults are the fastest that were measured; only what bounds a peer, how soon a dead one is noticed, how often it is said what
-/// came, and what leaves at once ([`crate::congestion`]) differ. Of the idle timeouts of both ends the shorter one counts.
-pub(crate) fn transport(idle_timeout_ms: u64) -> Result<QuicTransportConfig, NetError> {
+/// came, and what leaves at once ([`crate::congestion`]) differ. Of the idle timeouts of both ends the shorter one counts. `window_bytes`: what
+/// of all streams together may be unread.
+pub(crate) fn transport(idle_timeout_ms: u64, window_bytes: u32) -> Result<QuicTransportConfig, NetError> {
     let idle = Duration::from_millis(idle_timeout_ms);
     let keep_alive = Duration::from_millis(KEEP_ALIVE_EVERY_MS);
     let idle_timeout = idle
@@ -213,6 +226,8 @@ pub(crate) fn transport(idle_timeout_ms: u64) -> Result<QuicTransportConfig, Net
         .default_path_max_idle_timeout(idle)
         .max_concurrent_bidi_streams(VarInt::from_u32(CONTROL_STREAMS_MAX))
         .congestion_controller_factory(Arc::new(Bursts::default()))
+        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
+        .receive_window(VarInt::from_u32(window_bytes))
         .build())
 }
 

@@ -19,7 +19,7 @@ use crate::NetError;
 use crate::admission::close;
 use crate::anti_entropy;
 use crate::contact::node_id;
-use crate::endpoint::{GOSSIP_ALPN, MESH_ALPN, WORK_ALPN, causes};
+use crate::endpoint::{GOSSIP_ALPN, MESH_ALPN, WORK_ALPN, WORK_WINDOW_BYTES, causes};
 use crate::hello::{self, Answered, HELLO_DEADLINE_MS};
 use crate::links::Link;
 use crate::mesh::Work;
@@ -375,6 +375,7 @@ async fn intake(shared: &Shared, guest: Guest) {
         shared.disconnect(&peer);
     }
     connection.set_max_concurrent_bi_streams(VarInt::from_u32(WORK_STREAMS_MAX));
+    connection.set_receive_window(VarInt::from_u32(WORK_WINDOW_BYTES));
     while let Ok((send, recv)) = connection.accept_bi().await {
         if let Err(unsent) = shared.work.try_send(Work { node: peer, send, recv }) {
             // The driver tries elsewhere at once rather than wait in a queue that does not move.

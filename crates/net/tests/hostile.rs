@@ -14,7 +14,7 @@ use iroh_gossip::net::Gossip;
 use murmur_core::membership::DIGEST_NODES_MAX;
 use murmur_net::Mesh;
 use murmur_net::admission::STRIKES_MAX;
-use murmur_net::endpoint::{GOSSIP_ALPN, MESH_ALPN, WORK_ALPN};
+use murmur_net::endpoint::{GOSSIP_ALPN, MESH_ALPN, STREAM_WINDOW_BYTES, WORK_ALPN, WORK_WINDOW_BYTES};
 use murmur_net::hello::HELLO_DEADLINE_MS;
 use murmur_net::serve::{CONNECTIONS_PER_PEER_MAX, STREAM_DEADLINE_MS};
 use murmur_protocol::mesh::summary::RANGES_MAX;
@@ -390,6 +390,35 @@ async fn a_flood_of_streams_is_answered_in_turn_and_others_are_let_in_meanwhile(
     };
     let ((), nodes) = tokio::join!(flood, meet(node, 2));
     all_know_all(&nodes).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_writes_on_all_its_streams_has_us_hold_one_window_and_no_more() {
+    /// Long enough for what does not happen not to happen.
+    const A_WHILE: Duration = Duration::from_millis(500);
+    let node = start(public()).await;
+    let rogue = Rogue::against(&node).await;
+    let connection = rogue.greeted(WORK_ALPN).await;
+    let window = vec![0; STREAM_WINDOW_BYTES as usize];
+    {
+        let fills_one = async || {
+            let (mut send, recv) = connection.open_bi().await.unwrap();
+            send.write_all(&window).await.unwrap();
+            (send, recv, node.mesh.accept_work().await.unwrap())
+        };
+        let mut unread = Vec::new();
+        // The room for what was read of its greeting may not have been given back.
+        for _ in 1..WORK_WINDOW_BYTES / STREAM_WINDOW_BYTES {
+            unread.push(soon("a stream's window is filled", fills_one()).await);
+        }
+        let beyond = async { tokio::join!(fills_one(), fills_one()) };
+        tokio::pin!(beyond);
+        assert!(tokio::time::timeout(A_WHILE, &mut beyond).await.is_err(), "more than a window was taken");
+        // As soon as something of it is thrown away, more is taken.
+        unread.truncate(unread.len() / 2);
+        soon("more is taken", beyond).await;
+    }
+    is_well(node).await;
 }
 
 #[tokio::test]

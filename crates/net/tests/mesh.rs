@@ -12,7 +12,8 @@ use std::{
 
 use common::{QUICK, all_know_all, join, lists, meet, open_invitation, options, public, soon, start, until};
 use murmur_net::{
-    Mesh, MeshChoice, MeshOptions, NetError, Path, PeerView, Table, Timing, endpoint::WORK_IDLE_TIMEOUT_MS,
+    Mesh, MeshChoice, MeshOptions, NetError, Path, PeerView, Table, Timing,
+    endpoint::{STREAM_WINDOW_BYTES, WORK_IDLE_TIMEOUT_MS, WORK_WINDOW_BYTES},
     remembered::CONTACTS_FILE,
 };
 use murmur_protocol::mesh::{Capabilities, MeasuredLink, NodeId, NodeKey};
@@ -215,6 +216,34 @@ async fn requests_go_over_one_connection_and_say_who_asks() {
         }
     };
     tokio::join!(serve, ask);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_nobody_reads_leave_room_for_all_else_on_the_same_connection_both_ways() {
+    let nodes = meet(start(public()).await, 2).await;
+    let (taker, giver) = (&nodes[0].mesh, &nodes[1].mesh);
+    let mut unread = Vec::new();
+    for _ in 0..WORK_WINDOW_BYTES / STREAM_WINDOW_BYTES / 2 {
+        let (mut send, recv) = taker.open_work(giver.node_id()).await.unwrap();
+        send.write_all(b"a file").await.unwrap();
+        let mut work = soon("the work", giver.accept_work()).await.unwrap();
+        let window = vec![0; STREAM_WINDOW_BYTES as usize];
+        soon("a stream's window is filled", work.send.write_all(&window)).await.unwrap();
+        unread.push((send, recv, work));
+    }
+    let (mut send, mut recv) = taker.open_work(giver.node_id()).await.unwrap();
+    // More than the windows of a few streams, in parts.
+    let mut part = vec![0; STREAM_WINDOW_BYTES as usize];
+    send.write_all(b"frames").await.unwrap();
+    let mut work = soon("the work", giver.accept_work()).await.unwrap();
+    for _ in 0..8 {
+        let (there, back) = (part.clone(), part.clone());
+        let mut read = part.clone();
+        let sent = async { tokio::join!(work.send.write_all(&there), send.write_all(&back)) };
+        let heard = async { tokio::join!(recv.read_exact(&mut part), work.recv.read_exact(&mut read)) };
+        let (sent, heard) = soon("frames there and back", async { tokio::join!(sent, heard) }).await;
+        assert!(sent.0.is_ok() && sent.1.is_ok() && heard.0.is_ok() && heard.1.is_ok());
+    }
 }
 
 #[tokio::test]

@@ -37,7 +37,7 @@ use murmur_store::hub::HubConfig;
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::{
-    contents::{Library, give::Giving, pace::Pace, pull::Pulls, room::Room, wanted::Wanted},
+    contents::{Library, ask::Answers, give::Giving, pace::Pace, pull::Pulls, room::Room, wanted::Wanted},
     model::Model,
     models::Models,
     readers::Readers,
@@ -281,6 +281,7 @@ pub struct Node {
     room: Arc<Room>,
     pulls: Pulls,
     giving: Giving,
+    answers: Answers,
     taking_pace: Pace,
     /// Models that are to come from others.
     wanted: Vec<Arc<Wanted>>,
@@ -305,6 +306,7 @@ impl Node {
             room: Arc::default(),
             pulls: Pulls::default(),
             giving: Giving::new(options.upload_bytes_per_s),
+            answers: Answers::new(),
             taking_pace: Pace::new(options.download_bytes_per_s),
             wanted: options.wanted.iter().map(Wanted::new).map(Arc::new).collect(),
             models: Arc::new(Models::open(options)?),

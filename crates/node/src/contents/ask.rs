@@ -8,10 +8,11 @@ use std::{
     time::Duration,
 };
 
-use murmur_core::swarm::Outcome;
+use murmur_core::swarm::{Outcome, source::IN_FLIGHT_MAX};
 use murmur_gguf::ByteRange;
 use murmur_net::{
     RecvStream,
+    endpoint::{STREAM_WINDOW_BYTES, WORK_WINDOW_BYTES},
     stream::{self, Reader},
 };
 use murmur_protocol::mesh::{Content, Fetch, ModelDigest, NodeId, Refused, Work};
@@ -27,7 +28,11 @@ use tokio_util::{
 };
 
 use super::{Shelf, pace::Paced, to_wire};
-use crate::{Node, mesh::MeshNode, model::with_causes};
+use crate::{
+    Node,
+    mesh::{MeshNode, Place, Places},
+    model::with_causes,
+};
 
 /// A node that is asked for bytes says within this whether it sends them.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
@@ -37,6 +42,17 @@ const STALL_MAX: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_secs(2);
 /// What a node says of its part is listened to once in so long, however much it says.
 const LISTEN_EVERY: Duration = Duration::from_millis(250);
+/// Answers with bytes that are read from one node at once, of all files together: twice what one file asks for, since one that has all it wanted may still be ending.
+const ANSWERS_PER_NODE_MAX: usize = 2 * IN_FLIGHT_MAX;
+/// The same of answers with hashes.
+const PROOFS_PER_NODE_MAX: usize = 8;
+/// What is asked of a node of which all these are being read is asked again after so long.
+const RETRY_OWN_MS: u64 = 500;
+// What a slow disk or a limit leaves unread of files takes half of what may be unread on a connection: tokens and hidden states never wait behind it.
+const _: () = assert!(
+    (ANSWERS_PER_NODE_MAX + PROOFS_PER_NODE_MAX) as u32 * STREAM_WINDOW_BYTES <= WORK_WINDOW_BYTES / 2,
+    "files leave room for all else"
+);
 /// Bytes that are read from a stream at once.
 pub(super) const READ_BYTES: usize = 64 << 10;
 
@@ -95,6 +111,26 @@ pub(super) enum What {
     Hashes,
 }
 
+/// Answers that are being read from each node.
+pub(crate) struct Answers {
+    bytes: Arc<Places>,
+    hashes: Arc<Places>,
+}
+
+impl Answers {
+    pub(crate) fn new() -> Answers {
+        let [bytes, hashes] = [ANSWERS_PER_NODE_MAX, PROOFS_PER_NODE_MAX].map(|most| Arc::new(Places::new(most)));
+        Answers { bytes, hashes }
+    }
+
+    fn place(&self, of: NodeId, what: What) -> Option<Place> {
+        match what {
+            What::Bytes => self.bytes.take(of),
+            What::Hashes => self.hashes.take(of),
+        }
+    }
+}
+
 /// One request to a node.
 pub(super) struct Ask {
     pub(super) shelf: Arc<Shelf>,
@@ -112,6 +148,8 @@ impl Ask {
         mesh: &Weak<MeshNode>,
         mut received: impl FnMut(ByteRange) + Send + 'static,
     ) -> Result<(), Failure> {
+        let place = node.upgrade().ok_or(Failure::GONE)?.answers.place(self.from, self.what);
+        let _place = place.ok_or(Failure::Source(Outcome::Busy { retry_ms: RETRY_OWN_MS }))?;
         let reader = self.unwanted.run_until_cancelled(self.begin(mesh)).await.ok_or(Failure::GONE)??;
         let node = node.upgrade().ok_or(Failure::GONE)?;
         let (recv, begun) = reader.into_rest();

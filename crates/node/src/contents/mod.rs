@@ -5,7 +5,7 @@
 //! anybody. Which part comes from whom is decided by [`murmur_core::swarm`]; [`murmur_store::Contents`] keeps what has come. A model that
 //! a user has asked for by name, and that is not on this machine, is found and fetched by [`wanted`].
 
-mod ask;
+pub(crate) mod ask;
 mod fetch;
 pub(crate) mod give;
 mod hub;

@@ -7,9 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use murmur_core::swarm::{Action, Event, GroupSet, Outcome, RequestId, SOURCES_MAX, SourceId, SourceKind, Swarm};
+use murmur_core::swarm::{
+    Action, Event, GroupSet, Outcome, RequestId, SOURCES_MAX, SourceId, SourceKind, Swarm,
+    source::{RANGES_MAX, WINDOW_GROUPS},
+};
 use murmur_gguf::ByteRange;
-use murmur_net::Table;
+use murmur_net::{Table, endpoint::STREAM_WINDOW_BYTES};
 use murmur_protocol::mesh::{Content, HeldContent, NodeId, content::GROUP_BYTES};
 use murmur_store::{
     HubRef,
@@ -30,6 +33,11 @@ use super::{
     standing::{Standing, Who},
 };
 use crate::{Node, mesh::MeshNode, model::with_causes};
+
+const _: () = assert!(
+    WINDOW_GROUPS * GROUP_BYTES <= STREAM_WINDOW_BYTES as u64,
+    "the swarm does not count on more than a stream takes"
+);
 
 /// How often those who wait hear how far it is.
 pub(super) const TELL_EVERY: Duration = Duration::from_millis(250);

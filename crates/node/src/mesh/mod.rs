@@ -39,7 +39,7 @@ use tokio::{
 
 pub(crate) use catalogue::{CatalogueError, RemoteModel, by_count};
 pub(crate) use identity::{IdentityError, ModelIdentity};
-pub(crate) use places::Places;
+pub(crate) use places::{Place, Places};
 pub(crate) use request::{RemoteRequest, RemoteStream};
 
 use crate::{

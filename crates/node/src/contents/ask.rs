@@ -15,7 +15,7 @@ use murmur_net::{
     endpoint::{STREAM_WINDOW_BYTES, WORK_WINDOW_BYTES},
     stream::{self, Reader},
 };
-use murmur_protocol::mesh::{Content, Fetch, ModelDigest, NodeId, Refused, Work};
+use murmur_protocol::mesh::{Content, Fetch, ModelDigest, NodeId, Refused, WatchContent, Work};
 use murmur_store::DecodeError;
 use tokio::{
     io::{AsyncRead, ReadBuf},
@@ -63,11 +63,12 @@ pub(super) async fn watch<H: Future<Output = bool>>(
     node: NodeId,
     heard: impl Fn(Option<Content>) -> H,
 ) {
+    let watch = Work::WatchContent(WatchContent { model: digest, only_news: true });
     while let Some(mesh) = mesh.upgrade() {
         let opened = mesh.mesh().open_work(node).await;
         drop(mesh);
         if let Ok((mut send, recv)) = opened
-            && let Ok(Ok(())) = timeout(ANSWER_DEADLINE, stream::write(&mut send, &Work::WatchContent(digest))).await
+            && let Ok(Ok(())) = timeout(ANSWER_DEADLINE, stream::write(&mut send, &watch)).await
         {
             let mut reader = Reader::<Work>::new(recv);
             while let Ok(Some(message)) = reader.next().await {

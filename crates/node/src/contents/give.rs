@@ -5,8 +5,11 @@
 
 use std::{io::BufWriter, sync::Arc, time::Duration};
 
+use murmur_core::swarm::GroupSet;
 use murmur_net::{NetError, SendStream, stream};
-use murmur_protocol::mesh::{Content, Fetch, ModelDigest, NodeId, Refused, Work, content::HELD_RANGES_MAX};
+use murmur_protocol::mesh::{
+    Content, Fetch, ModelDigest, NodeId, Refused, WatchContent, Work, content::HELD_RANGES_MAX,
+};
 use tokio::{
     sync::Semaphore,
     time::{MissedTickBehavior, timeout},
@@ -60,8 +63,8 @@ impl Giving {
 }
 
 /// Says what is here of a file, now and whenever that changes, for as long as somebody wants to know.
-pub(crate) async fn tell(node: &Node, model: ModelDigest, send: &mut SendStream) -> Result<(), NetError> {
-    let Some(shelf) = shared(node, &model) else {
+pub(crate) async fn tell(node: &Node, watch: WatchContent, send: &mut SendStream) -> Result<(), NetError> {
+    let Some(shelf) = shared(node, &watch.model) else {
         return say(send, &Work::Refused(not_here())).await;
     };
     // Who watches does not keep it from making room.
@@ -70,21 +73,70 @@ pub(crate) async fn tell(node: &Node, model: ModelDigest, send: &mut SendStream)
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let left = send.stopped();
     tokio::pin!(left);
-    let mut told = None;
+    let mut told = Told { only_news: watch.only_news, before: None };
     loop {
         tokio::select! {
             // Reset, or the connection is gone.
             _ = &mut left => return Ok(()),
             _ = ticks.tick() => {}
         }
-        let Some(now) = shelf.upgrade().map(|shelf| content(&shelf)) else {
+        let Some(shelf) = shelf.upgrade() else {
             return say(send, &Work::Refused(not_here())).await;
         };
-        if told.as_ref() != Some(&now) {
-            say(send, &Work::Content(now.clone())).await?;
-            told = Some(now);
+        let next = told.next(facts(&shelf), GroupSet::covering(&shelf.content.held()));
+        drop(shelf);
+        if let Some(content) = next {
+            say(send, &Work::Content(content)).await?;
         }
     }
+}
+
+/// What somebody who watches a content has been told of it.
+struct Told {
+    only_news: bool,
+    /// What was said last beside what is held, and all that was said to be held.
+    before: Option<(Content, GroupSet)>,
+}
+
+impl Told {
+    /// What to say now, if anything: what has come, to whom that is enough; all, where something has gone or is otherwise. `facts`: what is said beside what
+    /// is held.
+    fn next(&mut self, facts: Content, held: GroupSet) -> Option<Content> {
+        let is_more = |(before, told): &&(Content, GroupSet)| *before == facts && told.difference(&held).is_empty();
+        let told = self.before.as_ref().filter(is_more).map(|(_, told)| told);
+        let (said, in_all) = match told {
+            Some(told) if self.only_news => {
+                let news = longest(held.difference(told), HELD_RANGES_MAX);
+                let in_all = told.union(&news);
+                (news, in_all)
+            }
+            _ => {
+                let all = longest(held, HELD_RANGES_MAX);
+                (if told == Some(&all) { GroupSet::default() } else { all.clone() }, all)
+            }
+        };
+        if told.is_some() && said.is_empty() {
+            return None;
+        }
+        let content = Content {
+            held: to_wire(&said.byte_ranges(facts.file_bytes)),
+            is_news: told.is_some() && self.only_news,
+            ..facts.clone()
+        };
+        self.before = Some((facts, in_all));
+        Some(content)
+    }
+}
+
+/// Of more stretches than this, the longest.
+pub(super) fn longest(groups: GroupSet, most: usize) -> GroupSet {
+    if groups.ranges().len() <= most {
+        return groups;
+    }
+    let mut ranges = groups.ranges().to_vec();
+    ranges.sort_by_key(|range| std::cmp::Reverse(range.end - range.start));
+    ranges.truncate(most);
+    ranges.into_iter().collect()
 }
 
 /// Says what was signed of a file.
@@ -96,19 +148,14 @@ pub(crate) async fn tell_attestations(node: &Node, model: ModelDigest, send: &mu
     say(send, &Work::Attestations(read.iter().map(|attested| attested.signed().clone()).collect())).await
 }
 
-fn content(shelf: &Shelf) -> Content {
-    let mut held = shelf.content.held();
-    // Of too many, the longest.
-    if held.len() > HELD_RANGES_MAX {
-        held.sort_by_key(|range| std::cmp::Reverse(range.end - range.start));
-        held.truncate(HELD_RANGES_MAX);
-        held.sort_by_key(|range| range.start);
-    }
+/// What is said of a file beside what is held of it.
+fn facts(shelf: &Shelf) -> Content {
     Content {
         file_bytes: shelf.content.bytes(),
         header_bytes: *shelf.header_bytes.borrow(),
-        held: to_wire(&held),
+        held: Vec::new(),
         gives_hashes: true,
+        is_news: false,
     }
 }
 
@@ -183,4 +230,63 @@ async fn begin(shelf: &Arc<Shelf>, fetch: &Fetch, mut send: SendStream, node: Ar
 /// Writes a message, if the taker takes it.
 async fn say(send: &mut SendStream, message: &Work) -> Result<(), NetError> {
     timeout(STALL_MAX, stream::write(send, message)).await.unwrap_or(Err(NetError::Late("reading of contents")))
+}
+
+#[cfg(test)]
+mod tests {
+    use murmur_protocol::mesh::content::GROUP_BYTES;
+
+    use super::*;
+
+    /// In each second group of a file of a thousand times as many as a message has room for.
+    const FILE_BYTES: u64 = 2_000 * HELD_RANGES_MAX as u64 * GROUP_BYTES;
+
+    fn facts(header_bytes: u64) -> Content {
+        Content { file_bytes: FILE_BYTES, header_bytes, held: Vec::new(), gives_hashes: true, is_news: false }
+    }
+
+    fn apart(groups: std::ops::Range<u64>) -> GroupSet {
+        groups.step_by(2).map(|group| group..group + 1).collect()
+    }
+
+    /// What a message says is held, if it is one, and whether that is news.
+    fn said(content: Option<Content>) -> Option<(GroupSet, bool)> {
+        content.map(|content| (GroupSet::covering(&from_wire(&content.held)), content.is_news))
+    }
+
+    #[test]
+    fn to_whom_news_are_enough_hears_only_what_has_come_and_all_when_something_has_gone_or_is_otherwise() {
+        let mut told = Told { only_news: true, before: None };
+        assert_eq!(said(told.next(facts(0), GroupSet::default())), Some((GroupSet::default(), false)));
+        assert_eq!(said(told.next(facts(0), apart(0..9))), Some((apart(0..9), true)));
+        assert_eq!(said(told.next(facts(0), apart(0..9))), None);
+        assert_eq!(said(told.next(facts(0), apart(0..13))), Some((apart(10..13), true)));
+        assert_eq!(said(told.next(facts(7), apart(0..15))), Some((apart(0..15), false)));
+        assert_eq!(said(told.next(facts(7), apart(2..17))), Some((apart(2..17), false)));
+    }
+
+    #[test]
+    fn who_does_not_know_news_hears_all_each_time_and_nothing_twice() {
+        let mut told = Told { only_news: false, before: None };
+        assert_eq!(said(told.next(facts(0), apart(0..9))), Some((apart(0..9), false)));
+        assert_eq!(said(told.next(facts(0), apart(0..11))), Some((apart(0..11), false)));
+        assert_eq!(said(told.next(facts(0), apart(0..11))), None);
+        // More than a message has room for.
+        let many = apart(0..3 * HELD_RANGES_MAX as u64);
+        assert!(told.next(facts(0), many.clone()).is_some());
+        assert_eq!(told.next(facts(0), many), None);
+    }
+
+    #[test]
+    fn more_stretches_than_a_message_has_room_for_are_told_in_several() {
+        let mut told = Told { only_news: true, before: None };
+        let many = apart(0..5 * HELD_RANGES_MAX as u64);
+        let mut heard = GroupSet::default();
+        for round in 0..3 {
+            let (part, is_news) = said(told.next(facts(0), many.clone())).unwrap();
+            assert!(is_news == (round > 0) && part.ranges().len() <= HELD_RANGES_MAX, "{round}");
+            heard = heard.union(&part);
+        }
+        assert_eq!((heard, told.next(facts(0), many.clone())), (many, None));
+    }
 }

@@ -29,6 +29,7 @@ use super::{
     ask::{self, Ask, Failure, What},
     fetch::Wish,
     from_wire,
+    give::longest,
     hub::{self, AskHub, Prover},
     standing::{Standing, Who},
 };
@@ -340,7 +341,10 @@ impl Take {
         let Some(source) = self.sources.get_mut(&id) else { return };
         let Who::Node(node) = source.who else { return };
         let rtt = self.mesh.upgrade().and_then(|mesh| mesh.mesh().round_trip(node));
-        let (has, rtt_ms) = (GroupSet::covering(&from_wire(&content.held)), rtt.map_or(UNKNOWN_RTT_MS, milliseconds));
+        let (told, rtt_ms) = (GroupSet::covering(&from_wire(&content.held)), rtt.map_or(UNKNOWN_RTT_MS, milliseconds));
+        let has = if content.is_news { source.has.union(&told) } else { told };
+        // News may go on for ever, and the swarm looks at no more.
+        let has = longest(has, RANGES_MAX);
         (source.has, source.gives_hashes, source.rtt_ms) = (has.clone(), content.gives_hashes, rtt_ms);
         self.decide(Event::Source { id, kind: SourceKind::Peer, has, rtt_ms });
         self.announce_hub();

@@ -106,7 +106,7 @@ async fn serve(node: Arc<Node>, mesh: Arc<MeshNode>, places: Arc<Places>, reques
     let answered = match timeout(OPEN_DEADLINE, reader.expect()).await {
         Ok(Ok(Work::Open(open))) => generate(&node, &mesh, &mut place, *open, &mut back).await,
         Ok(Ok(Work::GetCard(model))) => hand_out_card(&node, model, &mut back).await,
-        Ok(Ok(Work::WatchContent(model))) => give::tell(&node, model, &mut back.send).await,
+        Ok(Ok(Work::WatchContent(watch))) => give::tell(&node, watch, &mut back.send).await,
         Ok(Ok(Work::GetAttestations(model))) => give::tell_attestations(&node, model, &mut back.send).await,
         Ok(Ok(Work::Fetch(fetch))) => {
             // Counted there.

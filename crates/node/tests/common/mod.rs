@@ -429,7 +429,7 @@ impl Serving {
 
     async fn tell(&self, send: &mut SendStream) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let Claim { file_bytes, gives_hashes, .. } = self.claim;
-        let content = |held| Work::Content(Content { file_bytes, header_bytes: 0, held, gives_hashes });
+        let content = |held| Work::Content(Content { file_bytes, header_bytes: 0, held, gives_hashes, is_news: false });
         match self.trick {
             Trick::GarbageOfContent => send.write_all(&[0xab; 4_000]).await?,
             Trick::Flood => loop {

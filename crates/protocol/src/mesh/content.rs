@@ -3,7 +3,7 @@
 //! ```text
 //! taker                       holder
 //!   WatchContent    ->
-//!                   <-   Content, and again when more has come or went, until either ends the stream
+//!                   <-   Content, and again when more has come or went, until either ends the stream: all that is there, or what has come since
 //!
 //!   Fetch           ->
 //!                   <-   Sending, then the encoded bytes and the end of the stream; or Refused
@@ -107,6 +107,9 @@ pub struct Content {
     pub held: Vec<Range<u64>>,
     /// Whether hashes alone of what is there can be had.
     pub gives_hashes: bool,
+    /// `held` is what has come since the message before, and all else is still there. Only for whoever has asked for
+    /// [news](WatchContent::only_news).
+    pub is_news: bool,
 }
 
 impl Body for Content {
@@ -121,19 +124,20 @@ impl Body for Content {
             header_bytes: self.header_bytes,
             held: stretches_to_proto(&self.held),
             gives_hashes: self.gives_hashes,
+            is_news: self.is_news,
         };
         Content::from_proto(proto.clone())?;
         Ok(proto)
     }
 
     fn from_proto(proto: proto::Content) -> Result<Content, MessageError> {
-        let proto::Content { file_bytes, header_bytes, held, gives_hashes } = proto;
+        let proto::Content { file_bytes, header_bytes, held, gives_hashes, is_news } = proto;
         check_file_bytes(file_bytes)?;
         let held = stretches_from_proto(&held, HELD_RANGES_MAX)?;
         if header_bytes > file_bytes || held.last().is_some_and(|last| last.end > file_bytes) {
             return Err(MessageError::Invalid { what: Self::WHAT, why: "it is longer than its file" });
         }
-        Ok(Content { file_bytes, header_bytes, held, gives_hashes })
+        Ok(Content { file_bytes, header_bytes, held, gives_hashes, is_news })
     }
 }
 
@@ -176,8 +180,14 @@ impl Body for Fetch {
     }
 }
 
-/// The body of [`Work::WatchContent`](super::Work::WatchContent).
-pub(super) struct WatchContent(pub(super) ModelDigest);
+/// A question for what a node has of a file, now and whenever that changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WatchContent {
+    /// Which file.
+    pub model: ModelDigest,
+    /// Of what has been told before only what has come since is to be told. Of a file that comes from many nodes in parts, that is a small part of all.
+    pub only_news: bool,
+}
 
 impl Body for WatchContent {
     type Proto = proto::WatchContent;
@@ -185,11 +195,12 @@ impl Body for WatchContent {
     const BYTES_MAX: usize = 256;
 
     fn to_proto(&self) -> Result<proto::WatchContent, MessageError> {
-        Ok(proto::WatchContent { model: self.0.as_bytes().to_vec() })
+        Ok(proto::WatchContent { model: self.model.as_bytes().to_vec(), only_news: self.only_news })
     }
 
     fn from_proto(proto: proto::WatchContent) -> Result<WatchContent, MessageError> {
-        Ok(WatchContent(ModelDigest::from_bytes(check::array("model digest", &proto.model)?)))
+        let model = ModelDigest::from_bytes(check::array("model digest", &proto.model)?);
+        Ok(WatchContent { model, only_news: proto.only_news })
     }
 }
 

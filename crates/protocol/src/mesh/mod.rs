@@ -48,7 +48,7 @@ mod proto {
 pub use attestation::{Attestation, AttestationError, SignedAttestation};
 pub use card::{CardAssembly, CardError, card_digest};
 pub use contact::ContactError;
-pub use content::{Content, Fetch, HeldContent};
+pub use content::{Content, Fetch, HeldContent, WatchContent};
 pub use control::{AgedRecord, Control, Redeem, Redeemed};
 pub use error::{BadSignature, MessageError};
 pub use hello::{Capabilities, Hello, PROTOCOL_VERSIONS, Refusal, RefusalCode, negotiate};

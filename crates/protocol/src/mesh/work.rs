@@ -105,7 +105,7 @@ pub enum Work {
     /// Host of the stage before: the hidden states of the ring that the receiver knows under this id follow, as frames.
     Hop(RingId),
     /// What have you of this file?
-    WatchContent(ModelDigest),
+    WatchContent(WatchContent),
     /// What a holder has of it.
     Content(Content),
     /// Send me these bytes.
@@ -344,7 +344,7 @@ impl Message for Work {
             Work::CardPart(bytes) => CardPart(bytes.clone()).encode(),
             Work::Stage(open) => open.encode(),
             Work::Hop(ring) => Hop(*ring).encode(),
-            Work::WatchContent(model) => WatchContent(*model).encode(),
+            Work::WatchContent(watch) => watch.encode(),
             Work::Content(content) => content.encode(),
             Work::Fetch(fetch) => fetch.encode(),
             Work::Sending => Ok(Vec::new()),
@@ -372,7 +372,7 @@ impl Message for Work {
             CARD_PART => Work::CardPart(CardPart::decode(body)?.0),
             STAGE => Work::Stage(Box::new(Body::decode(body)?)),
             HOP => Work::Hop(Hop::decode(body)?.0),
-            WATCH_CONTENT => Work::WatchContent(WatchContent::decode(body)?.0),
+            WATCH_CONTENT => Work::WatchContent(Body::decode(body)?),
             CONTENT => Work::Content(Body::decode(body)?),
             FETCH => Work::Fetch(Body::decode(body)?),
             SENDING => Work::Sending,

@@ -269,7 +269,9 @@ fn contents_that_break_a_rule_are_neither_signed_nor_read() {
 fn ranges_that_are_not_apart_ascending_and_of_the_file_are_neither_sent_nor_read() {
     const G: u64 = GROUP_BYTES;
     const FILE_BYTES: u64 = 100 * G + 7;
-    let content = |held| Work::Content(Content { file_bytes: FILE_BYTES, header_bytes: 9, held, gives_hashes: false });
+    let content = |held| {
+        Work::Content(Content { file_bytes: FILE_BYTES, header_bytes: 9, held, gives_hashes: false, is_news: false })
+    };
     let fetch = |ranges| Work::Fetch(Fetch { model: samples::model().digest, ranges, only_hashes: false });
     // As they travel: the distance from the end before, and the length, of each.
     let read_content = |numbers: &[u64]| {
@@ -339,6 +341,7 @@ fn ranges_that_are_not_apart_ascending_and_of_the_file_are_neither_sent_nor_read
         header_bytes: FILE_BYTES_MAX,
         held: apart(HELD_RANGES_MAX),
         gives_hashes: true,
+        is_news: true,
     };
     for message in [Work::Content(longest.clone()), fetch(apart(FETCH_RANGES_MAX))] {
         assert_eq!(decode::<Work>(&encode(&message).unwrap()), Ok(Some(message)));
@@ -357,7 +360,14 @@ fn ranges_that_are_not_apart_ascending_and_of_the_file_are_neither_sent_nor_read
 
 #[test]
 fn a_content_has_from_one_byte_to_four_tebibytes_and_a_header_within() {
-    let kind = Work::Content(Content { file_bytes: 1, header_bytes: 0, held: Vec::new(), gives_hashes: false }).kind();
+    let kind = Work::Content(Content {
+        file_bytes: 1,
+        header_bytes: 0,
+        held: Vec::new(),
+        gives_hashes: false,
+        is_news: false,
+    })
+    .kind();
     for (file_bytes, header_bytes, is_right) in [
         (1, 0, true),
         (1, 1, true),
@@ -368,7 +378,8 @@ fn a_content_has_from_one_byte_to_four_tebibytes_and_a_header_within() {
         (1, 2, false),
         (FILE_BYTES_MAX, u64::MAX, false),
     ] {
-        let message = Work::Content(Content { file_bytes, header_bytes, held: Vec::new(), gives_hashes: false });
+        let message =
+            Work::Content(Content { file_bytes, header_bytes, held: Vec::new(), gives_hashes: false, is_news: false });
         let read = decode::<Work>(&framed(kind, &[number(1, file_bytes), number(2, header_bytes)].concat()));
         if is_right {
             assert_eq!(read, Ok(Some(message)));
@@ -382,7 +393,7 @@ fn a_content_has_from_one_byte_to_four_tebibytes_and_a_header_within() {
 #[test]
 fn a_file_is_asked_for_by_a_whole_digest() {
     let fetch = Work::Fetch(Fetch { model: samples::model().digest, ranges: Vec::new(), only_hashes: false });
-    let watch = Work::WatchContent(samples::model().digest);
+    let watch = Work::WatchContent(WatchContent { model: samples::model().digest, only_news: false });
     for digest in [0, 31, 33, 64] {
         let named = field(1, &vec![0x11; digest]);
         for (kind, body) in [(watch.kind(), named.clone()), (fetch.kind(), [named, packed(2, &[0, 7])].concat())] {

@@ -309,7 +309,8 @@ pub(crate) fn works() -> Vec<(&'static str, Work)> {
         ("card part", Work::CardPart(b"card".to_vec())),
         ("stage", Work::Stage(Box::new(stage_open()))),
         ("hop", Work::Hop(stage_open().ring)),
-        ("question for a content", Work::WatchContent(model().digest)),
+        ("question for a content", Work::WatchContent(WatchContent { model: model().digest, only_news: false })),
+        ("question for news of a content", Work::WatchContent(WatchContent { model: model().digest, only_news: true })),
         (
             "content",
             Work::Content(Content {
@@ -317,6 +318,7 @@ pub(crate) fn works() -> Vec<(&'static str, Work)> {
                 header_bytes: 7_831_552,
                 held: vec![0..8_388_608, 21_260_189_696..38_439_059_456],
                 gives_hashes: false,
+                is_news: false,
             }),
         ),
         (
@@ -326,6 +328,17 @@ pub(crate) fn works() -> Vec<(&'static str, Work)> {
                 header_bytes: 9,
                 held: std::iter::once(0..16_384).collect(),
                 gives_hashes: true,
+                is_news: false,
+            }),
+        ),
+        (
+            "news of a content",
+            Work::Content(Content {
+                file_bytes: 32_768,
+                header_bytes: 9,
+                held: std::iter::once(16_384..32_768).collect(),
+                gives_hashes: false,
+                is_news: true,
             }),
         ),
         ("request for bytes", Work::Fetch(fetch.clone())),
@@ -463,11 +476,11 @@ fn any_ranges(count: std::ops::Range<usize>) -> impl Strategy<Value = Vec<std::o
 }
 
 fn any_content() -> impl Strategy<Value = Content> {
-    let figures = (1..1_000u64, any::<prop::sample::Index>(), any::<bool>());
-    (any_ranges(0..20), figures).prop_map(|(held, (more, header, gives_hashes))| {
+    let figures = (1..1_000u64, any::<prop::sample::Index>(), any::<bool>(), any::<bool>());
+    (any_ranges(0..20), figures).prop_map(|(held, (more, header, gives_hashes, is_news))| {
         let file_bytes = held.last().map_or(0, |last| last.end) + more;
         let header_bytes = header.index(usize::try_from(file_bytes).unwrap()) as u64;
-        Content { file_bytes, header_bytes, held, gives_hashes }
+        Content { file_bytes, header_bytes, held, gives_hashes, is_news }
     })
 }
 
@@ -725,7 +738,7 @@ pub(crate) fn any_work() -> impl Strategy<Value = Work> {
         vec(any::<u8>(), 1..300).prop_map(Work::CardPart),
         any_stage_open().prop_map(|open| Work::Stage(Box::new(open))),
         any::<[u8; 16]>().prop_map(|ring| Work::Hop(ring.into())),
-        any_id().prop_map(Work::WatchContent),
+        (any_id(), any::<bool>()).prop_map(|(model, only_news)| Work::WatchContent(WatchContent { model, only_news })),
         any_content().prop_map(Work::Content),
         (any_id(), any_ranges(1..20), any::<bool>()).prop_map(|(model, ranges, only_hashes)| Work::Fetch(Fetch {
             model,

@@ -407,6 +407,10 @@ pub trait Backend: Send + Sync + 'static {
     fn contents(&self) -> Vec<serde_json::Value> {
         Vec::new()
     }
+    /// For `/api/models/signatures`: by the digest of each of these files, what was signed of it, as far as nodes say so in time.
+    fn signatures(&self) -> BoxFuture<'_, serde_json::Value> {
+        Box::pin(std::future::ready(serde_json::json!({})))
+    }
     /// Fetches a model's file from the nodes of the mesh, and says how far it is until it is done. Goes on when nobody listens. `signed_by`:
     /// the key of whoever must have signed it.
     fn pull(

@@ -1,4 +1,4 @@
-//! Model files of the node and its mesh: `GET /api/models`, `POST /api/models/pull` and `stop`.
+//! Model files of the node and its mesh: `GET /api/models` and `/api/models/signatures`, `POST /api/models/pull` and `stop`.
 //!
 //! Whoever may use the API may do all of it, as with the [mesh](crate::mesh).
 
@@ -26,6 +26,11 @@ use crate::{
 /// `GET /api/models`: the model files that this node and the nodes of its mesh have, or have parts of.
 pub(crate) async fn list(State(state): State<Arc<AppState>>) -> Json<Value> {
     Json(json!({"models": state.backend.contents()}))
+}
+
+/// `GET /api/models/signatures`: by the digest of each of these files, what was signed of it. Nodes that have them are asked, so it takes a moment.
+pub(crate) async fn signatures(State(state): State<Arc<AppState>>) -> Json<Value> {
+    Json(json!({"signatures": state.backend.signatures().await}))
 }
 
 /// `POST /api/models/pull`: `{"model"}`, a name that a node of the mesh has, or one of the hub (`hf:owner/repo:quant`), to a stream of

@@ -46,6 +46,7 @@ pub(crate) fn routes(state: Arc<AppState>) -> Router {
         .route("/v1/models/{*id}", get(openai::models::retrieve))
         .route("/api/status", get(native::status))
         .route("/api/models", get(contents::list))
+        .route("/api/models/signatures", get(contents::signatures))
         .route("/api/models/pull", post(contents::pull))
         .route("/api/models/stop", post(contents::stop))
         .route("/api/mesh", get(mesh::show))

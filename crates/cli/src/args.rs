@@ -189,6 +189,10 @@ pub(crate) struct Serve {
     /// Offer all other models of the store as well, each loaded when somebody asks for it and there is room
     #[arg(long, env = "MURMUR_ON_DEMAND", value_name = "BOOL", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, help_heading = "Server options")]
     pub(crate) on_demand: bool,
+    /// Serve only what this key has signed: nothing else is fetched or loaded. A MODEL of this machine is refused unless what shows that lies beside
+    /// it (`murmur models show`), one of the mesh unless a node shows it; so is the MODEL of --draft. What is not signed is not offered on demand
+    #[arg(long, env = "MURMUR_SIGNED_BY", value_name = "KEY", help_heading = "Server options")]
+    pub(crate) signed_by: Option<NodeId>,
     /// How long a model that was loaded on demand stays when nobody asks for it
     #[arg(long, env = "MURMUR_IDLE", value_name = "TIME", default_value = "15m", help_heading = "Server options")]
     pub(crate) idle: Period,

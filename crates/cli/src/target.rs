@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use murmur_node::Sought;
 use murmur_store::{ModelRef, Resolved, StoreError};
 use serde_json::Value;
 
@@ -24,6 +25,14 @@ impl From<Resolved> for LocalModel {
     fn from(resolved: Resolved) -> Self {
         Self { path: resolved.path, id: resolved.name.to_string() }
     }
+}
+
+/// Where a model is that a server is to have.
+#[derive(Debug)]
+pub(crate) enum Place {
+    Here(LocalModel),
+    /// In the mesh or on the hub.
+    Elsewhere(Sought),
 }
 
 /// Who runs the model.

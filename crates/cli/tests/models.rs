@@ -393,6 +393,16 @@ fn who_has_signed_a_model_is_shown_travels_with_it_and_can_be_demanded() {
         let (_, answer) = http::get(&client.address, "/api/models");
         answer["models"][0]["nodes"][0]["held_bytes"].is_u64().then_some(())
     });
+    let search = |home: &Home, server: &Server| -> String {
+        let found = home.run(["models", "search", "tiny", "--api", &server.address]).succeeds().out;
+        found.lines().find(|line| line.starts_with("tiny-Q8_0")).unwrap().to_owned()
+    };
+    assert!(search(&maker, &serving).ends_with("this machine"));
+    assert!(search(&taker, &client).ends_with(&key[..10]), "{}", search(&taker, &client));
+    let found = taker.run(["models", "search", "--json", "--api", &client.address]).succeeds().json();
+    let signature = &found[0]["signatures"][0];
+    assert_eq!((&signature["signer"], &signature["own"]), (&key.into(), &false.into()));
+
     let stranger = "ab".repeat(32);
     let pull =
         |signer: &str| taker.run(["models", "pull", "tiny-Q8_0", "--signed-by", signer, "--api", &client.address]);
@@ -419,9 +429,75 @@ fn who_has_signed_a_model_is_shown_travels_with_it_and_can_be_demanded() {
         (answer["models"][0]["signatures"][0]["signer"] == key).then_some(())
     });
 
+    // Who may serve only what a key has signed has nothing of what another one has signed, and what is here without that is refused.
+    let picky = Home::new();
+    let serve = |home: &Home, signer: &str| {
+        let words = ["serve", "tiny-Q8_0", "--signed-by", signer, "--json", "--api", "127.0.0.1:0", "--join"];
+        home.murmur([&words[..], &[ticket["ticket"].as_str().unwrap()], &ALONE[..]].concat())
+    };
+    let refusing = Server::ready(serve(&picky, &stranger));
+    let waiting = until("it is refused", || {
+        let (_, status) = http::get(&refusing.address, "/api/status");
+        let waiting = status["node"]["wanted"][0]["waiting"].as_str()?.to_owned();
+        waiting.contains("no node of the mesh shows that").then_some(waiting)
+    });
+    assert!(waiting.contains(&stranger) && waiting.contains(key), "{waiting}");
+    let (_, status) = http::get(&refusing.address, "/api/status");
+    assert_eq!(
+        (&status["node"]["contents"], &status["node"]["models"]),
+        (&serde_json::json!([]), &serde_json::json!([]))
+    );
+    drop(refusing);
+    let trusting = Server::ready(serve(&picky, key));
+    until("it is served", || {
+        let (_, status) = http::get(&trusting.address, "/api/status");
+        (status["node"]["models"][0]["state"] == "ready").then_some(())
+    });
+    drop(trusting);
+    let alone = |home: &Home, signer: &str| home.run(["serve", "tiny-Q8_0", "--signed-by", signer]);
+    alone(&picky, &stranger).fails(1, "nothing on this machine shows that").fails(1, key);
+    alone(&taker, &stranger).fails(1, "murmur models pull NAME --signed-by");
+    let not_here = ["serve", "hf:a/tiny", "--signed-by", key];
+    taker.run(not_here).fails(2, "only the nodes of a mesh could show");
+
     taker.run(["models", "pull", "tiny-Q8_0", "--signed-by", "me"]).fails(2, "64 hex digits");
     let nobody = ["models", "pull", "tiny-Q8_0", "--signed-by", key, "--api", &unused_address()];
     taker.run(nobody).fails(5, "known to the nodes of a mesh alone");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_model_that_is_to_guess_comes_from_the_mesh_when_the_hub_is_left_alone_and_one_that_cannot_guess_ends_the_start() {
+    let founder = Home::new();
+    let content = std::fs::read(model(&founder, "source.gguf", 1)).unwrap();
+    let endpoint = hub(repository("a/tiny", "tiny-Q8_0.gguf", "mit", &content));
+    with_hub(&founder, &endpoint, &["pull", "hf:a/tiny"]).succeeds();
+    founder.run(["mesh", "create", "home"]).succeeds();
+    let serving = Server::start(&founder, [&["tiny-Q8_0", "--mesh", "home"], &ALONE[..]].concat());
+    let ticket = founder.run(["mesh", "invite", "--json", "--api", &serving.address]).succeeds().json();
+    let serve = |home: &Home, file: &str| {
+        let words = ["serve", file, "--draft", "hf:a/tiny", "--json", "--api", "127.0.0.1:0", "--join"];
+        home.murmur([&words[..], &[ticket["ticket"].as_str().unwrap()], &ALONE[..]].concat())
+    };
+    let home = Home::new().with("HF_HUB_OFFLINE", "1");
+    model(&home, "large.gguf", 8);
+    let server = Server::ready(serve(&home, "large.gguf"));
+    let draft = until("it is served, and guessed for", || {
+        let (_, status) = http::get(&server.address, "/api/status");
+        let model = &status["node"]["models"][0];
+        (model["state"] == "ready").then(|| model["draft"].clone())
+    });
+    assert!(draft["process_id"].is_u64(), "{draft}");
+    let listed = home.run(["models", "ls", "--json"]).succeeds().json();
+    let pulled = listed.as_array().unwrap().iter().find(|entry| entry["name"] == "tiny-Q8_0").unwrap();
+    assert_eq!(pulled["origin"]["kind"], "mesh");
+    assert!(std::fs::read(pulled["path"].as_str().unwrap()).unwrap() == content);
+
+    // It is as large as what it would guess for.
+    let home = Home::new().with("HF_HUB_OFFLINE", "1");
+    model(&home, "same.gguf", 1);
+    let refused = Outcome::from(serve(&home, "same.gguf").output().unwrap());
+    assert!(refused.code == Some(2) && refused.out.contains("so a guess would take as long as"), "{refused:?}");
 }
 
 #[cfg(unix)]

@@ -422,6 +422,10 @@ impl Backend for Node {
         contents::view(self)
     }
 
+    fn signatures(&self) -> BoxFuture<'_, serde_json::Value> {
+        Box::pin(contents::view_signatures(self))
+    }
+
     fn pull(
         &self,
         model: String,

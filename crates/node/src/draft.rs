@@ -1,13 +1,23 @@
 //! Who guesses what a model will say: what the user wishes, and what that comes to for each model.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use murmur_core::planner::size;
 use murmur_engine::{Draft, DraftModel};
 use murmur_gguf::{Facts, same_vocabulary};
+use murmur_protocol::mesh::NodeId;
 use murmur_store::Hold;
+use tokio::sync::SetOnce;
 
-use crate::{NodeError, NodeOptions, fit::Demand, model::ModelFile};
+use crate::{
+    Node, NodeError, NodeOptions,
+    contents::{Sought, pull},
+    fit::Demand,
+    model::ModelFile,
+};
 
 /// A model that guesses unasked has at most this part of the bytes of the one that it guesses for: it computes a step for each guess.
 pub(crate) const FOUND_PART: u64 = 4;
@@ -33,6 +43,54 @@ pub enum DraftWish {
         /// that it guesses for.
         spoilt: Option<f64>,
     },
+    /// That, and this model, which is not on this machine.
+    Wanted(WantedDraft),
+}
+
+/// A model that is to guess, and comes from other nodes or the hub before anything is loaded. Clones are of one and the same.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WantedDraft {
+    sought: Sought,
+    signed_by: Option<NodeId>,
+    spoilt: Option<f64>,
+    /// Its file, once it is here.
+    path: Arc<SetOnce<PathBuf>>,
+}
+
+impl WantedDraft {
+    /// One that is not here yet. `signed_by`: the key that must have signed it; `spoilt` as for [`DraftWish::Model`].
+    pub fn new(sought: Sought, signed_by: Option<NodeId>, spoilt: Option<f64>) -> WantedDraft {
+        WantedDraft { sought, signed_by, spoilt, path: Arc::default() }
+    }
+}
+
+impl DraftWish {
+    /// Waits until a model that was named is on this machine.
+    pub(crate) async fn is_here(&self) {
+        if let DraftWish::Wanted(wanted) = self {
+            wanted.path.wait().await;
+        }
+    }
+
+    /// Whether a model that was named is still on its way.
+    pub(crate) fn is_awaited(&self) -> bool {
+        matches!(self, DraftWish::Wanted(wanted) if !wanted.path.initialized())
+    }
+}
+
+impl Node {
+    /// Fetches the model that is to guess, if it is not on this machine, and makes sure that it can.
+    pub(crate) async fn fetch_draft(self: &Arc<Self>) -> Result<(), NodeError> {
+        let DraftWish::Wanted(wanted) = &self.options().draft else { return Ok(()) };
+        let mesh = self.mesh.get().ok_or_else(|| NodeError::Nowhere(wanted.sought.to_string()))?;
+        tracing::info!("{} is fetched, which is to guess", wanted.sought);
+        let path = pull::fetch(self, mesh, &wanted.sought, wanted.signed_by).await?;
+        // The first word counts.
+        let _ = wanted.path.set(path);
+        let models = Arc::clone(&self.models);
+        let settled = tokio::task::spawn_blocking(move || models.settle_guessing());
+        settled.await.map_err(|_| NodeError::Interrupted)?
+    }
 }
 
 /// Who guesses for one model.
@@ -70,6 +128,10 @@ impl Guessing {
                 found.map_or(Guessing::Lookup, Guessing::Model)
             }
             DraftWish::Model { path, spoilt } => Guessing::Model(Guesser::named(path, *spoilt, id, file)?),
+            DraftWish::Wanted(wanted) => match wanted.path.get() {
+                Some(path) => Guessing::Model(Guesser::named(path, wanted.spoilt, id, file)?),
+                None => Guessing::Lookup,
+            },
         })
     }
 

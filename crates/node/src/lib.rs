@@ -28,11 +28,14 @@ use std::{
 };
 
 pub use contents::{Sought, TakeError};
-pub use draft::DraftWish;
+pub use draft::{DraftWish, WantedDraft};
 pub use murmur_api::backend::RingWishes;
 pub use murmur_engine::{CHILD_SUBCOMMAND, child};
 pub use murmur_net as net;
-use murmur_protocol::{codec::Codec, mesh::MachineSpeed};
+use murmur_protocol::{
+    codec::Codec,
+    mesh::{MachineSpeed, NodeId},
+};
 use murmur_store::hub::HubConfig;
 use tokio::task::{AbortHandle, JoinSet};
 
@@ -125,6 +128,8 @@ pub struct WantedModel {
     pub sought: Sought,
     /// The name clients use; `None`: the one that it has there.
     pub id: Option<String>,
+    /// The key that must have signed it: nothing else is fetched.
+    pub signed_by: Option<NodeId>,
 }
 
 /// How many threads a stage gets.
@@ -229,7 +234,7 @@ pub enum NodeError {
     },
     /// A model is not signed by whom the user wants to have signed it.
     #[error(
-        "{name} is not taken: no node of the mesh shows that {signer} has signed it; {others}. Pull it without --signed-by to take it unsigned"
+        "{name} is not taken: no node of the mesh shows that {signer} has signed it; {others}. Leave out --signed-by to take it unsigned"
     )]
     NotSigned {
         /// The name of the model.
@@ -321,11 +326,13 @@ impl Node {
         })
     }
 
-    /// Loads every model that is not on demand; `progress` hears how far it is. The first that cannot be loaded ends it.
+    /// Loads every model that is not on demand; `progress` hears how far it is. The first that cannot be loaded ends it. A model that is to guess
+    /// and is not on this machine comes first.
     pub async fn load(
         self: &Arc<Self>,
         progress: impl Fn(LoadProgress) + Send + Sync + 'static,
     ) -> Result<(), NodeError> {
+        self.fetch_draft().await?;
         let models = Arc::clone(&self.models);
         let loading = tokio::task::spawn_blocking(move || models.load(&progress));
         loading.await.map_err(|_| NodeError::Interrupted)??;

@@ -83,7 +83,7 @@ pub(crate) struct Model {
     identity: OnceLock<Option<ModelIdentity>>,
     /// Where its bytes come from, if the file is not all here.
     supply: OnceLock<Supply>,
-    /// Who guesses for it; for one on demand, once it is to be loaded.
+    /// Who guesses for it; for one on demand, once it is to be loaded, and where who guesses is on its way, once it is here.
     guessing: OnceLock<Guessing>,
     /// Why and how it is spread over the mesh, if it is.
     spread: OnceLock<Spread>,
@@ -201,8 +201,8 @@ impl Model {
     pub(crate) fn open(spec: &ModelSpec, options: &NodeOptions, on_demand: bool) -> Result<Model, NodeError> {
         let held = Hold::on(&spec.path);
         let file = ModelFile::read(&spec.path)?;
-        // What the user has named to guess must do for what is served from the start.
-        let guessing = match on_demand {
+        // What the user has named to guess must do for what is served from the start; what is still on its way is looked at when it is here.
+        let guessing = match on_demand || options.draft.is_awaited() {
             true => OnceLock::new(),
             false => Guessing::of(options, &spec.id, &file)?.into(),
         };
@@ -588,6 +588,15 @@ impl Model {
                 Guessing::Lookup
             })
         })
+    }
+
+    /// Finds out who guesses for it, unless that is known, or it is on demand. Blocks.
+    pub(crate) fn settle_guessing(&self, options: &NodeOptions) -> Result<(), NodeError> {
+        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(file), None) = (file.as_ref(), self.guessing.get()) {
+            let _ = self.guessing.set(Guessing::of(options, self.id(), file)?);
+        }
+        Ok(())
     }
 
     /// Notes that a load begins, unless one goes on or the node ends.

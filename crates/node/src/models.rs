@@ -121,6 +121,11 @@ impl Models {
         }
     }
 
+    /// Finds out who guesses for those that are served from the start, now that who was named is here. Blocks.
+    pub(crate) fn settle_guessing(&self) -> Result<(), NodeError> {
+        self.list.iter().try_for_each(|model| model.settle_guessing(&self.options))
+    }
+
     /// Loads those that are not on demand, one after the other. Blocks. The first that cannot be loaded ends it.
     pub(crate) fn load(&self, progress: &dyn Fn(LoadProgress)) -> Result<(), NodeError> {
         for model in self.list.iter().filter(|model| !model.is_on_demand()) {
@@ -232,6 +237,7 @@ impl Models {
 
     /// Begins to load a model unless it is loaded, or being loaded. Returns once it is clear whether it fits.
     pub(crate) async fn wake(self: &Arc<Self>, at: usize) -> Result<Waking, NodeError> {
+        self.options.draft.is_here().await;
         let waking = Waking::new(Arc::clone(self), at);
         let models = Arc::clone(self);
         let planned = tokio::task::spawn_blocking(move || models.list.get(at).map(|model| models.plan(model)));

@@ -3,7 +3,11 @@
 //! What is signed lies beside the file in the store ([`Content::change_signatures`]), as it was signed. It is verified whenever it is read,
 //! so it does not matter who sent it, nor what the disk has made of it. Nodes hand it on with the file (`contents::signers`).
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use murmur_gguf::{GgufError, Manifest};
 use murmur_protocol::mesh::{
@@ -12,6 +16,9 @@ use murmur_protocol::mesh::{
 };
 use murmur_store::{Content, HubRef, Origin, Resolved, Store, StoreError};
 use serde_json::{Value, json};
+
+/// Signers that a message names.
+const SHOWN_MAX: usize = 4;
 
 /// Something that was signed of a file, verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -124,6 +131,34 @@ pub fn attestations(content: &Content) -> Result<Vec<Attested>, StoreError> {
     Ok(verified(content, content.signatures()?))
 }
 
+/// All that is known here to have been signed of a file, of the store or elsewhere on this machine. It is read through, unless that was done
+/// before; `progress` is told bytes done and bytes in all. Blocks.
+///
+/// # Errors
+/// [`StoreError`] if it cannot be read.
+pub fn known_of(store: &Store, file: &Path, mut progress: impl FnMut(u64, u64)) -> Result<Vec<Attested>, StoreError> {
+    attestations(&store.contents().adopt(file, &mut progress)?)
+}
+
+/// The same, without reading it: of a file that was not read through since it has changed last, nothing is known. Blocks.
+///
+/// # Errors
+/// [`StoreError`] if what was signed cannot be read.
+pub fn known_unread(store: &Store, file: &Path) -> Result<Vec<Attested>, StoreError> {
+    store.contents().find_file(file)?.as_ref().map_or_else(|| Ok(Vec::new()), attestations)
+}
+
+/// Who has signed something, in words.
+pub fn signers(attested: &[Attested]) -> String {
+    let signers: BTreeSet<NodeId> = attested.iter().map(|attested| attested.says.signer).collect();
+    let shown: Vec<String> = signers.iter().take(SHOWN_MAX).map(ToString::to_string).collect();
+    match signers.len().saturating_sub(SHOWN_MAX) {
+        _ if shown.is_empty() => "nobody has, as far as is known".to_owned(),
+        0 => format!("those who have: {}", shown.join(", ")),
+        more => format!("those who have: {} and {more} more", shown.join(", ")),
+    }
+}
+
 /// What of this was signed of the content.
 fn verified(content: &Content, signatures: Vec<Vec<u8>>) -> Vec<Attested> {
     let model = ModelDigest::from_bytes(content.digest().0);
@@ -147,7 +182,7 @@ pub(crate) fn keep(content: &Content, new: Vec<Attested>, first: &[NodeId]) -> R
 
 /// Of each signer the latest: first those of `first`, then what was known. A flood of signatures by keys that nobody knows displaces none
 /// that were there before.
-fn merged(known: Vec<Attested>, new: Vec<Attested>, first: &[NodeId]) -> Vec<Attested> {
+pub(crate) fn merged(known: Vec<Attested>, new: Vec<Attested>, first: &[NodeId]) -> Vec<Attested> {
     let mut all: Vec<Attested> = Vec::new();
     for one in known.into_iter().chain(new) {
         match all.iter_mut().find(|other| other.says.signer == one.says.signer) {

@@ -203,6 +203,20 @@ async fn a_taker_that_floods_and_reads_nothing_keeps_nobody_from_a_file() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_model_is_pulled_by_its_digest_and_has_the_name_that_nodes_give_it() {
+    let world = World::new().await;
+    let honest = world.honest(None).await;
+    world.knows_holders(1).await;
+    let digest = world.digest.to_string();
+    let events = Pull::named(&world, &digest).await.until_its_end(|_| ()).await;
+    world.has_the_file(&events);
+    assert_eq!(events.last().unwrap()["name"], "tiny");
+    // Once it is here nobody is needed.
+    honest.shutdown().await;
+    world.has_the_file(&Pull::named(&world, &digest).await.until_its_end(|_| ()).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pull_that_is_stopped_takes_nothing_more_and_goes_on_later() {
     let world = World::new().await;
     let _honest = world.honest(Some(HONEST_BYTES_PER_S)).await;

@@ -16,7 +16,7 @@ use axum::http::StatusCode;
 use common::{Claim, Pull, Trick, World, until};
 use hub_server::{Behaviour, Hub, sha256_of};
 use murmur_api::backend::Backend;
-use murmur_node::{Node, NodeOptions, WantedModel};
+use murmur_node::{DraftWish, Node, NodeOptions, WantedDraft, WantedModel};
 use murmur_store::{HubRef, Origin, Store, hub::HubConfig};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -240,7 +240,7 @@ async fn what_nodes_have_by_a_name_of_the_hub_and_is_not_its_file_is_not_kept() 
 
 /// A model that is to be served, by its name on the hub.
 fn served() -> Vec<WantedModel> {
-    vec![WantedModel { sought: NAME.parse().unwrap(), id: Some("mine".to_owned()) }]
+    vec![WantedModel { sought: NAME.parse().unwrap(), id: Some("mine".to_owned()), signed_by: None }]
 }
 
 const NAME: &str = "hf:someone/Tiny-GGUF:Q8_0";
@@ -275,6 +275,24 @@ async fn a_name_of_the_hub_that_is_to_be_served_comes_from_the_hub_alone_when_no
     let entry = pulled(&world.taker_dir).unwrap();
     assert!(matches!(entry.origin, Origin::Hub { .. }) && world.is_the_file(&entry.path), "{entry:?}");
     assert_eq!(world.taker.names().collect::<Vec<_>>(), ["mine"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_is_to_guess_is_fetched_before_anything_is_loaded_from_a_node_when_the_hub_is_down() {
+    let hub = hub().await;
+    hub.set(|behaviour| behaviour.refusals = vec![(StatusCode::SERVICE_UNAVAILABLE, Vec::new()); 1_000]);
+    let (hub, wanted) = (config(&hub), || DraftWish::Wanted(WantedDraft::new(NAME.parse().unwrap(), None, None)));
+    let world = World::with_taker(|options| NodeOptions { hub: Some(hub), draft: wanted(), ..options }).await;
+    let _honest = world.honest_with(None, Some(PLACE)).await;
+    world.knows_holders(1).await;
+    world.taker.load(|_| ()).await.unwrap();
+    let entry = pulled(&world.taker_dir).unwrap();
+    assert!(matches!(entry.origin, Origin::Mesh { .. }) && world.is_the_file(&entry.path), "{entry:?}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let alone = Arc::new(Node::open(NodeOptions { draft: wanted(), ..common::options(folder.path()) }).unwrap());
+    let error = alone.load(|_| ()).await.unwrap_err().to_string();
+    assert!(error.contains(NAME), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

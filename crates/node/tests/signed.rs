@@ -4,10 +4,13 @@
 
 mod common;
 
-use common::{Pull, Trick, World};
+use common::{Pull, Trick, World, until};
 use murmur_api::backend::{Backend, Refusal};
 use murmur_gguf::Manifest;
-use murmur_node::signatures::{Attested, attestations};
+use murmur_node::{
+    NodeOptions, WantedModel,
+    signatures::{Attested, attestations},
+};
 use murmur_protocol::mesh::{Attestation, ManifestDigest, ModelDigest, NodeKey, SignedAttestation};
 use murmur_store::Contents;
 use serde_json::Value;
@@ -140,6 +143,37 @@ async fn a_signature_does_not_make_wrong_bytes_right() {
     let pull = Pull::signed_by(&world, &key(1).node_id()).await;
     world.has_the_file(&pull.until_its_end(|_| world.holds_only_what_is_right()).await);
     assert!(rogue.asked() > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_to_be_served_and_is_not_signed_by_the_wanted_key_is_refused_before_anything_comes_and_taken_once_it_is()
+ {
+    let wanted = WantedModel { sought: "tiny".parse().unwrap(), id: None, signed_by: Some(key(3).node_id()) };
+    let world = World::with_taker(|options| NodeOptions { wanted: vec![wanted], ..options }).await;
+    world.signs(&key(1));
+    let _honest = world.honest(None).await;
+    let waiting = || world.taker.status()["wanted"][0]["waiting"].as_str().map(str::to_owned);
+    let is_refused = || waiting().is_some_and(|why| why.contains("no node of the mesh shows"));
+    until("it is refused", is_refused).await;
+    let why = waiting().unwrap();
+    assert!([1, 3].iter().all(|number| why.contains(&key(*number).node_id().to_string())), "{why}");
+    assert!(Contents::at(&world.taker_dir).list().unwrap().is_empty(), "something of it was begun");
+    world.signs(&key(3));
+    until("it is listed", || world.taker.names().count() == 1).await;
+    assert_eq!(signers(&world)[0], key(3).node_id().to_string());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_has_signed_what_is_listed_also_of_files_that_are_elsewhere() {
+    let world = World::new().await;
+    world.signs(&key(1));
+    let honest = world.honest(None).await;
+    let _rogue = world.rogue(world.claim(), Trick::Lacks).await;
+    world.knows_holders(2).await;
+    for node in [&world.taker, &honest] {
+        let listed = node.signatures().await;
+        assert_eq!(listed[world.digest.to_string()][0]["signer"], key(1).node_id().to_string(), "{listed}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -255,3 +255,30 @@ fn the_quota_takes_parts_first_and_then_what_was_not_used_for_longest() {
     let error = store.resolve(&"m2".parse().unwrap()).unwrap_err();
     assert!(error.to_string().contains("0 bytes of") && error.to_string().contains("pull m2"), "{error}");
 }
+
+#[test]
+fn a_clock_that_jumps_damages_nothing_and_what_is_pinned_or_in_use_stays() {
+    let home = tempfile::tempdir().unwrap();
+    let store = Store::at(&home.path().join("data"));
+    let peers: Vec<Content> = (0..4).map(|seed| peer(home.path(), seed)).collect();
+    let bytes = peers[0].bytes();
+    // Used a century from now, in the year 1970, and now; the first is pinned, and the second in use.
+    let century = Duration::from_secs(100 * 365 * 24 * 3600);
+    let times = [SystemTime::now() + century, SystemTime::UNIX_EPOCH, SystemTime::now() + century, SystemTime::now()];
+    for (n, (peer, used)) in peers.iter().zip(times).enumerate() {
+        let content = fetch(peer, &store, ALL);
+        store.add_content(name(&format!("m{n}")), &content, None).unwrap();
+        let state = fs::File::options().write(true).open(content.path().with_file_name("state")).unwrap();
+        state.set_modified(used).unwrap();
+    }
+    store.pin(&name("m0")).unwrap();
+    let used = store.contents().find(&peers[1].digest()).unwrap().unwrap();
+    let _held = used.hold().unwrap();
+    let collected = store.collect(3 * bytes).unwrap();
+    assert_eq!(collected.removed.iter().filter_map(|gone| gone.digest).collect::<Vec<_>>(), [peers[3].digest()]);
+    let collected = store.collect(0).unwrap();
+    assert_eq!((collected.removed.len(), collected.left_bytes), (1, 2 * bytes));
+    for of in ["m0", "m1"] {
+        assert_eq!(health(&store, of), Health::Ok { held_bytes: bytes });
+    }
+}

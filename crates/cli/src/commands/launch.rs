@@ -12,7 +12,8 @@ use std::{
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use murmur_api::ApiOptions;
-use murmur_node::{DraftWish, LoadProgress, ModelSpec, Node, NodeOptions, RingWishes, sharing::Sharing};
+use murmur_node::{DraftWish, LoadProgress, ModelSpec, Node, NodeOptions, RingWishes, WantedDraft, sharing::Sharing};
+use murmur_protocol::mesh::NodeId;
 use murmur_store::{ModelRef, hub::HubConfig};
 use rand::Rng;
 use tokio::{sync::oneshot, task::JoinHandle};
@@ -20,12 +21,13 @@ use tokio::{sync::oneshot, task::JoinHandle};
 use super::{
     Session,
     doctor::{Occupant, occupant},
+    signed,
 };
 use crate::{
     args::{Draft, EngineArgs, mesh::MeshArgs},
     client::ApiClient,
     exit::{Code, Failure},
-    target::{self, LocalModel, Target},
+    target::{self, LocalModel, Place, Target},
     ui,
     units::Threads,
 };
@@ -67,12 +69,12 @@ pub(super) fn listen(session: &Session) -> anyhow::Result<TcpListener> {
 }
 
 /// What a node is to do that is alone.
-pub(super) async fn node_options(
+pub(super) fn node_options(
     session: &Session,
     models: Vec<LocalModel>,
     engine: &EngineArgs,
+    draft: DraftWish,
 ) -> anyhow::Result<NodeOptions> {
-    let draft = draft(session, &models, engine).await?;
     Ok(NodeOptions {
         data_dir: session.data_dir.clone(),
         models: models.into_iter().map(|model| ModelSpec { path: model.path, id: model.id }).collect(),
@@ -142,17 +144,26 @@ pub(super) fn client_options(session: &Session, mesh: &MeshArgs) -> anyhow::Resu
     })
 }
 
-/// Who is to guess. A model that is named is one of those that are served, or one of this machine, or it is pulled.
-async fn draft(session: &Session, models: &[LocalModel], engine: &EngineArgs) -> anyhow::Result<DraftWish> {
+/// Who is to guess. A model that is named is one of those that are served, or where `find` finds it. `signed_by`: the key that must have signed who
+/// guesses.
+pub(super) async fn draft(
+    session: &Session,
+    models: &[LocalModel],
+    engine: &EngineArgs,
+    find: impl AsyncFn(&ModelRef) -> anyhow::Result<Place>,
+    signed_by: Option<NodeId>,
+) -> anyhow::Result<DraftWish> {
     let spoilt = engine.draft_spoilt;
     Ok(match &engine.draft {
         Draft::Model(model) => {
             let is_meant = |served: &&LocalModel| matches!(model, ModelRef::Name(name) if name.as_str() == served.id);
-            let path = match models.iter().find(is_meant) {
-                Some(served) => served.path.clone(),
-                None => target::local(session, model).await.context("--draft")?.path,
-            };
-            DraftWish::Model { path, spoilt }
+            match models.iter().find(is_meant) {
+                Some(served) => DraftWish::Model { path: served.path.clone(), spoilt },
+                None => match find(model).await.context("--draft")? {
+                    Place::Here(found) => DraftWish::Model { path: found.path, spoilt },
+                    Place::Elsewhere(sought) => DraftWish::Wanted(WantedDraft::new(sought, signed_by, spoilt)),
+                },
+            }
         }
         _ if spoilt.is_some() => {
             return Err(Failure::because(
@@ -163,7 +174,10 @@ async fn draft(session: &Session, models: &[LocalModel], engine: &EngineArgs) ->
         Draft::Off => DraftWish::Off,
         Draft::Lookup => DraftWish::Lookup,
         Draft::Peer(name) => DraftWish::Peer(name.clone()),
-        Draft::Auto => DraftWish::Auto(session.store().list()?.into_iter().map(|entry| entry.path).collect()),
+        Draft::Auto => {
+            let files = session.store().list()?.into_iter().map(|entry| entry.path);
+            DraftWish::Auto(files.filter(|file| signed::is_known_to_be(session, file, signed_by)).collect())
+        }
     })
 }
 
@@ -179,7 +193,10 @@ fn engine_program() -> anyhow::Result<PathBuf> {
 
 /// Loads a model for this command. Ctrl-C ends it, and the engine's processes with it.
 async fn load(session: &Session, model: LocalModel, engine: &EngineArgs) -> anyhow::Result<Arc<Node>> {
-    let options = node_options(session, vec![model], engine).await?;
+    let models = vec![model];
+    let here = async |model: &ModelRef| target::local(session, model).await.map(Place::Here);
+    let draft = draft(session, &models, engine, here, None).await?;
+    let options = node_options(session, models, engine, draft)?;
     let bar = LoadBar::new(session, engine.stages);
     tokio::select! {
         node = Node::start(options, bar.listener()) => Ok(node?),

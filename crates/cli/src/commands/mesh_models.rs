@@ -13,9 +13,13 @@ use super::{
 };
 use crate::{
     exit::{Code, Failure},
+    membership::own_node,
     pull, ui,
     units::Size,
 };
+
+/// Signers of a file that a list names.
+const SIGNERS_SHOWN_MAX: usize = 3;
 
 /// Has the server fetch a model of the mesh, or end that.
 pub(super) async fn pull(session: &Session, model: &ModelName, stop: bool) -> anyhow::Result<()> {
@@ -192,9 +196,14 @@ fn sources(fetch: &Value) -> String {
     }
 }
 
-/// What there is in the mesh.
+/// What there is in the mesh, and who has signed it.
 pub(super) async fn search(session: &Session, text: Option<&str>) -> anyhow::Result<()> {
-    let answer = session.client().get("/api/models").await?;
+    let mut answer = session.client().get("/api/models").await?;
+    let signed = session.client().get("/api/models/signatures").await?;
+    let own = own_node(&session.data_dir)?;
+    for file in answer["models"].as_array_mut().into_iter().flatten() {
+        file["signatures"] = signatures_of(file, &signed["signatures"], own);
+    }
     let wanted = text.unwrap_or_default().to_lowercase();
     let is_wanted = |file: &&Value| file["name"].as_str().is_some_and(|name| name.to_lowercase().contains(&wanted));
     let files: Vec<&Value> = answer["models"].as_array().into_iter().flatten().filter(is_wanted).collect();
@@ -213,13 +222,41 @@ pub(super) async fn search(session: &Session, text: Option<&str>) -> anyhow::Res
         return Ok(());
     }
     let rows: Vec<Vec<String>> = files.iter().map(|file| row(file)).collect();
-    ui::print(&ui::table(&["NAME", "SIZE", "HERE", "NODES", "NEAREST", "DIGEST"], &rows, &[1, 2, 3, 4]))?;
+    let headings = ["NAME", "SIZE", "HERE", "NODES", "NEAREST", "DIGEST", "SIGNED BY"];
+    ui::print(&ui::table(&headings, &rows, &[1, 2, 3, 4]))?;
     if !session.global.quiet {
         for (file, draft) in files.iter().filter_map(|file| Some((file["name"].as_str()?, draft(file)?))) {
             ui::say(&ui::without_controls(&drafts::advice(file, &draft)));
         }
     }
     Ok(())
+}
+
+/// What was signed of a file, and whether with the key of this machine.
+fn signatures_of(file: &Value, signed: &Value, own: Option<NodeId>) -> Value {
+    let known = file["digest"].as_str().and_then(|digest| signed[digest].as_array());
+    let with_own = |one: &Value| {
+        let mut one = one.clone();
+        one["own"] = own.is_some_and(|own| one["signer"] == own.to_string()).into();
+        one
+    };
+    known.into_iter().flatten().map(with_own).collect()
+}
+
+/// The keys that have signed a file, by their first digits.
+fn signers(file: &Value) -> String {
+    let signatures = file["signatures"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let short = |one: &Value| match (one["own"] == true, one["signer"].as_str().map(str::parse::<NodeId>)) {
+        (true, _) => "this machine".to_owned(),
+        (false, Some(Ok(signer))) => signer.short(),
+        (false, _) => "?".to_owned(),
+    };
+    let shown: Vec<String> = signatures.iter().take(SIGNERS_SHOWN_MAX).map(short).collect();
+    match signatures.len().saturating_sub(SIGNERS_SHOWN_MAX) {
+        _ if shown.is_empty() => "-".to_owned(),
+        0 => shown.join(", "),
+        more => format!("{} and {more} more", shown.join(", ")),
+    }
 }
 
 fn row(file: &Value) -> Vec<String> {
@@ -237,5 +274,6 @@ fn row(file: &Value) -> Vec<String> {
         nodes.len().to_string(),
         nearest.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.0} ms")),
         file["digest"].as_str().unwrap_or_default().chars().take(16).collect(),
+        signers(file),
     ]
 }

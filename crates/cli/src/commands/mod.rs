@@ -18,6 +18,7 @@ mod serve;
 mod server;
 mod show;
 mod sign;
+mod signed;
 mod status;
 mod top;
 mod upkeep;

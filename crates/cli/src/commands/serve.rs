@@ -3,19 +3,20 @@
 use std::time::Duration;
 
 use murmur_node::{ModelSpec, NodeOptions, Sought, WantedModel};
-use murmur_protocol::codec::Codec;
+use murmur_protocol::{codec::Codec, mesh::NodeId};
 use murmur_store::{HubRef, ModelRef, StoreError, hub::HubFile};
 use tokio::time::timeout;
 
 use super::{
     Session, launch,
     server::{self, Plan},
+    signed,
 };
 use crate::{
     args::Serve,
     exit::{Code, Failure},
     membership,
-    target::{self, LocalModel},
+    target::{self, LocalModel, Place},
 };
 
 /// A hub that has not said by then whether it has a model is not waited for.
@@ -52,7 +53,9 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
     }
     let plan = async {
         let Models { here, elsewhere } = models(session, &args, mesh.is_some()).await?;
-        let on_demand = if args.on_demand { others(session, &here)? } else { Vec::new() };
+        let on_demand = if args.on_demand { others(session, &here, args.signed_by)? } else { Vec::new() };
+        let find = async |model: &ModelRef| find(session, &args, mesh.is_some(), model).await;
+        let draft = launch::draft(session, &here, &args.engine, find, args.signed_by).await?;
         let node = NodeOptions {
             wanted: elsewhere,
             on_demand,
@@ -69,7 +72,7 @@ pub(super) fn run(session: &Session, args: Serve) -> anyhow::Result<()> {
             spread: mesh.is_some(),
             peer_wait: args.mesh.wait.into(),
             hub_by_word: !args.mesh.no_hub,
-            ..launch::node_options(session, here, &args.engine).await?
+            ..launch::node_options(session, here, &args.engine, draft)?
         };
         Ok(Plan { node, mesh })
     };
@@ -95,17 +98,10 @@ async fn models(session: &Session, args: &Serve, has_mesh: bool) -> anyhow::Resu
     let Models { here: mut models, mut elsewhere } = Models::default();
     for (at, reference) in wanted.iter().enumerate() {
         let alias = args.alias.get(at).map(ToString::to_string);
-        let found = match has_mesh {
-            true => here_or_elsewhere(session, reference)?,
-            false => Place::Here(target::local(session, reference).await?),
-        };
-        let mut model = match found {
+        let mut model = match find(session, args, has_mesh, reference).await? {
             Place::Here(model) => model,
             Place::Elsewhere(sought) => {
-                if let Sought::Hub(reference) = &sought {
-                    refuse_unknown(reference).await?;
-                }
-                elsewhere.push(WantedModel { sought, id: alias });
+                elsewhere.push(WantedModel { sought, id: alias, signed_by: args.signed_by });
                 continue;
             }
         };
@@ -128,11 +124,26 @@ async fn models(session: &Session, args: &Serve, has_mesh: bool) -> anyhow::Resu
     Ok(Models { here: models, elsewhere })
 }
 
-/// Where a model is.
-enum Place {
-    Here(LocalModel),
-    /// In the mesh or on the hub.
-    Elsewhere(Sought),
+/// Finds a model that was named, and refuses what is not to be served, before anything of it is downloaded or loaded.
+async fn find(session: &Session, args: &Serve, has_mesh: bool, reference: &ModelRef) -> anyhow::Result<Place> {
+    let place = match (has_mesh, args.signed_by) {
+        (false, None) => Place::Here(target::local(session, reference).await?),
+        _ => here_or_elsewhere(session, reference)?,
+    };
+    match (&place, args.signed_by) {
+        (Place::Here(model), Some(signer)) => signed::demand(session, model, signer)?,
+        (Place::Elsewhere(sought), Some(signer)) if !has_mesh => {
+            return Err(Failure::because(
+                Code::Usage,
+                format!(
+                    "{sought} is not on this machine, and that {signer} has signed it only the nodes of a mesh could show. Name one with --mesh or --join"
+                ),
+            ));
+        }
+        (Place::Elsewhere(Sought::Hub(reference)), _) => refuse_unknown(reference).await?,
+        (Place::Here(_) | Place::Elsewhere(Sought::Name(_)), _) => {}
+    }
+    Ok(place)
 }
 
 /// What is not on this machine, or not all of it, or not any more, is fetched by the node, from the mesh and from the hub.
@@ -161,11 +172,12 @@ async fn refuse_unknown(reference: &HubRef) -> anyhow::Result<()> {
     }
 }
 
-/// All other models of the store.
-fn others(session: &Session, models: &[LocalModel]) -> anyhow::Result<Vec<ModelSpec>> {
+/// All other models of the store, or those of them that a key has signed.
+fn others(session: &Session, models: &[LocalModel], signed_by: Option<NodeId>) -> anyhow::Result<Vec<ModelSpec>> {
     let entries = session.store().list()?.into_iter();
     // What went to make room has its name still.
     let others = entries.filter(|entry| entry.path.exists() && models.iter().all(|model| model.path != entry.path));
+    let others = others.filter(|entry| signed::is_known_to_be(session, &entry.path, signed_by));
     Ok(others.map(|entry| ModelSpec { path: entry.path, id: entry.name.to_string() }).collect())
 }
 

@@ -305,6 +305,13 @@ fn from_wire(ranges: &[Range<u64>]) -> Vec<ByteRange> {
     ranges.iter().map(|range| ByteRange { start: range.start, end: range.end }).collect()
 }
 
+/// For `/api/models/signatures`: by the digest of each file that this node has or could have, what was signed of it.
+pub(crate) async fn view_signatures(node: &Node) -> Value {
+    let known = signers::of_all(node).await;
+    let view = |attested: Vec<Attested>| attested.iter().map(Attested::view).collect::<Value>();
+    known.into_iter().map(|(digest, attested)| (digest.to_string(), view(attested))).collect()
+}
+
 /// For `/api/models`: each file that this node has or could have, with who has how much of it.
 pub(crate) fn view(node: &Node) -> Vec<Value> {
     let mut files: BTreeMap<ModelDigest, Value> = BTreeMap::new();

@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -10,7 +11,7 @@ use std::{
 use murmur_api::backend::Refusal;
 use murmur_gguf::Digest;
 use murmur_protocol::mesh::{IdError, ModelDigest, NodeId};
-use murmur_store::{Content, HubRef, ModelEntry, Origin, StoreError};
+use murmur_store::{Content, HubRef, ModelEntry, ModelName, Origin, Store, StoreError};
 use serde_json::{Value, json};
 use tokio::{
     sync::{mpsc, watch},
@@ -21,8 +22,8 @@ use tokio::{
 use super::{
     InUse, Shelf, Sought,
     hub_name::{Hub, HubFinder},
-    signers::{find_signed, gather, gather_signed, not_signed},
-    wanted::{begin, blocking, find, search_within},
+    signers::{choose, demand, gather, gather_signed, not_signed},
+    wanted::{begin, blocking, called, find, search_within},
 };
 use crate::{
     Node, NodeError,
@@ -67,13 +68,13 @@ enum State {
 
 impl State {
     /// How a pull has ended.
-    fn of(pulled: Result<Value, NodeError>) -> State {
+    fn of(pulled: Result<Pulled, NodeError>) -> State {
         pulled.map_or_else(
             |error| State::Failed {
                 reason: with_causes(&error),
                 is_nowhere: matches!(error, NodeError::Nowhere(_) | NodeError::NorOnHub { .. }),
             },
-            State::Done,
+            |pulled| State::Done(pulled.view),
         )
     }
 
@@ -104,15 +105,36 @@ fn view(shelf: &Shelf, state: &str) -> Value {
     view
 }
 
-/// What is told of a file of the store.
-fn view_entry(entry: &ModelEntry) -> Value {
-    json!({
-        "state": "done",
-        "name": entry.name,
-        "file_bytes": entry.size_bytes,
-        "held_bytes": entry.size_bytes,
-        "path": entry.path.to_string_lossy(),
-    })
+/// A model that is here now.
+struct Pulled {
+    path: PathBuf,
+    /// What is told of it.
+    view: Value,
+}
+
+impl From<ModelEntry> for Pulled {
+    /// A file of the store.
+    fn from(entry: ModelEntry) -> Pulled {
+        let view = json!({
+            "state": "done",
+            "name": entry.name,
+            "file_bytes": entry.size_bytes,
+            "held_bytes": entry.size_bytes,
+            "path": entry.path.to_string_lossy(),
+        });
+        Pulled { path: entry.path, view }
+    }
+}
+
+/// Fetches a model whole, as a pull does, for something else of this node. Returns its file.
+pub(crate) async fn fetch(
+    node: &Arc<Node>,
+    mesh: &Arc<MeshNode>,
+    sought: &Sought,
+    signer: Option<NodeId>,
+) -> Result<PathBuf, NodeError> {
+    let (tell, _) = watch::channel(State::Searching);
+    Ok(pull(node, mesh, sought.clone(), signer, &tell).await?.path)
 }
 
 impl Pulls {
@@ -201,20 +223,17 @@ async fn pull(
     sought: Sought,
     signer: Option<NodeId>,
     tell: &watch::Sender<State>,
-) -> Result<Value, NodeError> {
+) -> Result<Pulled, NodeError> {
     let begun = |shelf: &Arc<Shelf>| drop(tell.send_replace(State::Fetching(Arc::clone(shelf))));
     let (shelf, signed) = match sought {
         Sought::Name(name) => {
             let (store, known) = (node.library.store(), name.clone());
-            if let Some(entry) = blocking(move || Ok(store.find_whole(&known)?)).await? {
+            if let Some(entry) = blocking(move || find_here(&store, &known)).await? {
                 return have(node, mesh, entry, signer).await;
             }
             let digest = search_within(mesh, SEARCH_MAX, |table| find(table, name.as_str()), &name).await?;
-            let (digest, signed) = match signer {
-                None => (digest, Vec::new()),
-                Some(signer) => find_signed(mesh, name.as_str(), signer).await?,
-            };
-            let shelf = begin(node, mesh, name.as_str(), digest, begun).await?;
+            let (digest, signed) = choose(mesh, name.as_str(), digest, signer).await?;
+            let shelf = begin(node, mesh, &called(mesh, digest, name.as_str()), digest, begun).await?;
             shelf.fetch(node, mesh, &[shelf.whole()], false).await?;
             (shelf, signed)
         }
@@ -226,12 +245,7 @@ async fn pull(
             let name = reference.to_string();
             match HubFinder::of(&hub, reference.clone()).await?.search(mesh).await {
                 Ok(of_hub) => {
-                    let signed = match signer {
-                        None => Vec::new(),
-                        Some(signer) => gather_signed(mesh, of_hub.digest, signer)
-                            .await
-                            .map_err(|others| not_signed(&name, signer, &others))?,
-                    };
+                    let signed = demand(mesh, &name, of_hub.digest, signer).await?;
                     (of_hub.fetch(node, mesh, begun).await?, signed)
                 }
                 Err(NodeError::Nowhere(_)) => match signer {
@@ -245,6 +259,16 @@ async fn pull(
     enter(node, mesh, shelf, signed, signer).await
 }
 
+/// A model of the store that is all here, by its name, or its digest where it is known.
+fn find_here(store: &Store, name: &ModelName) -> Result<Option<ModelEntry>, NodeError> {
+    let Ok(digest) = name.as_str().parse::<Digest>() else { return Ok(store.find_whole(name)?) };
+    let is_it = |entry: &ModelEntry| matches!(entry.origin, Origin::Mesh { digest: known } if known == digest);
+    match store.list()?.into_iter().find(is_it) {
+        Some(entry) => Ok(store.find_whole(&entry.name)?),
+        None => Ok(None),
+    }
+}
+
 /// Enters a file that has come in the store, with what is known to have been signed of it.
 async fn enter(
     node: &Arc<Node>,
@@ -252,7 +276,7 @@ async fn enter(
     shelf: InUse,
     signed: Vec<Attested>,
     signer: Option<NodeId>,
-) -> Result<Value, NodeError> {
+) -> Result<Pulled, NodeError> {
     let signed = match signer {
         Some(_) => signed,
         None => gather(mesh, shelf.digest(), None).await,
@@ -266,7 +290,7 @@ async fn enter(
         shelf.enter(&node.library.store())?;
         let mut view = view(&shelf, "done");
         view["signatures"] = shelf.view_attestations();
-        Ok(view)
+        Ok(Pulled { path: shelf.content.path().to_owned(), view })
     })
     .await
 }
@@ -277,8 +301,8 @@ async fn have(
     mesh: &Arc<MeshNode>,
     entry: ModelEntry,
     signer: Option<NodeId>,
-) -> Result<Value, NodeError> {
-    let Some(signer) = signer else { return Ok(view_entry(&entry)) };
+) -> Result<Pulled, NodeError> {
+    let Some(signer) = signer else { return Ok(entry.into()) };
     let (contents, of) = (node.library.store().contents(), entry.clone());
     let (content, known): (Content, Vec<Attested>) = blocking(move || {
         let content = match &of.origin {
@@ -298,15 +322,15 @@ async fn have(
         })?;
         blocking(move || Ok(keep(&content, shown, &[signer])?)).await?;
     }
-    Ok(view_entry(&entry))
+    Ok(entry.into())
 }
 
 /// Gets a model from the hub alone, unless it was pulled before.
-async fn pull_from_hub(hub: &Hub, reference: &HubRef, tell: &watch::Sender<State>) -> Result<Value, NodeError> {
+async fn pull_from_hub(hub: &Hub, reference: &HubRef, tell: &watch::Sender<State>) -> Result<Pulled, NodeError> {
     if let Some(entry) = hub.find_pulled(reference).await? {
-        return Ok(view_entry(&entry));
+        return Ok(entry.into());
     }
     let told = tell.clone();
     let heard = move |done_bytes, total_bytes| drop(told.send_replace(State::FromHub { done_bytes, total_bytes }));
-    Ok(view_entry(&hub.pull(reference, heard).await?))
+    Ok(hub.pull(reference, heard).await?.into())
 }

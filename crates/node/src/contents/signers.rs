@@ -1,22 +1,25 @@
 //! What other nodes know to have been signed of files that they have. Each answer is verified; who leaves something out cannot hide it, as
 //! long as somebody else shows it.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use murmur_net::stream::{self, Reader};
 use murmur_protocol::mesh::{Capabilities, HeldContent, ModelDigest, NodeId, SignedAttestation, Work};
 use rand::seq::SliceRandom;
-use tokio::{task::JoinSet, time::timeout};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, timeout, timeout_at},
+};
 
 use super::{
     Shelf,
     wanted::{blocking, contents, is_meant},
 };
 use crate::{
-    NodeError,
+    Node, NodeError,
     mesh::{MeshNode, by_count},
     model::with_causes,
-    signatures::{Attested, keep},
+    signatures::{self, Attested, keep, merged},
 };
 
 /// A node that is asked answers within this, or is not waited for.
@@ -27,8 +30,12 @@ const ASKED_MAX: usize = 32;
 const AT_ONCE_MAX: usize = 8;
 /// Files that are looked at where several have the name.
 const FILES_MAX: usize = 8;
-/// Signers that a message names.
-const SHOWN_MAX: usize = 4;
+/// Files that are asked about at once where it is listed who has signed what.
+const FILES_AT_ONCE: usize = 8;
+/// Files that are asked about then in all; those that the most nodes have come first.
+const FILES_LISTED_MAX: usize = 256;
+/// What nobody has said by then is not waited for.
+const LIST_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Asks those who have a file, until somebody shows what `wanted` has signed of it; or several of them, where nobody is wanted.
 pub(super) async fn gather(mesh: &Arc<MeshNode>, model: ModelDigest, wanted: Option<NodeId>) -> Vec<Attested> {
@@ -96,9 +103,15 @@ pub(super) async fn take_along(mesh: Arc<MeshNode>, shelf: Arc<Shelf>) {
     }
 }
 
+/// Keeps beside a file that is fetched because a signer has signed it what shows that.
+pub(super) async fn keep_shown(shelf: &Arc<Shelf>, signed: Vec<Attested>, signer: NodeId) -> Result<(), NodeError> {
+    let shelf = Arc::clone(shelf);
+    blocking(move || Ok(keep(&shelf.content, signed, &[signer])?)).await
+}
+
 /// Of the files that nodes have under a name, the one that most of them mean and of which somebody shows that `signer` has signed it; and
 /// all that was signed of it.
-pub(super) async fn find_signed(
+async fn find_signed(
     mesh: &Arc<MeshNode>,
     name: &str,
     signer: NodeId,
@@ -131,14 +144,61 @@ pub(super) async fn gather_signed(
     }
 }
 
+/// The file that a name stands for: `most`, which most nodes mean by it, or with a signer one that it has signed; and what was signed of it.
+pub(super) async fn choose(
+    mesh: &Arc<MeshNode>,
+    name: &str,
+    most: ModelDigest,
+    signer: Option<NodeId>,
+) -> Result<(ModelDigest, Vec<Attested>), NodeError> {
+    match signer {
+        None => Ok((most, Vec::new())),
+        Some(signer) => find_signed(mesh, name, signer).await,
+    }
+}
+
+/// What was signed of a file that a signer must have signed, if there is one.
+pub(super) async fn demand(
+    mesh: &Arc<MeshNode>,
+    name: &str,
+    model: ModelDigest,
+    signer: Option<NodeId>,
+) -> Result<Vec<Attested>, NodeError> {
+    match signer {
+        None => Ok(Vec::new()),
+        Some(signer) => gather_signed(mesh, model, signer).await.map_err(|others| not_signed(name, signer, &others)),
+    }
+}
+
+/// What was signed of the files that this node and the nodes of its mesh have, as far as it is known here or said in time.
+pub(crate) async fn of_all(node: &Node) -> BTreeMap<ModelDigest, Vec<Attested>> {
+    let shelves = node.library.list();
+    let own = blocking(move || Ok(shelves.iter().map(|shelf| (shelf.digest(), shelf.attestations())).collect()));
+    let mut known: BTreeMap<ModelDigest, Vec<Attested>> = own.await.unwrap_or_default();
+    let Some(mesh) = node.mesh.get() else { return known };
+    let files = {
+        let table = Arc::clone(&mesh.mesh().watch().borrow());
+        by_count(contents(&table).filter(|content| content.held_bytes > 0).map(|content| content.digest))
+    };
+    let mut files = files.into_iter().take(FILES_LISTED_MAX);
+    let mut asking = JoinSet::new();
+    let until = Instant::now() + LIST_DEADLINE;
+    loop {
+        while asking.len() < FILES_AT_ONCE
+            && let Some(model) = files.next()
+        {
+            let mesh = Arc::clone(mesh);
+            asking.spawn(async move { (model, gather(&mesh, model, None).await) });
+        }
+        let Ok(Some(answered)) = timeout_at(until, asking.join_next()).await else { return known };
+        let Ok((model, signed)) = answered else { continue };
+        let before = known.remove(&model).unwrap_or_default();
+        known.insert(model, merged(before, signed, &[mesh.mesh().node_id()]));
+    }
+}
+
 /// Why a model is not taken that a signer should have signed.
 pub(super) fn not_signed(name: &str, signer: NodeId, others: &[Attested]) -> NodeError {
-    let others: BTreeSet<NodeId> = others.iter().map(|attested| attested.says().signer).collect();
-    let shown: Vec<String> = others.iter().take(SHOWN_MAX).map(ToString::to_string).collect();
-    let others = match others.len().saturating_sub(SHOWN_MAX) {
-        _ if shown.is_empty() => "nobody has, as far as they show".to_owned(),
-        0 => format!("those who have: {}", shown.join(", ")),
-        more => format!("those who have: {} and {more} more", shown.join(", ")),
-    };
+    let others = signatures::signers(others);
     NodeError::NotSigned { name: name.to_owned(), signer: signer.to_string(), others }
 }

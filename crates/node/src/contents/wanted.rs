@@ -14,8 +14,8 @@ use std::{
 use murmur_core::planner::size;
 use murmur_gguf::{ByteRange, Gguf, LayerRange};
 use murmur_net::Table;
-use murmur_protocol::mesh::{HeldContent, ModelDigest, content::GROUP_BYTES};
-use murmur_store::HubRef;
+use murmur_protocol::mesh::{HeldContent, ModelDigest, NodeId, content::GROUP_BYTES};
+use murmur_store::{HubRef, ModelName};
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::timeout};
 
@@ -23,13 +23,14 @@ use super::{
     InUse, Shelf, Sought,
     hub_name::{Hub, HubFinder, OfHub},
     length,
-    signers::take_along,
+    signers::{choose, demand, keep_shown, not_signed, take_along},
     take::TELL_EVERY,
 };
 use crate::{
     ModelSpec, Node, NodeError, WantedModel,
     mesh::{IdentityError, MeshNode, ModelIdentity, both, by_count},
     model::with_causes,
+    signatures::Attested,
 };
 
 /// Before what could not be had is tried again.
@@ -48,6 +49,8 @@ const HEADER_BYTES_MAX: u64 = 256 << 20;
 /// A name that was asked for, and how far it is.
 pub(crate) struct Wanted {
     sought: Sought,
+    /// Nothing is taken that this key has not signed.
+    signer: Option<NodeId>,
     /// The name clients use, as soon as it is known.
     id: OnceLock<String>,
     state: Mutex<State>,
@@ -71,10 +74,12 @@ impl Wanted {
     pub(crate) fn new(wanted: &WantedModel) -> Wanted {
         let id = match (&wanted.id, &wanted.sought) {
             (Some(id), _) => OnceLock::from(id.clone()),
-            (None, Sought::Name(name)) => OnceLock::from(name.to_string()),
-            (None, Sought::Hub(_)) => OnceLock::new(),
+            (None, Sought::Name(name)) if name.as_str().parse::<ModelDigest>().is_err() => {
+                OnceLock::from(name.to_string())
+            }
+            (None, _) => OnceLock::new(),
         };
-        Wanted { sought: wanted.sought.clone(), id, state: Mutex::new(State::Looking) }
+        Wanted { sought: wanted.sought.clone(), signer: wanted.signed_by, id, state: Mutex::new(State::Looking) }
     }
 
     /// Whether clients mean it by this name.
@@ -208,11 +213,20 @@ async fn add_named(
     let mut table = mesh.upgrade()?.mesh().watch();
     let digest = search(&mut table, |table| find(table, name)).await?;
     let (node, mesh) = both(node, mesh)?;
-    let begun = begin(&node, &mesh, name, digest, |_| wanted.set(State::Found));
-    Some(match begun.await {
-        Ok(shelf) => add(&node, &mesh, wanted, shelf, None).await,
-        Err(error) => Err(error),
-    })
+    Some(add_file(&node, &mesh, wanted, name, digest).await)
+}
+
+/// Adds the file that most nodes mean by a name, or one of this name that the wanted key has signed.
+async fn add_file(
+    node: &Arc<Node>,
+    mesh: &Arc<MeshNode>,
+    wanted: &Wanted,
+    name: &str,
+    most: ModelDigest,
+) -> Result<usize, NodeError> {
+    let (digest, signed) = choose(mesh, name, most, wanted.signer).await?;
+    let shelf = begin(node, mesh, &called(mesh, digest, name), digest, |_| wanted.set(State::Found)).await?;
+    add(node, mesh, wanted, shelf, signed, None).await
 }
 
 /// Adds what a hub has under a name, from nodes that have it and from the hub, or from the hub alone. `None`: the mesh was left.
@@ -228,14 +242,19 @@ async fn add_of_hub(
         Ok(finder) => finder.search(&mesh).await,
         Err(error) => Err(error),
     };
-    Some(match found {
-        Ok(of_hub) => match of_hub.begin(&node, &mesh, |_| wanted.set(State::Found)).await {
-            Ok(shelf) => add(&node, &mesh, wanted, shelf, Some(of_hub)).await,
-            Err(error) => Err(error),
-        },
-        Err(NodeError::Nowhere(_)) => add_pulled(&node, &hub, wanted, reference).await,
-        Err(error) => Err(error),
+    Some(match (found, wanted.signer) {
+        (Ok(of_hub), _) => add_found(&node, &mesh, wanted, of_hub).await,
+        (Err(NodeError::Nowhere(_)), None) => add_pulled(&node, &hub, wanted, reference).await,
+        (Err(NodeError::Nowhere(name)), Some(signer)) => Err(not_signed(&name, signer, &[])),
+        (Err(error), _) => Err(error),
     })
+}
+
+/// Adds a hub's file that nodes have, if the wanted key has signed it.
+async fn add_found(node: &Arc<Node>, mesh: &Arc<MeshNode>, wanted: &Wanted, of_hub: OfHub) -> Result<usize, NodeError> {
+    let signed = demand(mesh, &wanted.sought.to_string(), of_hub.digest, wanted.signer).await?;
+    let shelf = of_hub.begin(node, mesh, |_| wanted.set(State::Found)).await?;
+    add(node, mesh, wanted, shelf, signed, Some(of_hub)).await
 }
 
 /// Adds what comes from the hub alone.
@@ -243,6 +262,7 @@ async fn add_pulled(node: &Arc<Node>, hub: &Hub, wanted: &Arc<Wanted>, reference
     let told = Arc::clone(wanted);
     let heard = move |done_bytes, total_bytes| told.set(State::FromHub { done_bytes, total_bytes });
     let entry = hub.pull(reference, heard).await?;
+    node.options().draft.is_here().await;
     let id = wanted.id.get_or_init(|| entry.name.to_string()).clone();
     let (node, spec) = (Arc::clone(node), ModelSpec { path: entry.path, id });
     blocking(move || node.models.add(&spec, None)).await
@@ -274,6 +294,18 @@ pub(super) async fn search_within<T>(
 pub(super) fn find(table: &Table, name: &str) -> Option<ModelDigest> {
     let is_it = |content: &&HeldContent| content.held_bytes > 0 && is_meant(content.digest, &content.name, name);
     by_count(contents(table).filter(is_it).map(|content| content.digest)).into_iter().next()
+}
+
+/// What a file is called here that was asked for so: by its digest, what most nodes call it.
+pub(super) fn called(mesh: &MeshNode, digest: ModelDigest, wanted: &str) -> String {
+    if wanted != digest.to_string() {
+        return wanted.to_owned();
+    }
+    let table = Arc::clone(&mesh.mesh().watch().borrow());
+    let named = contents(&table).filter(|content| content.digest == digest);
+    let names =
+        by_count(named.filter(|content| content.name.parse::<ModelName>().is_ok()).map(|content| &content.name));
+    names.first().map_or(wanted, |name| name.as_str()).to_owned()
 }
 
 /// The lengths that a file has by what nodes say, first what most of them say.
@@ -323,21 +355,27 @@ pub(super) async fn begin(
     Err(failed)
 }
 
-/// A name, or one with the beginning of a digest, as lists have it where two files share a name.
+/// A name, a digest, or a name with the beginning of a digest, as lists have it where two files share a name.
 pub(super) fn is_meant(digest: ModelDigest, name: &str, wanted: &str) -> bool {
     wanted == name
+        || wanted == digest.to_string()
         || wanted.strip_prefix(name).and_then(|rest| rest.strip_prefix('@')) == Some(&digest.short().to_string())
 }
 
-/// Adds a model of which nothing but its last group is here yet.
+/// Adds a model of which nothing but its last group is here yet. `signed`: what shows that the wanted key has signed it, if one is wanted.
 async fn add(
     node: &Arc<Node>,
     mesh: &Arc<MeshNode>,
     wanted: &Wanted,
     shelf: InUse,
+    signed: Vec<Attested>,
     of_hub: Option<OfHub>,
 ) -> Result<usize, NodeError> {
+    if let Some(signer) = wanted.signer {
+        keep_shown(&shelf, signed, signer).await?;
+    }
     fetch_header(node, mesh, &shelf).await?;
+    node.options().draft.is_here().await;
     let id = wanted.id.get_or_init(|| shelf.name.clone()).clone();
     let (spec, digest) = (ModelSpec { path: shelf.content.path().to_owned(), id }, shelf.digest());
     let compared = OnceLock::new();

@@ -167,6 +167,12 @@ impl Contents {
         self.find(&digest)?.ok_or(StoreError::ContentGone { digest })
     }
 
+    /// The content of a file, if [`adopt`](Self::adopt) would not have to read it, or it is a content's own.
+    pub fn find_file(&self, path: &Path) -> Result<Option<Content>, StoreError> {
+        let path = std::path::absolute(path).map_err(StoreError::io("find", path))?;
+        self.known(&Reference::to(&path).map_err(StoreError::io("read", &path))?)
+    }
+
     /// The content of a file that is made at the path which `make` is told. Nobody sees it before it is whole, read through and on disk.
     pub(crate) fn make(&self, make: impl FnOnce(&Path) -> Result<(), StoreError>) -> Result<Content, StoreError> {
         let place = self.make_place()?;

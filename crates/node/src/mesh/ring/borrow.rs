@@ -106,7 +106,7 @@ impl Borrower {
     pub(super) fn of(node: &Arc<Node>, ring: &Arc<Ring>, at: usize) -> Option<Arc<Borrower>> {
         let name = match &node.options().draft {
             DraftWish::Off | DraftWish::Lookup => return None,
-            DraftWish::Auto(_) | DraftWish::Model { .. } => None,
+            DraftWish::Auto(_) | DraftWish::Model { .. } | DraftWish::Wanted(_) => None,
             DraftWish::Peer(name) => Some(name.clone()),
         };
         let GuessOffer { vocabulary, file_bytes } = node.models[at].identity()?.guesses?;

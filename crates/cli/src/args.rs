@@ -143,7 +143,8 @@ pub(crate) struct EngineArgs {
     /// or peer:MODEL, one that a node of the mesh serves
     #[arg(long, env = "MURMUR_DRAFT", value_name = "off|lookup|auto|MODEL|peer:MODEL", default_value = "off")]
     pub(crate) draft: Draft,
-    /// The part of the guesses of a MODEL that is spoilt, from 0 to 1, for tests and measurements; it may then be as large as the other
+    /// The part of the guesses of a MODEL, here or at a peer, that is spoilt, from 0 to 1, for tests and measurements; one that is here may
+    /// then be as large as the other
     #[arg(long, value_name = "PART", hide = true, value_parser = part)]
     pub(crate) draft_spoilt: Option<f64>,
 }

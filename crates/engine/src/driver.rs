@@ -756,6 +756,8 @@ impl Driver {
 }
 
 #[cfg(test)]
+mod peer_tests;
+#[cfg(test)]
 mod replay_tests;
 #[cfg(test)]
 mod tests;

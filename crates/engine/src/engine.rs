@@ -265,7 +265,7 @@ impl Engine {
             stages.push(drafter_cell(&options, &gguf, draft)?);
         }
         let awaited = stages.len();
-        if let Draft::Peer(PeerDraft(peer)) = &options.draft
+        if let Draft::Peer(PeerDraft { stage: peer, .. }) = &options.draft
             && ring_stages > 0
         {
             let range = LayerRange { first: 0, end: 0 };

@@ -12,7 +12,9 @@ use std::{
 
 use murmur_protocol::{
     codec::Codec,
-    frame::{FLAG_GUESS, FLAG_HANDED_ON, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, GUESS_ROWS_MAX, Header, Kind},
+    frame::{
+        FLAG_GUESS, FLAG_HANDED_ON, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, GUESS_ROWS_MAX, Header, Kind, NEXT_ROWS_MAX,
+    },
     sampling::{Sampled, Token},
     stage::{Load, Loaded, NotOpened, Open, Opened, Role, Step},
 };
@@ -61,7 +63,7 @@ struct Session {
     prompt_tokens: u32,
     sampler: Option<Sampler>,
     tail: Tail,
-    /// The row that is to follow, once its token is sampled.
+    /// The rows that are to follow, each once its token is sampled.
     next: Option<Header>,
     /// How its hidden states go on.
     codec: Codec,
@@ -70,7 +72,7 @@ struct Session {
 /// The newest token of an answer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Tail {
-    /// It was sampled before the session was opened here.
+    /// Rows say which it is: it was sampled before the session was opened here, or they are of another one than was sampled.
     Elsewhere,
     /// Its position, and the token.
     At(u32, Token),
@@ -114,10 +116,22 @@ impl Session {
         Ok(sampled)
     }
 
+    /// Further rows are to follow.
+    fn go_on(&mut self, further: Header) {
+        match &mut self.next {
+            Some(next) if next.position.saturating_add(next.rows) == further.position => {
+                next.rows = next.rows.saturating_add(further.rows);
+            }
+            next => *next = Some(further),
+        }
+    }
+
     /// The row that follows, when its token is there.
     fn follow(&mut self) -> Option<Work> {
         let Tail::At(position, token) = self.tail else { return None };
-        let header = self.next.take_if(|next| next.position == position)?;
+        let next = self.next.take_if(|next| next.position == position)?;
+        self.next = Some(Header { position: position + 1, rows: next.rows - 1, ..next }).filter(|left| left.rows > 0);
+        let header = Header { rows: 1, ..next };
         Some(Work { header, sequence: self.sequence, tokens: vec![token], hidden: Vec::new() })
     }
 }
@@ -349,10 +363,10 @@ impl Stage {
             return Ok(None);
         };
         if header.kind == Kind::Next {
-            if !(self.first && self.last) || header.rows != 1 {
-                return Err(StageError::Protocol("only a whole model goes on by itself, and by one row"));
+            if !(self.first && self.last && (1..=NEXT_ROWS_MAX).contains(&header.rows)) {
+                return Err(StageError::Protocol("only a whole model goes on by itself, and by few rows"));
             }
-            session.next = Some(header);
+            session.go_on(header);
             return Ok(session.follow());
         }
         let expected = if self.first { Kind::Tokens } else { Kind::Hidden };
@@ -366,6 +380,10 @@ impl Stage {
             return Err(StageError::Protocol("this stage takes other rows (token ids first, hidden states later)"));
         }
         let tokens = frame.token_rows()?;
+        if self.first && self.last && !header.has(FLAG_GUESS) {
+            // What was sampled before may have been for the same place, behind other tokens: no row follows that.
+            session.tail = Tail::Elsewhere;
+        }
         let hidden = if self.first { Vec::new() } else { frame.hidden_rows(self.facts.n_embd as usize)? };
         Ok(Some(Work { header, sequence: session.sequence, tokens, hidden }))
     }

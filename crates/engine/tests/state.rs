@@ -11,7 +11,7 @@ use murmur_engine::link::{Link, Receiver};
 use murmur_gguf::synth::Weights;
 use murmur_protocol::{
     codec::Codec,
-    frame::{FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
+    frame::{FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind, NEXT_ROWS_MAX},
     sampling::Token,
     stage::{NotOpened, Open, Role, Step},
 };
@@ -47,6 +47,13 @@ impl Stage {
     fn rows(&mut self, session: u64, position: u32, tokens: &[Token], flags: u16) -> Frame {
         let header = Header { position, flags, ..Header::new(Kind::Tokens, session) };
         self.ask(Frame::tokens(header, tokens))
+    }
+
+    /// The tokens that `count` answers to these frames have.
+    fn tokens(&mut self, frames: &[Frame], count: usize) -> Vec<Token> {
+        assert!(self.link.send(frames).is_empty());
+        let answers = (0..count).map(|_| self.receiver.receive().expect("the stage answers").0);
+        answers.map(|frame| frame.decode::<Step>().unwrap().sampled[0].token).collect()
     }
 
     /// The token sampled after `tokens`, and the bits of the best log-probability.
@@ -101,21 +108,49 @@ fn a_whole_model_goes_on_with_the_token_it_has_sampled_itself() {
     let mut told = Stage::new(&model);
     told.open(1, &prompt, &[]);
     let mut tokens = vec![told.step(1, 0, &prompt, FLAG_PREFILL).0];
-    for position in 20..23 {
+    for position in 20..26 {
         tokens.push(told.step(1, position, &tokens[tokens.len() - 1..], 0).0);
     }
 
     let mut alone = Stage::new(&model);
     alone.open(1, &prompt, &[]);
-    let header = Header { flags: FLAG_WANT_OUTPUT, ..Header::new(Kind::Next, 1) };
-    let next = |position| Frame { header: Header { position, rows: 1, ..header }, payload: Vec::new() };
-    let token = |frame: Frame| frame.decode::<Step>().unwrap().sampled[0].token;
-    // Asked before the token is known, and afterwards.
-    let rows = Frame::tokens(Header { kind: Kind::Tokens, flags: FLAG_PREFILL | FLAG_WANT_OUTPUT, ..header }, &prompt);
-    assert!(alone.link.send(&[rows, next(20)]).is_empty());
-    let mut heard: Vec<_> = (0..2).map(|_| token(alone.receiver.receive().unwrap().0)).collect();
-    heard.extend([21, 22].map(|position| token(alone.ask(next(position)))));
+    // Asked before the token is known, for several rows and for more behind them, and afterwards.
+    let mut heard = alone.tokens(&[rows(0, &prompt), next(20, 2), next(22, 2)], 5);
+    heard.extend(alone.tokens(&[next(24, 1)], 1));
+    heard.extend(alone.tokens(&[next(25, 1)], 1));
     assert_eq!(heard, tokens);
+}
+
+#[test]
+fn a_whole_model_that_is_told_another_token_goes_on_with_that_and_not_with_what_it_has_sampled_for_the_same_place() {
+    let lab = Lab::new();
+    let model = lab.tiny("llama", Weights::Q8_0);
+    let prompt = prompt(20, 1);
+    let mut alone = Stage::new(&model);
+    alone.open(1, &prompt, &[]);
+    let before = alone.tokens(&[rows(0, &prompt), next(20, 1)], 2);
+    let other = before[0] ^ 1;
+    // It has a token for position 21 already.
+    let heard = alone.tokens(&[rows(20, &[other]), next(21, 1)], 2);
+
+    let mut told = Stage::new(&model);
+    told.open(1, &prompt, &[]);
+    told.step(1, 0, &prompt, FLAG_PREFILL);
+    let first = told.step(1, 20, &[other], 0).0;
+    assert_eq!(heard, [first, told.step(1, 21, &[first], 0).0]);
+    assert_ne!(heard[0], before[1], "the other token has changed nothing, so that this shows nothing");
+}
+
+/// Rows of session 1, of the last of which the next token is wanted.
+fn rows(position: u32, tokens: &[Token]) -> Frame {
+    let prefill = if tokens.len() > 1 { FLAG_PREFILL } else { 0 };
+    Frame::tokens(Header { position, flags: prefill | FLAG_WANT_OUTPUT, ..Header::new(Kind::Tokens, 1) }, tokens)
+}
+
+/// Rows of session 1 that are for the stage to choose.
+fn next(position: u32, rows: u32) -> Frame {
+    let header = Header { position, rows, flags: FLAG_WANT_OUTPUT, ..Header::new(Kind::Next, 1) };
+    Frame { header, payload: Vec::new() }
 }
 
 #[test]
@@ -128,7 +163,8 @@ fn bad_frames_are_answered_and_the_stage_lives_on() {
         Frame { header: Header { rows: 1, ..Header::new(Kind::Hidden, 1) }, payload: vec![0; 8] },
         Frame::tokens(Header::new(Kind::Tokens, 1), &[i32::MAX]),
         Frame::tokens(Header::new(Kind::Tokens, 1), &[-5]),
-        Frame { header: Header { rows: 9, ..Header::new(Kind::Next, 1) }, payload: vec![] },
+        Frame { header: Header { rows: NEXT_ROWS_MAX + 1, ..Header::new(Kind::Next, 1) }, payload: vec![] },
+        Frame { header: Header::new(Kind::Next, 1), payload: vec![] },
         Frame { header: Header::new(Kind::Open, 2), payload: vec![255; 40] },
         Frame { header: Header { rows: 9, ..Header::new(Kind::State, 1) }, payload: vec![7; 500] },
         Frame { header: Header::new(Kind::State, 1), payload: vec![7; 500] },

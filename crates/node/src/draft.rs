@@ -34,7 +34,12 @@ pub enum DraftWish {
     /// nearby, where there is none here.
     Auto(Vec<PathBuf>),
     /// That, and for a ring the model that a node of the mesh serves under this name.
-    Peer(String),
+    Peer {
+        /// The name.
+        name: String,
+        /// The part of its guesses that is spoilt, from 0 to 1, for tests and measurements.
+        spoilt: Option<f64>,
+    },
     /// That, and this model.
     Model {
         /// Its GGUF file.
@@ -119,7 +124,7 @@ impl Guessing {
         Ok(match &options.draft {
             _ if file.embedding => Guessing::Off,
             DraftWish::Off => Guessing::Off,
-            DraftWish::Lookup | DraftWish::Peer(_) => Guessing::Lookup,
+            DraftWish::Lookup | DraftWish::Peer { .. } => Guessing::Lookup,
             DraftWish::Auto(others) => {
                 let own = options.models.iter().chain(&options.on_demand).map(|spec| &spec.path);
                 let found = Guesser::find(others.iter().chain(own), file);

@@ -34,6 +34,8 @@ pub const MAX_PAYLOAD_BYTES: u32 = 256 << 20;
 pub const MAX_ROWS: u32 = 4096;
 /// Most rows in one frame with [`FLAG_GUESS`].
 pub const GUESS_ROWS_MAX: u32 = 16;
+/// Most rows that one [`Kind::Next`] asks for.
+pub const NEXT_ROWS_MAX: u32 = 64;
 
 /// The driver wants a token sampled from the last row.
 pub const FLAG_WANT_OUTPUT: u16 = 1;
@@ -107,8 +109,9 @@ kinds! {
     Done = 0x23,
     /// The rows could not be computed. Payload: UTF-8 message.
     StepFailed = 0x24,
-    /// One row as `Tokens`, with the token that this stage samples for `position`. Sent before that token is known, so that
-    /// a stage that is the whole model need not wait for the driver between two steps.
+    /// Rows as `Tokens`, one after the other and answered one by one, each with the token that this stage samples for its place. Sent
+    /// before those tokens are known, so that a stage that is the whole model need not wait for the driver between two steps. What
+    /// continues rows that are still to come is added to them.
     Next = 0x25,
     /// Driver to stage: to the next one once more the rows from `position` on, as they were kept. No payload. Answered by `Hidden`,
     /// or by `NotOpened` when they are not there after all.

@@ -165,6 +165,7 @@ pub(super) async fn draft(
                 },
             }
         }
+        Draft::Peer(name) => DraftWish::Peer { name: name.clone(), spoilt },
         _ if spoilt.is_some() => {
             return Err(Failure::because(
                 Code::Usage,
@@ -173,7 +174,6 @@ pub(super) async fn draft(
         }
         Draft::Off => DraftWish::Off,
         Draft::Lookup => DraftWish::Lookup,
-        Draft::Peer(name) => DraftWish::Peer(name.clone()),
         Draft::Auto => {
             let files = session.store().list()?.into_iter().map(|entry| entry.path);
             DraftWish::Auto(files.filter(|file| signed::is_known_to_be(session, file, signed_by)).collect())

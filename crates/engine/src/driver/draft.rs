@@ -143,14 +143,15 @@ impl Plan {
     /// - `R(1)` without guesses;
     /// - `(1 - a) (R(w) + b / (1 - b) S(w))` in frames that follow one another, if guesses cost nothing;
     /// - `(1 - a) (R(w) + a / (1 - b) max(S(w), w d))` if a model makes them while the known token is on its way already. On one machine it
-    ///   is the sum instead of the larger: stages and guesser have the same processors;
+    ///   is the sum instead of the larger: stages and guesser have the same processors. A model elsewhere adds the way there and back to
+    ///   `R(w)`, once for each run of right guesses: it goes on by itself while they travel;
     /// - `(1 - a) / (1 - b) (R(w) + (w - 1) d)` if the known token waits for guesses, and these for its answer: only for a model of this
     ///   machine. One elsewhere may be gone at any time.
     fn of(guesser: Guesser, right: f64, pace: &Pace, sessions: usize) -> Option<Plan> {
         let plain_us = pace.ring_us(1)?;
-        let guess_us = match guesser {
-            Guesser::Lookup => 0.0,
-            Guesser::Model => pace.draft_us()?,
+        let (guess_us, way_us) = match guesser {
+            Guesser::Lookup => (0.0, 0.0),
+            Guesser::Model => (pace.draft_us()?, pace.draft_way_us()),
         };
         // Machines that mostly wait for one another.
         let is_idle = sessions == 1 && !pace.is_one_machine();
@@ -167,8 +168,8 @@ impl Plan {
                 }
                 Guesser::Model => (spacing_us.max(guesses_us), right),
             };
-            // The ring is full of so many frames of all sessions; some more may wait.
-            let frames = (ring_us / frame_us * QUEUED).round().max(2.0) / sessions as f64 - 1.0;
+            // The ring is full of so many frames of all sessions, and the way of guesses; some more may wait.
+            let frames = ((ring_us + way_us) / frame_us * QUEUED).round().max(2.0) / sessions as f64 - 1.0;
             // A guess saves a way around the ring if all before it are right.
             let cost_us = (spacing_us / rows as f64 + guess_us) * if is_idle { IDLE } else { 1.0 };
             let worth = (cost_us / plain_us).ln() / right.ln();
@@ -179,7 +180,7 @@ impl Plan {
                 waits: false,
                 right,
                 frame_us,
-                us_per_token: per_token(ring_us + first / (1.0 - all_right) * frame_us),
+                us_per_token: per_token(ring_us + way_us + first / (1.0 - all_right) * frame_us),
             };
             let in_turns = Plan {
                 guesser,
@@ -352,7 +353,7 @@ impl Guesses {
 mod tests {
     use murmur_protocol::stage::Step;
 
-    use super::*;
+    use super::{super::pursuit::Took, *};
 
     #[test]
     fn what_followed_before_is_guessed_again_and_nothing_else() {
@@ -391,7 +392,7 @@ mod tests {
     #[test]
     fn over_a_long_way_single_rows_follow_one_another_and_fill_it() {
         let mut pace = pace(2, 2000, 2000, 96_000, false);
-        pace.note_drafter(&step(1, 1500));
+        pace.note_guess(1, Took::Alone(0), &step(1, 1500));
         let plan = Plan::of(Guesser::Model, 0.8, &pace, 1).unwrap();
         assert_eq!((plan.rows, plan.waits), (1, false));
         // X(a) = 1 / ((1 - a) L + a tau), with L = 100 ms and tau = 2 ms.
@@ -411,7 +412,7 @@ mod tests {
         let mut cheap = pace(1, 1000, 100, 0, true);
         let looked_up = Plan::of(Guesser::Lookup, 0.8, &cheap, 1).unwrap();
         assert!(looked_up.rows > 3 && looked_up.us_per_token < 410.0, "{looked_up:?}");
-        cheap.note_drafter(&step(1, 100));
+        cheap.note_guess(1, Took::Alone(0), &step(1, 100));
         let by_model = Plan::of(Guesser::Model, 0.8, &cheap, 1).unwrap();
         assert!(by_model.waits && by_model.depth + 1 == by_model.rows, "{by_model:?}");
         assert!(by_model.us_per_token > looked_up.us_per_token);
@@ -419,7 +420,7 @@ mod tests {
         assert_eq!(Plan::of(Guesser::Model, 0.8, &cheap, 2), None);
         // A model that is as slow as the one it guesses for.
         let mut slow = pace(1, 1000, 100, 0, true);
-        slow.note_drafter(&step(1, 1000));
+        slow.note_guess(1, Took::Alone(0), &step(1, 1000));
         assert_eq!(Plan::of(Guesser::Model, 0.8, &slow, 1), None);
     }
 
@@ -429,12 +430,25 @@ mod tests {
         let plan = |is_elsewhere: bool| {
             let pace = pace(1, 1000, 100, 0, false);
             let mut pace = if is_elsewhere { pace.with_drafter_elsewhere() } else { pace };
-            pace.note_drafter(&step(1, 100));
+            pace.note_guess(1, Took::Behind(100), &step(1, 100));
             Plan::of(Guesser::Model, 0.8, &pace, 1).unwrap()
         };
         let (here, elsewhere) = (plan(false), plan(true));
         assert!(here.waits && !elsewhere.waits, "{here:?}, {elsewhere:?}");
         assert!(elsewhere.us_per_token > here.us_per_token, "{here:?}, {elsewhere:?}");
+    }
+
+    #[test]
+    fn the_way_of_guesses_from_another_machine_is_filled_as_well_and_costs_once_for_each_run() {
+        let plan = |way_us: u64| {
+            let mut pace = pace(2, 2000, 2000, 96_000, false).with_drafter_elsewhere();
+            pace.note_guess(1, Took::Alone(1500 + way_us), &step(1, 0));
+            pace.note_guess(1, Took::Behind(1500), &step(1, 0));
+            Plan::of(Guesser::Model, 0.99, &pace, 1).unwrap()
+        };
+        let (beside, near) = (plan(0), plan(20_000));
+        assert!((near.us_per_token - beside.us_per_token - 200.0).abs() < 1.0, "{beside:?}, {near:?}");
+        assert!((12..=13).contains(&(near.depth - beside.depth)), "{beside:?}, {near:?}");
     }
 
     #[test]

@@ -3,11 +3,11 @@
 //! That model is no stage of the ring. It runs beside it, has a place behind the last stage in what goes out and comes in, and is
 //! missed by nobody: sessions go on without guesses while it is away. It may run on another machine, which is not trusted: what it says is
 //! a guess if it was asked for, and a token of the vocabulary. Nobody waits for that machine; a guess that takes longer than a way around
-//! the ring is not counted on.
+//! the ring is not counted on. That machine goes on by itself behind what it has guessed, until it is told that it was wrong.
 
 use murmur_protocol::{
     codec::Codec,
-    frame::{FLAG_FORGET, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind},
+    frame::{FLAG_FORGET, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind, NEXT_ROWS_MAX},
     sampling::{SamplingParams, Token},
     stage::{Opened, Step},
 };
@@ -15,7 +15,7 @@ use murmur_protocol::{
 use super::{
     Driver, EVENTS_MARGIN, Health,
     draft::{DEPTHS, Guesser, Outcome, Plan},
-    pursuit::{Ask, Pursuit},
+    pursuit::{Ask, Pursuit, Took},
     session::{Draft, Phase, Session},
 };
 
@@ -38,6 +38,13 @@ impl Session {
     /// Tokens and guesses.
     fn length_with_guesses(&self) -> u32 {
         (self.tokens.len() + self.guesses.len()) as u32
+    }
+
+    /// The token or guess at a position.
+    fn token_at(&self, position: u32) -> Option<Token> {
+        let position = position as usize;
+        let guessed = |beyond| self.guesses.tokens(beyond, 1).pop();
+        self.tokens.get(position).copied().or_else(|| guessed(position.checked_sub(self.tokens.len())?))
     }
 }
 
@@ -69,23 +76,22 @@ impl Driver {
         let plan = session.guesses.plan(&session.tokens, &self.pace, sessions, is_drafter_there, room)?;
         self.counters.guessed_tokens += u64::from(session.guesses.made - made);
         self.last_plan = Some(plan);
-        if plan.guesser == Guesser::Model && session.guesses.len() < plan.depth && session.room_for_guesses() > 0 {
-            self.pursue(id);
+        let wanted = plan.depth.saturating_sub(session.guesses.len()).min(session.room_for_guesses());
+        if plan.guesser == Guesser::Model && wanted > 0 {
+            let ahead = if self.pace.is_drafter_elsewhere() { wanted.min(NEXT_ROWS_MAX as usize) } else { 1 };
+            self.pursue(id, ahead as u32);
         }
         Some(plan)
     }
 
-    /// Asks the model that guesses for the next.
-    fn pursue(&mut self, id: u64) {
+    /// Asks the model that guesses for the next, so that `ahead` of them are on their way.
+    fn pursue(&mut self, id: u64, ahead: u32) {
+        self.call_back(id);
         let (drafter, chunk) = (self.drafter(), self.options.chunk_rows as usize);
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let length = session.length_with_guesses();
         let Some(pursuit) = &mut session.guesses.pursuit else { return };
-        if pursuit.take_stale() {
-            let header = Header { epoch: pursuit.epoch(), ..Header::new(Kind::Rewind, id) };
-            self.output.push((drafter, Frame { header, payload: Vec::new() }));
-        }
-        let ask = pursuit.ask(length, self.now_us);
+        let ask = pursuit.ask(length, ahead, self.now_us);
         let header = Header { epoch: pursuit.epoch(), ..Header::new(Kind::Open, id) };
         match ask {
             None => {}
@@ -97,7 +103,7 @@ impl Driver {
                     Err(_) => session.guesses.pursuit.iter_mut().for_each(Pursuit::give_up),
                 }
             }
-            Some(Ask::Rows(first)) => {
+            Some(Ask::Rows { first, further }) => {
                 let rows = session.rows_from(first);
                 let prefill = if rows.len() > 1 { FLAG_PREFILL } else { 0 };
                 let mut position = first;
@@ -108,7 +114,29 @@ impl Driver {
                     self.output.push((drafter, Frame::tokens(header, part)));
                     position = end;
                 }
+                self.let_go_on(header, length, further);
             }
+            Some(Ask::Further { first, further }) => self.let_go_on(header, first, further),
+        }
+    }
+
+    /// Lets the model that guesses compute so many `rows` of its own choice.
+    fn let_go_on(&mut self, header: Header, position: u32, rows: u32) {
+        if rows > 0 {
+            let header = Header { kind: Kind::Next, position, rows, flags: FLAG_WANT_OUTPUT, ..header };
+            self.output.push((self.drafter(), Frame { header, payload: Vec::new() }));
+        }
+    }
+
+    /// Tells the model that guesses if what it computes is in vain.
+    fn call_back(&mut self, id: u64) {
+        let drafter = self.drafter();
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        if let Some(pursuit) = &mut session.guesses.pursuit
+            && pursuit.take_stale()
+        {
+            let header = Header { epoch: pursuit.epoch(), ..Header::new(Kind::Rewind, id) };
+            self.output.push((drafter, Frame { header, payload: Vec::new() }));
         }
     }
 
@@ -125,16 +153,11 @@ impl Driver {
                 Err(_) => pursuit.give_up(),
             },
             Kind::NotOpened => pursuit.give_up(),
-            Kind::Done => pursuit.computed(end, false),
-            Kind::Sampled => match frame.decode::<Step>() {
-                Ok(step) => {
-                    let since = pursuit.awaited_since(end);
-                    pursuit.computed(end, true);
-                    if let Some(asked_us) = since {
-                        self.on_guess(id, &frame.header, asked_us, step);
-                    }
-                }
-                Err(_) => pursuit.pause(),
+            Kind::Done => pursuit.computed(end),
+            Kind::Sampled => match (frame.decode::<Step>(), pursuit.guessed(end, self.now_us)) {
+                (Ok(step), Some(took)) => self.on_guess(id, &frame.header, took, step),
+                // Nobody can tell what it holds.
+                _ => pursuit.give_up(),
             },
             Kind::StepFailed => {
                 tracing::debug!("no guess: {}", frame.as_text());
@@ -142,31 +165,31 @@ impl Driver {
             }
             _ => {}
         }
+        self.call_back(id);
         self.advance(id);
     }
 
-    /// The model that guesses has said, of rows that were sent at `asked_us`, what may follow them.
-    fn on_guess(&mut self, id: u64, header: &Header, asked_us: u64, mut step: Step) {
+    /// The model that guesses has said, of rows that were sent or that it has chosen itself, what may follow them.
+    fn on_guess(&mut self, id: u64, header: &Header, took: Took, mut step: Step) {
         let position = header.position.saturating_add(header.rows);
-        if self.pace.is_drafter_elsewhere() {
-            // What counts is when it comes, and not what that machine says.
-            step.compute_us = u32::try_from(self.now_us.saturating_sub(asked_us)).unwrap_or(u32::MAX);
-            step.batch_rows = header.rows;
-        }
-        self.pace.note_drafter(&step);
+        self.pace.note_guess(header.rows, took, &step);
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Some(sampled) = step.sampled.pop() else { return };
-        // Something else may have been looked up meanwhile.
-        if position != session.length_with_guesses() || session.room_for_guesses() == 0 {
-            return;
-        }
-        let token = match &self.options.draft {
-            Draft::Model(model) if model.spoils(id, position) => (sampled.token + 1) % self.options.vocabulary as Token,
-            _ => sampled.token,
-        };
-        if !self.options.has(token) {
+        if !self.options.has(sampled.token) {
             return session.guesses.pursuit.iter_mut().for_each(Pursuit::give_up);
         }
+        // Something may have been chosen or looked up meanwhile. Where it is the same, what follows goes on from it.
+        let length = session.length_with_guesses();
+        if position < length && session.token_at(position) == Some(sampled.token) {
+            return;
+        }
+        if position != length || session.room_for_guesses() == 0 {
+            return session.guesses.pursuit.iter_mut().for_each(|pursuit| pursuit.forget(position.min(length)));
+        }
+        let token = match self.options.draft.spoils(id, position) {
+            true => (sampled.token + 1) % self.options.vocabulary as Token,
+            false => sampled.token,
+        };
         let is_end = sampled.grammar_ended || self.options.ends(token, &session.sampling);
         session.guesses.add(token, Guesser::Model);
         self.counters.guessed_tokens += 1;
@@ -192,6 +215,8 @@ impl Driver {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let newest = session.tokens.len() as u32 - 1;
         session.guesses.pursuit.iter_mut().for_each(|pursuit| pursuit.forget(newest));
+        self.call_back(id);
+        let Some(session) = self.sessions.get_mut(&id) else { return };
         let Phase::Running { next, in_flight, .. } = &mut session.phase else { return };
         *next = newest;
         (session.alone_since, session.rejected_at) = (None, Some(self.now_us));

@@ -2,6 +2,8 @@
 
 use murmur_protocol::{frame::GUESS_ROWS_MAX, stage::Step};
 
+use super::pursuit::Took;
+
 /// How much of the newest measurement enters an average.
 const SMOOTHING: f64 = 0.1;
 /// Rows in a step of generated tokens for which times are kept.
@@ -45,6 +47,8 @@ impl RowCosts {
 pub(super) struct Pace {
     stages: Vec<RowCosts>,
     drafter: RowCosts,
+    /// Of the model that guesses on a machine of its own: the time until a guess is there that nothing goes before, us.
+    alone_us: Option<f64>,
     /// Of the way around the ring, beside computing, us: what it takes at least, and what was measured.
     travel_us: (f64, Option<f64>),
     is_one_machine: bool,
@@ -58,13 +62,14 @@ impl Pace {
         Pace {
             stages,
             drafter: RowCosts::default(),
+            alone_us: None,
             travel_us: (travel_us as f64, None),
             is_one_machine,
             is_drafter_elsewhere: false,
         }
     }
 
-    /// The same, with the model that guesses on a machine of its own: what it takes has the way there and back in it.
+    /// The same, with the model that guesses on a machine of its own.
     pub(super) fn with_drafter_elsewhere(self) -> Pace {
         Pace { is_drafter_elsewhere: true, ..self }
     }
@@ -84,9 +89,18 @@ impl Pace {
         self.stages[stage].note(step);
     }
 
-    /// The model that guesses has.
-    pub(super) fn note_drafter(&mut self, step: &Step) {
-        self.drafter.note(step);
+    /// The model that guesses has computed `rows`, which gave a guess. Of one on a machine of its own counts when its guesses come, and not what
+    /// that machine says.
+    pub(super) fn note_guess(&mut self, rows: u32, took: Took, step: &Step) {
+        match took {
+            _ if !self.is_drafter_elsewhere => self.drafter.note(step),
+            Took::Alone(us) if rows == 1 => smooth(&mut self.alone_us, us as f64),
+            Took::Alone(_) => {}
+            Took::Behind(us) => {
+                let compute_us = u32::try_from(us).unwrap_or(u32::MAX);
+                self.drafter.note(&Step { sampled: Vec::new(), compute_us, batch_rows: 1, threads: step.threads });
+            }
+        }
     }
 
     /// A frame of so many rows has come around in `us`, not held up by others of its session.
@@ -114,6 +128,12 @@ impl Pace {
     pub(super) fn draft_us(&self) -> Option<f64> {
         self.drafter.of(1).or_else(|| self.spacing_us(1))
     }
+
+    /// How much longer it takes until the first guess is there, us: the way to the model that makes it and back.
+    pub(super) fn draft_way_us(&self) -> f64 {
+        let alone_us = self.alone_us.unwrap_or(0.0);
+        (alone_us - self.draft_us().unwrap_or(0.0)).max(0.0)
+    }
 }
 
 #[cfg(test)]
@@ -135,6 +155,20 @@ mod tests {
         assert_eq!([1, 3, 5, 9, 40].map(|rows| costs.of(rows)), [1000.0, 2000.0, 3000.0, 3000.0, 3000.0].map(Some));
         costs.note(&step(5, 13000));
         assert_eq!(costs.of(5), Some(4000.0));
+    }
+
+    #[test]
+    fn what_a_guess_of_another_machine_takes_is_seen_by_when_it_comes_and_the_way_counts_once() {
+        let mut pace = Pace::new(1, 100, false).with_drafter_elsewhere();
+        pace.note(0, &step(1, 1000));
+        assert_eq!((pace.draft_us(), pace.draft_way_us()), (Some(1000.0), 0.0));
+        // It says that it needs no time.
+        pace.note_guess(1, Took::Alone(7000), &step(1, 0));
+        pace.note_guess(1, Took::Behind(3000), &step(1, 0));
+        assert_eq!((pace.draft_us(), pace.draft_way_us()), (Some(3000.0), 4000.0));
+        // Rows of a prompt say nothing about the way.
+        pace.note_guess(200, Took::Alone(900_000), &step(200, 0));
+        assert_eq!(pace.draft_way_us(), 4000.0);
     }
 
     #[test]

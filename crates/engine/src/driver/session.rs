@@ -89,11 +89,16 @@ pub enum Draft {
 /// A model on another machine that guesses, as a stage that is all of its model. Its vocabulary must be the same. What it says is compared
 /// like any other guess, so that a wrong word costs time and changes nothing.
 #[derive(Clone)]
-pub struct PeerDraft(pub Arc<dyn RemoteStage>);
+pub struct PeerDraft {
+    /// Who finds it and carries the frames.
+    pub stage: Arc<dyn RemoteStage>,
+    /// What part of its guesses is made wrong, 0 to 1: for tests and benchmarks.
+    pub spoilt: f64,
+}
 
 impl PartialEq for PeerDraft {
     fn eq(&self, other: &PeerDraft) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+        Arc::ptr_eq(&self.stage, &other.stage) && self.spoilt == other.spoilt
     }
 }
 
@@ -112,16 +117,21 @@ pub struct DraftModel {
     pub spoilt: f64,
 }
 
-impl DraftModel {
+impl Draft {
     /// Whether the guess for a position is made wrong. The same in each run.
     pub(super) fn spoils(&self, session: u64, position: u32) -> bool {
+        let spoilt = match self {
+            Draft::Off | Draft::Lookup => return false,
+            Draft::Model(model) => model.spoilt,
+            Draft::Peer(peer) => peer.spoilt,
+        };
         let mut hash = session.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ u64::from(position);
         // The finaliser of MurmurHash3.
         for factor in [0xFF51_AFD7_ED55_8CCD_u64, 0xC4CE_B9FE_1A85_EC53] {
             hash = (hash ^ (hash >> 33)).wrapping_mul(factor);
         }
         let part = ((hash ^ (hash >> 33)) >> 11) as f64 / (1u64 << 53) as f64;
-        part < self.spoilt
+        part < spoilt
     }
 }
 

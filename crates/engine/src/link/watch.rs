@@ -7,10 +7,11 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    iter::repeat_n,
     time::{Duration, Instant},
 };
 
-use murmur_protocol::frame::{FLAG_HANDED_ON, Header, Kind};
+use murmur_protocol::frame::{FLAG_HANDED_ON, Header, Kind, NEXT_ROWS_MAX};
 
 /// Ticks in the shortest silence for which a child is ended.
 const TICKS_PER_FLOOR: u32 = 8;
@@ -86,7 +87,12 @@ impl Watch {
                     // The child forgets what it was asked about this session before.
                     *owed = Owed { epoch: header.epoch, rows: VecDeque::new() };
                 }
-                owed.rows.push_back(header.rows);
+                if kind == Kind::Next {
+                    // Answered one by one.
+                    owed.rows.extend(repeat_n(1, header.rows.min(NEXT_ROWS_MAX) as usize));
+                } else {
+                    owed.rows.push_back(header.rows);
+                }
             }
         }
     }
@@ -217,6 +223,23 @@ mod tests {
         let mut most = loaded(now);
         most.sent(&header(Kind::Tokens, 1, u32::MAX), now);
         assert!((3600..3610).contains(&silence(&mut most).unwrap().as_secs()));
+    }
+
+    #[test]
+    fn rows_that_a_child_is_to_compute_of_its_own_accord_are_owed_one_by_one() {
+        let now = Instant::now();
+        let mut watch = loaded(now);
+        watch.sent(&header(Kind::Next, 1, 3), now);
+        for _ in 0..2 {
+            watch.received(&header(Kind::Sampled, 1, 1), now);
+        }
+        assert!(silence(&mut watch).is_some());
+        let mut watch = loaded(now);
+        watch.sent(&header(Kind::Next, 1, 3), now);
+        for _ in 0..3 {
+            watch.received(&header(Kind::Sampled, 1, 1), now);
+        }
+        assert_eq!(silence(&mut watch), None);
     }
 
     #[test]

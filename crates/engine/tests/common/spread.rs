@@ -86,12 +86,13 @@ struct Seat {
 /// What becomes of a frame.
 pub type Twist = fn(Frame) -> Frame;
 
-/// A model that guesses on a machine of its own, with frames to it `delay` on their way, and what it says twisted.
-pub fn guesser(lab: &Lab, model: &Path, delay: Duration, twist: Twist) -> (Arc<Holder>, Draft) {
+/// A model that guesses on a machine of its own, with frames to it `delay` on their way, and what it says twisted. So much of it is made
+/// wrong.
+pub fn guesser(lab: &Lab, model: &Path, delay: Duration, twist: Twist, spoilt: f64) -> (Arc<Holder>, Draft) {
     let layers = murmur_gguf::Gguf::open(model).unwrap().layer_count().unwrap();
     let holder = Holder::new(lab, model, LayerRange::new(0, layers));
     let seat = Seat { holder: holder.clone(), next: None, place: Arc::default(), delay, twist };
-    (holder, Draft::Peer(PeerDraft(Arc::new(seat))))
+    (holder, Draft::Peer(PeerDraft { stage: Arc::new(seat), spoilt }))
 }
 
 /// A driver at a host, while there is one.

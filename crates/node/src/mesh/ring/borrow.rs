@@ -1,7 +1,8 @@
 //! A model of a node nearby that guesses for a ring, where this machine has none that can.
 //!
-//! Each guess takes a way there and back, so the node must be much nearer than the ring is long ([`NEARER`]). It is looked for when
-//! requests run, and left alone when none has for a while. Nobody waits for it: while there is none, or when it dies, what can be looked
+//! It goes on by itself behind what it has guessed, and only the first guess after a wrong one takes a way there and back. That comes on
+//! top of the way around the ring, so the node must be much nearer than the ring is long ([`NEARER`]). It is looked for when requests run,
+//! and left alone when none has for a while. Nobody waits for it: while there is none, or when it dies, what can be looked
 //! up is guessed, or nothing. It sees the tokens of requests, as the host of a ring's first stage does.
 
 use std::{
@@ -91,6 +92,8 @@ pub(super) struct Borrower {
     /// Where the model that is guessed for is in the list.
     at: usize,
     need: Need,
+    /// What part of its guesses is made wrong, 0 to 1.
+    spoilt: f64,
     state: Mutex<State>,
 }
 
@@ -104,10 +107,10 @@ struct State {
 impl Borrower {
     /// For a ring of the model at this place. `None`: the user does not wish that, or nobody could.
     pub(super) fn of(node: &Arc<Node>, ring: &Arc<Ring>, at: usize) -> Option<Arc<Borrower>> {
-        let name = match &node.options().draft {
+        let (name, spoilt) = match &node.options().draft {
             DraftWish::Off | DraftWish::Lookup => return None,
-            DraftWish::Auto(_) | DraftWish::Model { .. } | DraftWish::Wanted(_) => None,
-            DraftWish::Peer(name) => Some(name.clone()),
+            DraftWish::Auto(_) | DraftWish::Model { .. } | DraftWish::Wanted(_) => (None, 0.0),
+            DraftWish::Peer { name, spoilt } => (Some(name.clone()), spoilt.unwrap_or(0.0)),
         };
         let GuessOffer { vocabulary, file_bytes } = node.models[at].identity()?.guesses?;
         Some(Arc::new(Borrower {
@@ -117,13 +120,14 @@ impl Borrower {
             ring: Arc::downgrade(ring),
             at,
             need: Need { vocabulary, file_bytes, name },
+            spoilt,
             state: Mutex::default(),
         }))
     }
 
     /// As the engine wants it.
     pub(super) fn draft(self: &Arc<Self>) -> Draft {
-        Draft::Peer(PeerDraft(Arc::new(Seat(Arc::clone(self)))))
+        Draft::Peer(PeerDraft { stage: Arc::new(Seat(Arc::clone(self))), spoilt: self.spoilt })
     }
 
     /// Which model of which node guesses now, if one does.

@@ -115,13 +115,21 @@ class Lab:
 
     def links(self, round_trip_ms, rate_mbit_s=None, down_mbit_s=None):
         """From now on, between any two hosts. `rate_mbit_s`: what each sends at most, `down_mbit_s`: what each receives."""
-        rate = lambda mbit_s: [f"rate_mbit_s = {mbit_s:.3f}"] if mbit_s else []
+        self.away(self.hosts, round_trip_ms / 2, rate_mbit_s)
         for host in self.hosts:
-            self._change("up", host, [f"delay_ms = {round_trip_ms / 2:.3f}", *rate(rate_mbit_s)])
-            self._change("down", host, rate(down_mbit_s))
+            self._change("down", host, _rate(down_mbit_s))
+
+    def away(self, hosts, way_ms, rate_mbit_s=None):
+        """From now on, from each of these hosts to any other."""
+        for host in hosts:
+            self._change("up", host, [f"delay_ms = {way_ms:.3f}", *_rate(rate_mbit_s)])
 
     def _change(self, direction, host, link):
         print(f"{direction} {host.name} {{ {', '.join(link)} }}", file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline().strip()
         if answer != "done":
             raise SystemExit(f"the lab did not change a link: {answer}")
+
+
+def _rate(mbit_s):
+    return [f"rate_mbit_s = {mbit_s:.3f}"] if mbit_s else []

@@ -37,7 +37,10 @@ beside (1 - a) L, the figure says more of the machine than of the ring.
 
 *pair*: the demo model over two machines and the small model that was trained with it to guess, at several ways around the ring: stories at
 temperature 0, with and without guesses, and the same through `llama-server` with half of the layers on an `ggml-rpc-server`, with and
-without the same model as its draft.
+without the same model as its draft (eight guesses at once). All four are told the same beginnings.
+
+*borrowed*: as *guesses*, around a ring of two and 60 ms, with guesses of a node that is 2 ms away and back, against none and against a model
+on the driver's own machine. The node nearby has the same weights under another name.
 
 *window*: eight rows that go around a ring of two together against one, 60 ms around: the time of a token, and how much later the first one
 comes where eight rows of a prompt are new instead of one; and what stages compute of it. Of a model of this width that has hardly anything to compute, and of one that has: what rows cost there is the back end's.
@@ -57,7 +60,8 @@ without one) through a ring of three, 20 ms around. The hour goes by in `--repla
 half of the time. Printed are the times of first and of later tokens and how the nodes' memory grows after the first quarter. Requests that find the ring
 busy wait, and that is in the first token's time.
 
-*copied*: one stream that says what it has said before, over and over, on a ring of two, 60 ms around: nearly everything can be looked up.
+*copied*: one stream that says what it has said before, on a ring of two, 60 ms around, so that guesses are looked up: one token over and
+over, and at a known part of places, drawn by chance, another one. Each of those makes two guesses wrong.
 
 `./x bench links` builds everything and runs this.
 """
@@ -72,6 +76,7 @@ import os
 import pathlib
 import random
 import statistics
+import tempfile
 import threading
 import time
 
@@ -80,7 +85,7 @@ import servers
 from bench import Table, at_once, decode_rate, first_token_s, in_turns, machine, together_rate, token_and_compute_ms
 from mesh import Story, distribution, layers_of, spread_over, synthetic, ticket_of
 
-PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "pair", "window", "candidates", "shared", "copied", "relayed", "replay")
+PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "borrowed", "pair", "window", "candidates", "shared", "copied", "relayed", "replay")
 SHAPE = "bench-1b"
 CONTEXT = 4608
 ROUND_TRIPS_MS = (0, 5, 20, 50)
@@ -102,7 +107,7 @@ RIGHT_PARTS, RIGHT_PARTS_BARRED = (0.5, 0.7, 0.85, 0.95), (0.7, 0.85)
 GUESSES_S, GUESSED_TOKENS = 3, (16, 1024)
 UNREPEATED = {"frequency_penalty": 1, "presence_penalty": 1}
 DEMO, DEMO_DRAFT = (pathlib.Path(__file__).parent.parent / "models" / "demo" / f"murmur-demo-{name}.gguf" for name in ("q8_0", "draft-q8_0"))
-DEMO_CONTEXT, STORY_WORDS = 512, 250
+DEMO_CONTEXT, STORY_TOKENS = 512, 120
 CANDIDATES, CANDIDATES_STORIES, CANDIDATES_TOKENS = 4, 20, 100
 NAMES, FRIENDS = ("Lily", "Tom", "Mia", "Ben", "Sue", "Max"), ("a kitten", "a dog", "a bird", "a frog", "a bear", "a duck")
 DEEDS = ("went to the park", "played with a ball", "found a box", "saw a big tree", "were very sad", "wanted to fly", "ran to the river")
@@ -110,6 +115,10 @@ RELAYED_MS, FIRST_TOKENS, SETTLED_S = (0, 20), 25, 12
 REPLAY_STAGES, REPLAY_STREAMS, REPLAY_BUSY, REPLAY_SAMPLE = 3, 8, 0.5, (1024, 192)
 WINDOW_SHAPES, WINDOW_MS, WINDOW_ROWS, WINDOW_PREFIX, WINDOW_PAIRS = ("bench-wide", "bench-1b"), 60, 8, 64, 15
 SHARED_MS, SHARED_RIGHT, SHARED_TOKENS = 60, 0.85, 160
+BORROWED_MS, NEAR_MS, BORROWED_RIGHT = 60, 2, (0.7, 0.85)
+# The name in the file of the synthetic model, and another one that is as long.
+NAMED, RENAMED = b"murmur-synth-llama", b"murmur-twin--llama"
+COPIED_OTHERS, COPIED_TOKENS = (0, 0.015), 1024
 
 
 class Ring:
@@ -382,6 +391,50 @@ def guesses_at(options, table, what, rings, right, about_ms, draft_ms):
     )
 
 
+def borrowed(options, model, table):
+    layers = layers_of(options, model)
+    with tempfile.TemporaryDirectory(prefix="murmur-bench-") as folder, lab.Lab(options.lab, 7) as (network, hosts), contextlib.ExitStack() as running:
+        hosts = list(hosts)
+        network.links(NEAR_MS)
+        network.away(hosts[1:6:2], BORROWED_MS - NEAR_MS / 2)
+        # Who serves the ring's model itself would be asked for whole answers.
+        twin = pathlib.Path(folder) / "twin.gguf"
+        twin.write_bytes(model.read_bytes().replace(NAMED, RENAMED, 1))
+        plain = running.enter_context(Ring(options, model, hosts[:2], layers))
+        for right in BORROWED_RIGHT:
+            with contextlib.ExitStack() as guessing:
+                here, near = (
+                    guessing.enter_context(Ring(options, model, at, layers, driver=("--draft", draft, "--draft-spoilt", f"{1 - right:.2f}")))
+                    for at, draft in ((hosts[2:4], model), (hosts[4:6], "peer:twin"))
+                )
+                joining = ("--join", ticket_of(near), *servers.offline(hosts[6].address))
+                guessing.enter_context(servers.murmur(options.murmur, twin, threads=1, context=CONTEXT, parallel=1, mesh=joining, host=hosts[6]))
+                borrowed_at(options, table, plain, here, near, right)
+
+
+def borrowed_at(options, table, plain, here, near, right):
+    """One part of right guesses, of a model on the driver's machine (`here`) and of one at a node nearby."""
+    status = lambda: near.ask("GET", "/api/status")["node"]["models"][0]
+    counted = lambda: [sum(status()[f"{which}_by_depth"]) for which in ("right", "guessed")]
+    few = round(1000 * GUESSES_S / BORROWED_MS)
+    many = round(few / (1 - right))
+
+    def rate(server, tokens):
+        # It is looked for while requests run, and left alone when none has for a while.
+        while server is near and not (status()["draft"] or {}).get("node"):
+            server.generate(servers.unique_prompt(64), GUESSED_TOKENS[0])
+        return decode_rate(server, tokens, **UNREPEATED)
+
+    for server in (plain, here, near):
+        rate(server, GUESSED_TOKENS[0])
+    before = counted()
+    what = f"ring of 2 at {BORROWED_MS} ms, a = {right}, guesses from {NEAR_MS} ms away"
+    table.pairs(f"{what} / none", "tok/s", *in_turns(options.rounds, lambda: rate(near, many), lambda: rate(plain, few)))
+    were_right, compared = (now - then for now, then in zip(counted(), before, strict=True))
+    table.pairs(f"{what} / from here", "tok/s", *in_turns(options.rounds, lambda: rate(near, many), lambda: rate(here, many)))
+    print(f"  of {compared} guesses {were_right / max(1, compared):.3f} were right", flush=True)
+
+
 def pair(options, _, table):
     shape = {"threads": 1, "context": DEMO_CONTEXT, "parallel": 1}
     layers = layers_of(options, DEMO)
@@ -391,24 +444,35 @@ def pair(options, _, table):
             running.enter_context(Ring(options, DEMO, at, layers, driver=("--draft", draft), context=DEMO_CONTEXT))
             for at, draft in ((hosts[:2], "off"), (hosts[2:], DEMO_DRAFT))
         )
-        far = running.enter_context(servers.rpc_server(options.llama, host=hosts[1]))
+        # Each serves one client at a time.
+        far = [running.enter_context(servers.rpc_server(options.llama, host=hosts[1])) for _ in range(2)]
         rpc, rpc_guessing = (
             running.enter_context(
-                servers.llama_server(options.llama, DEMO, **shape, host=hosts[0], rpc=(far.address, layers // 2 + 1), draft=draft)
+                servers.llama_server(options.llama, DEMO, **shape, host=hosts[0], rpc=(at.address, layers // 2 + 1), draft=draft)
             )
-            for draft in (None, DEMO_DRAFT)
+            for at, draft in zip(far, (None, DEMO_DRAFT), strict=True)
         )
         for ring_ms in options.rings_ms:
             network.links(ring_ms)
-            for server in (plain, guessing, rpc, rpc_guessing):
-                story_rate(server)
+            stories = {server: [] for server in (plain, guessing, rpc, rpc_guessing)}
+            for server in stories:
+                story_told(server, asked_for_a_story())
+            for turn in range(options.rounds):
+                # The same for all: how well a story can be guessed differs much.
+                beginning = asked_for_a_story()
+                for server in stories if turn % 2 == 0 else reversed(stories):
+                    stories[server].append(story_told(server, beginning))
+            rates = {server: [rate for rate, _, _ in told] for server, told in stories.items()}
             for name, ours, theirs in (
                 ("guesses / none", guessing, plain),
+                ("llama.cpp RPC, guesses / none", rpc_guessing, rpc),
                 ("ring / llama.cpp RPC, no guesses", plain, rpc),
                 ("ring / llama.cpp RPC, guesses", guessing, rpc_guessing),
             ):
-                rates = in_turns(options.rounds, lambda: story_rate(ours), lambda: story_rate(theirs))
-                table.pairs(f"stories at {ring_ms:g} ms, {name}", "tok/s", *rates)
+                table.pairs(f"stories at {ring_ms:g} ms, {name}", "tok/s", rates[ours], rates[theirs])
+            for name, server in (("the ring", guessing), ("llama.cpp", rpc_guessing)):
+                right, guessed = (sum(count) for count in list(zip(*stories[server], strict=True))[1:])
+                print(f"  of {guessed} guesses of {name} {right / max(1, guessed):.3f} were right", flush=True)
 
 
 def window(options, _, table):
@@ -464,19 +528,23 @@ def candidates(options, _, table):
         left -= ranks[rank]
 
 
-def story_rate(server):
-    """Tokens per second after the first of a story that has not been told before."""
+def story_told(server, beginning):
+    """Tokens per second after the first of a story that has not been told before, and its guesses: right ones, and all."""
     body = {
-        "model": server.model, "prompt": asked_for_a_story(),
-        "max_tokens": STORY_WORDS, "temperature": 0, "stream_options": {"include_usage": True},
+        "model": server.model, "prompt": beginning,
+        "max_tokens": STORY_TOKENS, "temperature": 0, "stream_options": {"include_usage": True},
     }
-    begun, tokens = None, 0
+    begun, usage, timings = None, {}, {}
     for event in server.stream(body):
         if event.get("choices") and begun is None:
             begun = time.perf_counter()
-        if event.get("usage"):
-            tokens = event["usage"]["completion_tokens"]
-    return (tokens - 1) / (time.perf_counter() - begun)
+        usage, timings = event.get("usage") or usage, event.get("timings") or timings
+    rate = (usage["completion_tokens"] - 1) / (time.perf_counter() - begun)
+    if "draft_n" in timings:
+        return rate, timings["draft_n_accepted"], timings["draft_n"]
+    ours = usage.get("completion_tokens_details") or {}
+    right, wrong = (ours.get(f"{which}_prediction_tokens", 0) for which in ("accepted", "rejected"))
+    return rate, right, right + wrong
 
 
 def shared(options, model, table):
@@ -507,8 +575,6 @@ def stream_rates(server, count):
 
 def copied(options, model, table):
     layers = layers_of(options, model)
-    # One token is far more likely than all others: the answer is that one, over and over.
-    again = {"logit_bias": {str(servers.FIRST_TOKEN): 100}}
     with lab.Lab(options.lab, 4) as (network, hosts):
         hosts = list(hosts)
         with (
@@ -516,10 +582,25 @@ def copied(options, model, table):
             Ring(options, model, hosts[2:], layers, driver=("--draft", "lookup")) as guessing,
         ):
             network.links(SHARED_MS)
-            for server in (plain, guessing):
-                server.generate(servers.unique_prompt(64), 64, **again)
-            pair = in_turns(options.rounds, lambda: decode_rate(guessing, 1024, **again), lambda: decode_rate(plain, 64, **again))
-            table.pairs(f"copied text at {SHARED_MS} ms, looked up / not", "tok/s", *pair, bar=18)
+            for others in COPIED_OTHERS:
+                copied_at(options, table, plain, guessing, others)
+
+
+def copied_at(options, table, plain, guessing, others):
+    """One part of places with another token than all the rest."""
+    # One token, and another one with so much less of it, are far more likely than all others.
+    bias = {str(servers.FIRST_TOKEN): 100}
+    if others:
+        bias[str(servers.LAST_TOKEN)] = 100 - math.log(1 / others - 1)
+    again = {"logit_bias": bias, "temperature": 1, "seed": 1}
+    counted = lambda: [sum(guessing.ask("GET", "/api/status")["node"]["models"][0][f"{which}_by_depth"]) for which in ("right", "guessed")]
+    for server in (plain, guessing):
+        server.generate(servers.unique_prompt(64), 64, **again)
+    before = counted()
+    pair = in_turns(options.rounds, lambda: decode_rate(guessing, COPIED_TOKENS, **again), lambda: decode_rate(plain, 64, **again))
+    were_right, compared = (now - then for now, then in zip(counted(), before, strict=True))
+    table.pairs(f"copied text at {SHARED_MS} ms, {others:g} of it new, looked up / not", "tok/s", *pair, bar=18)
+    print(f"  of {compared} guesses {were_right / max(1, compared):.3f} were right", flush=True)
 
 
 def relayed(options, model, table):
@@ -630,7 +711,7 @@ def main():
     shapes = {
         SHAPE: (tokens, streams, prefill, codecs),
         DEATHS_SHAPE: (deaths,),
-        GUESSED_SHAPE: (guesses, pair, window, candidates, shared, copied, relayed, replay),
+        GUESSED_SHAPE: (guesses, borrowed, pair, window, candidates, shared, copied, relayed, replay),
     }
     for shape, parts in shapes.items():
         for part in parts:

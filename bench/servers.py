@@ -18,6 +18,8 @@ FIRST_TOKEN, LAST_TOKEN = 300, 999
 # Murmur's engine lets other programs go first. So do the programs it is measured against: whatever else runs on the machine
 # would take from one side only.
 AS_NICE = ("nice", "-n", 10)
+# Guesses of llama.cpp at once. Its default is three; where a step costs a long way, more pay.
+LLAMA_GUESSES = 8
 
 
 def free_port():
@@ -233,7 +235,9 @@ def llama_server(folder, model, *, threads, context, parallel, host=None, rpc=No
     """`rpc`: address of an RPC server, and how many layers it computes. `draft`: a model that guesses, on this host."""
     elsewhere = () if rpc is None else ("--rpc", rpc[0], "--n-gpu-layers", rpc[1])
     if draft is not None:
-        elsewhere += ("--model-draft", draft, "--threads-draft", threads, "--device-draft", "none")
+        guesser = ("--model-draft", draft, "--threads-draft", threads, "--device-draft", "none")
+        # A draft model alone is loaded and not used.
+        elsewhere += (*guesser, "--spec-type", "draft-simple", "--spec-draft-n-max", LLAMA_GUESSES)
 
     def command(port, _):
         return [

@@ -96,7 +96,7 @@ impl Swarm {
         // Towards the end, no more than its share of what is left: all are to be done at the same time.
         let rates: f64 = self.sources.values().filter(|other| other.is_ready()).map(|other| other.rate(now)).sum();
         let share = (self.unassigned.len() as f64 * source.rate(now) / rates) as u64;
-        let mut left = source.request_groups(now).min(share.max(REQUEST_GROUPS_MIN));
+        let mut left = source.request_groups(now).min(share.max(source.request_groups_min()));
         let mut picked = GroupSet::default();
         for (_, _, range) in parts {
             let end = range.end.min(range.start + left);

@@ -13,8 +13,12 @@ pub const RANGES_MAX: usize = 4_096;
 /// A request is as long as the source takes for it in this time.
 pub const REQUEST_MS: f64 = 1_000.0;
 
-/// A request is not shorter, unless less is left.
-pub const REQUEST_GROUPS_MIN: u64 = 16;
+/// The first request to a source is so long, and none to a hub is shorter, unless less is left.
+pub const REQUEST_GROUPS_FIRST: u64 = 16;
+
+/// Nor is one to a peer shorter than this, which costs a kilobyte of hashes besides. Where many fetch from one that is slow for each of them, what they have asked for
+/// and do not have yet must be a small part of the file, or several ask for the same, since none can tell.
+pub const REQUEST_GROUPS_MIN: u64 = 4;
 
 /// A request is not longer.
 pub const REQUEST_GROUPS_MAX: u64 = 1_024;
@@ -192,7 +196,15 @@ impl Source {
     /// How many groups it is asked for at once.
     pub(super) fn request_groups(&self, now: Now) -> u64 {
         let second = (self.rate(now) * REQUEST_MS) as u64;
-        second.min(self.completed_groups_max * GROWTH_MAX).clamp(REQUEST_GROUPS_MIN, REQUEST_GROUPS_MAX)
+        second.min(self.completed_groups_max * GROWTH_MAX).clamp(self.request_groups_min(), REQUEST_GROUPS_MAX)
+    }
+
+    /// It is not asked for less, unless less is left.
+    pub(super) fn request_groups_min(&self) -> u64 {
+        match (self.kind, self.completed_groups_max) {
+            (SourceKind::Hub, _) | (_, 0) => REQUEST_GROUPS_FIRST,
+            (SourceKind::Peer, _) => REQUEST_GROUPS_MIN,
+        }
     }
 
     /// How many requests it is to have under way.

@@ -9,8 +9,8 @@ use std::path::Path;
 
 use murmur_gguf::synth::{self, Spec};
 use murmur_gguf::{
-    Array, Gguf, GgufBuilder, LayerRange, SliceError, TensorSource, TensorType, Value, allowed_cuts, even_cuts, slice,
-    slice_ranges, sliceable,
+    Array, ByteRange, Gguf, GgufBuilder, GroupSet, LayerRange, Manifest, SliceError, TensorSource, TensorType, Value,
+    allowed_cuts, even_cuts, slice, slice_ranges, sliceable,
 };
 
 const SLICEABLE: &[&str] = &[
@@ -153,6 +153,20 @@ fn a_slice_reads_the_bytes_that_it_says_and_no_others() {
                 assert!(std::fs::read(from_some.path()).unwrap() == from_all, "{name} {range}");
             }
         }
+    }
+}
+
+#[test]
+fn for_a_range_of_layers_hardly_more_is_fetched_than_its_tensors_and_the_header_have() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = write(&Spec::preset("bench-wide").unwrap(), folder.path());
+    let layers = Manifest::outline(&whole).layers;
+    let header = GroupSet::covering(&[ByteRange { start: 0, end: whole.data_offset() }]);
+    for range in [LayerRange::new(1, 2), LayerRange::new(1, 3)] {
+        let tensors: u64 = layers[range.first as usize..range.end as usize].iter().map(|layer| layer.bytes).sum();
+        let groups = GroupSet::covering(&slice_ranges(&whole, range).unwrap()).difference(&header);
+        let bytes = groups.bytes(whole.file_bytes());
+        assert!(bytes as f64 <= 1.02 * tensors as f64, "layers {range}: {bytes} bytes for {tensors}");
     }
 }
 

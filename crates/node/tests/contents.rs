@@ -5,11 +5,16 @@
 
 mod common;
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use common::{Claim, Pull, Rogue, Trick, World, until};
 use murmur_api::backend::Backend;
 use murmur_net::stream::{self, Reader};
+use murmur_node::NodeOptions;
 use murmur_protocol::mesh::{Fetch, Work};
 use murmur_store::Contents;
 
@@ -200,6 +205,20 @@ async fn a_taker_that_floods_and_reads_nothing_keeps_nobody_from_a_file() {
         }
     }
     assert!((1..=STREAMS_PER_TAKER_MAX).contains(&sent) && refused > FLOOD / 2, "{sent} sent, {refused} refused");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_comes_in_a_second_than_the_user_wants() {
+    const BYTES_PER_S: u64 = 2_000_000;
+    let limited = |options: NodeOptions| NodeOptions { download_bytes_per_s: Some(BYTES_PER_S), ..options };
+    let world = World::with_taker(limited).await;
+    let _honest = world.honest(None).await;
+    world.knows_holders(1).await;
+    let begun = Instant::now();
+    world.has_the_file(&Pull::begin(&world).await.until_its_end(|_| ()).await);
+    // Some may come at once.
+    let least = Duration::from_secs_f64(world.bytes() as f64 / BYTES_PER_S as f64) - Duration::from_millis(500);
+    assert!(begun.elapsed() >= least, "{:?} for {} bytes", begun.elapsed(), world.bytes());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -190,9 +190,15 @@ impl Server {
 
     fn serve(&mut self, inbox: &mut Inbox, out: &mut Outbox) -> Result<(), ChildError> {
         loop {
-            let idle = match &self {
-                Server::Stage(_, schedule) => schedule.is_empty(),
-                _ => true,
+            let idle = match self {
+                Server::Stage(stage, schedule) if schedule.is_empty() => {
+                    // Whoever asks must have an answer: a child that owes one and is silent is taken to hang.
+                    stage.unfollowed().iter().try_for_each(|answer| out.push(answer))?;
+                    out.flush()?;
+                    true
+                }
+                Server::Stage(..) => false,
+                Server::Vocabulary(_) | Server::Embedding(_) => true,
             };
             let Some(frames) = inbox.take(idle)? else { return Ok(()) };
             self.receive(frames, out)?;

@@ -109,6 +109,8 @@ struct Session {
     /// What the child calls it.
     number: u64,
     epoch: u32,
+    /// It stops until it is opened again.
+    is_held: bool,
 }
 
 /// Frames that came too soon, the oldest first.
@@ -168,7 +170,7 @@ impl Routes {
             }
             Kind::Rewind => {
                 let begin = |known: &mut Session| {
-                    known.epoch = epoch;
+                    (known.epoch, known.is_held) = (epoch, false);
                     known.number
                 };
                 let number = self.inward.get_mut(&key).map(begin);
@@ -183,7 +185,14 @@ impl Routes {
                 let known = self.inward.remove(&key);
                 known.and_then(|known| self.outward.remove(&known.number).map(|_| known.number))
             }
-            Kind::Tokens | Kind::Hidden | Kind::Next | Kind::Repeat | Kind::Close => known.map(|known| known.number),
+            Kind::Close => {
+                self.inward.entry(key).and_modify(|known| known.is_held = true);
+                known.map(|known| known.number)
+            }
+            // The child says nothing to rows that came too late, and must not seem to owe an answer.
+            Kind::Tokens | Kind::Hidden | Kind::Next | Kind::Repeat => {
+                known.filter(|known| known.epoch == epoch && !known.is_held).map(|known| known.number)
+            }
             kind => return Err(HostError::Kind(kind)),
         };
         let frame = number.map(|number| {
@@ -202,7 +211,7 @@ impl Routes {
             None if self.of(guest).count() >= SESSIONS_PER_GUEST_MAX => return Err(HostError::TooManySessions),
             None => self.number(),
         };
-        self.inward.insert(key, Session { number, epoch });
+        self.inward.insert(key, Session { number, epoch, is_held: false });
         self.outward.insert(number, key);
         Ok(self.with_early(guest, number, open))
     }
@@ -368,5 +377,48 @@ impl Drop for Guest {
         let closed = routes.close_all_but(self.number, &[]);
         routes.early.remove(&self.number);
         self.inner.link.send(&closed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GUEST: u64 = 1;
+
+    fn frame(kind: Kind, epoch: u32) -> Frame {
+        Frame { header: Header { epoch, ..Header::new(kind, 7) }, payload: Vec::new() }
+    }
+
+    /// Kinds and epochs of what the child hears of it.
+    fn said(routes: &mut Routes, frame: Frame) -> Vec<(Kind, u32)> {
+        let frames = routes.inward(GUEST, frame).unwrap();
+        frames.into_iter().map(|frame| (frame.header.kind, frame.header.epoch)).collect()
+    }
+
+    #[test]
+    fn rows_of_an_epoch_that_is_over_or_never_began_go_nowhere_and_those_that_came_too_soon_wait() {
+        let mut routes = Routes::default();
+        said(&mut routes, frame(Kind::Open, 3));
+        for kind in [Kind::Tokens, Kind::Hidden, Kind::Next, Kind::Repeat] {
+            assert_eq!(said(&mut routes, frame(kind, 3)), [(kind, 3)]);
+            assert!(said(&mut routes, frame(kind, 2)).is_empty(), "{kind:?}");
+            assert!(said(&mut routes, frame(kind, 4)).is_empty(), "{kind:?}");
+        }
+        assert_eq!(said(&mut routes, frame(Kind::Rewind, 4)), [(Kind::Rewind, 4), (Kind::Hidden, 4)]);
+        assert!(said(&mut routes, frame(Kind::Hidden, 3)).is_empty());
+    }
+
+    #[test]
+    fn rows_of_a_session_that_is_held_go_nowhere_until_it_is_opened_again() {
+        let mut routes = Routes::default();
+        said(&mut routes, frame(Kind::Open, 3));
+        let mut hold = frame(Kind::Close, 4);
+        hold.header.flags = FLAG_HOLD;
+        assert_eq!(said(&mut routes, hold), [(Kind::Close, 4)]);
+        assert!(said(&mut routes, frame(Kind::Hidden, 3)).is_empty());
+        assert!(said(&mut routes, frame(Kind::Hidden, 4)).is_empty());
+        assert_eq!(said(&mut routes, frame(Kind::Open, 4)), [(Kind::Open, 4), (Kind::Hidden, 4)]);
+        assert_eq!(said(&mut routes, frame(Kind::Hidden, 4)), [(Kind::Hidden, 4)]);
     }
 }

@@ -534,6 +534,14 @@ impl Stage {
         std::mem::take(&mut self.following)
     }
 
+    /// Answers to what was to follow tokens that this stage has not sampled, and never will as long as it has nothing to compute.
+    pub(crate) fn unfollowed(&mut self) -> Vec<Frame> {
+        let in_vain = self.sessions.values_mut().filter_map(|session| session.next.take());
+        let answer =
+            |next| Frame::text(Header { kind: Kind::StepFailed, ..next }, "no token was sampled there to go on from");
+        in_vain.map(answer).collect()
+    }
+
     /// The KV state of a session, for another stage of the same layers.
     pub(crate) fn save(&mut self, session: u64) -> Result<Vec<u8>, StageError> {
         let sequence = self.sessions.get(&session).ok_or(StageError::Protocol("no such session"))?.sequence;

@@ -141,6 +141,21 @@ fn a_whole_model_that_is_told_another_token_goes_on_with_that_and_not_with_what_
     assert_ne!(heard[0], before[1], "the other token has changed nothing, so that this shows nothing");
 }
 
+#[test]
+fn a_word_to_go_on_where_no_token_was_sampled_is_answered_and_costs_nothing() {
+    let lab = Lab::new();
+    let prompt = prompt(20, 1);
+    let mut alone = Stage::new(&lab.tiny("llama", Weights::Q8_0));
+    alone.open(1, &prompt, &[]);
+    let answer = alone.ask(next(20, 3));
+    assert_eq!((answer.header.kind, answer.header.rows), (Kind::StepFailed, 3), "{}", answer.as_text());
+    assert_eq!(alone.tokens(&[rows(0, &prompt), next(20, 2)], 3).len(), 3);
+    // Two places further than the newest token.
+    let answer = alone.ask(next(24, 1));
+    assert_eq!(answer.header.kind, Kind::StepFailed, "{}", answer.as_text());
+    assert_eq!(alone.tokens(&[next(22, 1)], 1).len(), 1);
+}
+
 /// Rows of session 1, of the last of which the next token is wanted.
 fn rows(position: u32, tokens: &[Token]) -> Frame {
     let prefill = if tokens.len() > 1 { FLAG_PREFILL } else { 0 };

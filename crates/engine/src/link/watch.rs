@@ -26,6 +26,9 @@ const FIRST_FLOORS_PER_ROW: f64 = 0.25;
 /// Nothing takes longer than so many floors (an hour, with the usual one).
 const FLOORS_MAX: f64 = 120.0;
 
+/// Answers of one session that are waited for. Nobody who waits for them asks for more.
+const OWED_MAX: usize = 4096;
+
 /// What a child owes, and how long it has said nothing.
 pub(super) struct Watch {
     floor: Duration,
@@ -87,12 +90,11 @@ impl Watch {
                     // The child forgets what it was asked about this session before.
                     *owed = Owed { epoch: header.epoch, rows: VecDeque::new() };
                 }
-                if kind == Kind::Next {
-                    // Answered one by one.
-                    owed.rows.extend(repeat_n(1, header.rows.min(NEXT_ROWS_MAX) as usize));
-                } else {
-                    owed.rows.push_back(header.rows);
-                }
+                // What a word to go on asks for is answered one by one.
+                let (rows, answers) =
+                    if kind == Kind::Next { (1, header.rows.min(NEXT_ROWS_MAX)) } else { (header.rows, 1) };
+                let room = OWED_MAX.saturating_sub(owed.rows.len());
+                owed.rows.extend(repeat_n(rows, room.min(answers as usize)));
             }
         }
     }
@@ -112,7 +114,13 @@ impl Watch {
             _ => {}
         }
         let Some(owed) = self.owed.get_mut(&header.session).filter(|owed| owed.epoch == header.epoch) else { return };
-        if let Some(rows @ 1..) = owed.rows.pop_front() {
+        let oldest = owed.rows.pop_front();
+        if header.kind == Kind::StepFailed && oldest == Some(1) {
+            // Of a word to go on, all that did not come.
+            let further = header.rows.saturating_sub(1) as usize;
+            owed.rows.drain(..further.min(owed.rows.len()));
+        }
+        if let Some(rows @ 1..) = oldest {
             let row_s = took.as_secs_f64() / f64::from(rows);
             // The first answer took what loading left to do, and says little about the next.
             self.slowest_row_s = Some(self.slowest_row_s.map_or(0.0, |slowest| slowest.max(row_s)));
@@ -240,6 +248,29 @@ mod tests {
             watch.received(&header(Kind::Sampled, 1, 1), now);
         }
         assert_eq!(silence(&mut watch), None);
+    }
+
+    #[test]
+    fn a_word_to_go_on_where_nothing_follows_is_paid_with_one_answer() {
+        let now = Instant::now();
+        let mut watch = loaded(now);
+        watch.sent(&header(Kind::Next, 1, 5), now);
+        watch.received(&header(Kind::Sampled, 1, 1), now);
+        watch.received(&header(Kind::StepFailed, 1, 4), now);
+        assert_eq!(silence(&mut watch), None);
+        // Other rows that fail pay for themselves alone.
+        watch.sent(&header(Kind::Tokens, 1, 4), now);
+        watch.sent(&header(Kind::Tokens, 1, 4), now);
+        watch.received(&header(Kind::StepFailed, 1, 4), now);
+        assert!(silence(&mut watch).is_some());
+    }
+
+    #[test]
+    fn whoever_asks_for_ever_more_takes_no_memory() {
+        let now = Instant::now();
+        let mut watch = loaded(now);
+        (0..OWED_MAX).for_each(|_| watch.sent(&header(Kind::Next, 1, NEXT_ROWS_MAX), now));
+        assert_eq!(watch.owed[&1].rows.len(), OWED_MAX);
     }
 
     #[test]

@@ -13,6 +13,7 @@
 //!   bytes** is never asked again.
 //! - **The end**: when nothing is left to ask for, a source that would be done much earlier is asked for the last part of what
 //!   a slower one owes. A request of which everything has come, from wherever, is stopped.
+//! - **What is on this disk** already, in another file, is asked of nobody else.
 //! - **Hubs** are asked for what no peer has, and for the rest only where that saves time: their bytes cost somebody.
 //!
 //! Work and memory grow with the number of *ranges* of groups, never with that of groups.
@@ -40,6 +41,8 @@ pub struct RequestId(pub u64);
 /// What a source is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SourceKind {
+    /// Another file of this machine that seems to have some of the same bytes.
+    Disk,
     /// Another node.
     Peer,
     /// A server that has the file: one more source, and the last resort.

@@ -16,6 +16,7 @@ pub mod driver;
 mod embedding;
 mod engine;
 mod ffi;
+mod frames;
 mod host;
 mod kept;
 pub mod link;
@@ -31,6 +32,7 @@ pub use engine::{
     DraftStatus, Engine, EngineError, EngineOptions, EngineStatus, PARALLEL_MAX, Patience, SessionStream, StartError,
     Stop, Tokenizer, UNUSED_SLICES_BYTES_MAX, prune_slices,
 };
+pub use frames::FrameReader;
 pub use host::{Guest, Host, HostError, Speed};
 pub use link::{CHILD_SUBCOMMAND, LinkError, RemoteStage};
 pub use murmur_protocol::stage::Keep;

@@ -14,7 +14,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::{Buf, BytesMut};
 use murmur_protocol::{
     frame::{Frame, FrameError, HEADER_BYTES, Header, Kind},
     stage::{Load, Loaded},
@@ -24,10 +23,10 @@ use rustix::{
     io::Errno,
     net::SendFlags,
 };
-use tokio::{io::AsyncReadExt, time::timeout};
+use tokio::time::timeout;
 use watch::Watch;
 
-use crate::Stop;
+use crate::{FrameReader, Stop};
 
 /// Hidden subcommand of the binary that runs [`crate::child::run`] on standard input.
 pub const CHILD_SUBCOMMAND: &str = "engine-child";
@@ -258,19 +257,19 @@ impl Receiver {
 
 /// Frames of a child, for who waits in a runtime.
 pub struct Frames {
-    socket: tokio::net::UnixStream,
-    bytes: BytesMut,
+    reader: FrameReader<tokio::net::UnixStream>,
     watch: Arc<Mutex<Watch>>,
 }
 
 impl Receiver {
     /// Goes on in the runtime that the caller is in. Only for a child of ours.
     pub fn into_frames(self) -> io::Result<Frames> {
-        let bytes = BytesMut::from(self.0.buffer());
+        let begun = self.0.buffer().to_vec();
         let Watched { socket, watch } = self.0.into_inner();
         let watch = watch.ok_or(io::ErrorKind::Unsupported)?;
         socket.set_nonblocking(true)?;
-        Ok(Frames { socket: tokio::net::UnixStream::from_std(socket)?, bytes, watch })
+        let socket = tokio::net::UnixStream::from_std(socket)?;
+        Ok(Frames { reader: FrameReader::new(socket, &begun), watch })
     }
 }
 
@@ -278,15 +277,12 @@ impl Frames {
     /// The next frame; `None` when the child is gone, or hangs. Nothing is lost if it is dropped before it is done.
     pub async fn next(&mut self) -> Option<Frame> {
         loop {
-            if let Some((frame, length)) = Frame::parse(&self.bytes).ok()? {
-                self.bytes.advance(length);
-                lock(&self.watch).received(&frame.header, Instant::now());
-                return Some(frame);
-            }
-            self.bytes.reserve(RECEIVE_BYTES);
             let tick = lock(&self.watch).tick_every();
-            match timeout(tick, self.socket.read_buf(&mut self.bytes)).await {
-                Ok(Ok(1..)) => {}
+            match timeout(tick, self.reader.next()).await {
+                Ok(Ok(Some(frame))) => {
+                    lock(&self.watch).received(&frame.header, Instant::now());
+                    return Some(frame);
+                }
                 Err(_) if !lock(&self.watch).tick() => {}
                 Ok(_) | Err(_) => return None,
             }

@@ -227,7 +227,8 @@ async fn bury_earlier_life(shared: &Shared, peer: NodeId) {
     let link = begun(old.connection.clone());
     let others: Vec<_> = shared.work_connections(&peer).into_iter().map(begun).collect();
     let says_something = |(before, connection): &(u64, Connection)| heard(connection) > *before;
-    let patience = patience(shared.round_trip(&peer), Duration::from_millis(SIGN_OF_LIFE_MS));
+    let least = Duration::from_millis(SIGN_OF_LIFE_MS);
+    let patience = Patience { least, round_trips: SIGN_OF_LIFE_ROUND_TRIPS }.with(shared.round_trip(&peer));
     let ping = Control::Ping(rand::random());
     let answer = timeout(patience, ask(&old, &ping)).await;
     // Of several connections of the new life the first has buried the old one.
@@ -245,11 +246,22 @@ async fn bury_earlier_life(shared: &Shared, peer: NodeId) {
     }
 }
 
-/// How long a node may be silent that was asked for a sign of life: `least`, or four round trips where these take longer, and five seconds
-/// at most. Where a link is full, question and answer wait behind all that is on its way there, and that is what the round trips of the
-/// connections with the node tell: a link that is full is no node that is dead.
-pub fn patience(round_trip: Option<Duration>, least: Duration) -> Duration {
-    (SIGN_OF_LIFE_ROUND_TRIPS * round_trip.unwrap_or_default()).clamp(least, Duration::from_millis(SIGN_OF_LIFE_MS_MAX))
+/// How long a node may be silent that was asked for a sign of life. Where a link is full, question and answer wait behind all that is on
+/// its way there, and that is what the round trips of the connections with the node tell: a link that is full is no node that is dead.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// So long at least.
+    pub least: Duration,
+    /// So many round trips, where these take longer; [`SIGN_OF_LIFE_MS_MAX`] at most.
+    pub round_trips: u32,
+}
+
+impl Patience {
+    /// With a node whose answers take so long, as far as that is known.
+    pub fn with(self, round_trip: Option<Duration>) -> Duration {
+        let longest = Duration::from_millis(SIGN_OF_LIFE_MS_MAX);
+        (self.round_trips * round_trip.unwrap_or_default()).clamp(self.least, longest)
+    }
 }
 
 /// Datagrams that have come over a connection.

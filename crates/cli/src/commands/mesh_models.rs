@@ -173,7 +173,10 @@ fn done(session: &Session, model: &str, event: &Value) -> anyhow::Result<()> {
     let name = ui::without_controls(event["name"].as_str().unwrap_or(model));
     let entry = name.parse::<ModelName>().ok().and_then(|name| session.store().get(&name).ok());
     let licence = entry.and_then(|entry| entry.licence).map_or_else(String::new, |name| format!(", licence {name}"));
-    ui::say(&ui::without_controls(&format!("pulled {model} ({}{licence})", Size(total))));
+    let copied = event["copied_bytes"].as_u64().filter(|copied| *copied > 0);
+    let copied =
+        copied.map_or_else(String::new, |copied| format!(", {} of it from files that were here", Size(copied)));
+    ui::say(&ui::without_controls(&format!("pulled {model} ({}{copied}{licence})", Size(total))));
     let signatures = event["signatures"].as_array().into_iter().flatten();
     signatures.filter_map(|one| one["signer"].as_str()).for_each(|key| ui::say(&format!("signed by {key}")));
     ui::say(&format!("try: murmur run {name}"));
@@ -183,17 +186,21 @@ fn done(session: &Session, model: &str, event: &Value) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// From how many nodes something comes, or why nothing does.
+/// From how many nodes something comes, and whether from another file of this machine, or why nothing does.
 fn sources(fetch: &Value) -> String {
     if let Some(stuck) = fetch["stuck"].as_str() {
         return ui::without_controls(stuck);
     }
-    let owing = |source: &&Value| source["owed_requests"].as_u64() > Some(0);
-    match fetch["sources"].as_array().map_or(0, |sources| sources.iter().filter(owing).count()) {
-        0 => String::new(),
-        1 => "from 1 node".to_owned(),
-        nodes => format!("from {nodes} nodes"),
-    }
+    let sources = fetch["sources"].as_array().into_iter().flatten();
+    let owing = sources.filter(|source| source["owed_requests"].as_u64() > Some(0));
+    let (files, nodes): (Vec<_>, Vec<_>) = owing.partition(|source| source["file"].is_string());
+    let nodes = match nodes.len() {
+        0 => None,
+        1 => Some("from 1 node".to_owned()),
+        nodes => Some(format!("from {nodes} nodes")),
+    };
+    let files = (!files.is_empty()).then(|| "from another file that is here".to_owned());
+    nodes.into_iter().chain(files).collect::<Vec<_>>().join(" and ")
 }
 
 /// What there is in the mesh, and who has signed it.

@@ -61,10 +61,15 @@ impl Swarm {
         free.ranges().iter().any(|range| self.holders.steps(range).any(|(holders, _)| holders > 0))
     }
 
-    /// What nobody is asked for and the source has. Of a hub, only what no peer has, unless the rest saves time.
+    /// What nobody is asked for and the source has. Of others, only what is not on this disk; of a hub, only what no peer has, unless the
+    /// rest saves time.
     fn free(&self, source: &Source, now: Now) -> GroupSet {
-        let free = self.unassigned.intersection(&source.has);
-        if source.kind == SourceKind::Peer || free.is_empty() {
+        let mut free = self.unassigned.intersection(&source.has);
+        if source.kind != SourceKind::Disk {
+            let disks = self.sources.values().filter(|disk| disk.kind == SourceKind::Disk && disk.is_ready());
+            free = disks.fold(free, |free, disk| free.difference(&disk.has));
+        }
+        if source.kind != SourceKind::Hub || free.is_empty() {
             return free;
         }
         let peers = || self.sources.values().filter(|peer| peer.kind == SourceKind::Peer && peer.is_ready());

@@ -202,7 +202,7 @@ impl Source {
     /// It is not asked for less, unless less is left.
     pub(super) fn request_groups_min(&self) -> u64 {
         match (self.kind, self.completed_groups_max) {
-            (SourceKind::Hub, _) | (_, 0) => REQUEST_GROUPS_FIRST,
+            (SourceKind::Hub | SourceKind::Disk, _) | (_, 0) => REQUEST_GROUPS_FIRST,
             (SourceKind::Peer, _) => REQUEST_GROUPS_MIN,
         }
     }
@@ -212,7 +212,7 @@ impl Source {
         // One that it works on, and those that are on their way meanwhile. Where windows are what holds the rate down, it rises with each more.
         let one_at_most = match self.kind {
             SourceKind::Peer => WINDOW_GROUPS,
-            SourceKind::Hub => REQUEST_GROUPS_MAX,
+            SourceKind::Hub | SourceKind::Disk => REQUEST_GROUPS_MAX,
         };
         let on_the_way = self.rate(now) * f64::from(self.rtt_ms) / self.request_groups(now).min(one_at_most) as f64;
         (1 + on_the_way.ceil() as usize).clamp(IN_FLIGHT_MIN, IN_FLIGHT_MAX)

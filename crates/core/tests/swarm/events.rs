@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, ops::Range};
 use murmur_core::{
     swarm::{
         Action, DropReason, Event, GROUP_BYTES, GroupSet, Outcome, Purpose, RequestId, SOURCES_MAX, SourceId,
-        SourceKind, SourceState, StuckReason, Swarm,
+        SourceKind, SourceProgress, SourceState, StuckReason, Swarm,
         choice::RANGES_PER_REQUEST_MAX,
         source::{
             FAILURES_MAX, HOPELESS_MS, IN_FLIGHT_MAX, IN_FLIGHT_MIN, PAUSE_MS_MAX, PAUSE_MS_MIN, RANGES_MAX,
@@ -491,7 +491,7 @@ fn claims_without_bounds_cost_a_bounded_amount() {
 enum Op {
     Announce {
         id: u32,
-        hub: bool,
+        kind: SourceKind,
         has: Vec<Range<u64>>,
         rtt_ms: u32,
     },
@@ -535,9 +535,10 @@ fn op() -> impl Strategy<Value = Op> {
         Just(Outcome::Gone),
         Just(Outcome::Slow),
     ];
+    let kind = prop_oneof![2 => Just(SourceKind::Peer), 1 => Just(SourceKind::Hub), 1 => Just(SourceKind::Disk)];
     prop_oneof![
-        4 => (0u32..6, any::<bool>(), proptest::collection::vec(range(), 0..4), 0u32..500)
-            .prop_map(|(id, hub, has, rtt_ms)| Op::Announce { id, hub, has, rtt_ms }),
+        4 => (0u32..6, kind, proptest::collection::vec(range(), 0..4), 0u32..500)
+            .prop_map(|(id, kind, has, rtt_ms)| Op::Announce { id, kind, has, rtt_ms }),
         10 => (any::<usize>(), 1u64..40).prop_map(|(which, count)| Op::Deliver { which, count }),
         2 => (any::<usize>(), any::<bool>(), outcome).prop_map(|(which, all, outcome)| Op::Fail { which, all, outcome }),
         1 => any::<usize>().prop_map(|which| Op::Finish { which }),
@@ -564,11 +565,15 @@ fn check(bench: &Bench, asked: &[Open], has: &Has, wanted: &GroupSet) {
         progress.sources.iter().flat_map(|source| &source.owes).filter(|owes| owes.purpose != Purpose::Probe);
     let under_way = under_way.fold(GroupSet::default(), |all, owes| all.union(&owes.groups));
     let missing = wanted.difference(&bench.done);
+    let is_disk =
+        |source: &&SourceProgress| source.kind == SourceKind::Disk && matches!(source.state, SourceState::Ready);
+    let on_disk = progress.sources.iter().filter(is_disk);
+    let on_disk = on_disk.fold(GroupSet::default(), |all, disk| all.union(&has[&disk.id]));
     for source in &progress.sources {
         assert!(source.owes.len() <= IN_FLIGHT_MAX);
-        // A hub may wait where peers have the same.
+        // A hub may wait where peers have the same, and peers where it is on this disk.
         if source.state == SourceState::Ready && source.owes.is_empty() && source.kind == SourceKind::Peer {
-            let idle = missing.difference(&under_way).intersection(&has[&source.id]);
+            let idle = missing.difference(&under_way).intersection(&has[&source.id]).difference(&on_disk);
             assert!(idle.is_empty(), "{:?} has {idle:?} and is not asked: {progress:#?}", source.id);
         }
     }
@@ -584,12 +589,11 @@ proptest! {
         for op in ops {
             let picked = |which: usize| bench.open.get(which % bench.open.len().max(1)).cloned();
             let asked = match op {
-                Op::Announce { id, hub, has: ranges, rtt_ms } => {
+                Op::Announce { id, kind, has: ranges, rtt_ms } => {
                     let set: GroupSet = ranges.into_iter().collect();
                     if !liars.contains(&SourceId(id)) {
                         has.insert(SourceId(id), set.intersection(&(0..GROUPS).into()));
                     }
-                    let kind = if hub { SourceKind::Hub } else { SourceKind::Peer };
                     bench.tell(Event::Source { id: SourceId(id), kind, has: set, rtt_ms })
                 }
                 Op::Deliver { which, count } => {

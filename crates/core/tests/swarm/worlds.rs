@@ -174,6 +174,17 @@ fn a_hub_gives_what_peers_lack_and_helps_where_that_saves_time() {
 }
 
 #[test]
+fn what_is_on_this_disk_is_asked_of_nobody_else() {
+    let up = rate_of_mbit_per_s(20.0);
+    let disk = Node { kind: SourceKind::Disk, has: (0..GROUPS / 2).into(), ..Node::source(GROUPS, 2.0 * up, 1) };
+    let mut world =
+        World::new(GROUPS, vec![Node::fetching(GROUPS, 3.0 * up, 0, 1), disk, Node::source(GROUPS, up, 20)]);
+    world.run(200_000);
+    let [_, disk, peer] = &world.nodes[..] else { panic!() };
+    assert!(disk.sent >= GROUPS / 2 && peer.sent <= GROUPS / 2 + GROUPS / 50, "{} and {}", disk.sent, peer.sent);
+}
+
+#[test]
 fn a_source_that_stops_for_a_while_is_used_again() {
     let up = rate_of_mbit_per_s(50.0);
     let pauses = Habit::Pauses { from_ms: 2_000, until_ms: 9_000 };

@@ -17,13 +17,18 @@ mod signers;
 mod sought;
 mod standing;
 mod take;
+mod twin;
+mod unproven;
 pub(crate) mod wanted;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     ops::{Deref, Range},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use murmur_gguf::{ByteRange, Digest};
@@ -70,6 +75,8 @@ pub(crate) struct Shelf {
     /// Nodes that have sent what is not of it, for as long as they are there. They are not asked for it.
     liars: Mutex<BTreeSet<NodeId>>,
     on_hub: Mutex<OnHub>,
+    /// Bytes of it that were copied from other files of this machine.
+    copied_bytes: AtomicU64,
 }
 
 /// One of them that is used here: no process removes it to make room.
@@ -171,6 +178,7 @@ impl Library {
             taking: Mutex::default(),
             liars: Mutex::default(),
             on_hub: Mutex::new(OnHub { proven, ..OnHub::default() }),
+            copied_bytes: AtomicU64::new(0),
         });
         shelves.insert(digest, Arc::clone(&shelf));
         shelf
@@ -191,6 +199,15 @@ impl Library {
         let mut shelves = self.shelves();
         shelves.retain(|_, shelf| shelf.content.is_there());
         shelves.values().cloned().collect()
+    }
+
+    /// Other files than this one that are here whole. Blocks.
+    fn others(&self, digest: &ModelDigest) -> HashSet<PathBuf> {
+        let listed = self.store().list().unwrap_or_default().into_iter().map(|entry| entry.path);
+        let shelves = self.list().into_iter().filter(|shelf| shelf.content.is_complete());
+        let mut others: HashSet<PathBuf> = listed.chain(shelves.map(|shelf| shelf.content.path().to_owned())).collect();
+        others.retain(|path| self.find(digest).is_none_or(|own| own.content.path() != path));
+        others
     }
 
     /// What the record says of them. Parts that grow are told in steps of one [`HELD_STEPS`]th.
@@ -259,6 +276,7 @@ impl Shelf {
             "file_bytes": self.content.bytes(),
             "held_bytes": self.held_bytes(),
             "source": source,
+            "copied_bytes": self.copied_bytes.load(Ordering::Relaxed),
             "fetch": self.standing().and_then(|standing| standing.view()),
             "liars": liars,
         })

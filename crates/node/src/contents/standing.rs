@@ -1,6 +1,6 @@
 //! How far a fetch is, for those who wait for it and for those who look.
 
-use std::{fmt, time::Instant};
+use std::{fmt, path::PathBuf, time::Instant};
 
 use murmur_core::swarm::{Progress, SourceId, SourceProgress, SourceState};
 use murmur_protocol::mesh::NodeId;
@@ -13,6 +13,8 @@ pub(super) enum Who {
     Node(NodeId),
     /// The hub, for this file of it.
     Hub(HubRef),
+    /// Another file of this machine.
+    Twin(PathBuf),
 }
 
 impl fmt::Display for Who {
@@ -20,6 +22,7 @@ impl fmt::Display for Who {
         match self {
             Who::Node(node) => write!(f, "{node}"),
             Who::Hub(source) => write!(f, "{source}"),
+            Who::Twin(path) => write!(f, "{}", path.display()),
         }
     }
 }
@@ -56,10 +59,11 @@ impl Standing {
 
     fn view_source(&self, source: &SourceProgress) -> Value {
         let who = self.sources.iter().find(|(id, _)| *id == source.id).map(|(_, who)| who);
-        let name = |is_hub: bool| who.filter(|who| matches!(who, Who::Hub(_)) == is_hub).map(ToString::to_string);
+        let name = |is_it: fn(&Who) -> bool| who.filter(|who| is_it(who)).map(ToString::to_string);
         json!({
-            "node": name(false),
-            "hub": name(true),
+            "node": name(|who| matches!(who, Who::Node(_))),
+            "hub": name(|who| matches!(who, Who::Hub(_))),
+            "file": name(|who| matches!(who, Who::Twin(_))),
             "state": state(source.state),
             "rtt_ms": source.rtt_ms,
             "bytes_per_s": source.bytes_per_s as u64,

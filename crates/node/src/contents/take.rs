@@ -1,9 +1,9 @@
 //! The task that fetches a file: it watches who has what, lets [`Swarm`] decide whom to ask for which part, and has each answer read by a
-//! thread that checks every group before it is kept ([`ask`], [`hub`]).
+//! thread that checks every group before it is kept ([`ask`], [`unproven`](super::unproven)).
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Weak},
+    sync::{Arc, Weak, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -11,7 +11,7 @@ use murmur_core::swarm::{
     Action, Event, GroupSet, Outcome, RequestId, SOURCES_MAX, SourceId, SourceKind, Swarm,
     source::{RANGES_MAX, WINDOW_GROUPS},
 };
-use murmur_gguf::ByteRange;
+use murmur_gguf::{ByteRange, Gguf};
 use murmur_net::{Table, endpoint::STREAM_WINDOW_BYTES};
 use murmur_protocol::mesh::{Content, HeldContent, NodeId, content::GROUP_BYTES};
 use murmur_store::{
@@ -30,8 +30,10 @@ use super::{
     fetch::Wish,
     from_wire,
     give::longest,
-    hub::{self, AskHub, Prover},
+    hub,
     standing::{Standing, Who},
+    twin::{self, Twin},
+    unproven::{AskUnproven, Prover, Supply},
 };
 use crate::{Node, mesh::MeshNode, model::with_causes};
 
@@ -53,6 +55,8 @@ const HUB_NAMES_MAX: usize = 4;
 enum Heard {
     Has(SourceId, Content),
     Lost(SourceId),
+    /// Other files of this machine may have some of it.
+    Twins(Vec<Twin>),
     /// The hub has the file, and took so long to say so.
     OnHub(SourceId, Arc<HubFile>, Duration),
     Received(SourceId, RequestId, ByteRange),
@@ -65,13 +69,23 @@ enum Heard {
 
 struct Source {
     who: Who,
-    watching: AbortHandle,
-    /// What it has; of the hub, what can be checked.
+    watching: Option<AbortHandle>,
+    /// What it has; where it has no hashes, what of that can be checked.
     has: GroupSet,
     gives_hashes: bool,
     rtt_ms: u32,
-    /// Where it is the hub, and that has answered.
-    file: Option<Arc<HubFile>>,
+    /// Where it has no hashes: the bytes, as soon as they are known.
+    supply: Option<Supply>,
+}
+
+impl Source {
+    fn new(who: Who, watching: Option<AbortHandle>, supply: Option<Supply>) -> Source {
+        Source { who, watching, has: GroupSet::default(), gives_hashes: false, rtt_ms: UNKNOWN_RTT_MS, supply }
+    }
+
+    fn is_left(&self) {
+        self.watching.iter().for_each(AbortHandle::abort);
+    }
 }
 
 /// A fetch.
@@ -94,6 +108,8 @@ pub(super) struct Take {
     tasks: JoinSet<()>,
     tell: watch::Sender<Standing>,
     standing: Standing,
+    /// Whether it was looked for files of this machine that have some of it.
+    has_sought_twins: bool,
     hear: mpsc::Sender<Heard>,
     heard: mpsc::Receiver<Heard>,
     is_done: bool,
@@ -123,6 +139,7 @@ impl Take {
             tasks: JoinSet::new(),
             tell,
             standing: Standing::default(),
+            has_sought_twins: false,
             hear,
             heard,
             is_done: false,
@@ -163,7 +180,7 @@ impl Take {
         self.tell.send_replace(self.standing.clone());
         self.heard.close();
         self.under_way.clear();
-        self.sources.values().for_each(|source| source.watching.abort());
+        self.sources.values().for_each(Source::is_left);
         while self.tasks.join_next().await.is_some() {}
         if let Err(error) = self.flush().await {
             tracing::warn!("{}: {error}", self.shelf.name);
@@ -186,18 +203,48 @@ impl Take {
         let table = Arc::clone(&mesh.mesh().watch().borrow());
         let mut there = self.holders(&table, mesh.mesh().node_id());
         there.extend(self.place_on_hub(&table).map(Who::Hub));
-        let gone = self.sources.iter().filter(|(_, source)| !there.contains(&source.who)).map(|(id, _)| *id);
+        let is_gone = |source: &Source| !matches!(source.who, Who::Twin(_)) && !there.contains(&source.who);
+        let gone = self.sources.iter().filter(|(_, source)| is_gone(source)).map(|(id, _)| *id);
         for id in gone.collect::<Vec<_>>() {
             self.leave(id);
         }
         for who in there {
-            let next = SourceId(u32::try_from(self.ids.len()).unwrap_or(u32::MAX));
-            let id = *self.ids.entry(who.clone()).or_insert(next);
+            let id = self.id_of(&who);
             if self.sources.len() < SOURCES_MAX && !self.sources.contains_key(&id) {
                 self.begin_to_watch(id, who);
             }
         }
+        self.seek_twins();
         self.standing.sources = self.sources.iter().map(|(id, source)| (*id, source.who.clone())).collect();
+    }
+
+    fn id_of(&mut self, who: &Who) -> SourceId {
+        let next = SourceId(u32::try_from(self.ids.len()).unwrap_or(u32::MAX));
+        *self.ids.entry(who.clone()).or_insert(next)
+    }
+
+    /// Looks once for other files of this machine that may have some of it, as soon as its header is here, which comes first for that.
+    fn seek_twins(&mut self) {
+        let header_bytes = *self.shelf.header_bytes.borrow();
+        if self.has_sought_twins || header_bytes == 0 {
+            return;
+        }
+        let header = [ByteRange { start: 0, end: header_bytes.min(self.shelf.content.bytes()) }];
+        if !self.shelf.content.missing(&header).is_empty() {
+            return self.decide(Event::Want { groups: GroupSet::covering(&header), urgent: true });
+        }
+        let Some(node) = self.node.upgrade() else { return };
+        self.has_sought_twins = true;
+        let (shelf, hear) = (Arc::clone(&self.shelf), self.hear.clone());
+        self.tasks.spawn(async move {
+            let search = tokio::task::spawn_blocking(move || {
+                let wanted = Gguf::open(shelf.content.path()).ok()?;
+                Some(twin::find(&wanted, &node.library.others(&shelf.digest())))
+            });
+            if let Ok(Some(twins)) = search.await {
+                let _ = hear.send(Heard::Twins(twins)).await;
+            }
+        });
     }
 
     /// The other nodes that have some of it.
@@ -222,7 +269,7 @@ impl Take {
         };
         let asked = self.sources.values().find_map(|source| match &source.who {
             Who::Hub(place) => Some(place.clone()),
-            Who::Node(_) => None,
+            Who::Node(_) | Who::Twin(_) => None,
         });
         let can_check = asked.is_some() || self.sources.values().any(|source| source.gives_hashes);
         if self.hub.is_none() || !can_check || self.useless.len() >= HUB_NAMES_MAX {
@@ -255,32 +302,38 @@ impl Take {
                     let _ = hear.send(said).await;
                 })
             }
-            (Who::Hub(_), None) => return,
+            (Who::Hub(_), None) | (Who::Twin(_), _) => return,
         };
-        let source =
-            Source { who, watching, has: GroupSet::default(), gives_hashes: false, rtt_ms: UNKNOWN_RTT_MS, file: None };
-        self.sources.insert(id, source);
+        self.sources.insert(id, Source::new(who, Some(watching), None));
     }
 
     /// A source is not there any more.
     fn leave(&mut self, id: SourceId) -> Option<Source> {
         let source = self.sources.remove(&id)?;
-        source.watching.abort();
+        source.is_left();
         self.decide(Event::Left { id });
-        self.announce_hub();
+        self.announce_unproven();
         Some(source)
     }
 
-    /// The hub has the whole file; it is asked for what can be checked.
-    fn announce_hub(&mut self) {
+    /// Who has no hashes is asked for what can be checked.
+    fn announce_unproven(&mut self) {
         let nodes = self.sources.values().filter(|source| source.gives_hashes);
         let provable = nodes.fold(GroupSet::default(), |all, source| all.union(&source.has));
-        let hub = self.sources.iter_mut().find(|(_, source)| source.file.is_some() && source.has != provable);
-        if let Some((&id, source)) = hub {
-            source.has = provable.clone();
-            let rtt_ms = source.rtt_ms;
-            self.decide(Event::Source { id, kind: SourceKind::Hub, has: provable, rtt_ms });
+        let mut news = Vec::new();
+        for (&id, source) in &mut self.sources {
+            let Some(supply) = &source.supply else { continue };
+            let kind = match supply {
+                Supply::Hub(_) => SourceKind::Hub,
+                Supply::Twin(_) => SourceKind::Disk,
+            };
+            let has = longest(supply.has(self.shelf.content.bytes()).intersection(&provable), RANGES_MAX);
+            if source.has != has {
+                source.has = has.clone();
+                news.push(Event::Source { id, kind, has, rtt_ms: source.rtt_ms });
+            }
         }
+        news.into_iter().for_each(|event| self.decide(event));
     }
 
     fn hear(&mut self, heard: Heard) {
@@ -294,18 +347,31 @@ impl Take {
                     (source.has, source.gives_hashes) = (GroupSet::default(), false);
                 }
                 self.decide(Event::Failed { id, request: None, outcome: Outcome::Gone });
-                self.announce_hub();
+                self.announce_unproven();
+            }
+            Heard::Twins(twins) => {
+                for twin in twins {
+                    let who = Who::Twin(twin.path().to_owned());
+                    let id = self.id_of(&who);
+                    tracing::info!("{}: {who} may have some of it", self.shelf.name);
+                    self.sources.insert(id, Source::new(who, None, Some(Supply::Twin(Arc::new(twin)))));
+                }
+                self.announce_unproven();
             }
             Heard::OnHub(id, file, took) => {
                 if let Some(source) = self.sources.get_mut(&id) {
                     // It was asked two questions.
-                    (source.file, source.rtt_ms) = (Some(file), milliseconds(took / 2));
+                    (source.supply, source.rtt_ms) = (Some(Supply::Hub(file)), milliseconds(took / 2));
                 }
-                self.announce_hub();
+                self.announce_unproven();
             }
             Heard::Received(id, request, range) => {
-                if let Some(Source { who: Who::Hub(place), .. }) = self.sources.get(&id) {
-                    self.shelf.on_hub().prove(place);
+                match self.sources.get(&id).map(|source| &source.who) {
+                    Some(Who::Hub(place)) => self.shelf.on_hub().prove(place),
+                    Some(Who::Twin(_)) => {
+                        self.shelf.copied_bytes.fetch_add(range.end - range.start, Ordering::Relaxed);
+                    }
+                    Some(Who::Node(_)) | None => {}
                 }
                 self.decide(Event::Received {
                     id,
@@ -325,6 +391,8 @@ impl Take {
                     }
                     Err(Failure::Source(_)) => {}
                 }
+                // It may have found out that it has less.
+                self.announce_unproven();
             }
             Heard::Useless(id, reason) => self.find_useless(id, reason),
             Heard::Lies(id) => self.decide(Event::Failed { id, request: None, outcome: Outcome::Wrong }),
@@ -347,7 +415,7 @@ impl Take {
         let has = longest(has, RANGES_MAX);
         (source.has, source.gives_hashes, source.rtt_ms) = (has.clone(), content.gives_hashes, rtt_ms);
         self.decide(Event::Source { id, kind: SourceKind::Peer, has, rtt_ms });
-        self.announce_hub();
+        self.announce_unproven();
     }
 
     fn find_useless(&mut self, id: SourceId, reason: String) {
@@ -378,7 +446,7 @@ impl Take {
             Action::Cancel { request, .. } => drop(self.under_way.remove(&request)),
             Action::Drop { id, reason } => {
                 let Some(source) = self.sources.remove(&id) else { return };
-                source.watching.abort();
+                source.is_left();
                 tracing::warn!(
                     "{} sends what is not of {} ({reason}): it is not asked for it any more",
                     source.who,
@@ -390,8 +458,10 @@ impl Take {
                         self.standing.no_hub = Some(reason.to_string());
                         self.shelf.on_hub().refute(place);
                     }
+                    // What of it is something else it has found out itself.
+                    Who::Twin(_) => {}
                 }
-                self.announce_hub();
+                self.announce_unproven();
             }
             Action::Done => self.is_done = true,
             Action::Stuck { reason, .. } => {
@@ -413,7 +483,7 @@ impl Take {
             // The task is gone: so is whoever would want to know.
             let _ = heard.blocking_send(Heard::Received(id, request, range));
         };
-        match (&source.who, &source.file) {
+        match (&source.who, &source.supply) {
             (Who::Node(from), _) => {
                 let ask = Ask { shelf, from: *from, what: What::Bytes, ranges, unwanted };
                 self.tasks.spawn(async move {
@@ -421,8 +491,9 @@ impl Take {
                     let _ = hear.send(Heard::Ended(id, request, ended)).await;
                 });
             }
-            (Who::Hub(_), Some(file)) => {
-                let ask = AskHub { shelf, file: Arc::clone(file), provers: self.provers(groups), ranges, unwanted };
+            (_, Some(supply)) => {
+                let supply = supply.clone();
+                let ask = AskUnproven { shelf, supply, provers: self.provers(groups), ranges, unwanted };
                 self.tasks.spawn(async move {
                     let (ended, liars) = ask.run(&node, &mesh, received).await;
                     for liar in liars {
@@ -432,7 +503,7 @@ impl Take {
                 });
             }
             // It is announced when it has answered.
-            (Who::Hub(_), None) => {}
+            (Who::Hub(_) | Who::Twin(_), None) => {}
         }
     }
 
@@ -444,7 +515,7 @@ impl Take {
         able.sort_by_key(|(id, source)| (source.rtt_ms, **id));
         let prover = |(id, source): (&SourceId, &Source)| match source.who {
             Who::Node(node) => Some(Prover { id: *id, node, held: source.has.clone() }),
-            Who::Hub(_) => None,
+            Who::Hub(_) | Who::Twin(_) => None,
         };
         able.into_iter().filter_map(prover).collect()
     }

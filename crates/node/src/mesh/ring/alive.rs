@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use murmur_net::serve;
+use murmur_net::serve::{Patience, SIGN_OF_LIFE_ROUND_TRIPS};
 use murmur_protocol::{frame::FrameError, mesh::NodeId};
 use tokio::time::timeout;
 
@@ -11,29 +11,19 @@ use crate::mesh::MeshNode;
 
 /// A node of which nothing comes for so long is asked for a sign of life. Those that have nothing to say give one twice as often.
 pub(super) const SILENCE_MAX: Duration = Duration::from_millis(500);
-/// It has so long for it, where one has to do without it if it gives none.
-pub(super) const PATIENCE: Duration = Duration::from_millis(500);
-/// A host for which another one stands by has so long, and so many round trips: less is lost if it is given up by mistake.
-const PATIENCE_WITH_STANDBY: Duration = Duration::from_millis(40);
-const ROUND_TRIPS_WITH_STANDBY: u32 = 2;
+/// With a node that one has to do without if it gives none.
+pub(super) const ALONE: Patience =
+    Patience { least: Duration::from_millis(500), round_trips: SIGN_OF_LIFE_ROUND_TRIPS };
+/// With a host for which another one stands by: less is lost if it is given up by mistake.
+pub(super) const WITH_STANDBY: Patience = Patience { least: Duration::from_millis(40), round_trips: 2 };
 
-/// How long a node may be silent that was asked for a sign of life: `least`, and longer where the way to it is.
-pub(super) fn patience(mesh: &MeshNode, node: NodeId, least: Duration) -> Duration {
-    serve::patience(mesh.mesh().round_trip(node), least)
+/// How long a node may be silent that one has to do without, once it was asked for something.
+pub(super) fn patience(mesh: &MeshNode, node: NodeId) -> Duration {
+    ALONE.with(mesh.mesh().round_trip(node))
 }
 
 /// Asks a node for a sign of life. False: it gives none for longer than it should be silent.
-pub(super) async fn is_there(mesh: &MeshNode, node: NodeId, least: Duration) -> bool {
-    is_there_within(mesh, node, || patience(mesh, node, least)).await
-}
-
-/// The same of a host for which another one stands by.
-pub(super) async fn is_there_with_standby(mesh: &MeshNode, node: NodeId) -> bool {
-    let patience = || ROUND_TRIPS_WITH_STANDBY * mesh.mesh().round_trip(node).unwrap_or_default();
-    is_there_within(mesh, node, || patience().max(PATIENCE_WITH_STANDBY)).await
-}
-
-async fn is_there_within(mesh: &MeshNode, node: NodeId, patience: impl Fn() -> Duration) -> bool {
+pub(super) async fn is_there(mesh: &MeshNode, node: NodeId, patience: Patience) -> bool {
     if node == mesh.mesh().node_id() {
         return true;
     }
@@ -41,7 +31,7 @@ async fn is_there_within(mesh: &MeshNode, node: NodeId, patience: impl Fn() -> D
     tokio::pin!(ping);
     loop {
         // While a link fills up, round trips become longer.
-        let left = patience().saturating_sub(asked.elapsed());
+        let left = patience.with(mesh.mesh().round_trip(node)).saturating_sub(asked.elapsed());
         match timeout(left, &mut ping).await {
             Ok(answer) => return answer.is_ok(),
             Err(_) if left.is_zero() => return false,
@@ -61,7 +51,7 @@ pub(super) async fn while_there<T>(
         if let Ok(done) = timeout(SILENCE_MAX, &mut doing).await {
             return Ok(done);
         }
-        if !is_there(mesh, node, PATIENCE).await {
+        if !is_there(mesh, node, ALONE).await {
             return Err(silent("it does not answer"));
         }
     }

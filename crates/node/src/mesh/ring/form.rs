@@ -38,6 +38,9 @@ use crate::{
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long each node gives those with lower ids to make a ring.
 const TURN: Duration = Duration::from_secs(10);
+/// A first ring is made when the same nodes have offered layers for so long. Those that start together hear of each other one by one,
+/// and of what the others have begun a moment after they did: who goes ahead at once takes itself for the first.
+const HEARD_OF: Duration = Duration::from_millis(1500);
 /// A better ring must have been to be had for so long: of a node that has just come little is known.
 const SETTLED: Duration = Duration::from_secs(10);
 /// Turns are shorter when a node is about to leave a ring, or a ring is crowded.
@@ -154,8 +157,16 @@ fn first(wanted: &Wanted<'_>, model: &Model, spread: &Spread, is_limited: bool, 
         None => wanted.measured(|wanted| wanted.best(is_limited)),
     };
     match found {
-        Ok(ring) if model.search().is_time(spread.since + TURN * before) => return Some(ring),
-        Ok(_) => model.wait_for_ring("another node is making a ring".to_owned()),
+        Ok(ring) => {
+            let mut search = model.search();
+            let heard_of = search.same_nodes_since(wanted.offers) + HEARD_OF;
+            if search.is_time(heard_of.max(spread.since + TURN * before)) {
+                return Some(ring);
+            }
+            drop(search);
+            let others = if before > 0 { "another node is making a ring" } else { "it is heard which nodes have room" };
+            model.wait_for_ring(others.to_owned());
+        }
         Err(reason) => model.wait_for_ring(reason.to_string()),
     }
     None
@@ -603,6 +614,16 @@ mod tests {
         assert_eq!(due, [true, false]);
         search.failed(vec![id(2)]);
         assert!(search.is_due(&offers, Some(&ring)) && search.is_avoided(id(2)) && !search.is_avoided(id(1)));
+    }
+
+    #[test]
+    fn a_node_that_has_just_been_heard_of_is_waited_for_before_a_first_ring() {
+        let mut search = Search::new();
+        let two = search.same_nodes_since(&seen_by(1, &RING[..2]));
+        assert_eq!(search.same_nodes_since(&seen_by(1, &[RING[0], Peer(None, 4, 0)])), two);
+        let three = search.same_nodes_since(&seen_by(1, &RING));
+        assert!(three > two);
+        assert!(search.same_nodes_since(&seen_by(1, &RING[..2])) > three, "one that is gone may be making a ring");
     }
 
     #[test]

@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use super::{
-    alive::{self, PATIENCE, SILENCE_MAX},
+    alive::{self, SILENCE_MAX},
     carry::{self, Drain, FrameReader, Room, Waiting},
     host::heartbeat,
 };
@@ -243,7 +243,7 @@ impl Way {
 
     /// A connection outlives the node at its other end by some seconds: without an answer nobody may be there.
     async fn is_answered(&mut self) -> bool {
-        let patience = self.mesh.upgrade().map(|mesh| alive::patience(&mesh, self.to.node, PATIENCE));
+        let patience = self.mesh.upgrade().map(|mesh| alive::patience(&mesh, self.to.node));
         let Some(patience) = patience else { return false };
         let mut answered = self.answered.subscribe();
         let answer = answered.wait_for(|is_answered| *is_answered);
@@ -321,7 +321,7 @@ async fn silence(mesh: &Weak<MeshNode>, node: NodeId, is_used: &AtomicBool) {
     loop {
         sleep(SILENCE_MAX).await;
         let Some(mesh) = mesh.upgrade() else { return };
-        if is_used.swap(false, Ordering::Relaxed) && !alive::is_there(&mesh, node, PATIENCE).await {
+        if is_used.swap(false, Ordering::Relaxed) && !alive::is_there(&mesh, node, alive::ALONE).await {
             return;
         }
     }

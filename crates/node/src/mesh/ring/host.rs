@@ -25,7 +25,7 @@ use murmur_protocol::{
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::{
-    alive::{self, PATIENCE},
+    alive,
     carry::{self, Drain, FrameReader},
     hop::{self, Hop, STREAMS_IN_MAX, Streams},
     offers,
@@ -200,7 +200,7 @@ async fn is_spare(node: &Node, mesh: &MeshNode, model: &Model, there: Terms) -> 
     let own = mesh.mesh().node_id();
     for other in offers::allowed(node, mesh, &identity.digest).iter().filter(|other| other.node < own) {
         // A node that died a moment ago is still listed.
-        if other.is_used() && other.terms() == there && alive::is_there(mesh, other.node, PATIENCE).await {
+        if other.is_used() && other.terms() == there && alive::is_there(mesh, other.node, alive::ALONE).await {
             return true;
         }
     }

@@ -15,6 +15,8 @@ use crate::mesh::links::is_another_rtt;
 pub(crate) struct Search {
     /// The offers and the ring in use at the last look.
     seen: Option<(Vec<Offer>, Option<Vec<Placement>>)>,
+    /// Who offered layers when it was looked at last, and since when these did.
+    same_nodes: Option<(Vec<NodeId>, Instant)>,
     /// When to look again although nothing has changed.
     again_at: Option<Instant>,
     /// Since when there is a better ring than the one in use.
@@ -37,6 +39,7 @@ impl Search {
     pub(crate) fn new() -> Search {
         Search {
             seen: None,
+            same_nodes: None,
             again_at: None,
             better_since: None,
             moves_from: Instant::now(),
@@ -70,6 +73,13 @@ impl Search {
             self.again_at = Some(at);
         }
         is_time
+    }
+
+    /// Notes who offers layers now, and says since when the same nodes do.
+    pub(super) fn same_nodes_since(&mut self, offers: &[Offer]) -> Instant {
+        let nodes: Vec<NodeId> = offers.iter().map(|offer| offer.node).collect();
+        let same = self.same_nodes.take().filter(|(before, _)| *before == nodes);
+        self.same_nodes.insert(same.unwrap_or_else(|| (nodes, Instant::now()))).1
     }
 
     /// Notes whether there is a better ring now, and says since when there is.

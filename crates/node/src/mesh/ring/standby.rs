@@ -28,8 +28,7 @@ use tokio::{
 };
 
 use super::{
-    DETOUR_MIN, Opened, Ring, Seat,
-    alive::{self, PATIENCE},
+    DETOUR_MIN, Opened, Ring, Seat, alive,
     carry::{self, Room, Waiting},
     hear,
     host::Terms,
@@ -69,7 +68,7 @@ impl Standby {
     /// Its connection, once everything is written that it was to be told.
     async fn steps_in(self, mesh: &MeshNode) -> Option<(RouteTo, Opened)> {
         drop(self.words);
-        let patience = alive::patience(mesh, self.to.node, PATIENCE);
+        let patience = alive::patience(mesh, self.to.node);
         let opened = timeout(patience, self.carrier).await.ok()?.ok()??;
         Some((self.to, opened))
     }
@@ -171,7 +170,7 @@ impl Ring {
             if !self.owes(index, |it| it.doubtful) {
                 continue;
             }
-            let answer = alive::is_there_with_standby(&mesh, host);
+            let answer = alive::is_there(&mesh, host, alive::WITH_STANDBY);
             // It is not given up later for having been asked.
             let is_there = timeout_at(too_late.into(), answer).await.unwrap_or(true);
             if is_there {

@@ -188,10 +188,7 @@ fn requests_that_find_no_room_in_a_ring_go_around_a_second_one_of_the_machines_t
     let Some(lab) = lab(&Topology::of_hosts(["one", "two", "three", "four", "whole"])) else { return };
     let files = Home::new();
     let mut world = World::new(&lab, &files, 12, Weights::Q8_0);
-    let mut machines = Vec::from(["one", "two"].map(|name| world.machine(name, 6, &["--parallel=1"])));
-    machines.iter().for_each(Node::waits_for_its_models);
-    // These find a ring. Of four that begin at the same moment, two may each have another one load the same part, and then there are two.
-    machines.extend(["three", "four"].map(|name| world.machine(name, 6, &["--parallel=1"])));
+    let machines = ["one", "two", "three", "four"].map(|name| world.machine(name, 6, &["--parallel=1"]));
     machines.iter().for_each(Node::waits_for_its_models);
     let ring = holders(&machines[0]);
     machines.iter().for_each(|machine| assert_eq!(holders(machine), ring));

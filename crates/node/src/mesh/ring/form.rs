@@ -98,10 +98,11 @@ fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, sight: &Sight<'_>) {
     let is_waiting = in_use.is_some() && model.is_crowded();
     let is_idle = in_use.is_some() && !model.is_working();
     let (options, own) = (node.options(), mesh.mesh().node_id());
-    let (before, is_crowded, is_unused) = {
+    let (before, first_from, is_crowded, is_unused) = {
         let mut search = model.search();
         offers.retain(|offer| !search.is_avoided(offer.node));
         let before = offers.iter().filter(|offer| offer.node < own).count() as u32;
+        let first_from = (spread.since + TURN * before).max(search.same_nodes_since(&offers) + HEARD_OF);
         let since = search.crowded_since(is_waiting);
         let is_crowded = since.is_some_and(|since| since.elapsed() >= CROWDED + TURN_WHEN_PRESSED * before);
         let is_unused = search.idle_since(is_idle).is_some_and(|since| since.elapsed() >= IDLE_MAX);
@@ -109,7 +110,7 @@ fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, sight: &Sight<'_>) {
         if !is_due && !is_crowded && !is_unused {
             return;
         }
-        (before, is_crowded, is_unused)
+        (before, first_from, is_crowded, is_unused)
     };
     let ids = Ids::of(node, sight.peers(), own);
     let size = Size { context_tokens: spread.context_tokens, parallel: options.parallel };
@@ -120,7 +121,7 @@ fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, sight: &Sight<'_>) {
     };
     let wanted = Wanted { offers: &offers, facts: &spread.facts, ask };
     let found = match &in_use {
-        None => first(&wanted, model, spread, options.ctx_tokens.is_some(), before),
+        None => first(&wanted, model, options.ctx_tokens.is_some(), (first_from, before)),
         Some((size, placements)) if is_crowded => beside(&wanted, model, (*size, placements)),
         Some((size, placements)) if is_unused => back(&wanted, model, (*size, placements)),
         Some((size, placements)) => {
@@ -149,24 +150,17 @@ fn in_use(model: &Model, own: NodeId) -> Option<(Size, Vec<Placement>)> {
     Some((size, options.ranges.iter().map(placement).collect::<Option<_>>()?))
 }
 
-/// A ring for a model that has none. `before`: so many others may make one before.
-fn first(wanted: &Wanted<'_>, model: &Model, spread: &Spread, is_limited: bool, before: u32) -> Option<(Plan, Size)> {
+/// A ring for a model that has none. Layers have to be loaded for it only `from` then on; so many others may do so `before`.
+fn first(wanted: &Wanted<'_>, model: &Model, is_limited: bool, (from, before): (Instant, u32)) -> Option<(Plan, Size)> {
     let found = match wanted.loaded(|_| true) {
         Some(ring) => return Some(ring),
         None if wanted.is_one_loading() => return None,
         None => wanted.measured(|wanted| wanted.best(is_limited)),
     };
     match found {
-        Ok(ring) => {
-            let mut search = model.search();
-            let heard_of = search.same_nodes_since(wanted.offers) + HEARD_OF;
-            if search.is_time(heard_of.max(spread.since + TURN * before)) {
-                return Some(ring);
-            }
-            drop(search);
-            let others = if before > 0 { "another node is making a ring" } else { "it is heard which nodes have room" };
-            model.wait_for_ring(others.to_owned());
-        }
+        Ok(ring) if model.search().is_time(from) => return Some(ring),
+        Ok(_) if before == 0 => model.wait_for_ring("it is being heard which nodes have room".to_owned()),
+        Ok(_) => model.wait_for_ring("another node is making a ring".to_owned()),
         Err(reason) => model.wait_for_ring(reason.to_string()),
     }
     None

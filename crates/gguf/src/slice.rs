@@ -140,7 +140,9 @@ pub(crate) struct Source<'a> {
 ///
 /// The file says in `murmur.slice.first`, `.end` and `.layers` what it is a part of.
 pub fn slice(gguf: &Gguf, range: LayerRange, out: impl AsRef<Path>) -> Result<(), SliceError> {
-    SliceWriter::plan(&Source::of(gguf)?, range)?.builder.write(out)?;
+    let mut builder = SliceWriter::plan(&Source::of(gguf)?, range)?.builder;
+    builder.share_blocks()?;
+    builder.write(out)?;
     Ok(())
 }
 

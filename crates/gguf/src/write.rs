@@ -2,9 +2,12 @@
 //!
 //! A file appears under its name only when it is complete and on disk: it is written under a temporary name in the same
 //! folder, synced, and renamed. When anything fails, a full disk above all, the temporary file is removed.
+//!
+//! File systems such as btrfs and XFS let two files share blocks, if the same bytes lie at the same place within a block in both. What is copied
+//! from another file is written so that it can be shared where [`GgufBuilder::share_blocks`] has moved it there.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -14,6 +17,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::parse::{self, ALIGNMENT_DEFAULT, ALIGNMENT_MAX, DIMS_MAX, KEY_ALIGNMENT, TENSOR_NAME_BYTES_MAX};
 use crate::tensor_type::TensorType;
 use crate::value::{Value, encode_bytes};
+
+/// File systems share blocks of this size; where theirs are smaller, these are several of them.
+const BLOCK_BYTES: u64 = 4096;
+/// Holds nothing, and moves the tensors by as much as it is long.
+const KEY_PADDING: &str = "murmur.padding";
 
 /// Why a file could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -180,6 +188,25 @@ impl<'a> GgufBuilder<'a> {
         Ok((header, total))
     }
 
+    /// Makes the header so much longer that most of what is copied from files begins at the same place within a block as it does there. Keys and
+    /// tensors that are added later may undo that.
+    pub fn share_blocks(&mut self) -> Result<&mut Self, WriteError> {
+        self.set(KEY_PADDING, "");
+        let alignment = self.alignment()?;
+        let mut position = self.header(alignment)?.0.len() as u64;
+        let mut bytes_by_gap: BTreeMap<u64, u64> = BTreeMap::new();
+        for tensor in &self.tensors {
+            if let TensorSource::FileRange { offset, .. } = &tensor.source {
+                let gap = (offset % BLOCK_BYTES + BLOCK_BYTES - position % BLOCK_BYTES) % BLOCK_BYTES;
+                *bytes_by_gap.entry(gap).or_default() += tensor.bytes;
+            }
+            position = (position + tensor.bytes).next_multiple_of(alignment);
+        }
+        let most = bytes_by_gap.into_iter().filter(|(gap, _)| gap % alignment == 0).max_by_key(|(_, bytes)| *bytes);
+        let gap = most.map_or(0, |(gap, _)| gap);
+        Ok(self.set(KEY_PADDING, " ".repeat(gap as usize)))
+    }
+
     /// The bytes of the file up to its tensor data: the whole of a file without tensors.
     pub(crate) fn header_bytes(&self) -> Result<Vec<u8>, WriteError> {
         Ok(self.header(self.alignment()?)?.0)
@@ -217,8 +244,13 @@ impl<'a> GgufBuilder<'a> {
                 TensorSource::FileRange { file: source, offset } => {
                     let mut source: &File = source;
                     source.seek(SeekFrom::Start(*offset))?;
-                    // Copied in the kernel where it can be, without a copy at all on file systems that share blocks.
-                    let copied = io::copy(&mut source.take(tensor.bytes), file)?;
+                    // Copied in the kernel where it can be. Whole blocks apart from what is around them: these need no copy where blocks are shared.
+                    let first = position.next_multiple_of(BLOCK_BYTES).min(end);
+                    let last = (end / BLOCK_BYTES * BLOCK_BYTES).max(first);
+                    let mut copied = 0;
+                    for part in [first - position, last - first, end - last] {
+                        copied += io::copy(&mut source.take(part), file)?;
+                    }
                     if copied != tensor.bytes {
                         let message = format!(
                             "the file that tensor {} is copied from ended {} bytes early",

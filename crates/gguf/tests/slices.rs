@@ -157,6 +157,27 @@ fn a_slice_reads_the_bytes_that_it_says_and_no_others() {
 }
 
 #[test]
+fn what_is_copied_lies_within_blocks_as_in_the_whole_file_so_that_file_systems_can_share_them() {
+    const BLOCK_BYTES: u64 = 4096;
+    for preset in SLICEABLE {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = write(&Spec::tiny(preset).unwrap(), folder.path());
+        for range in [LayerRange::new(0, 2), LayerRange::new(2, 4)] {
+            let part = cut(&whole, range, folder.path());
+            let copied = part.tensors().iter().filter_map(|tensor| {
+                let (layer, name) = tensor.layer()?;
+                let original = whole.tensor(&format!("blk.{}.{name}", layer + range.first)).unwrap();
+                Some((tensor.bytes, tensor.offset.abs_diff(original.offset) % BLOCK_BYTES == 0))
+            });
+            let copied: Vec<(u64, bool)> = copied.collect();
+            let all: u64 = copied.iter().map(|(bytes, _)| bytes).sum();
+            let alike: u64 = copied.iter().filter(|(_, alike)| *alike).map(|(bytes, _)| bytes).sum();
+            assert!(alike * 10 >= all * 9, "{preset} {range}: {alike} of {all} bytes");
+        }
+    }
+}
+
+#[test]
 fn for_a_range_of_layers_hardly_more_is_fetched_than_its_tensors_and_the_header_have() {
     let folder = tempfile::tempdir().unwrap();
     let whole = write(&Spec::preset("bench-wide").unwrap(), folder.path());

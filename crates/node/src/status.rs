@@ -31,9 +31,10 @@
 //! |---|---|
 //! | `digest`, `name` | of the file, and of the model |
 //! | `file_bytes`, `held_bytes` | of the whole file, and those that are here |
+//! | `copied_bytes` | of these, what was copied from other files of this machine since the program started |
 //! | `fetch.wanted_bytes`, `.done_bytes`, `.doubled_bytes` | what is wanted, how much of it has come, and what came twice; `fetch` is null when nothing is being fetched |
 //! | `fetch.bytes_per_s`, `.eta_s`, `.stuck` | how fast it comes, when all is there at this rate, why nothing comes |
-//! | `fetch.sources[]` | `node`, `state`, `rtt_ms`, `bytes_per_s`, `received_bytes`, `owed_requests` of each node that has some of it |
+//! | `fetch.sources[]` | `node`, `hub` or `file` (another one of this machine), `state`, `rtt_ms`, `bytes_per_s`, `received_bytes`, `owed_requests` of each that has some of it |
 //! | `liars[]` | nodes that have sent what is not of it; they are not asked for it while they are there |
 //!
 //! One of `models`, once it is loaded:

@@ -11,6 +11,7 @@
 mod alive;
 mod borrow;
 mod carry;
+mod choice;
 mod facts;
 mod form;
 mod hop;

@@ -29,8 +29,8 @@ use murmur_protocol::mesh::NodeId;
 use serde_json::{Value, json};
 
 use super::{
+    choice::Wanted,
     facts::{self, Ways},
-    form::Wanted,
     offers::{Offer, Sight, Size},
     wishes::Ids,
 };

@@ -153,3 +153,56 @@ impl Search {
 fn is_about(seen: &Offer, now: &Offer) -> bool {
     !is_another_rtt(seen.rtt_us, now.rtt_us) && Offer { rtt_us: now.rtt_us, ..seen.clone() } == *now
 }
+
+#[cfg(test)]
+mod tests {
+    use murmur_gguf::LayerRange;
+    use murmur_protocol::mesh::ModelState;
+
+    use super::{
+        super::choice::tests::{LAYERS, Peer, RING, id, seen_by},
+        *,
+    };
+
+    #[test]
+    fn nothing_is_planned_again_before_something_has_changed() {
+        let (mut search, mut offers) = (Search::new(), seen_by(1, &RING));
+        let due = [search.is_due(&offers, None), search.is_due(&offers, None)];
+        assert_eq!(due, [true, false]);
+        offers[1].rtt_us *= 1.2;
+        assert!(!search.is_due(&offers, None), "a round trip is never the same");
+        offers[1].rtt_us *= 2.0;
+        assert!(search.is_due(&offers, None));
+        offers[1].stage.state = ModelState::Draining;
+        assert!(search.is_due(&offers, None));
+        let ring = vec![Placement { node: id(1), layers: LayerRange::new(0, LAYERS) }];
+        let due = [search.is_due(&offers, Some(&ring)), search.is_due(&offers, Some(&ring))];
+        assert_eq!(due, [true, false]);
+        search.failed(vec![id(2)]);
+        assert!(search.is_due(&offers, Some(&ring)) && search.is_avoided(id(2)) && !search.is_avoided(id(1)));
+    }
+
+    #[test]
+    fn a_node_that_has_just_been_heard_of_is_waited_for_before_a_first_ring() {
+        let mut search = Search::new();
+        let two = search.same_nodes_since(&seen_by(1, &RING[..2]));
+        assert_eq!(search.same_nodes_since(&seen_by(1, &[RING[0], Peer(None, 4, 0)])), two);
+        let three = search.same_nodes_since(&seen_by(1, &RING));
+        assert!(three > two);
+        assert!(search.same_nodes_since(&seen_by(1, &RING[..2])) > three, "one that is gone may be making a ring");
+    }
+
+    #[test]
+    fn what_was_measured_of_a_node_counts_when_it_has_let_go_of_its_layers() {
+        let mut search = Search::new();
+        search.recall(&mut seen_by(1, &[RING[0], Peer(Some((4, 8)), 4, 700)]));
+        let mut offers = seen_by(1, &[RING[0], Peer(None, 4, 0)]);
+        search.recall(&mut offers);
+        assert_eq!(offers[1].stage.decode_us_per_layer, 700);
+        // One that was away is as unknown as one that was never there.
+        search.recall(&mut seen_by(1, &RING[..1]));
+        let mut offers = seen_by(1, &[RING[0], Peer(None, 4, 0)]);
+        search.recall(&mut offers);
+        assert_eq!(offers[1].stage.decode_us_per_layer, 100);
+    }
+}

@@ -403,7 +403,7 @@ pub trait Backend: Send + Sync + 'static {
         let _ = action;
         Box::pin(std::future::ready(Err(Refusal::not_in_a_mesh())))
     }
-    /// For `/api/models`: model files of this node and its mesh, whole or in parts.
+    /// For `/api/models`: model files of this node and its mesh, whole or in parts. May block.
     fn contents(&self) -> Vec<serde_json::Value> {
         Vec::new()
     }

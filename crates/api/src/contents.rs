@@ -8,7 +8,7 @@ use axum::{
     Json,
     body::Body,
     extract::State,
-    http::header,
+    http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -24,8 +24,14 @@ use crate::{
 };
 
 /// `GET /api/models`: the model files that this node and the nodes of its mesh have, or have parts of.
-pub(crate) async fn list(State(state): State<Arc<AppState>>) -> Json<Value> {
-    Json(json!({"models": state.backend.contents()}))
+pub(crate) async fn list(State(state): State<Arc<AppState>>) -> Result<Json<Value>, ApiError> {
+    // What is said of files is read from the disk.
+    let read = tokio::task::spawn_blocking(move || state.backend.contents()).await;
+    let models = read.map_err(|_| {
+        let message = "The server has a defect in how it lists models.";
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, message).code("internal_error")
+    })?;
+    Ok(Json(json!({"models": models})))
 }
 
 /// `GET /api/models/signatures`: by the digest of each of these files, what was signed of it. Nodes that have them are asked, so it takes a moment.

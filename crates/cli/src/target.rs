@@ -67,9 +67,15 @@ pub(crate) async fn find(session: &Session, model: Option<&ModelRef>) -> anyhow:
     match model {
         ModelRef::Path(_) => {}
         ModelRef::Name(name) => {
-            if let Some(id) = served.into_iter().find(|id| id == name.as_str()) {
-                return Ok(Target::Server(client, id));
+            if let Some(id) = served.iter().find(|id| *id == name.as_str()) {
+                return Ok(Target::Server(client, id.clone()));
             }
+            // A digest is of what the server may have under a name.
+            let here = local(session, model).await?;
+            return Ok(match served.into_iter().find(|id| *id == here.id) {
+                Some(id) => Target::Server(client, id),
+                None => Target::Local(here),
+            });
         }
         ModelRef::Hub(reference) => {
             let known = session.store().resolve(model).ok();

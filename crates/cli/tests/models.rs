@@ -7,11 +7,15 @@ mod common;
 use std::{
     io::{BufRead, BufReader, Write},
     net::{TcpListener, TcpStream},
-    path::PathBuf,
+    ops::Range,
+    path::{Path, PathBuf},
 };
 
 use common::{Home, Outcome, Server, http, until, unused_address};
-use murmur_gguf::synth::{self, Spec, Weights};
+use murmur_gguf::{
+    Gguf, TensorInfo,
+    synth::{self, Spec, Weights},
+};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -513,4 +517,146 @@ fn a_name_of_the_hub_that_there_is_not_is_refused_at_once_also_where_a_mesh_coul
     };
     serve("hf:a/tinny").fails(3, "a/tinny is not on").fails(3, "spelling");
     serve("hf:a/tiny:Q3_K_M").fails(3, "is not on");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_file_that_is_here_is_run_and_served_by_its_digest_without_asking_anybody() {
+    let maker = Home::new();
+    model(&maker, "tiny-Q8_0.gguf", 1);
+    maker.run(["models", "import", "tiny-Q8_0.gguf"]).succeeds();
+    let digest = maker.run(["models", "show", "tiny-Q8_0", "--json"]).succeeds().json()["digest"].clone();
+    let digest = digest.as_str().unwrap();
+    maker.run(["mesh", "create", "home"]).succeeds();
+    let serving = Server::start(&maker, [&["tiny-Q8_0", "--mesh", "home"], &ALONE[..]].concat());
+    let ticket = maker.run(["mesh", "invite", "--json", "--api", &serving.address]).succeeds().json();
+    let taker = Home::new();
+    taker.run(["serve", digest]).fails(3, "no model");
+    let serve = ["serve", digest, "--json", "--threads", "1", "--api", "127.0.0.1:0"];
+    let client = ["client", "--json", "--api", "127.0.0.1:0", "--join", ticket["ticket"].as_str().unwrap()];
+    let client = Server::ready(taker.murmur([&client, &ALONE[..]].concat()));
+    until("the file is known in the mesh", || {
+        let (_, answer) = http::get(&client.address, "/api/models");
+        answer["models"][0]["nodes"][0]["held_bytes"].is_u64().then_some(())
+    });
+    taker.run(["models", "pull", digest, "--api", &client.address]).succeeds();
+    drop((client, serving));
+
+    // Nobody is there who could be asked: the one has pulled it, the other has served it.
+    for home in [&taker, &maker] {
+        let run = ["run", digest, "hello", "--raw", "--max-tokens", "2", "--threads", "1", "--json"];
+        assert_eq!(home.run(run).succeeds().json()["model"], "tiny-Q8_0");
+        let alone = Server::ready(home.murmur(serve));
+        assert_eq!(alone.ready["models"], serde_json::json!(["tiny-Q8_0"]));
+        let at_the_server = home.run(run.iter().chain(&["--api", &alone.address]));
+        assert_eq!(at_the_server.succeeds().json()["model"], "tiny-Q8_0");
+        let (_, status) = http::get(&alone.address, "/api/status");
+        assert!(status["node"]["models"][0]["generated_tokens"].as_u64() > Some(0), "{status}");
+        drop(alone);
+        let in_a_mesh = Server::ready(home.murmur([&serve[..], &["--mesh", "home"], &ALONE[..]].concat()));
+        assert_eq!(in_a_mesh.ready["models"], serde_json::json!(["tiny-Q8_0"]));
+        let (_, status) = http::get(&in_a_mesh.address, "/api/status");
+        assert_eq!(status["node"]["wanted"], serde_json::json!([]), "it was here");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_search_says_how_fast_a_model_is_here_by_an_estimate_until_it_has_been_measured() {
+    let home = Home::new();
+    model(&home, "tiny-Q8_0.gguf", 8);
+    let serving = Server::start(&home, [&["tiny-Q8_0.gguf", "--mesh", "home"], &ALONE[..]].concat());
+    let found = || home.run(["models", "search", "--json", "--api", &serving.address]).succeeds().json();
+    let estimate = until("the file is known", || found()[0]["speed"]["tokens_per_s"].as_f64());
+    let table = home.run(["models", "search", "--api", &serving.address]).succeeds();
+    assert!(table.out.contains("TOK/S HERE") && table.out.contains(" ~"), "{}", table.out);
+    assert!(table.err.contains("~ is an estimate"), "{}", table.err);
+    let request = serde_json::json!({"model": "tiny-Q8_0", "prompt": "ba ba", "max_tokens": 16, "ignore_eos": true});
+    http::complete(&serving.address, &request);
+    let measured = found()[0]["speed"].clone();
+    assert_eq!(measured["is_estimate"], false, "{estimate} was estimated, then: {measured}");
+    let table = home.run(["models", "search", "--api", &serving.address]).succeeds();
+    assert!(!table.out.contains(" ~") && !table.err.contains("~ is an estimate"), "{table:?}");
+}
+
+/// The header of a model's file and the tensors of these layers of it, with those of the ends that are among them.
+#[cfg(unix)]
+fn bytes_of_layers(file: &Path, ranges: &[Range<u64>]) -> u64 {
+    let gguf = Gguf::open(file).unwrap();
+    let last = u64::from(gguf.layer_count().unwrap());
+    let is_needed = |tensor: &&TensorInfo| match (tensor.layer(), tensor.name.as_str()) {
+        (Some((layer, _)), _) => ranges.iter().any(|range| range.contains(&layer.into())),
+        (None, "token_embd.weight") => ranges.iter().any(|range| range.start == 0),
+        (None, _) => ranges.iter().any(|range| range.end == last),
+    };
+    gguf.header_bytes() + gguf.tensors().iter().filter(is_needed).map(|tensor| tensor.bytes).sum::<u64>()
+}
+
+/// What a machine has of a file, what has come of it since it started, and which layers of the model it holds, once it is ready.
+#[cfg(unix)]
+struct Part {
+    held_bytes: u64,
+    received_bytes: u64,
+    layers: Range<u64>,
+}
+
+#[cfg(unix)]
+impl Part {
+    fn of(server: &Server) -> Self {
+        until("it is ready", || {
+            let (_, status) = http::get(&server.address, "/api/status");
+            let (content, model) = (&status["node"]["contents"][0], &status["node"]["models"][0]);
+            let held = &model["ring"]["held"];
+            (model["state"] == "ready").then_some(())?;
+            Some(Self {
+                held_bytes: content["held_bytes"].as_u64()?,
+                received_bytes: content["received_bytes"].as_u64()?,
+                layers: held[0].as_u64()?..held[1].as_u64()?,
+            })
+        })
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_stage_starts_with_exactly_its_own_bytes_and_with_more_layers_only_the_difference_is_fetched() {
+    /// Of what is needed: hashes, and the rest of the groups at the edges of what is needed.
+    const EXTRA: f64 = 0.02;
+    let [holder, taker] = [Home::new(), Home::new()];
+    let file = holder.model("tiny.gguf");
+    holder.run(["mesh", "create", "home"]).succeeds();
+    let ring = |of_holder: &str, of_taker: &str| {
+        let engine = ["--ctx", "256", "--parallel", "1"];
+        let has = ["tiny.gguf", "--mesh", "home", "--max-layers", of_holder];
+        let has = Server::start(&holder, [&has, &engine[..], &ALONE[..]].concat());
+        let ticket = holder.run(["mesh", "invite", "--json", "--api", &has.address]).succeeds().json();
+        let wants = ["tiny", "--join", ticket["ticket"].as_str().unwrap(), "--max-layers", of_taker];
+        let wants = Server::start(&taker, [&wants, &engine[..], &ALONE[..]].concat());
+        let part = Part::of(&wants);
+        let request = serde_json::json!({"model": "tiny", "prompt": "ba ba", "max_tokens": 4, "ignore_eos": true});
+        http::complete(&wants.address, &request);
+        let later = Part::of(&wants);
+        assert_eq!(
+            (part.held_bytes, &part.layers),
+            (later.held_bytes, &later.layers),
+            "nothing comes that is not needed"
+        );
+        later
+    };
+    let is_little_more = |bytes: u64, than: u64| (than..=than + (EXTRA * than as f64) as u64).contains(&bytes);
+
+    let two = ring("6", "2");
+    let needed = bytes_of_layers(&file, std::slice::from_ref(&two.layers));
+    assert_eq!(two.layers.end - two.layers.start, 2);
+    assert!(is_little_more(two.held_bytes, needed), "{} bytes are held of {needed}", two.held_bytes);
+    assert!(is_little_more(two.received_bytes, needed), "{} bytes came of {needed}", two.received_bytes);
+    let found = taker.run(["models", "ls", "--json"]).succeeds().json();
+    assert_eq!(found, serde_json::json!([]), "a part is no model");
+
+    let four = ring("4", "4");
+    assert_eq!(four.layers.end - four.layers.start, 4);
+    let all = bytes_of_layers(&file, &[two.layers, four.layers]);
+    assert!(is_little_more(four.held_bytes, all), "{} bytes are held of {all}", four.held_bytes);
+    let (came, lacked) = (four.received_bytes, all - needed);
+    assert!(came as f64 <= (1.0 + EXTRA) * lacked as f64, "{came} bytes came, and {lacked} were lacking");
 }

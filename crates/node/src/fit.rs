@@ -12,6 +12,16 @@ pub const CONTEXT_TOKENS_MIN: u32 = 256;
 /// Code, tables, thread stacks of the child processes.
 const PROCESS_BYTES: u64 = 48 << 20;
 
+/// What running a model takes besides its file, where no more than its length is known: contexts and buffers.
+const BESIDES_BYTES: u64 = 512 << 20;
+/// And so much of the file's own size.
+const BESIDES_PART: u64 = 8;
+
+/// What runs with a file of so many bytes would take, about: only the file's header would say it exactly.
+pub fn estimated_bytes(file_bytes: u64) -> u64 {
+    file_bytes.saturating_add(file_bytes / BESIDES_PART).saturating_add(BESIDES_BYTES)
+}
+
 /// What loading a model takes.
 #[derive(Debug, Clone)]
 pub struct Demand {

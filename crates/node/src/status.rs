@@ -3,6 +3,7 @@
 //! | field | |
 //! |---|---|
 //! | `version`, `process_id`, `uptime_s` | of the running program |
+//! | `data_dir` | where its models and settings are |
 //! | `tokens_per_s.api`, `.nodes` | tokens that came for this node's own API, and for other nodes; average over the last 5 s |
 //! | `requests[]` | answers in progress, the oldest first, see below |
 //! | `models[]` | this machine's models, see below |
@@ -32,6 +33,7 @@
 //! | `digest`, `name` | of the file, and of the model |
 //! | `file_bytes`, `held_bytes` | of the whole file, and those that are here |
 //! | `copied_bytes` | of these, what was copied from other files of this machine since the program started |
+//! | `received_bytes` | what has come of it since the program started, with hashes, and with what came twice or was wrong |
 //! | `fetch.wanted_bytes`, `.done_bytes`, `.doubled_bytes` | what is wanted, how much of it has come, and what came twice; `fetch` is null when nothing is being fetched |
 //! | `fetch.bytes_per_s`, `.eta_s`, `.stuck` | how fast it comes, when all is there at this rate, why nothing comes |
 //! | `fetch.sources[]` | `node`, `hub` or `file` (another one of this machine), `state`, `rtt_ms`, `bytes_per_s`, `received_bytes`, `owed_requests` of each that has some of it |
@@ -77,6 +79,7 @@ pub(crate) fn node(node: &Node) -> Value {
         "version": env!("CARGO_PKG_VERSION"),
         "process_id": std::process::id(),
         "uptime_s": node.started.elapsed().as_secs(),
+        "data_dir": std::path::absolute(&node.options().data_dir).unwrap_or_default().to_string_lossy(),
         "tokens_per_s": node.requests.tokens_per_s(Instant::now()),
         "requests": node.requests.list(),
         "sharing": offers.then(|| node.gate.view(node.requests.of_others())),

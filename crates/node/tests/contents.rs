@@ -208,6 +208,30 @@ async fn a_taker_that_floods_and_reads_nothing_keeps_nobody_from_a_file() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_one_node_no_more_answers_are_read_at_once_than_leave_room_for_all_else_however_many_files_it_has() {
+    /// The same number as in `ask.rs`.
+    const ANSWERS_PER_NODE_MAX: usize = 16;
+    /// Two answers of each would be read, once its length is known.
+    const FILES: u8 = 16;
+    const FILE_BYTES: usize = 1 << 20;
+    let world = World::new().await;
+    let files = world.further_files(FILES, FILE_BYTES);
+    let claim = Claim { file_bytes: FILE_BYTES as u64, ..world.claim() };
+    let rogue = world.rogue_with(&files, claim, Trick::SilentBeforeTheLast, Vec::new()).await;
+    let mut pulls = Vec::new();
+    for file in &files {
+        pulls.push(Pull::named(&world, &file.to_string()).await);
+    }
+    until("as many answers as there may be have begun", || rogue.open_streams() >= ANSWERS_PER_NODE_MAX).await;
+    // Another node's file comes meanwhile.
+    let _honest = world.honest(Some(HONEST_BYTES_PER_S)).await;
+    world.knows_holders(1).await;
+    let pull = Pull::named(&world, &world.digest.to_string()).await;
+    let events = pull.until_its_end(|_| assert!(rogue.open_streams() <= ANSWERS_PER_NODE_MAX)).await;
+    world.has_the_file(&events);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_more_comes_in_a_second_than_the_user_wants() {
     const BYTES_PER_S: u64 = 2_000_000;
     let limited = |options: NodeOptions| NodeOptions { download_bytes_per_s: Some(BYTES_PER_S), ..options };

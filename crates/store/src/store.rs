@@ -159,7 +159,10 @@ impl Store {
                 Some(entry) => self.resolve_entry(entry),
                 // A file without an ending in the current directory is what the user meant, when the store has no such name.
                 None if Path::new(name.as_str()).is_file() => resolve_path(Path::new(name.as_str())),
-                None => Err(no_such_model(name.as_str(), &Index::read(&self.index_path())?)),
+                None => match self.find_digest(name)? {
+                    Some(content) => self.resolve_content(&content),
+                    None => Err(no_such_model(name.as_str(), &Index::read(&self.index_path())?)),
+                },
             },
             ModelRef::Hub(wanted) => match self.find_pulled(wanted)? {
                 Some(entry) => self.resolve_entry(&entry),
@@ -177,10 +180,23 @@ impl Store {
         Ok(entries.find(|entry| was_pulled_as(entry, wanted) && self.is_whole(entry)))
     }
 
-    /// A model by its name, if it is here and whole.
+    /// A model by its name, or the digest of its file, if it is here and whole.
     pub fn find_whole(&self, name: &ModelName) -> Result<Option<ModelEntry>, StoreError> {
+        let by_digest = self.find_digest(name)?.filter(Content::is_complete);
+        let is_it = |entry: &ModelEntry| {
+            entry.name == *name || by_digest.as_ref().is_some_and(|content| is_entry_of(entry, content))
+        };
         let mut entries = self.list()?.into_iter();
-        Ok(entries.find(|entry| entry.name == *name && self.is_whole(entry)))
+        Ok(entries.find(|entry| is_it(entry) && self.is_whole(entry)))
+    }
+
+    /// The file that a name is the digest of, if it is one and anything of that file is here. A file of the user's is known by its digest
+    /// once it has been read through for it, as it is where it is signed or served in a mesh.
+    fn find_digest(&self, name: &ModelName) -> Result<Option<Content>, StoreError> {
+        match name.as_str().parse() {
+            Ok(digest) => self.contents().find(&digest),
+            Err(_) => Ok(None),
+        }
     }
 
     fn is_whole(&self, entry: &ModelEntry) -> bool {
@@ -215,6 +231,31 @@ impl Store {
                 Some(part) if !part.is_complete() => Err(incomplete(part.held_bytes())),
                 _ => Err(incomplete(0)),
             },
+        }
+    }
+
+    /// A file that was named by its digest, under the name that it has here. What has none and came from peers is called by its digest.
+    fn resolve_content(&self, content: &Content) -> Result<Resolved, StoreError> {
+        let digest = content.digest().to_string();
+        let incomplete = |held_bytes| StoreError::Incomplete {
+            name: digest.clone(),
+            held: files::human_bytes(held_bytes),
+            bytes: files::human_bytes(content.bytes()),
+            source_name: digest.clone(),
+        };
+        if !content.is_complete() {
+            return Err(incomplete(content.held_bytes()));
+        }
+        if let Some(entry) = self.list()?.iter().find(|entry| is_entry_of(entry, content)) {
+            return self.resolve_entry(entry);
+        }
+        if content.is_reference() {
+            return resolve_path(content.path());
+        }
+        inspect::check_model_file(content.path())?;
+        match quota::hold(content.path()) {
+            true => Ok(Resolved { name: digest.parse()?, path: content.path().to_owned() }),
+            false => Err(incomplete(0)),
         }
     }
 
@@ -371,6 +412,11 @@ fn was_pulled_as(entry: &ModelEntry, wanted: &HubRef) -> bool {
 fn is_place_of(place: &HubRef, wanted: &HubRef) -> bool {
     let is_file = |wanted: &str| place.wanted.as_deref().is_some_and(|file| select::is_wanted(file, wanted));
     place.is_in(wanted) && wanted.wanted.as_deref().is_none_or(is_file)
+}
+
+/// Whether an entry is for this file.
+fn is_entry_of(entry: &ModelEntry, content: &Content) -> bool {
+    entry.origin == Origin::Mesh { digest: content.digest() } || entry.path == content.path()
 }
 
 fn is_same_source(a: &Origin, b: &Origin) -> bool {

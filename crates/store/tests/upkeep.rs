@@ -102,6 +102,41 @@ fn a_model_from_the_mesh_is_usable_when_it_is_whole() {
 }
 
 #[test]
+fn a_file_that_is_here_is_found_by_its_digest_and_has_the_name_that_it_has_here() {
+    let home = tempfile::tempdir().unwrap();
+    let (store, peer) = (Store::at(home.path()), peer(home.path(), 1));
+    let digest = peer.digest().to_string();
+    let by_digest = || store.resolve(&digest.parse().unwrap());
+    assert!(matches!(by_digest(), Err(StoreError::NoSuchModel { .. })));
+    // A part is told as one, with what it takes to go on with just this file.
+    fetch(&peer, &store, &[ByteRange { start: 0, end: GROUP_BYTES }]);
+    let says = by_digest().unwrap_err().to_string();
+    assert!(says.contains("16.0 KiB of") && says.contains(&format!("murmur models pull {digest}")), "{says}");
+    assert_eq!(store.find_whole(&name(&digest)).unwrap(), None);
+
+    let whole = fetch(&peer, &store, ALL);
+    let nameless = by_digest().unwrap();
+    assert_eq!((nameless.name, nameless.path.as_path()), (name(&digest), whole.path()));
+    let entry = store.add_content(name("m"), &whole, None).unwrap();
+    assert_eq!(by_digest().unwrap().name, name("m"));
+    assert_eq!(store.find_whole(&name(&digest)).unwrap(), Some(entry));
+    store.remove(&name("m")).unwrap();
+    drop(whole);
+
+    // A file of the user's, once it has been read through.
+    store.contents().adopt(peer.path(), &mut |_, _| {}).unwrap();
+    assert_eq!(by_digest().unwrap().name, name("peer-1"));
+    let imported = ImportOptions { name: Some(name("own")), copy: false };
+    let entry = store.import(peer.path(), &imported).unwrap();
+    let found = by_digest().unwrap();
+    assert_eq!((found.name, found.path.as_path()), (name("own"), peer.path()));
+    assert_eq!(store.find_whole(&name(&digest)).unwrap(), Some(entry));
+    // Changed, it is another one.
+    model(peer.path(), 2);
+    assert!(matches!(by_digest(), Err(StoreError::NoSuchModel { .. })));
+}
+
+#[test]
 fn what_arrives_is_not_removed_under_the_hands_of_who_fetches_it() {
     struct Removing<'a>(&'a Store, &'a [u8]);
     impl Read for Removing<'_> {

@@ -1,4 +1,5 @@
-//! `murmur models pull` and `search` for the models of a mesh: the running server, which is in it, does the work.
+//! `murmur models pull` where a server runs, and `search` for the models of a mesh: the server does the work, and a pull goes on there when the
+//! terminal in which it was begun has gone.
 
 use std::path::Path;
 
@@ -70,7 +71,7 @@ pub(super) async fn pull_signed(session: &Session, model: &ModelRef, signer: &No
     }
 }
 
-/// Has a server that is in a mesh fetch a model of a hub, and says so. False: see [`fetch_of_hub`].
+/// Has the server of this machine fetch a model of a hub, and says so. False: see [`fetch_of_hub`].
 pub(super) async fn pull_of_hub(session: &Session, model: &HubRef) -> anyhow::Result<bool> {
     match fetch_of_hub(session, model).await? {
         Some(event) => done(session, &model.to_string(), &event).map(|()| true),
@@ -78,18 +79,31 @@ pub(super) async fn pull_of_hub(session: &Session, model: &HubRef) -> anyhow::Re
     }
 }
 
-/// Has a server that is in a mesh fetch a model of a hub from other nodes and the hub at once; returns what it says in the end. `None`: there
-/// is no such server, it is here already, or the server gets it nowhere.
+/// Has a server with the same store fetch a model of a hub, which goes on when this command has gone: from the hub, and from other nodes at the
+/// same time if it is in a mesh. Returns what it says in the end. `None`: there is no such server, it is here already, or the server gets it
+/// nowhere.
 pub(crate) async fn fetch_of_hub(session: &Session, model: &HubRef) -> anyhow::Result<Option<Value>> {
-    // No server is no failure, and neither is one that is alone: the hub has it as well.
+    // No server is no failure: then this command fetches it.
     let status = session.client().get("/api/status").await.unwrap_or_default();
-    if !status["mesh"].is_object() || session.store().find_pulled(model)?.is_some() {
+    if !has_store_of(session, &status) || session.store().find_pulled(model)?.is_some() {
         return Ok(None);
     }
     match fetch(session, &model.to_string(), None).await? {
         Fetched::Whole(event) => Ok(Some(event)),
-        Fetched::Nowhere(_) => Ok(None),
+        Fetched::Nowhere(reason) => {
+            if !session.global.quiet {
+                ui::say(&format!("the server does not get it ({reason}): it is pulled here"));
+            }
+            Ok(None)
+        }
     }
+}
+
+/// Whether a server with this status keeps its models where this command does.
+fn has_store_of(session: &Session, status: &Value) -> bool {
+    let settled = |path: &Path| path.canonicalize().or_else(|_| std::path::absolute(path)).ok();
+    let its = status["node"]["data_dir"].as_str().and_then(|path| settled(Path::new(path)));
+    its.is_some() && its == settled(&session.data_dir)
 }
 
 /// Ends what the server fetches.
@@ -165,13 +179,18 @@ async fn fetch(session: &Session, model: &str, signer: Option<&NodeId>) -> anyho
 }
 
 fn done(session: &Session, model: &str, event: &Value) -> anyhow::Result<()> {
-    if session.global.json {
-        return ui::print_json(event);
-    }
-    let total = event["file_bytes"].as_u64().unwrap_or(0);
     // What it is called in the store.
     let name = ui::without_controls(event["name"].as_str().unwrap_or(model));
     let entry = name.parse::<ModelName>().ok().and_then(|name| session.store().get(&name).ok());
+    if session.global.json {
+        // As a pull without a server tells it, and what the server says besides.
+        let mut value = entry.as_ref().map_or_else(|| json!({}), super::models::as_json);
+        for (key, said) in event.as_object().into_iter().flatten() {
+            value[key] = said.clone();
+        }
+        return ui::print_json(&value);
+    }
+    let total = event["file_bytes"].as_u64().unwrap_or(0);
     let licence = entry.and_then(|entry| entry.licence).map_or_else(String::new, |name| format!(", licence {name}"));
     let copied = event["copied_bytes"].as_u64().filter(|copied| *copied > 0);
     let copied =
@@ -229,9 +248,14 @@ pub(super) async fn search(session: &Session, text: Option<&str>) -> anyhow::Res
         return Ok(());
     }
     let rows: Vec<Vec<String>> = files.iter().map(|file| row(file)).collect();
-    let headings = ["NAME", "SIZE", "HERE", "NODES", "NEAREST", "DIGEST", "SIGNED BY"];
-    ui::print(&ui::table(&headings, &rows, &[1, 2, 3, 4]))?;
+    let headings = ["NAME", "SIZE", "HERE", "NODES", "NEAREST", "TOK/S HERE", "DIGEST", "SIGNED BY"];
+    ui::print(&ui::table(&headings, &rows, &[1, 2, 3, 4, 5]))?;
     if !session.global.quiet {
+        if files.iter().any(|file| file["speed"]["is_estimate"] == true) {
+            ui::say(
+                "~ is an estimate by how fast this machine reads memory; a model with experts is faster. - does not fit here",
+            );
+        }
         for (file, draft) in files.iter().filter_map(|file| Some((file["name"].as_str()?, draft(file)?))) {
             ui::say(&ui::without_controls(&drafts::advice(file, &draft)));
         }
@@ -280,7 +304,32 @@ fn row(file: &Value) -> Vec<String> {
         part(&file["held_bytes"]),
         nodes.len().to_string(),
         nearest.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.0} ms")),
+        speed(&file["speed"]),
         file["digest"].as_str().unwrap_or_default().chars().take(16).collect(),
         signers(file),
     ]
+}
+
+/// Tokens a second on this machine.
+fn speed(speed: &Value) -> String {
+    let about = if speed["is_estimate"] == true { "~" } else { "" };
+    match speed["tokens_per_s"].as_f64() {
+        None => "-".to_owned(),
+        Some(slow) if slow < 9.95 => format!("{about}{slow:.1}"),
+        Some(fast) => format!("{about}{fast:.0}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_speed_is_marked_where_it_is_an_estimate_and_left_out_where_there_is_none() {
+        let shown = |tokens_per_s: f64, is_estimate: bool| {
+            speed(&json!({"tokens_per_s": tokens_per_s, "is_estimate": is_estimate}))
+        };
+        assert_eq!([shown(41.4, false), shown(9.96, true), shown(0.31, true)], ["41", "~10", "~0.3"]);
+        assert_eq!(speed(&Value::Null), "-");
+    }
 }

@@ -44,7 +44,7 @@ pub(super) fn run(session: &Session, command: Models) -> anyhow::Result<()> {
         }
         Models::Pull { model: ModelRef::Hub(model), name, stop: false, .. } => {
             let runtime = small_runtime()?;
-            // Who wants another name than that of the file gets it from the hub alone.
+            // Who wants another name than that of the file gets it from the hub alone, by this command.
             if name.is_none() && runtime.block_on(mesh_models::pull_of_hub(session, &model))? {
                 return Ok(());
             }
@@ -140,7 +140,7 @@ fn added(session: &Session, entry: &ModelEntry, how: &str) -> anyhow::Result<()>
     Ok(())
 }
 
-fn as_json(entry: &ModelEntry) -> Value {
+pub(super) fn as_json(entry: &ModelEntry) -> Value {
     json!({
         "name": entry.name,
         "path": entry.path,

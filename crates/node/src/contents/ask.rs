@@ -27,7 +27,11 @@ use tokio_util::{
     sync::{CancellationToken, WaitForCancellationFutureOwned},
 };
 
-use super::{Shelf, pace::Paced, to_wire};
+use super::{
+    Shelf,
+    pace::{Counted, Paced},
+    to_wire,
+};
 use crate::{
     Node,
     mesh::{MeshNode, Place, Places},
@@ -159,7 +163,8 @@ impl Ask {
         let wanted = Wanted { stream: Box::pin(patient), unwanted: Box::pin(self.unwanted.cancelled_owned()) };
         let bridge = SyncIoBridge::new(wanted);
         let reading = tokio::task::spawn_blocking(move || {
-            let stream = Paced(io::Cursor::new(begun).chain(bridge), &node.taking_pace);
+            let counted = Counted(io::Cursor::new(begun).chain(bridge), &self.shelf.received_bytes);
+            let stream = Paced(counted, &node.taking_pace);
             let mut stream = io::BufReader::with_capacity(READ_BYTES, stream);
             match self.what {
                 What::Bytes => self.shelf.content.decode(&self.ranges, &mut stream, &mut received),
@@ -215,5 +220,24 @@ impl AsyncRead for Wanted {
             Poll::Ready(()) => Poll::Ready(Err(io::Error::other("not wanted any more"))),
             Poll::Pending => self.stream.as_mut().poll_read(context, buffer),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_one_node_twenty_four_answers_are_read_at_once_sixteen_with_bytes_and_eight_with_hashes() {
+        let answers = Answers::new();
+        let [one, other] = [1, 2].map(|number| NodeId::from_bytes([number; 32]));
+        let all_of = |node, what| std::iter::from_fn(|| answers.place(node, what)).collect::<Vec<Place>>();
+        let mut bytes = all_of(one, What::Bytes);
+        let hashes = all_of(one, What::Hashes);
+        assert_eq!((bytes.len(), hashes.len()), (16, 8));
+        // Neither takes room of the other kind, nor of another node.
+        assert_eq!((all_of(other, What::Bytes).len(), all_of(other, What::Hashes).len()), (16, 8));
+        bytes.truncate(13);
+        assert_eq!((all_of(one, What::Bytes).len(), all_of(one, What::Hashes).len()), (3, 0));
     }
 }

@@ -278,6 +278,16 @@ mod tests {
     }
 
     #[test]
+    fn a_taker_is_sent_eight_answers_with_bytes_and_eight_with_hashes_at_once_and_others_have_room_beside_it() {
+        let giving = Giving::new(None);
+        let [one, other] = [1, 2].map(|number| NodeId::from_bytes([number; 32]));
+        let all_of = |places: &Arc<Places>, taker| std::iter::from_fn(|| places.take(taker)).collect::<Vec<_>>();
+        let (bytes, hashes) = (all_of(&giving.takers, one), all_of(&giving.proofs, one));
+        assert_eq!((bytes.len(), hashes.len()), (8, 8));
+        assert_eq!((all_of(&giving.takers, other).len(), all_of(&giving.proofs, other).len()), (8, 8));
+    }
+
+    #[test]
     fn more_stretches_than_a_message_has_room_for_are_told_in_several() {
         let mut told = Told { only_news: true, before: None };
         let many = apart(0..5 * HELD_RANGES_MAX as u64);

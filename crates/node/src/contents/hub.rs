@@ -9,15 +9,16 @@ use std::{
 use murmur_core::swarm::Outcome;
 use murmur_gguf::ByteRange;
 use murmur_store::{
-    Content, DecodeError, HubRef, StoreError,
+    DecodeError, HubRef, StoreError,
     hub::{HubConfig, HubFile, RangeError, Transfer},
 };
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    Shelf,
     ask::{Failure, READ_BYTES},
-    pace::{Pace, Paced},
+    pace::{Counted, Pace, Paced},
     unproven::UNPROVEN,
 };
 use crate::model::with_causes;
@@ -43,7 +44,7 @@ pub(super) async fn find(config: HubConfig, source: HubRef, bytes: u64) -> Resul
 
 /// Keeps these ranges of the file on the hub, of which all hashes are here. Each group that was kept is `received`. Blocks.
 pub(super) fn fill(
-    content: &Content,
+    shelf: &Shelf,
     file: &HubFile,
     ranges: &[ByteRange],
     (runtime, pace): (Handle, &Pace),
@@ -52,8 +53,9 @@ pub(super) fn fill(
 ) -> Result<(), Failure> {
     let left = ranges.iter().copied();
     let mut parts = Parts { file, left, transfer: None, runtime, unwanted, failure: None };
-    let mut stream = io::BufReader::with_capacity(READ_BYTES, Paced(&mut parts, pace));
-    let filled = content.fill(ranges, &mut stream, received);
+    let counted = Counted(&mut parts, &shelf.received_bytes);
+    let mut stream = io::BufReader::with_capacity(READ_BYTES, Paced(counted, pace));
+    let filled = shelf.content.fill(ranges, &mut stream, received);
     drop(stream);
     filled.map_err(|error| failure(error, parts.failure))
 }

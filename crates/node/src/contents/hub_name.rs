@@ -4,7 +4,10 @@
 //! the hub cannot be reached, their word has to do. Where it can, it is a source as well, and in the end the file is the hub's, bit by bit, or
 //! it is not kept. What no node has, the hub gives alone.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use murmur_net::Table;
 use murmur_protocol::mesh::ModelDigest;
@@ -55,22 +58,60 @@ impl Hub {
         blocking(move || Ok(store.find_pulled(&wanted)?)).await
     }
 
-    /// Pulls a file from it alone. `heard`: bytes that are here, and in all.
+    /// Pulls a file from it alone. `heard` is told how far it is.
     pub(super) async fn pull(
         &self,
         wanted: &HubRef,
-        heard: impl Fn(u64, u64) + Send + Sync + 'static,
+        heard: impl Fn(FromHub) + Send + Sync + 'static,
     ) -> Result<ModelEntry, NodeError> {
         let config = self
             .config
             .as_ref()
             .map_err(|reason| NodeError::NorOnHub { name: wanted.to_string(), reason: reason.clone() })?;
-        let on_event = move |event| match event {
-            PullEvent::Chosen { total_bytes, resumed_bytes, .. } => heard(resumed_bytes, total_bytes),
-            PullEvent::Progress { done_bytes, total_bytes } => heard(done_bytes, total_bytes),
-            PullEvent::AlreadyThere { .. } | PullEvent::MadeRoom { .. } | PullEvent::Retrying { .. } => {}
+        let now = Mutex::new(FromHub::default());
+        let on_event = move |event| {
+            let mut now = now.lock().unwrap_or_else(PoisonError::into_inner);
+            if now.hear(event) {
+                heard(now.clone());
+            }
         };
         Ok(self.store.pull(config, wanted, None, Arc::new(on_event)).await?)
+    }
+}
+
+/// How far a file is that comes from the hub alone.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct FromHub {
+    /// Bytes that are here.
+    pub(super) done_bytes: u64,
+    /// The length of the file; 0: not known yet.
+    pub(super) total_bytes: u64,
+    /// Why nothing comes at the moment, if so.
+    pub(super) trouble: Option<String>,
+}
+
+impl FromHub {
+    /// Takes in what a pull tells. False: that is nothing of how far it is.
+    fn hear(&mut self, event: PullEvent) -> bool {
+        match event {
+            PullEvent::Chosen { total_bytes, resumed_bytes: done_bytes, .. }
+            | PullEvent::Progress { done_bytes, total_bytes } => {
+                *self = FromHub { done_bytes, total_bytes, trouble: None };
+            }
+            PullEvent::Retrying { why, .. } => self.trouble = Some(why),
+            PullEvent::MadeRoom { removed } => {
+                for gone in removed {
+                    let name = gone.names.first().map_or_else(|| gone.nameless(), ToString::to_string);
+                    tracing::info!(
+                        freed_bytes = gone.bytes,
+                        "{name} was removed to make room for what comes from the hub"
+                    );
+                }
+                return false;
+            }
+            PullEvent::AlreadyThere { .. } => return false,
+        }
+        true
     }
 }
 

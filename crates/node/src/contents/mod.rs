@@ -15,6 +15,7 @@ pub(crate) mod pull;
 pub(crate) mod room;
 mod signers;
 mod sought;
+mod speed;
 mod standing;
 mod take;
 mod twin;
@@ -43,6 +44,7 @@ use tokio::sync::watch;
 pub use fetch::TakeError;
 pub use sought::Sought;
 
+use self::speed::Speeds;
 use crate::{
     Node,
     signatures::{self, Attested},
@@ -70,6 +72,8 @@ pub(crate) struct Shelf {
     pub(crate) content: Content,
     /// Bytes before the tensors; 0: not known yet.
     header_bytes: watch::Sender<u64>,
+    /// What has come of it since this program started, with hashes, and with what came twice or was wrong.
+    received_bytes: AtomicU64,
     /// Who fetches what is missing, if somebody does.
     taking: Mutex<Option<fetch::Taking>>,
     /// Nodes that have sent what is not of it, for as long as they are there. They are not asked for it.
@@ -175,6 +179,7 @@ impl Library {
             name: name.to_owned(),
             content,
             header_bytes: watch::Sender::new(0),
+            received_bytes: AtomicU64::new(0),
             taking: Mutex::default(),
             liars: Mutex::default(),
             on_hub: Mutex::new(OnHub { proven, ..OnHub::default() }),
@@ -275,6 +280,7 @@ impl Shelf {
             "name": self.name,
             "file_bytes": self.content.bytes(),
             "held_bytes": self.held_bytes(),
+            "received_bytes": self.received_bytes.load(Ordering::Relaxed),
             "source": source,
             "copied_bytes": self.copied_bytes.load(Ordering::Relaxed),
             "fetch": self.standing().and_then(|standing| standing.view()),
@@ -330,15 +336,17 @@ pub(crate) async fn view_signatures(node: &Node) -> Value {
     known.into_iter().map(|(digest, attested)| (digest.to_string(), view(attested))).collect()
 }
 
-/// For `/api/models`: each file that this node has or could have, with who has how much of it.
+/// For `/api/models`: each file that this node has or could have, with who has how much of it, and how fast the model is here. Blocks.
 pub(crate) fn view(node: &Node) -> Vec<Value> {
     let mut files: BTreeMap<ModelDigest, Value> = BTreeMap::new();
+    let speeds = Speeds::of(node);
     let file = |digest: ModelDigest, name: &str, file_bytes: u64, held_bytes: u64| {
         json!({
             "digest": digest.to_string(),
             "name": name,
             "file_bytes": file_bytes,
             "held_bytes": held_bytes,
+            "speed": speeds.view(digest, file_bytes),
             "signatures": [],
             "nodes": [],
         })

@@ -1,8 +1,11 @@
-//! A limit to how many bytes a second go through something.
+//! A limit to how many bytes a second go through something, and how many have.
 
 use std::{
     io::{self, Read, Write},
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -35,6 +38,17 @@ impl Pace {
             until.saturating_duration_since(now)
         };
         std::thread::sleep(pause);
+    }
+}
+
+/// A stream of which is counted what is read.
+pub(crate) struct Counted<'a, S>(pub(crate) S, pub(crate) &'a AtomicU64);
+
+impl<S: Read> Read for Counted<'_, S> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.0.read(buffer)?;
+        self.1.fetch_add(read as u64, Ordering::Relaxed);
+        Ok(read)
     }
 }
 

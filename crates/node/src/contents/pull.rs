@@ -11,7 +11,7 @@ use std::{
 use murmur_api::backend::Refusal;
 use murmur_gguf::Digest;
 use murmur_protocol::mesh::{IdError, ModelDigest, NodeId};
-use murmur_store::{Content, HubRef, ModelEntry, ModelName, Origin, Store, StoreError};
+use murmur_store::{Content, HubRef, ModelEntry, Origin, StoreError};
 use serde_json::{Value, json};
 use tokio::{
     sync::{mpsc, watch},
@@ -21,7 +21,7 @@ use tokio::{
 
 use super::{
     InUse, Shelf, Sought,
-    hub_name::{Hub, HubFinder},
+    hub_name::{FromHub, Hub, HubFinder},
     signers::{choose, demand, gather, gather_signed, not_signed},
     wanted::{begin, blocking, called, find, search_within},
 };
@@ -53,10 +53,7 @@ enum State {
     Searching,
     Fetching(Arc<Shelf>),
     /// No node has it, and the hub gives it.
-    FromHub {
-        done_bytes: u64,
-        total_bytes: u64,
-    },
+    FromHub(FromHub),
     /// It is here, as this view says.
     Done(Value),
     /// Why, and whether that is because nobody in the mesh has it: it may still be had from the hub.
@@ -78,13 +75,21 @@ impl State {
         )
     }
 
+    /// How a pull has ended for which only the hub was asked. Whoever wanted it may have a key that this node has not, and can ask the hub as well.
+    fn of_hub(pulled: Result<Pulled, NodeError>) -> State {
+        match State::of(pulled) {
+            State::Failed { reason, .. } => State::Failed { reason, is_nowhere: true },
+            other => other,
+        }
+    }
+
     fn view(&self) -> Value {
         match self {
             State::Searching => json!({"state": "searching"}),
             State::Fetching(shelf) => view(shelf, "fetching"),
-            State::FromHub { done_bytes, total_bytes } => {
-                json!({"state": "fetching", "from": "hub", "file_bytes": total_bytes, "held_bytes": done_bytes})
-            }
+            State::FromHub(FromHub { done_bytes, total_bytes, trouble }) => json!({
+                "state": "fetching", "from": "hub", "file_bytes": total_bytes, "held_bytes": done_bytes, "fetch": {"stuck": trouble},
+            }),
             State::Done(view) => view.clone(),
             State::Failed { reason, is_nowhere } => {
                 json!({"state": "failed", "reason": reason, "nowhere": is_nowhere})
@@ -175,7 +180,7 @@ impl Pulls {
                         let hub = Hub::of(node);
                         node.tend(async move {
                             let pulled = pull_from_hub(&hub, &reference, &tell).await;
-                            tell.send_replace(State::of(pulled));
+                            tell.send_replace(State::of_hub(pulled));
                         })
                     }
                     (_, None) => return Err(node.no_mesh()),
@@ -228,7 +233,7 @@ async fn pull(
     let (shelf, signed) = match sought {
         Sought::Name(name) => {
             let (store, known) = (node.library.store(), name.clone());
-            if let Some(entry) = blocking(move || find_here(&store, &known)).await? {
+            if let Some(entry) = blocking(move || Ok(store.find_whole(&known)?)).await? {
                 return have(node, mesh, entry, signer).await;
             }
             let digest = search_within(mesh, SEARCH_MAX, |table| find(table, name.as_str()), &name).await?;
@@ -257,16 +262,6 @@ async fn pull(
         }
     };
     enter(node, mesh, shelf, signed, signer).await
-}
-
-/// A model of the store that is all here, by its name, or its digest where it is known.
-fn find_here(store: &Store, name: &ModelName) -> Result<Option<ModelEntry>, NodeError> {
-    let Ok(digest) = name.as_str().parse::<Digest>() else { return Ok(store.find_whole(name)?) };
-    let is_it = |entry: &ModelEntry| matches!(entry.origin, Origin::Mesh { digest: known } if known == digest);
-    match store.list()?.into_iter().find(is_it) {
-        Some(entry) => Ok(store.find_whole(&entry.name)?),
-        None => Ok(None),
-    }
 }
 
 /// Enters a file that has come in the store, with what is known to have been signed of it.
@@ -331,6 +326,6 @@ async fn pull_from_hub(hub: &Hub, reference: &HubRef, tell: &watch::Sender<State
         return Ok(entry.into());
     }
     let told = tell.clone();
-    let heard = move |done_bytes, total_bytes| drop(told.send_replace(State::FromHub { done_bytes, total_bytes }));
+    let heard = move |from_hub| drop(told.send_replace(State::FromHub(from_hub)));
     Ok(hub.pull(reference, heard).await?.into())
 }

@@ -89,7 +89,7 @@ impl AskUnproven {
             match supply {
                 Supply::Hub(file) => {
                     let way = (runtime, &node.taking_pace);
-                    hub::fill(&shelf.content, &file, &ranges, way, unwanted, &mut received)
+                    hub::fill(&shelf, &file, &ranges, way, unwanted, &mut received)
                 }
                 Supply::Twin(twin) => twin.fill(&shelf.content, &ranges, &unwanted, &mut received),
             }

@@ -21,7 +21,7 @@ use tokio::{sync::watch, time::timeout};
 
 use super::{
     InUse, Shelf, Sought,
-    hub_name::{Hub, HubFinder, OfHub},
+    hub_name::{FromHub, Hub, HubFinder, OfHub},
     length,
     signers::{choose, demand, keep_shown, not_signed, take_along},
     take::TELL_EVERY,
@@ -61,10 +61,7 @@ enum State {
     /// Its header comes.
     Found,
     /// No node has it, and the hub gives it.
-    FromHub {
-        done_bytes: u64,
-        total_bytes: u64,
-    },
+    FromHub(FromHub),
     /// It is one of the node's models.
     Listed,
     Failed(String),
@@ -99,12 +96,12 @@ impl Wanted {
                 Sought::Hub(reference) => format!("{reference} is being looked for in the mesh and on the hub"),
             }),
             State::Found => Some(format!("the header of {} is being fetched", self.sought)),
-            State::FromHub { done_bytes, total_bytes } => Some(format!(
-                "{} is being fetched from the hub: {} of {} are here",
-                self.sought,
-                size(*done_bytes),
-                size(*total_bytes)
-            )),
+            State::FromHub(FromHub { done_bytes, total_bytes, trouble }) => {
+                let trouble =
+                    trouble.as_ref().map_or_else(String::new, |trouble| format!("; {trouble}, it is tried again"));
+                let (done, total) = (size(*done_bytes), size(*total_bytes));
+                Some(format!("{} is being fetched from the hub: {done} of {total} are here{trouble}", self.sought))
+            }
             State::Listed => None,
             State::Failed(reason) => Some(reason.clone()),
         }
@@ -260,7 +257,7 @@ async fn add_found(node: &Arc<Node>, mesh: &Arc<MeshNode>, wanted: &Wanted, of_h
 /// Adds what comes from the hub alone.
 async fn add_pulled(node: &Arc<Node>, hub: &Hub, wanted: &Arc<Wanted>, reference: &HubRef) -> Result<usize, NodeError> {
     let told = Arc::clone(wanted);
-    let heard = move |done_bytes, total_bytes| told.set(State::FromHub { done_bytes, total_bytes });
+    let heard = move |from_hub| told.set(State::FromHub(from_hub));
     let entry = hub.pull(reference, heard).await?;
     node.options().draft.is_here().await;
     let id = wanted.id.get_or_init(|| entry.name.to_string()).clone();

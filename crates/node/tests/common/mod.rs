@@ -21,7 +21,7 @@ use murmur_node::{DraftWish, ModelSpec, Node, NodeOptions, Threads, sharing::Sha
 use murmur_protocol::mesh::{
     Capabilities, Content, Fetch, HeldContent, ModelDigest, NodeId, NodeKey, Refused, Role, SignedAttestation, Work,
 };
-use murmur_store::{Contents, Resolved, Store, hub::HubConfig};
+use murmur_store::{Contents, GROUP_BYTES, Resolved, Store, hub::HubConfig};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::{sync::mpsc, task::JoinSet};
@@ -93,7 +93,7 @@ impl World {
         let file = folder.path().join("tiny.gguf");
         let bytes = the_file(&file);
         assert!((3_000_000..10_000_000).contains(&bytes.len()), "{}", bytes.len());
-        let source = Contents::at(&folder.path().join("source")).adopt(&file, &mut |_, _| ()).unwrap();
+        let source = sources(&folder).adopt(&file, &mut |_, _| ()).unwrap();
         let digest = ModelDigest::from_bytes(source.digest().0);
         let taker_dir = options.data_dir.clone();
         let taker = Arc::new(Node::open(options).unwrap());
@@ -108,6 +108,22 @@ impl World {
 
     pub(crate) fn own_digest(&self) -> Digest {
         Digest(*self.digest.as_bytes())
+    }
+
+    /// What tricksters have right bytes from.
+    fn sources(&self) -> Contents {
+        sources(&self.folder)
+    }
+
+    /// Further files, each of so many bytes, of which tricksters can have right ones.
+    pub(crate) fn further_files(&self, count: u8, bytes: usize) -> Vec<ModelDigest> {
+        let file = |number| {
+            let path = self.folder.path().join(format!("further-{number}"));
+            fs::write(&path, vec![number; bytes]).unwrap();
+            let Digest(digest) = self.sources().adopt(&path, &mut |_, _| ()).unwrap().digest();
+            ModelDigest::from_bytes(digest)
+        };
+        (0..count).map(file).collect()
     }
 
     fn contact(&self) -> murmur_net::Contact {
@@ -158,9 +174,20 @@ impl World {
         trick: Trick,
         signatures: Vec<SignedAttestation>,
     ) -> Rogue {
+        self.rogue_with(&[self.digest], claim, trick, signatures).await
+    }
+
+    /// One that says this of each of these files.
+    pub(crate) async fn rogue_with(
+        &self,
+        files: &[ModelDigest],
+        claim: Claim,
+        trick: Trick,
+        signatures: Vec<SignedAttestation>,
+    ) -> Rogue {
         let folder = tempfile::tempdir().unwrap();
-        let held = HeldContent {
-            digest: self.digest,
+        let held = |digest: &ModelDigest| HeldContent {
+            digest: *digest,
             name: NAME.to_owned(),
             file_bytes: claim.file_bytes,
             held_bytes: claim.file_bytes,
@@ -168,15 +195,15 @@ impl World {
         };
         let own = OwnRecord {
             role: Role::Worker,
-            contents: vec![held],
+            contents: files.iter().map(held).collect(),
             capabilities: Capabilities::CONTENTS.with(Capabilities::ATTESTATIONS),
             ..OwnRecord::default()
         };
         let options = MeshOptions { own, ..mesh(folder.path(), &[self.contact()]) };
         let mesh = Arc::new(Mesh::start(options).await.unwrap());
-        let source = Contents::at(&self.folder.path().join("source")).find(&self.own_digest()).unwrap().unwrap();
+        let sources = self.sources();
         let (asked, open) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-        let serving = Serving { trick, claim, source, signatures, asked: Arc::clone(&asked), open: Arc::clone(&open) };
+        let serving = Serving { trick, claim, sources, signatures, asked: Arc::clone(&asked), open: Arc::clone(&open) };
         let mut tasks = JoinSet::new();
         tasks.spawn(Arc::new(serving).run(Arc::clone(&mesh)));
         Rogue { _folder: folder, mesh, asked, open, tasks }
@@ -226,6 +253,10 @@ impl World {
         assert_eq!(last["state"], "done", "{events:#?}");
         assert!(fs::read(last["path"].as_str().unwrap()).unwrap() == self.bytes, "{last}");
     }
+}
+
+fn sources(folder: &TempDir) -> Contents {
+    Contents::at(&folder.path().join("source"))
 }
 
 /// The file that everything here is about, written there.
@@ -333,6 +364,8 @@ pub(crate) enum Trick {
     Endless,
     /// A promise, and no end.
     Silent,
+    /// The same, but for the last group, which proves how long the file is.
+    SilentBeforeTheLast,
     /// A kilobyte a second.
     Drip,
     /// It has not got it.
@@ -391,7 +424,7 @@ impl Rogue {
 struct Serving {
     trick: Trick,
     claim: Claim,
-    source: murmur_store::Content,
+    sources: Contents,
     signatures: Vec<SignedAttestation>,
     asked: Arc<AtomicUsize>,
     open: Arc<AtomicUsize>,
@@ -481,6 +514,8 @@ impl Serving {
                     send.write_all(&[0; 64 << 10]).await?;
                 }
             }
+            Trick::SilentBeforeTheLast if !self.is_last(&fetch) => return Ok(()),
+            Trick::SilentBeforeTheLast => send.write_all(&encoded).await?,
             Trick::Drip => {
                 for kilobyte in encoded.chunks(1_000) {
                     send.write_all(kilobyte).await?;
@@ -493,17 +528,23 @@ impl Serving {
         Ok(())
     }
 
+    /// Whether only the end of the file is asked for.
+    fn is_last(&self, fetch: &Fetch) -> bool {
+        fetch.ranges.iter().all(|range| range.start + GROUP_BYTES >= self.claim.file_bytes)
+    }
+
     /// What an honest node would send, or noise where it claims another file.
     fn encoding(&self, fetch: &Fetch) -> Vec<u8> {
-        if self.claim.file_bytes != self.source.bytes() {
+        let source = self.sources.find(&Digest(*fetch.model.as_bytes())).unwrap().unwrap();
+        if self.claim.file_bytes != source.bytes() {
             return vec![0xab; 64 << 10];
         }
         let ranges: Vec<_> =
             fetch.ranges.iter().map(|range| ByteRange { start: range.start, end: range.end }).collect();
         let mut encoded = Vec::new();
         match fetch.only_hashes {
-            true => self.source.encode_hashes(&ranges, &mut encoded).unwrap(),
-            false => self.source.encode(&ranges, &mut encoded).unwrap(),
+            true => source.encode_hashes(&ranges, &mut encoded).unwrap(),
+            false => source.encode(&ranges, &mut encoded).unwrap(),
         }
         encoded
     }

@@ -1,5 +1,6 @@
 //! `murmur models search --hub`: what a hub has, and whether it fits this machine.
 
+use murmur_node::fit;
 use murmur_store::hub::{self, HubConfig, HubModel, HubModelFile};
 use serde_json::{Value, json};
 
@@ -14,10 +15,6 @@ use crate::{
     units::Size,
 };
 
-/// What running a model takes besides its file: contexts and buffers. Only the header of a file would say it exactly.
-const BESIDES_BYTES: u64 = 512 << 20;
-/// And so much of the file's own size.
-const BESIDES_PART: u64 = 8;
 /// Quantisations of one repository in the table.
 const QUANTIZATIONS_SHOWN_MAX: usize = 4;
 
@@ -57,7 +54,7 @@ pub(super) async fn search(session: &Session, text: &str, repos_max: usize) -> a
 
 /// What runs with this file would take, about.
 fn memory_bytes(file: &HubModelFile) -> Option<u64> {
-    file.bytes.map(|bytes| bytes.saturating_add(bytes / BESIDES_PART).saturating_add(BESIDES_BYTES))
+    file.bytes.map(fit::estimated_bytes)
 }
 
 fn fits(file: &HubModelFile, available_bytes: Option<u64>) -> Option<bool> {

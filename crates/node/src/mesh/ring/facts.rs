@@ -83,6 +83,12 @@ pub(super) fn estimated(machine: Option<MachineSpeed>) -> Estimated {
     }
 }
 
+/// What a machine will take for a token of a model in a file of so many bytes, if it has all of it: us, decoding alone. All weights count as read for
+/// each token, so one with experts takes less.
+pub(crate) fn token_us(machine: Option<MachineSpeed>, file_bytes: u64) -> f64 {
+    file_bytes as f64 * estimated(machine).decode_us_per_byte
+}
+
 /// What a node takes for a layer that has not computed any, (decoding, prompt) in microseconds, from what others take that have:
 /// 0 if there are none.
 pub(super) fn presumed(machine: Option<MachineSpeed>, known: &[(Option<MachineSpeed>, (u32, u32))]) -> (u32, u32) {

@@ -12,7 +12,7 @@ mod alive;
 mod borrow;
 mod carry;
 mod choice;
-mod facts;
+pub(crate) mod facts;
 mod form;
 mod hop;
 pub(crate) mod host;

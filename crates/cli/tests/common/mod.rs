@@ -214,8 +214,11 @@ impl Drop for Server {
 pub fn stop_first_child(parent: u32) {
     let children = format!("/proc/{parent}/task");
     let program = |pid: &str| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    // A program that has just been begun has no command line for a moment.
+    let own = until_at("the parent has begun", Duration::from_millis(1), || {
+        Some(program(&parent.to_string())).filter(|own| !own.is_empty())
+    });
     // Between its fork and its exec a child is its parent still, and the parent waits for it.
-    let own = program(&parent.to_string());
     let child = until_at("a child is started", Duration::from_millis(1), || {
         let tasks = std::fs::read_dir(&children).unwrap().flatten();
         let lines: String =

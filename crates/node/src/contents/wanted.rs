@@ -405,20 +405,16 @@ async fn load(node: Weak<Node>, at: usize) {
     }
 }
 
-/// The first groups say what is in the file.
+/// The first groups say what is in the file. They may be here already.
 async fn fetch_header(node: &Arc<Node>, mesh: &Arc<MeshNode>, shelf: &Arc<Shelf>) -> Result<(), NodeError> {
     let file_bytes = shelf.content.bytes();
-    let mut guessed = match *shelf.header_bytes.borrow() {
-        0 => HEADER_BYTES_GUESSED,
-        told => told,
-    };
+    let missing = shelf.content.missing(&[shelf.whole()]);
+    let mut bytes = missing.first().map_or(file_bytes, |missing| missing.start).min(HEADER_BYTES_MAX);
     loop {
-        let bytes = guessed.min(file_bytes).min(HEADER_BYTES_MAX);
-        shelf.fetch(node, mesh, &[ByteRange { start: 0, end: bytes }], true).await?;
-        let path = shelf.content.path().to_owned();
+        let (path, first) = (shelf.content.path().to_owned(), bytes);
         let read = blocking(move || {
             let file = File::open(&path).map_err(|error| NodeError::Unread { path: path.clone(), source: error })?;
-            Ok(Gguf::from_reader(std::io::BufReader::new(file).take(bytes), file_bytes, path))
+            Ok(Gguf::from_reader(std::io::BufReader::new(file).take(first), file_bytes, path))
         });
         match read.await? {
             Ok(gguf) => {
@@ -426,8 +422,12 @@ async fn fetch_header(node: &Arc<Node>, mesh: &Arc<MeshNode>, shelf: &Arc<Shelf>
                 return Ok(());
             }
             Err(error) if bytes == file_bytes || bytes == HEADER_BYTES_MAX => return Err(error.into()),
-            Err(_) => guessed = bytes.max(GROUP_BYTES) * 4,
+            Err(_) => {}
         }
+        let told = *shelf.header_bytes.borrow();
+        let more = if told > bytes { told } else { (4 * bytes).max(HEADER_BYTES_GUESSED) };
+        bytes = more.min(file_bytes).min(HEADER_BYTES_MAX);
+        shelf.fetch(node, mesh, &[ByteRange { start: 0, end: bytes }], true).await?;
     }
 }
 

@@ -19,9 +19,6 @@ use super::{
     session::{Draft, Phase, Session},
 };
 
-/// Guesses that are asked of a model on this machine at once: it has the next to compute when it has said one, and little is in vain behind a wrong one.
-const AHEAD_HERE: usize = 2;
-
 impl Session {
     /// How many more tokens may be guessed: each gives a token, for which there must be room in the answer and with the reader.
     fn room_for_guesses(&self) -> usize {
@@ -81,8 +78,8 @@ impl Driver {
         self.last_plan = Some(plan);
         let wanted = plan.depth.saturating_sub(session.guesses.len()).min(session.room_for_guesses());
         if plan.guesser == Guesser::Model && wanted > 0 {
-            let most = if self.pace.is_drafter_elsewhere() { NEXT_ROWS_MAX as usize } else { AHEAD_HERE };
-            self.pursue(id, wanted.min(most) as u32);
+            let ahead = if self.pace.is_drafter_elsewhere() { wanted.min(NEXT_ROWS_MAX as usize) } else { 1 };
+            self.pursue(id, ahead as u32);
         }
         Some(plan)
     }

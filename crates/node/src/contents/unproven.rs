@@ -1,4 +1,4 @@
-//! Sources that have bytes and no hashes: the hub ([`hub`]), and other files of this machine ([`twin`]).
+//! Sources that have bytes and no hashes: the hub ([`hub`]), and other files of this machine ([`twin`](super::twin)).
 //!
 //! They are asked for what some node has and gives the hashes of: these come first, and every group is checked with them like any other.
 

@@ -208,7 +208,7 @@ pub(crate) fn relays(relays: &Relays) -> Result<Builder, NetError> {
 }
 
 /// iroh's defaults are the fastest that were measured; only what bounds a peer, how soon a dead one is noticed, how often it is said what
-/// came, and what leaves at once ([`crate::congestion`]) differ. Of the idle timeouts of both ends the shorter one counts. `window_bytes`: what
+/// came, and what leaves at once ([`crate::congestion`]) differ, and that each packet is handed to the system by itself. Of the idle timeouts of both ends the shorter one counts. `window_bytes`: what
 /// of all streams together may be unread.
 pub(crate) fn transport(idle_timeout_ms: u64, window_bytes: u32) -> Result<QuicTransportConfig, NetError> {
     let idle = Duration::from_millis(idle_timeout_ms);
@@ -220,6 +220,9 @@ pub(crate) fn transport(idle_timeout_ms: u64, window_bytes: u32) -> Result<QuicT
     acks.ack_eliciting_threshold(VarInt::from_u32(ACK_AFTER_PACKETS)).max_ack_delay(Some(ACK_DELAY_MAX));
     Ok(QuicTransportConfig::builder()
         .ack_frequency_config(Some(acks))
+        // Packets that are handed over together are as small as the first of them. noq 1.4 writes a repeated request for fewer acknowledgements
+        // without looking whether it fits there, and panics: any peer that dies right after its handshake would take this node with it.
+        .enable_segmentation_offload(false)
         .max_idle_timeout(Some(idle_timeout))
         .keep_alive_interval(keep_alive)
         .default_path_keep_alive_interval(keep_alive)

@@ -4,7 +4,11 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use common::{Node, all_know_all, join, meet, open_invitation, public, soon, start};
 use iroh::address_lookup::memory::MemoryLookup;
@@ -16,12 +20,13 @@ use murmur_net::Mesh;
 use murmur_net::admission::STRIKES_MAX;
 use murmur_net::endpoint::{GOSSIP_ALPN, MESH_ALPN, STREAM_WINDOW_BYTES, WORK_ALPN, WORK_WINDOW_BYTES};
 use murmur_net::hello::HELLO_DEADLINE_MS;
-use murmur_net::serve::{CONNECTIONS_PER_PEER_MAX, STREAM_DEADLINE_MS};
+use murmur_net::serve::{CONNECTIONS_PER_PEER_MAX, GREETINGS_PER_SOURCE_MAX, STREAM_DEADLINE_MS};
 use murmur_protocol::mesh::summary::RANGES_MAX;
 use murmur_protocol::mesh::{
     AgedRecord, BearerSecret, Capabilities, Control, Decoder, Differing, Hello, MeshId, Message, NodeId, NodeKey,
     NodeRecord, PROTOCOL_VERSIONS, Redeem, RefusalCode, Role, SignedRecord, TicketId, Work, encode,
 };
+use tokio::sync::oneshot;
 
 /// An endpoint without manners.
 struct Rogue {
@@ -35,11 +40,15 @@ impl Rogue {
     }
 
     async fn with_key(secret: iroh::SecretKey, contact: murmur_net::Contact) -> Rogue {
+        Rogue::bound_to("127.0.0.1:0", secret, contact).await
+    }
+
+    async fn bound_to(address: &str, secret: iroh::SecretKey, contact: murmur_net::Contact) -> Rogue {
         let addresses = MemoryLookup::new();
         let endpoint = Endpoint::builder(presets::Minimal)
             .relay_mode(RelayMode::Disabled)
             .clear_ip_transports()
-            .bind_addr("127.0.0.1:0")
+            .bind_addr(address)
             .unwrap()
             .secret_key(secret)
             .address_lookup(addresses.clone())
@@ -674,4 +683,38 @@ async fn who_is_connected_with_the_overlay_and_is_no_neighbour_is_hung_up_on() {
     answers_pings(&control).await;
     // It may come back, as a neighbour for instance.
     soon("another connection", rogue.endpoint.connect(rogue.target.clone(), GOSSIP_ALPN)).await.unwrap();
+}
+
+/// A peer that dies in the first milliseconds owes the acknowledgement of everything that one says first. QUIC then sends some of that once
+/// more in packets of the size of the first such, and asking for fewer acknowledgements did not fit there: noq 1.4 panics, and with it the node.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn peers_that_vanish_right_after_the_handshake_take_nobody_along() {
+    const VANISHING: usize = 100;
+    let node = start(public()).await;
+    let (mut threads, mut held) = (Vec::new(), Vec::new());
+    for number in 0..VANISHING {
+        let (contact, (back, away), (go, gone)) = (node.mesh.contact(), mpsc::channel::<()>(), oneshot::channel());
+        // On a thread of its own, which blocks: as silent as a process that is gone.
+        threads.push(thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let address = format!("127.0.0.{}:0", 1 + number / GREETINGS_PER_SOURCE_MAX);
+                let rogue = Rogue::bound_to(&address, iroh::SecretKey::generate(), contact).await;
+                let connection = rogue.connect([MESH_ALPN, WORK_ALPN][number % 2]).await;
+                for _ in 0..number / 2 % 8 {
+                    tokio::task::yield_now().await;
+                }
+                let _ = go.send(());
+                let _ = away.recv();
+                drop(connection);
+            });
+        }));
+        soon("it vanishes", gone).await.unwrap();
+        held.push(back);
+    }
+    // Until then what they owe is asked for.
+    tokio::time::sleep(Duration::from_millis(HELLO_DEADLINE_MS)).await;
+    Rogue::against(&node).await.greeted(MESH_ALPN).await;
+    drop(held);
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
 }

@@ -23,9 +23,10 @@ mod common;
 
 use std::{
     fs,
+    io::{self, BufRead, BufReader},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    process::{Child, Command},
+    process::{Child, Command, Stdio},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -65,26 +66,37 @@ fn whoever_is_killed_the_file_ends_right_and_nothing_that_was_verified_comes_twi
         Ok("all") => run(),
         Ok(role) => play(role),
         Err(_) => {
-            let output = Command::new("unshare")
+            let mut all = Command::new("unshare")
                 .args(["--user", "--map-root-user", "--net", "sh", "-c", ON_A_NETWORK_OF_ITS_OWN, "sh"])
                 .arg(std::env::current_exe().unwrap())
                 .args(["--exact", TEST, "--nocapture"])
                 .env("MURMUR_TEST_ROLE", "all")
-                .output()
+                .stderr(Stdio::piped())
+                .spawn()
                 .unwrap();
-            let said = String::from_utf8_lossy(&output.stderr);
-            if output.status.code() == Some(77) || said.starts_with("unshare: ") {
-                eprintln!("skipped: this system allows no network of one's own: {said}");
+            // Line by line, so that it is seen how far it is.
+            let mut first = None;
+            for line in BufReader::new(all.stderr.take().unwrap()).lines().map(Result::unwrap) {
+                eprintln!("{line}");
+                first.get_or_insert(line);
+            }
+            let status = all.wait().unwrap();
+            if status.code() == Some(77) || first.is_some_and(|line| line.starts_with("unshare: ")) {
+                eprintln!("skipped: this system allows no network of one's own");
                 return;
             }
-            eprint!("{said}");
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+            assert!(status.success(), "{status}");
         }
     }
 }
 
 /// A source or a fetcher, until it is killed, or has the file.
 fn play(role: &str) {
+    // Whoever started this one holds the other end.
+    std::thread::spawn(|| {
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        std::process::exit(1);
+    });
     let variable = |name: &str| std::env::var(name).unwrap();
     let (dir, file) = (PathBuf::from(variable("MURMUR_TEST_FOLDER")), PathBuf::from(variable("MURMUR_TEST_FILE")));
     let (node, address) = (variable("MURMUR_TEST_KEEPER"), variable("MURMUR_TEST_ADDRESS"));
@@ -162,7 +174,8 @@ impl World {
             .envs([("MURMUR_TEST_ROLE", role), ("MURMUR_TEST_KEEPER", &self.keeper.node.to_string())])
             .envs([("MURMUR_TEST_FOLDER", dir), ("MURMUR_TEST_FILE", &self.file)])
             .envs([("MURMUR_TEST_ADDRESS", &address.to_string()), ("MURMUR_TEST_DIGEST", &self.digest.to_string())])
-            .stdout(std::process::Stdio::null())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
             .spawn()
             .unwrap()
     }

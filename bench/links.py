@@ -18,7 +18,7 @@ after the other.
 
 *deaths*: one of three machines that hold a model is killed with -9, in an answer and in a prompt, where others stand by
 (`--standby`) and where others have to load its layers: the longest silence in an answer, and how much later than usual the first
-token of a prompt comes. What the layers' new host computes once more is a part of it. The driver holds no layers.
+token of a prompt comes, of a model of usual shape and of one of which there is little to compute. What the layers' new host computes once more is a part of it. The driver holds no layers.
 
 *guesses*: a small model over two and four machines, so that the way around the ring is what a token takes, with guesses of a model of
 which a known part is right: it is the same file, and the rest of its guesses are spoilt (`--draft-spoilt`). Answers are greedy, with a
@@ -71,6 +71,7 @@ import collections
 import contextlib
 import csv
 import datetime
+import itertools
 import math
 import os
 import pathlib
@@ -96,10 +97,14 @@ STREAMS = 8
 PROMPT_TOKENS, PREFILL_STAGES = 4096, 4
 CHUNK_TOKENS = 256
 CODECS, RATES_MBIT_S = ("f16", "q8"), (20, 100)
-DEATHS_SHAPE, DEATHS_STAGES, DEATHS_MS = "bench-0.5b", 3, (0, 20)
+DEATHS_STAGES, DEATHS_MS = 3, (0, 20)
+# What is interrupted, by the model: prompt and answer, tokens. A prompt of the second takes its time on the links, not in the stages.
+DEATHS = {
+    "bench-0.5b": (("an answer", 16, 48), ("a prompt of 512", 512, 1)),
+    "bench-wide:9": (("a prompt of 4,096", 4096, 1),),
+}
 # Where in an answer or a prompt somebody is killed, as parts of the time that it takes undisturbed.
 DEATHS_BETWEEN = (0.1, 0.8)
-DEATHS_PROMPT, DEATHS_ANSWER = 512, 48
 # Small, so that computing hides no link.
 GUESSED_SHAPE, GUESSED_STAGES, RINGS_MS = "llama", (2, 4), (0, 20, 60, 100, 200)
 RIGHT_PARTS, RIGHT_PARTS_BARRED = (0.5, 0.7, 0.85, 0.95), (0.7, 0.85)
@@ -273,24 +278,23 @@ def codecs(options, model, table):
                     table.pairs(f"first token of {2 * CHUNK_TOKENS} {what}", "ms", *pair, lower_is_better=True)
 
 
-def deaths(options, model, table):
-    layers = layers_of(options, model)
-    with lab.Lab(options.lab, 1 + 2 * DEATHS_STAGES) as (network, hosts):
-        for standby in (("--standby",), ()):
+def deaths(options, _, table):
+    for (shape, moments), standby in itertools.product(DEATHS.items(), (("--standby",), ())):
+        model = next(synthetic(options, [shape]))
+        with lab.Lab(options.lab, 1 + 2 * DEATHS_STAGES) as (network, hosts):
             network.links(0)
             driver = ("--max-memory", "1MiB", *standby)
-            ring = Ring(options, model, list(hosts), layers, driver=driver, stages=DEATHS_STAGES)
+            ring = Ring(options, model, list(hosts), layers_of(options, model), driver=driver, stages=DEATHS_STAGES)
             with ring as first:
                 by_id = {node.ask("GET", "/api/mesh")["node"]: node for node in ring.nodes[1:]}
-                for round_trip_ms in DEATHS_MS:
+                for round_trip_ms, (moment, prompt, answer) in itertools.product(DEATHS_MS, moments):
                     network.links(round_trip_ms)
-                    for moment, prompt, answer in (("an answer", 16, DEATHS_ANSWER), ("a prompt", DEATHS_PROMPT, 1)):
-                        pauses_s, lost = pauses(options, first, by_id, prompt, answer, bool(standby))
-                        what = f"killed in {moment} at {round_trip_ms} ms, {'one stands by' if standby else 'nobody stands by'}"
-                        print(f"{what}: {len(pauses_s)} kills   {distribution(pauses_s)}", flush=True)
-                        bar_ms = 2 * round_trip_ms + 200 if standby else 1000
-                        table.limit(f"{what}, median", "ms", 1000 * statistics.median(pauses_s), bar_ms)
-                        table.limit(f"{what}: streams lost", "", lost, 0)
+                    pauses_s, lost = pauses(options, first, by_id, prompt, answer, bool(standby))
+                    what = f"{shape}, killed in {moment} at {round_trip_ms} ms, {'one stands by' if standby else 'nobody stands by'}"
+                    print(f"{what}: {len(pauses_s)} kills   {distribution(pauses_s)}", flush=True)
+                    bar_ms = 2 * round_trip_ms + 200 if standby else 1000
+                    table.limit(f"{what}, median", "ms", 1000 * statistics.median(pauses_s), bar_ms)
+                    table.limit(f"{what}: streams lost", "", lost, 0)
 
 
 def pauses(options, first, by_id, prompt, answer, standby):
@@ -710,8 +714,7 @@ def main():
     print(machine())
     shapes = {
         SHAPE: (tokens, streams, prefill, codecs),
-        DEATHS_SHAPE: (deaths,),
-        GUESSED_SHAPE: (guesses, borrowed, pair, window, candidates, shared, copied, relayed, replay),
+        GUESSED_SHAPE: (deaths, guesses, borrowed, pair, window, candidates, shared, copied, relayed, replay),
     }
     for shape, parts in shapes.items():
         for part in parts:

@@ -7,7 +7,7 @@
 //!   what the fetcher counted a moment before, to the byte. So of what was **verified**, nothing at all comes twice.
 //! - What comes twice is what had not been verified: the group in the making of each stream (16 KiB each), and what was on its way. When the
 //!   fetcher dies, its sources go on sending until a window is full: [`IN_FLIGHT_BYTES_MAX`] for each source. This is measured on the wire, of
-//!   which the test has one of its own. In 200 kills it was 0.23 MB at the median and 0.55 MB at most, alike for the fetcher and its sources: most
+//!   which the test has one of its own. In 200 kills it was 0.33 MB at the median and 0.69 MB at most, alike for the fetcher and its sources: most
 //!   of it is what nodes say to each other when they meet again.
 //!
 //! A few kills by default. `MURMUR_KILLS=200` for as many, `MURMUR_KILLS_SEED` for others:

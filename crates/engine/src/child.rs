@@ -2,11 +2,17 @@
 //!
 //! One thread, that alternates between taking everything from the socket and computing one batch. So a close (a client
 //! that left) is seen before the next batch; what arrives during one waits in the socket, or with the sender. The process
-//! ends when the socket does: a child never outlives its node by more than a batch.
+//! ends when the socket does: a child never outlives its node by more than a batch. A second thread says that the process is there as
+//! long as the first is at work.
 
 use std::{
     io::{self, Read, Write},
     os::unix::net::UnixStream,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, Thread},
     time::{Duration, Instant},
 };
 
@@ -29,6 +35,8 @@ const NICENESS: i32 = 10;
 /// After an answer of a whole model the driver's next frame comes within this, mostly. Sleeping and being woken takes as long, so the
 /// thread looks at the socket this long before it sleeps. After an answer of one stage of several, others compute first.
 const PATIENCE: Duration = Duration::from_micros(150);
+/// How often a child says that it is there while it is at work.
+pub(crate) const ALIVE_EVERY: Duration = Duration::from_millis(500);
 /// Bytes read at once.
 const READ_BYTES: usize = 1 << 16;
 
@@ -100,7 +108,8 @@ impl Inbox {
 pub fn run(socket: UnixStream) -> Result<(), ChildError> {
     // Failing to be nice is no reason to fail.
     let _ = rustix::process::nice(NICENESS);
-    let mut out = Outbox { socket: socket.try_clone().map_err(FrameError::from)?, buffer: Vec::new() };
+    let mut out = Outbox::new(socket.try_clone().map_err(FrameError::from)?);
+    let pulse = Pulse::start(out.socket.clone()).map_err(FrameError::from)?;
     let mut inbox = Inbox::new(socket);
     let Some(mut frames) = inbox.take(true)? else { return Ok(()) };
     let first = frames.drain(..1).next().filter(|f| f.header.kind == Kind::Load).ok_or(ChildError::NoLoad)?;
@@ -117,26 +126,93 @@ pub fn run(socket: UnixStream) -> Result<(), ChildError> {
     };
     server.receive(frames, &mut out)?;
     out.flush()?;
-    server.serve(&mut inbox, &mut out)
+    server.serve(&mut inbox, &mut out, &pulse)
 }
 
 /// Frames on their way out; one write for all answers of a batch.
 struct Outbox {
-    socket: UnixStream,
+    socket: Arc<Mutex<UnixStream>>,
     buffer: Vec<u8>,
 }
 
 impl Outbox {
+    fn new(socket: UnixStream) -> Outbox {
+        Outbox { socket: Arc::new(Mutex::new(socket)), buffer: Vec::new() }
+    }
+
     fn push(&mut self, frame: &Frame) -> Result<(), FrameError> {
         frame.append_to(&mut self.buffer)
     }
 
     fn flush(&mut self) -> Result<(), FrameError> {
         if !self.buffer.is_empty() {
-            self.socket.write_all(&self.buffer)?;
+            lock(&self.socket).write_all(&self.buffer)?;
             self.buffer.clear();
         }
         Ok(())
+    }
+}
+
+fn lock(socket: &Mutex<UnixStream>) -> MutexGuard<'_, UnixStream> {
+    socket.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Says [`Kind::Alive`] every [`ALIVE_EVERY`] while there is work, however long that takes: a process that is stopped, or that the system
+/// does not let run, cannot. While there is none it sleeps, and says nothing.
+struct Pulse {
+    state: Arc<PulseState>,
+    thread: Thread,
+}
+
+struct PulseState {
+    is_working: AtomicBool,
+    is_asleep: AtomicBool,
+}
+
+impl Pulse {
+    /// Begins at work: a child loads first.
+    fn start(socket: Arc<Mutex<UnixStream>>) -> io::Result<Pulse> {
+        let state = Arc::new(PulseState { is_working: AtomicBool::new(true), is_asleep: AtomicBool::new(false) });
+        let seen = state.clone();
+        let thread = thread::Builder::new().name("pulse".into()).spawn(move || seen.beat(&socket))?;
+        Ok(Pulse { state, thread: thread.thread().clone() })
+    }
+
+    fn works(&self) {
+        self.state.is_working.store(true, Ordering::SeqCst);
+        if self.state.is_asleep.swap(false, Ordering::SeqCst) {
+            self.thread.unpark();
+        }
+    }
+
+    fn rests(&self) {
+        self.state.is_working.store(false, Ordering::SeqCst);
+    }
+}
+
+impl PulseState {
+    /// Until the parent is gone.
+    fn beat(&self, socket: &Mutex<UnixStream>) {
+        let mut alive = Vec::new();
+        let frame = Frame { header: Header::new(Kind::Alive, 0), payload: Vec::new() };
+        if frame.append_to(&mut alive).is_err() {
+            return;
+        }
+        loop {
+            thread::sleep(ALIVE_EVERY);
+            if self.is_working.load(Ordering::SeqCst) {
+                if lock(socket).write_all(&alive).is_err() {
+                    return;
+                }
+                continue;
+            }
+            self.is_asleep.store(true, Ordering::SeqCst);
+            // What begins from now on wakes this thread.
+            if !self.is_working.load(Ordering::SeqCst) {
+                thread::park();
+            }
+            self.is_asleep.store(false, Ordering::SeqCst);
+        }
     }
 }
 
@@ -188,7 +264,7 @@ impl Server {
         Ok(server)
     }
 
-    fn serve(&mut self, inbox: &mut Inbox, out: &mut Outbox) -> Result<(), ChildError> {
+    fn serve(&mut self, inbox: &mut Inbox, out: &mut Outbox, pulse: &Pulse) -> Result<(), ChildError> {
         loop {
             let idle = match self {
                 Server::Stage(stage, schedule) if schedule.is_empty() => {
@@ -200,7 +276,11 @@ impl Server {
                 Server::Stage(..) => false,
                 Server::Vocabulary(_) | Server::Embedding(_) => true,
             };
+            if idle {
+                pulse.rests();
+            }
             let Some(frames) = inbox.take(idle)? else { return Ok(()) };
+            pulse.works();
             self.receive(frames, out)?;
             if let Server::Stage(stage, schedule) = self {
                 schedule.retain(|work| stage.is_current(work));

@@ -230,11 +230,19 @@ impl Read for Watched {
 impl Receiver {
     /// The next frame, and whether more have arrived already; `None` when the child is gone, or hangs.
     pub fn receive(&mut self) -> Option<(Frame, bool)> {
-        let frame = Frame::read_from(&mut self.0).ok().flatten()?;
-        if let Some(watch) = &self.0.get_ref().watch {
-            lock(watch).received(&frame.header, Instant::now());
+        loop {
+            let frame = Frame::read_from(&mut self.0).ok().flatten()?;
+            if let Some(watch) = &self.0.get_ref().watch {
+                let mut watch = lock(watch);
+                watch.received(&frame.header, Instant::now());
+                if watch.hung().is_some() {
+                    return None;
+                }
+            }
+            if frame.header.kind != Kind::Alive {
+                return Some((frame, self.0.buffer().len() >= HEADER_BYTES));
+            }
         }
-        Some((frame, self.0.buffer().len() >= HEADER_BYTES))
     }
 
     /// Waits until the child has loaded; `progress` hears fractions.
@@ -280,8 +288,14 @@ impl Frames {
             let tick = lock(&self.watch).tick_every();
             match timeout(tick, self.reader.next()).await {
                 Ok(Ok(Some(frame))) => {
-                    lock(&self.watch).received(&frame.header, Instant::now());
-                    return Some(frame);
+                    let mut watch = lock(&self.watch);
+                    watch.received(&frame.header, Instant::now());
+                    if watch.hung().is_some() {
+                        return None;
+                    }
+                    if frame.header.kind != Kind::Alive {
+                        return Some(frame);
+                    }
                 }
                 Err(_) if !lock(&self.watch).tick() => {}
                 Ok(_) | Err(_) => return None,

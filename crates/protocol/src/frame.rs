@@ -85,6 +85,8 @@ kinds! {
     Loaded = 0x03,
     /// Could not load. Payload: UTF-8 message.
     LoadFailed = 0x04,
+    /// Child to driver: it is at work and has nothing else to say. No payload.
+    Alive = 0x05,
     /// A session begins, or goes on under a new epoch with what the stage holds of it. Payload: `stage::Open`.
     Open = 0x10,
     /// Admitted. Payload: `stage::Opened`.

@@ -4,6 +4,9 @@
 //! Silence of a child that owes is measured against what it took before: time per row, times the rows that it owes, with
 //! a wide margin, and never less than a floor. Silence is counted in ticks during which nothing arrived, not read off a
 //! clock, so that a machine that was suspended blames nobody.
+//!
+//! While it is at work a child says so (`Kind::Alive`), from a thread of its own. That is no answer. But one that does not even say that is
+//! stopped, and is ended after the floor, whatever it owes and however little is known of it.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -13,6 +16,10 @@ use std::{
 
 use murmur_protocol::frame::{FLAG_HANDED_ON, Header, Kind, NEXT_ROWS_MAX};
 
+use crate::child::ALIVE_EVERY;
+
+/// Signs of life that are missing before a child counts as stopped, at least.
+const MISSING_MIN: u32 = 4;
 /// Ticks in the shortest silence for which a child is ended.
 const TICKS_PER_FLOOR: u32 = 8;
 /// How much slower than ever before a step may be: the machine may have become busy.
@@ -35,8 +42,10 @@ pub(super) struct Watch {
     loaded: bool,
     /// Rows of the questions not yet answered, by session, oldest first; 0 for questions without rows.
     owed: HashMap<u64, Owed>,
-    /// Silence so far, in whole ticks.
+    /// Without an answer so far, in whole ticks and signs of life.
     silent: Duration,
+    /// Without anything, in whole ticks.
+    unheard: Duration,
     /// The last answer, or when the child began to owe.
     since: Option<Instant>,
     /// The slowest row so far, seconds; `None` until one answer about rows has come.
@@ -56,6 +65,7 @@ impl Watch {
             loaded: false,
             owed: HashMap::new(),
             silent: Duration::ZERO,
+            unheard: Duration::ZERO,
             since: None,
             slowest_row_s: None,
             hung: None,
@@ -82,7 +92,7 @@ impl Watch {
             }
             kind => {
                 if self.owed.is_empty() {
-                    (self.silent, self.since) = (Duration::ZERO, Some(now));
+                    (self.silent, self.unheard, self.since) = (Duration::ZERO, Duration::ZERO, Some(now));
                 }
                 let owed =
                     self.owed.entry(header.session).or_insert(Owed { epoch: header.epoch, rows: VecDeque::new() });
@@ -101,6 +111,11 @@ impl Watch {
 
     /// A frame came from the child.
     pub(super) fn received(&mut self, header: &Header, now: Instant) {
+        let unheard = std::mem::take(&mut self.unheard);
+        if header.kind == Kind::Alive {
+            // Of the time since the one before, ticks have counted a part.
+            return self.stays_silent(ALIVE_EVERY.saturating_sub(unheard));
+        }
         self.silent = Duration::ZERO;
         let took = self.since.replace(now).map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         match header.kind {
@@ -132,15 +147,20 @@ impl Watch {
 
     /// A tick has passed in which nothing arrived. True: the child hangs.
     pub(super) fn tick(&mut self) -> bool {
+        self.unheard += self.tick_every();
+        self.stays_silent(self.tick_every());
+        self.hung.is_some()
+    }
+
+    fn stays_silent(&mut self, longer: Duration) {
         if self.loaded && self.owed.is_empty() {
-            self.silent = Duration::ZERO;
-            return false;
+            (self.silent, self.unheard) = (Duration::ZERO, Duration::ZERO);
+            return;
         }
-        self.silent += self.tick_every();
-        if self.silent > self.patience() {
+        self.silent += longer;
+        if self.silent > self.patience() || self.unheard > self.floor.max(MISSING_MIN * ALIVE_EVERY) {
             self.hung = Some(self.silent);
         }
-        self.hung.is_some()
     }
 
     /// How long it had been silent, when it was found to hang.
@@ -181,6 +201,40 @@ mod tests {
         (0..10_000).find(|_| watch.tick()).and_then(|_| watch.hung())
     }
 
+    /// The same of one that says that it is at work.
+    fn silence_at_work(watch: &mut Watch) -> Option<Duration> {
+        let mut is_found = |_: &u32| {
+            watch.received(&header(Kind::Alive, 0, 0), Instant::now());
+            watch.hung().is_some()
+        };
+        (0..10_000).find(&mut is_found).and_then(|_| watch.hung())
+    }
+
+    #[test]
+    fn a_child_that_does_not_even_say_that_it_is_at_work_is_ended_after_the_floor_whatever_it_owes() {
+        let now = Instant::now();
+        let (mut loading, mut first) = (Watch::new(FLOOR), loaded(now));
+        first.sent(&header(Kind::Tokens, 1, 256), now);
+        for watch in [&mut loading, &mut first] {
+            assert!(silence(watch).is_some_and(|silence| silence > FLOOR && silence < 2 * FLOOR));
+        }
+        // Where the floor is next to nothing, some signs of life may be late.
+        let mut impatient = Watch::new(Duration::from_millis(10));
+        assert!(silence(&mut impatient).is_some_and(|silence| silence > Duration::from_millis(200)));
+    }
+
+    #[test]
+    fn the_time_between_two_signs_of_life_counts_once() {
+        let now = Instant::now();
+        let mut watch = Watch::new(Duration::from_secs(4));
+        for _ in 0..158 {
+            assert!(!watch.tick());
+            watch.received(&header(Kind::Alive, 0, 0), now);
+        }
+        // 79 s of 80.
+        assert_eq!(watch.hung(), None);
+    }
+
     #[test]
     fn a_child_that_owes_nothing_may_be_silent_for_ever() {
         let now = Instant::now();
@@ -216,7 +270,7 @@ mod tests {
         }
         // Half a second per row, ten times slower at worst.
         watch.sent(&header(Kind::Tokens, 1, 100), now);
-        let silence = silence(&mut watch).unwrap();
+        let silence = silence_at_work(&mut watch).unwrap();
         assert!((495..510).contains(&silence.as_secs()), "{silence:?}");
     }
 
@@ -224,13 +278,13 @@ mod tests {
     fn loading_and_the_first_rows_have_more_time_and_not_for_ever() {
         let now = Instant::now();
         let mut loading = Watch::new(FLOOR);
-        assert!((600..610).contains(&silence(&mut loading).unwrap().as_secs()));
+        assert!((600..610).contains(&silence_at_work(&mut loading).unwrap().as_secs()));
         let mut first = loaded(now);
         first.sent(&header(Kind::Tokens, 1, 256), now);
-        assert!((1920..1930).contains(&silence(&mut first).unwrap().as_secs()));
+        assert!((1920..1930).contains(&silence_at_work(&mut first).unwrap().as_secs()));
         let mut most = loaded(now);
         most.sent(&header(Kind::Tokens, 1, u32::MAX), now);
-        assert!((3600..3610).contains(&silence(&mut most).unwrap().as_secs()));
+        assert!((3600..3610).contains(&silence_at_work(&mut most).unwrap().as_secs()));
     }
 
     #[test]

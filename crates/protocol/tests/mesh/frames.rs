@@ -30,7 +30,7 @@ fn goes_between_nodes(kind: Kind) -> bool {
         Kind::Route | Kind::RouteLost | Kind::Sessions => true,
         Kind::Tokens | Kind::Hidden | Kind::Next | Kind::Repeat | Kind::Rewind => true,
         Kind::Sampled | Kind::Done | Kind::StepFailed => true,
-        Kind::Load | Kind::Tokenize | Kind::Tokenized | Kind::Embed | Kind::Embedded => false,
+        Kind::Load | Kind::Alive | Kind::Tokenize | Kind::Tokenized | Kind::Embed | Kind::Embedded => false,
         Kind::SaveState | Kind::State | Kind::Restored => false,
     }
 }

@@ -15,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::{StreamExt, stream::FuturesUnordered};
 use murmur_engine::{Guest, Host, Speed};
 use murmur_gguf::LayerRange;
 use murmur_protocol::{
@@ -28,7 +29,7 @@ use super::{
     alive,
     carry::{self, Drain, FrameReader},
     hop::{self, Hop, STREAMS_IN_MAX, Streams},
-    offers,
+    offers::{self, Offer},
 };
 use crate::{
     Node, NodeOptions,
@@ -169,7 +170,7 @@ async fn hold(node: &Arc<Node>, mesh: &MeshNode, at: usize, terms: Terms) -> Res
     }
     let turn = Arc::clone(&model.holding().loading).lock_owned().await;
     let is_spare = match other() {
-        Some((there, _)) if there != terms => is_spare(node, mesh, model, there).await,
+        Some((there, _)) if there != terms => is_spare(node, mesh, model, there, terms).await,
         _ => false,
     };
     let unwanted = {
@@ -193,14 +194,24 @@ async fn hold(node: &Arc<Node>, mesh: &MeshNode, at: usize, terms: Terms) -> Res
     loading.await.map_err(|_| "this node is stopping".to_owned())?
 }
 
-/// Whether drivers use the same layers at another node, so that they can be given up for some that nobody holds. Of those
-/// that hold the same, the one with the lowest id keeps them.
-async fn is_spare(node: &Node, mesh: &MeshNode, model: &Model, there: Terms) -> bool {
+/// Whether what is held here is held elsewhere too, and what is asked for nowhere: then the one can be given up for the other. Of
+/// those that hold the same, the one with the lowest id keeps it. A driver may ask for what somebody holds: it has lost sight of that
+/// node for a moment. That is no reason to interrupt others.
+async fn is_spare(node: &Node, mesh: &MeshNode, model: &Model, there: Terms, asked: Terms) -> bool {
     let Some(identity) = model.identity() else { return false };
-    let own = mesh.mesh().node_id();
-    for other in offers::allowed(node, mesh, &identity.digest).iter().filter(|other| other.node < own) {
-        // A node that died a moment ago is still listed.
-        if other.is_used() && other.terms() == there && alive::is_there(mesh, other.node, alive::ALONE).await {
+    let (own, offers) = (mesh.mesh().node_id(), offers::allowed(node, mesh, &identity.digest));
+    let keeps_it = offers.iter().filter(|other| other.node < own && other.is_used() && other.terms() == there);
+    let have_it = offers.iter().filter(|other| other.node != own && other.is_loaded() && other.terms() == asked);
+    let (is_kept, is_to_be_had) = tokio::join!(any_is_there(mesh, keeps_it), any_is_there(mesh, have_it));
+    is_kept && !is_to_be_had
+}
+
+/// Whether one of those answers. One that died a moment ago is still listed.
+async fn any_is_there<'a>(mesh: &MeshNode, listed: impl Iterator<Item = &'a Offer>) -> bool {
+    let mut asked: FuturesUnordered<_> =
+        listed.map(|offer| alive::is_there(mesh, offer.node, alive::ALONE)).collect();
+    while let Some(is_there) = asked.next().await {
+        if is_there {
             return true;
         }
     }

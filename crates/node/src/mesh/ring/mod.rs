@@ -101,8 +101,8 @@ struct Seat {
     lags: Arc<Notify>,
     /// Hidden states from the one did not arrive at the other, who holds the next stage: since then they go through this node.
     detour: Option<(NodeId, NodeId, Instant)>,
-    /// Who was lost last, and when.
-    lost: Option<(NodeId, Instant)>,
+    /// Who was lost of late, and when, the last one at the end.
+    lost: Vec<(NodeId, Instant)>,
     /// That one could not be reached any more; its stage did not end before.
     is_unreachable: bool,
 }
@@ -124,13 +124,24 @@ impl Seat {
             lag: Lag::default(),
             lags: Arc::default(),
             detour: None,
-            lost: None,
+            lost: Vec::new(),
             is_unreachable: false,
         }
     }
 
     fn holder(&self) -> Option<NodeId> {
         self.taken.as_ref().map(|taken| taken.to.node)
+    }
+
+    fn is_lost(&mut self, holder: NodeId, now: Instant) {
+        self.lost.retain(|(node, at)| *node != holder && now.saturating_duration_since(*at) < AVOIDED);
+        self.lost.push((holder, now));
+    }
+
+    /// In which order nodes are asked to hold it: those that were not lost, then whose loss is longest ago.
+    fn order(&self, offer: &Offer) -> impl Ord + use<> {
+        let lost = self.lost.iter().find(|(node, at)| *node == offer.node && at.elapsed() < AVOIDED);
+        (lost.map(|(_, at)| *at), offer.node != self.planned, order(offer, self.range))
     }
 }
 
@@ -212,10 +223,7 @@ impl Ring {
         if wishes::is_pinned(&node.options().ring, seat.planned) {
             asked.retain(|offer| offer.node == seat.planned);
         }
-        asked.sort_by_cached_key(|offer| {
-            let is_avoided = seat.lost.is_some_and(|(lost, at)| lost == offer.node && at.elapsed() < AVOIDED);
-            (is_avoided, offer.node != seat.planned, order(offer, seat.range))
-        });
+        asked.sort_by_cached_key(|offer| seat.order(offer));
         (seat.range, asked.into_iter().map(|offer| offer.node).collect())
     }
 
@@ -287,7 +295,8 @@ impl Ring {
         if seat.taken.take_if(|taken| taken.to == to).is_none() {
             return;
         }
-        (seat.lost, seat.is_unreachable) = (Some((to.node, Instant::now())), ended.is_err());
+        seat.is_lost(to.node, Instant::now());
+        seat.is_unreachable = ended.is_err();
         tracing::debug!(node = %to.node.short(), layers = %seat.range, ?ended, "a stage of a ring is lost");
         // Who stands by is about to be named.
         if seat.standby.is_none() {
@@ -474,7 +483,7 @@ impl RemoteStage for Stage {
     fn lost_because(&self) -> String {
         let seats = self.ring.seats();
         let seat = &seats[self.index];
-        match seat.lost {
+        match seat.lost.last() {
             Some((node, _)) => format!("node {}, which held layers {}, is lost", node.short(), seat.range),
             None => format!("the connection to layers {} has ended", seat.range),
         }
@@ -546,5 +555,21 @@ mod tests {
         ];
         let ids: Vec<NodeId> = offers.iter().map(|offer| offer.node).collect();
         assert_eq!(asked(offers.into_iter().rev().collect(), range), ids);
+    }
+
+    #[test]
+    fn who_was_lost_is_asked_after_all_others_and_first_whose_loss_is_longest_ago() {
+        let range = LayerRange::new(4, 8);
+        let offers = [0, 1, 2, 3].map(|node| offer(node, range, 100.0));
+        let [planned, other, lost_first, lost_last] = offers.each_ref().map(|offer| offer.node);
+        let mut seat = Seat::new(range, planned);
+        let began = Instant::now();
+        // The one was lost before as well.
+        for (at, node) in [lost_last, lost_first, lost_last].into_iter().enumerate() {
+            seat.is_lost(node, began + Duration::from_nanos(at as u64));
+        }
+        let mut asked = offers;
+        asked.sort_by_cached_key(|offer| seat.order(offer));
+        assert_eq!(asked.map(|offer| offer.node), [planned, other, lost_first, lost_last]);
     }
 }

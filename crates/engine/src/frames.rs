@@ -23,6 +23,11 @@ impl<S: AsyncRead + Unpin> FrameReader<S> {
         FrameReader { source, bytes: BytesMut::from(begun) }
     }
 
+    /// Whether the next frame has come already.
+    pub fn has_next(&self) -> bool {
+        matches!(Frame::length(&self.bytes), Ok(Some(length)) if length <= self.bytes.len())
+    }
+
     /// The next frame; `None` at the end of the stream. Nothing is lost if it is dropped before it is done.
     ///
     /// # Errors
@@ -71,7 +76,9 @@ mod tests {
         let sent = written(&frames);
         tokio::spawn(async move { far.write_all(&sent).await.unwrap() });
         let mut reader = FrameReader::new(near, &written(&[frame(5)]));
+        assert!(reader.has_next());
         assert_eq!(reader.next().await.unwrap(), Some(frame(5)));
+        assert!(!reader.has_next());
         for frame in frames {
             assert_eq!(reader.next().await.unwrap(), Some(frame));
         }

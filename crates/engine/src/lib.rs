@@ -34,5 +34,5 @@ pub use engine::{
 };
 pub use frames::FrameReader;
 pub use host::{Guest, Host, HostError, Speed};
-pub use link::{CHILD_SUBCOMMAND, LinkError, RemoteStage};
+pub use link::{Answers, CHILD_SUBCOMMAND, Connection, FarEnd, LinkError, RemoteStage, connection};
 pub use murmur_protocol::stage::Keep;

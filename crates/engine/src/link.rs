@@ -1,6 +1,7 @@
 //! The driver's end of a stage: send without blocking, receive until it is lost. Mostly the stage is a child process, which
 //! is started here and ended when it hangs; it may be on another machine, and then somebody carries the frames there.
 
+mod far;
 mod watch;
 
 use std::{
@@ -23,8 +24,10 @@ use rustix::{
     io::Errno,
     net::SendFlags,
 };
-use tokio::time::timeout;
+use tokio::{sync::mpsc, time::timeout};
 use watch::Watch;
+
+pub use far::{Answers, Connection, FarEnd, connection};
 
 use crate::{FrameReader, Stop};
 
@@ -73,12 +76,12 @@ pub enum LinkError {
 
 /// A stage on another machine, or one that may be: whoever implements this finds it and carries the frames.
 pub trait RemoteStage: Send + Sync {
-    /// Connects to whoever holds the layers now: a socket on which both ends send frames as a driver and its child do, what
-    /// to load left out. It ends when the stage is lost. Blocks, until `stop` at most.
+    /// Connects to whoever holds the layers now: frames go both ways as between a driver and its child, what to load left out. It
+    /// ends when the stage is lost. Blocks, until `stop` at most.
     ///
     /// # Errors
     /// Why nobody holds them, for people.
-    fn connect(&self, stop: &Stop) -> Result<UnixStream, String>;
+    fn connect(&self, stop: &Stop) -> Result<Connection, String>;
 
     /// Why the last connection ended, for people.
     fn lost_because(&self) -> String;
@@ -100,17 +103,19 @@ pub struct Unsendable {
 }
 
 /// A stage that runs. Dropping it kills the process.
-pub struct Link {
-    far: Far,
-    sender: Arc<Sender>,
-}
+pub struct Link(Far);
 
 /// What is at the other end.
 enum Far {
     /// A process of ours.
-    Child { process: Mutex<Child>, stderr: Arc<Mutex<Vec<u8>>>, watch: Arc<Mutex<Watch>> },
+    Child { process: Mutex<Child>, sender: Arc<Sender>, stderr: Arc<Mutex<Vec<u8>>>, watch: Arc<Mutex<Watch>> },
     /// A stage on another machine. Whether it hangs is for those to find out who run it.
-    Elsewhere(Arc<dyn RemoteStage>),
+    Elsewhere {
+        stage: Arc<dyn RemoteStage>,
+        /// `None`: it was ended.
+        questions: Mutex<Option<mpsc::UnboundedSender<Frame>>>,
+        inbox: Arc<far::Inbox>,
+    },
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -197,19 +202,24 @@ impl Sender {
 impl Drop for Link {
     fn drop(&mut self) {
         self.kill();
-        if let Far::Child { process, .. } = &self.far {
+        if let Far::Child { process, .. } = &self.0 {
             let _ = lock(process).wait();
         }
     }
 }
 
 /// The receiving half of a [`Link`].
-pub struct Receiver(BufReader<Watched>);
+pub struct Receiver(Source);
+
+enum Source {
+    Child(BufReader<Watched>),
+    Elsewhere(Arc<far::Inbox>),
+}
 
 /// Reads from a stage and ends when a child hangs, as if it were dead.
 struct Watched {
     socket: UnixStream,
-    watch: Option<Arc<Mutex<Watch>>>,
+    watch: Arc<Mutex<Watch>>,
 }
 
 impl Read for Watched {
@@ -217,7 +227,7 @@ impl Read for Watched {
         loop {
             match self.socket.read(buffer) {
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                    if self.watch.as_ref().is_some_and(|watch| lock(watch).tick()) {
+                    if lock(&self.watch).tick() {
                         return Err(io::ErrorKind::TimedOut.into());
                     }
                 }
@@ -230,18 +240,33 @@ impl Read for Watched {
 impl Receiver {
     /// The next frame, and whether more have arrived already; `None` when the child is gone, or hangs.
     pub fn receive(&mut self) -> Option<(Frame, bool)> {
+        let child = match &mut self.0 {
+            Source::Child(child) => child,
+            Source::Elsewhere(inbox) => return inbox.next(),
+        };
         loop {
-            let frame = Frame::read_from(&mut self.0).ok().flatten()?;
-            if let Some(watch) = &self.0.get_ref().watch {
-                let mut watch = lock(watch);
+            let frame = Frame::read_from(child).ok().flatten()?;
+            {
+                let mut watch = lock(&child.get_ref().watch);
                 watch.received(&frame.header, Instant::now());
                 if watch.hung().is_some() {
                     return None;
                 }
             }
             if frame.header.kind != Kind::Alive {
-                return Some((frame, self.0.buffer().len() >= HEADER_BYTES));
+                return Some((frame, child.buffer().len() >= HEADER_BYTES));
             }
+        }
+    }
+
+    /// Has all further frames taken, each with the word whether more have arrived already, until the stage is lost. Blocks; what comes
+    /// from another machine is taken by the thread that brings it.
+    pub fn receive_all(&mut self, take: impl Fn(Frame, bool) + Send + 'static) {
+        if let Source::Elsewhere(inbox) = &self.0 {
+            return inbox.all(Box::new(take));
+        }
+        while let Some((frame, more)) = self.receive() {
+            take(frame, more);
         }
     }
 
@@ -272,9 +297,9 @@ pub struct Frames {
 impl Receiver {
     /// Goes on in the runtime that the caller is in. Only for a child of ours.
     pub fn into_frames(self) -> io::Result<Frames> {
-        let begun = self.0.buffer().to_vec();
-        let Watched { socket, watch } = self.0.into_inner();
-        let watch = watch.ok_or(io::ErrorKind::Unsupported)?;
+        let Source::Child(child) = self.0 else { return Err(io::ErrorKind::Unsupported.into()) };
+        let begun = child.buffer().to_vec();
+        let Watched { socket, watch } = child.into_inner();
         socket.set_nonblocking(true)?;
         let socket = tokio::net::UnixStream::from_std(socket)?;
         Ok(Frames { reader: FrameReader::new(socket, &begun), watch })
@@ -329,81 +354,95 @@ impl Link {
         }
         ours.set_read_timeout(Some(Watch::tick_interval(silence_floor))).map_err(FrameError::from)?;
         let watch = Arc::new(Mutex::new(Watch::new(silence_floor)));
-        let far = Far::Child { process: Mutex::new(process), stderr, watch: watch.clone() };
-        let (link, receiver) = Link::over(ours, far, Some(watch))?;
+        let sender = Arc::new(Sender {
+            socket: ours.try_clone().map_err(FrameError::from)?,
+            backlog: Mutex::default(),
+            filled: Condvar::new(),
+        });
+        let (process, writer) = (Mutex::new(process), sender.clone());
+        let link = Link(Far::Child { process, sender, stderr, watch: watch.clone() });
+        let started = thread::Builder::new().name("engine-writer".into()).spawn(move || writer.write_backlog());
+        started.map_err(FrameError::from)?;
         if let Some(unsendable) = link.send(&[Frame::message(Header::new(Kind::Load, 0), load)?]).pop() {
             return Err(unsendable.error.into());
         }
-        Ok((link, receiver))
+        let reader = BufReader::with_capacity(RECEIVE_BYTES, Watched { socket: ours, watch });
+        Ok((link, Receiver(Source::Child(reader))))
     }
 
     /// Connects to a stage on another machine. Blocks.
     pub(crate) fn connect(stage: &Arc<dyn RemoteStage>, stop: &Stop) -> Result<(Link, Receiver), LinkError> {
-        let socket = stage.connect(stop).map_err(LinkError::Lost)?;
-        Link::over(socket, Far::Elsewhere(stage.clone()), None)
-    }
-
-    fn over(socket: UnixStream, far: Far, watch: Option<Arc<Mutex<Watch>>>) -> Result<(Link, Receiver), LinkError> {
-        let sender = Arc::new(Sender {
-            socket: socket.try_clone().map_err(FrameError::from)?,
-            backlog: Mutex::default(),
-            filled: Condvar::new(),
-        });
-        let writer = sender.clone();
-        let link = Link { far, sender };
-        let started = thread::Builder::new().name("engine-writer".into()).spawn(move || writer.write_backlog());
-        started.map_err(FrameError::from)?;
-        Ok((link, Receiver(BufReader::with_capacity(RECEIVE_BYTES, Watched { socket, watch }))))
+        let Connection { questions, inbox } = stage.connect(stop).map_err(LinkError::Lost)?;
+        let (stage, questions) = (stage.clone(), Mutex::new(Some(questions)));
+        let receiver = Receiver(Source::Elsewhere(inbox.clone()));
+        Ok((Link(Far::Elsewhere { stage, questions, inbox }), receiver))
     }
 
     /// Sends frames, in order, without blocking. Those that are no valid frames are left out and given back.
     pub fn send(&self, frames: &[Frame]) -> Vec<Unsendable> {
-        let mut bytes = Vec::with_capacity(frames.iter().map(|f| HEADER_BYTES + f.payload.len()).sum());
-        let mut unsendable = Vec::new();
-        {
-            let mut watch = match &self.far {
-                Far::Child { watch, .. } => Some(lock(watch)),
-                Far::Elsewhere(_) => None,
-            };
-            let now = Instant::now();
-            for frame in frames {
-                match frame.append_to(&mut bytes) {
-                    Ok(()) => watch.iter_mut().for_each(|watch| watch.sent(&frame.header, now)),
-                    Err(error) => unsendable.push(Unsendable { session: frame.header.session, error }),
+        let unsendable = |frame: &Frame, error| Unsendable { session: frame.header.session, error };
+        match &self.0 {
+            Far::Child { sender, watch, .. } => {
+                let mut bytes = Vec::with_capacity(frames.iter().map(|f| HEADER_BYTES + f.payload.len()).sum());
+                let mut left_out = Vec::new();
+                {
+                    let (mut watch, now) = (lock(watch), Instant::now());
+                    for frame in frames {
+                        match frame.append_to(&mut bytes) {
+                            Ok(()) => watch.sent(&frame.header, now),
+                            Err(error) => left_out.push(unsendable(frame, error)),
+                        }
+                    }
                 }
+                sender.send(&bytes);
+                left_out
+            }
+            Far::Elsewhere { questions, .. } => {
+                let questions = lock(questions);
+                let send = |frame: &Frame| {
+                    frame.check().map_err(|error| unsendable(frame, error))?;
+                    // When nobody carries them any more, the stage is about to be lost.
+                    questions.as_ref().map(|questions| questions.send(frame.clone()));
+                    Ok(())
+                };
+                frames.iter().filter_map(|frame| send(frame).err()).collect()
             }
         }
-        self.sender.send(&bytes);
-        unsendable
     }
 
     /// The child's process id; `None`: it is on another machine.
     pub fn process_id(&self) -> Option<u32> {
-        match &self.far {
+        match &self.0 {
             Far::Child { process, .. } => Some(lock(process).id()),
-            Far::Elsewhere(_) => None,
+            Far::Elsewhere { .. } => None,
         }
     }
 
     /// Ends the child, whatever it does, or the connection; does not wait for it.
     pub fn kill(&self) {
-        self.sender.close();
-        if let Far::Child { process, .. } = &self.far {
-            let _ = lock(process).kill();
+        match &self.0 {
+            Far::Child { process, sender, .. } => {
+                sender.close();
+                let _ = lock(process).kill();
+            }
+            Far::Elsewhere { questions, inbox, .. } => {
+                lock(questions).take();
+                inbox.close();
+            }
         }
     }
 
     /// Whether it has ended because another machine could not be reached any more.
     pub fn is_unreachable(&self) -> bool {
-        matches!(&self.far, Far::Elsewhere(stage) if stage.is_unreachable())
+        matches!(&self.0, Far::Elsewhere { stage, .. } if stage.is_unreachable())
     }
 
     /// How it ended; ends it if it has not, and waits for a child.
     pub fn died(&self) -> LinkError {
         self.kill();
-        let (process, stderr, watch) = match &self.far {
-            Far::Child { process, stderr, watch } => (process, stderr, watch),
-            Far::Elsewhere(stage) => return LinkError::Lost(stage.lost_because()),
+        let (process, stderr, watch) = match &self.0 {
+            Far::Child { process, stderr, watch, .. } => (process, stderr, watch),
+            Far::Elsewhere { stage, .. } => return LinkError::Lost(stage.lost_because()),
         };
         let status = lock(process).wait().map_or_else(|e| e.to_string(), |status| status.to_string());
         if let Some(silence) = lock(watch).hung() {

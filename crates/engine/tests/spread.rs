@@ -5,14 +5,13 @@
 mod common;
 
 use std::{
-    os::unix::net::UnixStream,
     sync::{Arc, atomic::Ordering, mpsc},
     thread,
 };
 
 use common::{spread::Spread, *};
 use futures::future::join_all;
-use murmur_engine::{Engine, EngineError, Guest, Host, HostError, RemoteStage, Stop};
+use murmur_engine::{Connection, Engine, EngineError, Guest, Host, HostError, RemoteStage, Stop};
 use murmur_gguf::{LayerRange, synth::Weights};
 use murmur_protocol::{
     codec::Codec,
@@ -250,7 +249,7 @@ fn sessions_that_a_driver_does_not_have_any_more_make_room() {
 struct Nowhere(mpsc::Sender<()>);
 
 impl RemoteStage for Nowhere {
-    fn connect(&self, stop: &Stop) -> Result<UnixStream, String> {
+    fn connect(&self, stop: &Stop) -> Result<Connection, String> {
         self.0.send(()).unwrap();
         while !stop.is_stopped() {
             thread::yield_now();

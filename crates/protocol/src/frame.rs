@@ -254,6 +254,14 @@ impl Frame {
         Ok(())
     }
 
+    /// Whether it can be written.
+    ///
+    /// # Errors
+    /// Its payload is too large.
+    pub fn check(&self) -> Result<(), FrameError> {
+        self.header_bytes().map(drop)
+    }
+
     fn header_bytes(&self) -> Result<[u8; HEADER_BYTES], FrameError> {
         let length = u32::try_from(self.payload.len()).ok().filter(|&n| n <= MAX_PAYLOAD_BYTES);
         let length = length.ok_or(FrameError::Malformed("payload above the limit"))?;

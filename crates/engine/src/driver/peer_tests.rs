@@ -1,17 +1,17 @@
 //! What a model on another machine that guesses is told.
 
-use std::{os::unix::net::UnixStream, sync::Arc};
+use std::sync::Arc;
 
 use murmur_protocol::sampling::{Sampled, SamplingParams};
 
 use super::*;
-use crate::{Stop, link::RemoteStage};
+use crate::{Connection, Stop, link::RemoteStage};
 
 /// Whoever guesses, its frames are looked at here.
 struct Nowhere;
 
 impl RemoteStage for Nowhere {
-    fn connect(&self, _: &Stop) -> Result<UnixStream, String> {
+    fn connect(&self, _: &Stop) -> Result<Connection, String> {
         Err(self.lost_because())
     }
 

@@ -147,7 +147,7 @@ impl Shared {
     }
 
     /// Serves a stage until the engine is stopped. `None`: it is not up yet.
-    pub(super) fn supervise(&self, stage: usize, receiver: Option<Receiver>) {
+    pub(super) fn supervise(self: &Arc<Self>, stage: usize, receiver: Option<Receiver>) {
         let mut failures = 0;
         let found = receiver.or_else(|| self.bring_back(stage, String::new(), &mut failures));
         let Some(mut receiver) = found else { return self.drive(|driver| driver.stop(ENDING)) };
@@ -219,14 +219,15 @@ impl Shared {
         }
     }
 
-    fn receive(&self, stage: usize, receiver: &mut Receiver) {
-        while let Some((frame, more)) = receiver.receive() {
-            let mut driver = self.driver();
+    fn receive(self: &Arc<Self>, stage: usize, receiver: &mut Receiver) {
+        let shared = Arc::clone(self);
+        receiver.receive_all(move |frame, more| {
+            let mut driver = shared.driver();
             driver.on_frame(stage, frame);
             // What arrived together is answered together, so that the next batch is not torn apart.
             if !more {
-                self.flush(&mut driver);
+                shared.flush(&mut driver);
             }
-        }
+        });
     }
 }

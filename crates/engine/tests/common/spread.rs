@@ -1,8 +1,6 @@
 //! A model over hosts in this process, each found by whoever carries the frames.
 
 use std::{
-    io::Write,
-    os::unix::net::UnixStream,
     path::Path,
     sync::{
         Arc, LazyLock, Mutex, Weak,
@@ -13,7 +11,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use murmur_engine::{Draft, Engine, EngineOptions, Guest, Host, PeerDraft, RemoteStage, Stop};
+use murmur_engine::{
+    Connection, Draft, Engine, EngineOptions, FarEnd, Guest, Host, PeerDraft, RemoteStage, Stop, connection,
+};
 use murmur_gguf::{LayerRange, even_cuts};
 use murmur_protocol::frame::{Frame, Header, Kind};
 use tokio::runtime::Runtime;
@@ -99,41 +99,35 @@ pub fn guesser(lab: &Lab, model: &Path, delay: Duration, twist: Twist, spoilt: f
 type Place = Mutex<Weak<Guest>>;
 
 impl RemoteStage for Seat {
-    fn connect(&self, stop: &Stop) -> Result<UnixStream, String> {
+    fn connect(&self, stop: &Stop) -> Result<Connection, String> {
         while self.holder.is_gone.load(Ordering::Relaxed) {
             if stop.is_stopped() {
                 return Err("it is gone".to_owned());
             }
             thread::sleep(Duration::from_millis(10));
         }
-        let (engines, ours) = UnixStream::pair().unwrap();
+        let (engines, FarEnd { mut questions, answers }) = connection();
         let host = self.holder.host();
-        let (answers, answered) = mpsc::channel::<Frame>();
-        let guest = Arc::new(host.enter(move |frame| drop(answers.send(frame))));
+        let (answer, answered) = mpsc::channel::<Frame>();
+        let guest = Arc::new(host.enter(move |frame| drop(answer.send(frame))));
         *self.place.lock().unwrap() = Arc::downgrade(&guest);
         let (next, twist) = (self.next.clone(), self.twist);
         let loaded = Frame::message(Header::new(Kind::Loaded, 0), host.loaded()).unwrap();
-        let (mut from, mut to) = (ours.try_clone().unwrap(), ours);
         thread::spawn(move || {
-            loaded.write_to(&mut to).unwrap();
+            answers.give([loaded]);
             while let Ok(frame) = answered.recv() {
                 let next = next.as_ref().and_then(|(holder, place)| Some((holder, place.lock().unwrap().upgrade()?)));
                 if let (Kind::Hidden, Some((holder, guest))) = (frame.header.kind, next) {
                     holder.take(&guest, frame);
                     continue;
                 }
-                let mut bytes = Vec::new();
-                twist(frame).append_to(&mut bytes).unwrap();
-                if to.write_all(&bytes).is_err() {
-                    break;
-                }
+                answers.give([twist(frame)]);
             }
-            let _ = to.shutdown(std::net::Shutdown::Both);
         });
         let (sent, on_its_way) = mpsc::channel::<(Instant, Frame)>();
         let (delay, holder) = (self.delay, self.holder.clone());
         thread::spawn(move || {
-            while let Ok(Some(frame)) = Frame::read_from(&mut from) {
+            while let Some(frame) = questions.blocking_recv() {
                 sent.send((Instant::now() + delay, frame)).unwrap();
             }
         });

@@ -7,24 +7,19 @@
 
 use std::{
     cmp::Ordering,
-    os::unix::net::UnixStream,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
-use murmur_engine::{Draft, PeerDraft, RemoteStage, Stop};
+use murmur_engine::{Answers, Connection, Draft, FarEnd, PeerDraft, RemoteStage, Stop};
 use murmur_net::PeerView;
 use murmur_protocol::{
-    frame::{FrameError, Kind},
+    frame::{Frame, FrameError, Kind},
     mesh::{Capabilities, DraftOpen, GuessOffer, ModelDigest, ModelState, NodeId, VocabularyId, Work},
 };
-use tokio::{runtime::Handle, time::sleep};
+use tokio::{runtime::Handle, sync::mpsc, time::sleep};
 
-use super::{
-    AVOIDED, Opened, Ring, ask,
-    carry::{self, Drain, FrameReader},
-    hear, socket_pair, until_loaded, while_wanted, wishes,
-};
+use super::{AVOIDED, Opened, Ring, ask, carry, hear, until_loaded, while_wanted, wishes};
 use crate::{
     Node,
     draft::{DraftWish, FOUND_PART},
@@ -144,7 +139,7 @@ impl Borrower {
     }
 
     /// Looks until somebody guesses. Errors are for people.
-    async fn connect(self: &Arc<Self>) -> Result<UnixStream, String> {
+    async fn connect(self: &Arc<Self>) -> Result<Connection, String> {
         loop {
             sleep(LOOK_EVERY).await;
             let (node, mesh) = both(&self.node, &self.mesh).ok_or("this node is stopping")?;
@@ -156,7 +151,7 @@ impl Borrower {
             let around_us = ring.around_us(&mesh, &peers) as f64;
             for lender in self.need.best_of(self.lenders(&node, &peers), around_us) {
                 match self.open(&mesh, &ring, &lender).await {
-                    Ok(opened) => return self.seat(lender, opened).map_err(|error| error.to_string()),
+                    Ok(opened) => return Ok(self.seat(lender, opened)),
                     Err(reason) => {
                         tracing::debug!("{} does not guess with {}: {reason}", lender.node.short(), lender.name);
                         self.avoid(lender.node);
@@ -207,36 +202,35 @@ impl Borrower {
     }
 
     /// Notes who guesses, and carries frames from now on.
-    fn seat(self: &Arc<Self>, lender: Lender, opened: Opened) -> Result<UnixStream, std::io::Error> {
-        let (engines, ours) = socket_pair()?;
+    fn seat(self: &Arc<Self>, lender: Lender, opened: Opened) -> Connection {
+        let (engines, ours) = murmur_engine::connection();
         let to = lender.node;
         tracing::info!("{} guesses with {} from now on", to.short(), lender.name);
         self.state().lender = Some(lender);
         let borrower = Arc::clone(self);
         tokio::spawn(async move {
-            let (source, drain) = ours.into_split();
-            let (mut engine, mut questions): (Drain, _) = (Box::pin(drain), FrameReader::new(Box::pin(source), &[]));
-            let ended = borrower.carry(to, (&mut engine, &mut questions), opened).await;
+            let FarEnd { questions, answers } = ours;
+            let ended = borrower.carry(to, (&answers, questions), opened).await;
             tracing::debug!(node = %to.short(), ?ended, "a node does not guess any more");
             borrower.state().lender = None;
             if ended.is_err() {
                 borrower.avoid(to);
             }
         });
-        Ok(engines)
+        engines
     }
 
     /// Carries frames between the engine of this driver and the node that guesses, until either has enough.
     async fn carry(
         &self,
         to: NodeId,
-        (engine, questions): (&mut Drain, &mut FrameReader),
+        (engine, mut questions): (&Answers, mpsc::UnboundedReceiver<Frame>),
         opened: Opened,
     ) -> Result<(), FrameError> {
         let Opened { reader: mut answers, drain: mut lender, loaded } = opened;
-        carry::write(engine, &[loaded]).await?;
+        engine.give([loaded]);
         let outward = async {
-            while let Some(frame) = questions.next().await? {
+            while let Some(frame) = questions.recv().await {
                 carry::write(&mut lender, &[frame]).await?;
             }
             Ok(())
@@ -246,7 +240,7 @@ impl Borrower {
                 let Some(frame) = hear(&mesh, to, &mut answers).await? else { break };
                 // A sign of life is no answer.
                 if frame.header.kind != Kind::Progress {
-                    carry::write(engine, &[frame]).await?;
+                    engine.give([frame]);
                 }
             }
             Ok(())
@@ -275,7 +269,7 @@ impl Borrower {
 struct Seat(Arc<Borrower>);
 
 impl RemoteStage for Seat {
-    fn connect(&self, stop: &Stop) -> Result<UnixStream, String> {
+    fn connect(&self, stop: &Stop) -> Result<Connection, String> {
         while_wanted(&self.0.runtime, stop, self.0.connect())
     }
 

@@ -208,8 +208,7 @@ async fn is_spare(node: &Node, mesh: &MeshNode, model: &Model, there: Terms, ask
 
 /// Whether one of those answers. One that died a moment ago is still listed.
 async fn any_is_there<'a>(mesh: &MeshNode, listed: impl Iterator<Item = &'a Offer>) -> bool {
-    let mut asked: FuturesUnordered<_> =
-        listed.map(|offer| alive::is_there(mesh, offer.node, alive::ALONE)).collect();
+    let mut asked: FuturesUnordered<_> = listed.map(|offer| alive::is_there(mesh, offer.node, alive::ALONE)).collect();
     while let Some(is_there) = asked.next().await {
         if is_there {
             return true;

@@ -26,12 +26,11 @@ pub(crate) mod standby;
 mod wishes;
 
 use std::{
-    os::unix::net::UnixStream,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
-use murmur_engine::{RemoteStage, Stop};
+use murmur_engine::{Answers, Connection, FarEnd, RemoteStage, Stop};
 use murmur_gguf::LayerRange;
 use murmur_net::{NetError, PeerView, stream};
 use murmur_protocol::{
@@ -69,6 +68,8 @@ const NEAR_US: f64 = 20_000.0;
 const DETOUR_MIN: Duration = Duration::from_secs(30);
 /// How often an engine that looks for a stage looks whether it has been stopped.
 const STOP_SEEN_EVERY: Duration = Duration::from_millis(100);
+/// Frames for a host that are written at once.
+const QUESTIONS_AT_ONCE: usize = 64;
 /// Bytes on their way within this process.
 const PIPE_BYTES: usize = 256 << 10;
 
@@ -181,9 +182,9 @@ impl Ring {
         hops.map(|(from, to)| links.get(from, to).one_way_us).sum::<f64>() as u64
     }
 
-    async fn connect(self: &Arc<Self>, index: usize) -> Result<UnixStream, String> {
+    async fn connect(self: &Arc<Self>, index: usize) -> Result<Connection, String> {
         if let Some((to, opened)) = self.steps_in(index).await {
-            return self.seat(index, to, opened).map_err(|error| error.to_string());
+            return Ok(self.seat(index, to, opened));
         }
         let (node, mesh) = both(&self.node, &self.mesh).ok_or("this node is stopping")?;
         let ring = RingId::from_bytes(rand::random());
@@ -195,7 +196,7 @@ impl Ring {
             match opening.await {
                 Ok(opened) => {
                     let to = RouteTo { node: holder, ring };
-                    return self.seat(index, to, opened).map_err(|error| error.to_string());
+                    return Ok(self.seat(index, to, opened));
                 }
                 Err(reason) => {
                     reasons.push(format!("{}: {reason}", holder.short()));
@@ -267,8 +268,8 @@ impl Ring {
     }
 
     /// Notes who holds a stage, tells the neighbours in the ring, and carries frames from now on.
-    fn seat(self: &Arc<Self>, index: usize, to: RouteTo, opened: Opened) -> Result<UnixStream, std::io::Error> {
-        let (engines, ours) = socket_pair()?;
+    fn seat(self: &Arc<Self>, index: usize, to: RouteTo, opened: Opened) -> Connection {
+        let (engines, ours) = murmur_engine::connection();
         let (words, told) = mpsc::unbounded_channel();
         {
             let mut seats = self.seats();
@@ -280,13 +281,12 @@ impl Ring {
         }
         let ring = Arc::clone(self);
         tokio::spawn(async move {
-            let (source, drain) = ours.into_split();
-            // The engine learns of the end when these are dropped, and then asks for its reason.
-            let (mut engine, mut questions): (Drain, _) = (Box::pin(drain), FrameReader::new(Box::pin(source), &[]));
-            let ended = ring.carry_both(index, to, (&mut engine, &mut questions), opened, told).await;
+            let FarEnd { questions, answers } = ours;
+            // The engine learns of the end when the answers end, and then asks for its reason.
+            let ended = ring.carry_both(index, to, (&answers, questions), opened, told).await;
             ring.lose(index, to, ended);
         });
-        Ok(engines)
+        engines
     }
 
     fn lose(&self, index: usize, to: RouteTo, ended: Result<(), FrameError>) {
@@ -309,29 +309,29 @@ impl Ring {
         &self,
         index: usize,
         to: RouteTo,
-        (engine, questions): (&mut Drain, &mut FrameReader),
+        (engine, mut questions): (&Answers, mpsc::UnboundedReceiver<Frame>),
         opened: Opened,
         mut told: mpsc::UnboundedReceiver<Frame>,
     ) -> Result<(), FrameError> {
         let Opened { reader: mut answers, drain: mut host, loaded } = opened;
-        carry::write(engine, &[loaded]).await?;
+        engine.give([loaded]);
         let outward = async {
+            let mut frames = Vec::new();
             loop {
-                let frame = tokio::select! {
+                tokio::select! {
                     biased;
-                    Some(frame) = told.recv() => frame,
-                    frame = questions.next() => match frame? {
-                        Some(frame) => {
-                            self.copy(index, &frame);
-                            frame
-                        }
-                        None => return Ok(()),
+                    Some(frame) = told.recv() => frames.push(frame),
+                    questions = questions.recv_many(&mut frames, QUESTIONS_AT_ONCE) => match questions {
+                        0 => return Ok(()),
+                        _ => frames.iter().for_each(|frame| self.copy(index, frame)),
                     },
                 };
-                carry::write(&mut host, &[frame]).await?;
+                carry::write(&mut host, &frames).await?;
+                frames.clear();
             }
         };
         let inward = async {
+            let mut frames = Vec::new();
             while let Some(mesh) = self.mesh.upgrade() {
                 let Some(frame) = hear(&mesh, to.node, &mut answers).await? else { break };
                 self.note(index, &frame.header);
@@ -339,7 +339,10 @@ impl Ring {
                     // A sign of life is no answer.
                     Kind::Progress => {}
                     Kind::RouteLost if !self.is_lost_way(index, to.node, &frame)? => {}
-                    _ => carry::write(engine, &[frame]).await?,
+                    _ => frames.push(frame),
+                }
+                if !answers.has_next() {
+                    engine.give(frames.drain(..));
                 }
             }
             Ok(())
@@ -437,13 +440,6 @@ async fn until_loaded(mesh: &MeshNode, host: NodeId, mut reader: FrameReader, dr
     }
 }
 
-/// Two ends of a way within this process: the engine's, and ours.
-fn socket_pair() -> Result<(UnixStream, tokio::net::UnixStream), std::io::Error> {
-    let (engines, ours) = UnixStream::pair()?;
-    ours.set_nonblocking(true)?;
-    Ok((engines, tokio::net::UnixStream::from_std(ours)?))
-}
-
 /// Connects an engine with one of its stages, or with whoever guesses for it, unless it is stopped meanwhile. Blocks.
 fn while_wanted<T>(
     runtime: &Handle,
@@ -475,7 +471,7 @@ struct Stage {
 }
 
 impl RemoteStage for Stage {
-    fn connect(&self, stop: &Stop) -> Result<UnixStream, String> {
+    fn connect(&self, stop: &Stop) -> Result<Connection, String> {
         // A host may load for minutes.
         while_wanted(&self.ring.runtime, stop, self.ring.connect(self.index))
     }

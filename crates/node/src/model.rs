@@ -399,7 +399,7 @@ impl Model {
         };
         let context_tokens = options.ctx_tokens.unwrap_or(fit::DEFAULT_CONTEXT_TOKENS).min(context_tokens_max);
         tracing::info!("{} is spread over the mesh: {reason}", self.id());
-        Ok(self.spread.set(Spread { facts, context_tokens, reason, since: Instant::now() }).is_ok())
+        Ok(self.spread.set(Spread { facts, context_tokens, reason }).is_ok())
     }
 
     /// Why and how it is spread over the mesh, if it is.

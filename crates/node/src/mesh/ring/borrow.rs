@@ -19,7 +19,7 @@ use murmur_protocol::{
 };
 use tokio::{runtime::Handle, sync::mpsc, time::sleep};
 
-use super::{AVOIDED, Opened, Ring, ask, carry, hear, until_loaded, while_wanted, wishes};
+use super::{AVOIDED, NotHeld, Opened, Ring, ask, carry, hear, until_loaded, while_wanted, wishes};
 use crate::{
     Node,
     draft::{DraftWish, FOUND_PART},
@@ -190,7 +190,7 @@ impl Borrower {
         lenders.collect()
     }
 
-    async fn open(&self, mesh: &MeshNode, ring: &Ring, lender: &Lender) -> Result<Opened, String> {
+    async fn open(&self, mesh: &MeshNode, ring: &Ring, lender: &Lender) -> Result<Opened, NotHeld> {
         let open = DraftOpen {
             model: lender.model,
             vocabulary: lender.offer.vocabulary,

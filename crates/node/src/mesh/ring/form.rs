@@ -9,7 +9,7 @@
 //! for a while it goes back, and the second ring's machines let go of what nobody uses.
 
 use std::{
-    sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
+    sync::{Arc, Mutex, OnceLock, Weak},
     time::{Duration, Instant},
 };
 
@@ -36,6 +36,11 @@ use crate::{
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long each node gives those with lower ids to make a ring.
 const TURN: Duration = Duration::from_secs(10);
+/// The same when there was one before: they know each other, and requests may wait. All whose ring is lost notice it at about the same time,
+/// and what one of them begins is known to the others within it.
+const TURN_AGAIN: Duration = Duration::from_secs(2);
+/// So many are waited for at most: requests do not wait for long.
+const TURNS_AGAIN_MAX: u32 = 10;
 /// A first ring is made when the same nodes have offered layers for so long. Those that start together hear of each other one by one,
 /// and of what the others have begun a moment after they did: who goes ahead at once takes itself for the first.
 const HEARD_OF: Duration = Duration::from_millis(1500);
@@ -72,7 +77,12 @@ fn look_at_all(node: &Arc<Node>, mesh: &Arc<MeshNode>) {
         return;
     }
     for model in spread.iter().map(|&at| &node.models[at]) {
-        drop((model.holding().let_go(host::UNUSED_MAX), model.let_go_failed(), model.let_go_left()));
+        drop((model.holding().let_go(host::UNUSED_MAX), model.let_go_left()));
+        if let (Some(failed), (_, Some(ring))) = (model.let_go_failed(), model.ring()) {
+            model.search().failed(ring.lost());
+            // Only now: with its engine a ring loses all its hosts.
+            drop(failed);
+        }
     }
     let sight = Sight::of(node, mesh);
     spread.into_iter().for_each(|at| look(node, mesh, at, &sight));
@@ -98,9 +108,12 @@ fn look(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, sight: &Sight<'_>) {
         let mut search = model.search();
         offers.retain(|offer| !search.is_avoided(offer.node));
         let before = offers.iter().filter(|offer| offer.node < own).count() as u32;
-        // Where nodes come and go all the time, there is an end to it.
-        let heard_of = (search.same_nodes_since(&offers) + HEARD_OF).min(spread.since + TURN);
-        let first_from = heard_of.max(spread.since + TURN * before);
+        let same_nodes_since = search.same_nodes_since(&offers);
+        let first_from = match search.without_since(in_use.is_none()) {
+            (since, true) => since + TURN_AGAIN * before.min(TURNS_AGAIN_MAX),
+            // Where nodes come and go all the time, there is an end to it.
+            (since, false) => (same_nodes_since + HEARD_OF).min(since + TURN).max(since + TURN * before),
+        };
         let since = search.crowded_since(is_waiting);
         let is_crowded = since.is_some_and(|since| since.elapsed() >= CROWDED + TURN_WHEN_PRESSED * before);
         let is_unused = search.idle_since(is_idle).is_some_and(|since| since.elapsed() >= IDLE_MAX);
@@ -232,7 +245,7 @@ fn open(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, plan: &Plan, size: Si
             exact: node.options().exact,
         },
         seats: seats.collect::<Vec<_>>().into(),
-        refused: Mutex::default(),
+        not_held: Mutex::default(),
         borrower: OnceLock::new(),
     });
     let mut elsewhere = ring.stages().into_iter();
@@ -262,8 +275,7 @@ fn open(node: &Arc<Node>, mesh: &Arc<MeshNode>, at: usize, plan: &Plan, size: Si
             Ok(()) => model.has_ring(ring),
             Err(error) => {
                 let reason = with_causes(&error);
-                let refused = ring.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                model.search().failed(refused);
+                model.search().failed(ring.not_held());
                 match model.needs_ring() {
                     true => {
                         tracing::warn!("{}: no ring: {reason}", model.id());
@@ -284,8 +296,6 @@ pub(crate) struct Spread {
     pub(crate) context_tokens: u32,
     /// Why it is spread, for people.
     pub(crate) reason: String,
-    /// Since when it is.
-    pub(crate) since: Instant,
 }
 
 impl Spread {

@@ -11,6 +11,9 @@ use murmur_protocol::frame::Header;
 
 /// Who lags behind by less than this, or than is usual, is not asked whether it is there.
 const DOUBT_MIN: Duration = Duration::from_millis(10);
+/// Who lags behind by more is asked however usual that is: with the chunks of a prompt two machines may lie far apart, and a node answers
+/// while its engine computes.
+const DOUBT_MAX: Duration = Duration::from_millis(50);
 /// Nobody who is there is suspected of less.
 pub(super) const LAG_MIN: Duration = Duration::from_millis(100);
 /// Nor of less than so many times what is usual.
@@ -95,7 +98,7 @@ impl Lag {
     pub(super) fn deadlines(&self) -> Option<Deadlines> {
         let since = self.sessions.values().filter_map(|steps| steps.owed.front()).map(|(_, since)| *since).min();
         since.map(|since| Deadlines {
-            doubtful: since + DOUBT_MIN.max(self.usual),
+            doubtful: since + self.usual.clamp(DOUBT_MIN, DOUBT_MAX),
             too_late: since + LAG_MIN.max(LAG_FACTOR * self.usual),
         })
     }
@@ -161,9 +164,16 @@ mod tests {
         assert_eq!(doubtful(&lag), None);
         lag.standby_has(&step(1, 0, 0), now);
         assert_eq!(doubtful(&lag), Some(now + DOUBT_MIN));
-        lag.holder_has(&step(1, 0, 0), now + ms(60));
+        lag.holder_has(&step(1, 0, 0), now + ms(30));
         lag.standby_has(&step(1, 0, 1), now + ms(70));
-        assert_eq!(doubtful(&lag), Some(now + ms(70) + ms(60)));
+        assert_eq!(doubtful(&lag), Some(now + ms(70) + ms(30)));
+        // However much is usual, it costs nothing to ask.
+        lag.holder_has(&step(1, 0, 1), now + ms(3000));
+        lag.standby_has(&step(1, 0, 2), now + ms(3000));
+        assert_eq!(
+            (doubtful(&lag), too_late(&lag)),
+            (Some(now + ms(3000) + DOUBT_MAX), Some(now + ms(3000) + LAG_FACTOR * ms(2930)))
+        );
     }
 
     #[test]

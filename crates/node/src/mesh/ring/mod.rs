@@ -83,7 +83,7 @@ pub(crate) struct Ring {
     whole: Terms,
     seats: Mutex<Vec<Seat>>,
     /// Who did not hold the layers that were planned for it.
-    refused: Mutex<Vec<NodeId>>,
+    not_held: Mutex<Vec<(NodeId, NotHeld)>>,
     /// What looks for a node nearby that guesses for it, if that is wished.
     borrower: OnceLock<Arc<Borrower>>,
 }
@@ -146,6 +146,17 @@ impl Seat {
     }
 }
 
+/// Why a node does not hold layers, for people.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+enum NotHeld {
+    /// It says why.
+    #[error("{0}")]
+    Refused(String),
+    /// It does not answer, or ends.
+    #[error("{0}")]
+    Unreachable(String),
+}
+
 /// A host that has its layers ready.
 struct Opened {
     reader: FrameReader,
@@ -182,6 +193,20 @@ impl Ring {
         hops.map(|(from, to)| links.get(from, to).one_way_us).sum::<f64>() as u64
     }
 
+    /// Who did not hold the layers that were planned for it.
+    fn not_held(&self) -> Vec<(NodeId, NotHeld)> {
+        self.not_held.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Who was lost and has no successor.
+    fn lost(&self) -> Vec<(NodeId, NotHeld)> {
+        let lost = |seat: &Seat| {
+            let (node, _) = seat.lost.last().filter(|_| seat.taken.is_none())?;
+            Some((*node, unreachable("it was lost")))
+        };
+        self.seats().iter().filter_map(lost).collect()
+    }
+
     async fn connect(self: &Arc<Self>, index: usize) -> Result<Connection, String> {
         if let Some((to, opened)) = self.steps_in(index).await {
             return Ok(self.seat(index, to, opened));
@@ -202,7 +227,7 @@ impl Ring {
                     reasons.push(format!("{}: {reason}", holder.short()));
                     // Others refuse what they have not offered.
                     if holder == planned {
-                        self.refused.lock().unwrap_or_else(PoisonError::into_inner).push(holder);
+                        self.not_held.lock().unwrap_or_else(PoisonError::into_inner).push((holder, reason));
                     }
                 }
             }
@@ -228,7 +253,7 @@ impl Ring {
         (seat.range, asked.into_iter().map(|offer| offer.node).collect())
     }
 
-    /// Asks a host for a stage, and waits until it is loaded there. Errors are for people.
+    /// Asks a host for a stage, and waits until it is loaded there.
     async fn open(
         &self,
         node: &Arc<Node>,
@@ -236,7 +261,7 @@ impl Ring {
         holder: NodeId,
         range: LayerRange,
         ring: RingId,
-    ) -> Result<Opened, String> {
+    ) -> Result<Opened, NotHeld> {
         let Terms { range: whole, context_tokens, parallel, exact } = self.whole;
         let open = StageOpen {
             model: self.model,
@@ -414,27 +439,31 @@ fn show_the_way_around(seats: &[Seat], changed: usize) {
     changed.checked_sub(1).into_iter().chain([changed]).for_each(|at| show_the_way(seats, at));
 }
 
-/// Opens a stream to a node on which frames follow a request. Errors are for people.
-async fn ask(mesh: &MeshNode, node: NodeId, request: &Work) -> Result<(FrameReader, Drain), String> {
+/// Opens a stream to a node on which frames follow a request.
+async fn ask(mesh: &MeshNode, node: NodeId, request: &Work) -> Result<(FrameReader, Drain), NotHeld> {
     let asking = async {
         let (mut send, recv) = mesh.mesh().open_work(node).await?;
         stream::write(&mut send, request).await?;
         Ok::<_, NetError>((send, recv))
     };
     // To reach one that died a moment ago would be tried for ten seconds.
-    let asked = while_there(mesh, node, asking).await.map_err(|error| error.to_string())?;
-    let (send, recv) = asked.map_err(|error| error.to_string())?;
+    let asked = while_there(mesh, node, asking).await.map_err(unreachable)?;
+    let (send, recv) = asked.map_err(unreachable)?;
     Ok((FrameReader::new(Box::pin(recv), &[]), Box::pin(send)))
 }
 
-/// Waits until a host has loaded what it was asked for. Errors are for people.
-async fn until_loaded(mesh: &MeshNode, host: NodeId, mut reader: FrameReader, drain: Drain) -> Result<Opened, String> {
+fn unreachable(error: impl ToString) -> NotHeld {
+    NotHeld::Unreachable(error.to_string())
+}
+
+/// Waits until a host has loaded what it was asked for.
+async fn until_loaded(mesh: &MeshNode, host: NodeId, mut reader: FrameReader, drain: Drain) -> Result<Opened, NotHeld> {
     loop {
-        let frame = hear(mesh, host, &mut reader).await.map_err(|error| error.to_string())?;
-        let frame = frame.ok_or("it has hung up")?;
+        let frame = hear(mesh, host, &mut reader).await.map_err(unreachable)?;
+        let frame = frame.ok_or_else(|| unreachable("it has hung up"))?;
         match frame.header.kind {
             Kind::Loaded => return Ok(Opened { reader, drain, loaded: frame }),
-            Kind::LoadFailed => return Err(frame.as_text()),
+            Kind::LoadFailed => return Err(NotHeld::Refused(frame.as_text())),
             _ => {}
         }
     }

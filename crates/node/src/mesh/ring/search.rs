@@ -1,15 +1,19 @@
 //! What a search for a ring remembers from one look to the next.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     time::{Duration, Instant},
 };
 
 use murmur_core::planner::Placement;
 use murmur_protocol::mesh::NodeId;
 
-use super::{AVOIDED, facts, offers::Offer};
+use super::{AVOIDED, NotHeld, facts, offers::Offer};
 use crate::mesh::links::is_another_rtt;
+
+/// A node that did not hold what it had offered, and said so, is not asked for so long: it had promised its room to another driver, and what
+/// it has is known by then. Each time that it does so again it is twice as long, up to [`AVOIDED`].
+const REFUSED: Duration = Duration::from_secs(2);
 
 /// The memory of the search for a model's ring.
 pub(crate) struct Search {
@@ -17,6 +21,10 @@ pub(crate) struct Search {
     seen: Option<(Vec<Offer>, Option<Vec<Placement>>)>,
     /// Who offered layers when it was looked at last, and since when these did.
     same_nodes: Option<(Vec<NodeId>, Instant)>,
+    /// Since when there is no ring: the last one, or the last that was tried, is no more.
+    without_since: Option<Instant>,
+    /// Whether there was one before, or one was tried.
+    is_another: bool,
     /// When to look again although nothing has changed.
     again_at: Option<Instant>,
     /// Since when there is a better ring than the one in use.
@@ -30,9 +38,15 @@ pub(crate) struct Search {
     /// Before that no better ring is looked for than the one beside the crowded one.
     stays_until: Instant,
     /// Who did not hold what it said, and until when it is not believed.
-    avoided: Vec<(NodeId, Instant)>,
+    avoided: HashMap<NodeId, Avoided>,
     /// Time of a row in a layer, us, when decoding and in a prompt, as it was measured last.
     measured: BTreeMap<NodeId, (u32, u32)>,
+}
+
+/// A node that did not hold what it said.
+struct Avoided {
+    time: Duration,
+    until: Instant,
 }
 
 impl Search {
@@ -40,13 +54,15 @@ impl Search {
         Search {
             seen: None,
             same_nodes: None,
+            without_since: None,
+            is_another: false,
             again_at: None,
             better_since: None,
             moves_from: Instant::now(),
             crowded_since: None,
             idle_since: None,
             stays_until: Instant::now(),
-            avoided: Vec::new(),
+            avoided: HashMap::new(),
             measured: BTreeMap::new(),
         }
     }
@@ -82,6 +98,14 @@ impl Search {
         self.same_nodes.insert(same.unwrap_or_else(|| (nodes, Instant::now()))).1
     }
 
+    /// Notes whether there is a ring now, and says since when there is none, and whether that is not for the first time.
+    pub(super) fn without_since(&mut self, is_without: bool) -> (Instant, bool) {
+        let now = Instant::now();
+        self.is_another |= !is_without;
+        self.without_since = is_without.then(|| self.without_since.unwrap_or(now));
+        (self.without_since.unwrap_or(now), self.is_another)
+    }
+
     /// Notes whether there is a better ring now, and says since when there is.
     pub(super) fn better_since(&mut self, is_better: bool) -> Option<Instant> {
         self.better_since = is_better.then(|| self.better_since.unwrap_or_else(Instant::now));
@@ -110,23 +134,31 @@ impl Search {
         self.is_time(self.stays_until)
     }
 
-    /// A ring could not be opened. The next one is without the nodes that refused; when none did, no better one is opened for as
-    /// long.
-    pub(super) fn failed(&mut self, refused: Vec<NodeId>) {
-        let until = Instant::now() + AVOIDED;
+    /// A ring could not be opened, or is lost. The next one is without the nodes that did not hold their layers; when there are none, no
+    /// better one is opened for as long.
+    pub(super) fn failed(&mut self, without: impl IntoIterator<Item = (NodeId, NotHeld)>) {
+        let now = Instant::now();
         // Nothing has changed for which a better one would have to wait.
-        self.stays_until = Instant::now();
-        if refused.is_empty() {
-            self.moves_from = until;
+        self.stays_until = now;
+        let mut without = without.into_iter().peekable();
+        if without.peek().is_none() {
+            self.moves_from = now + AVOIDED;
         }
-        self.avoided.extend(refused.into_iter().map(|node| (node, until)));
-        self.seen = None;
+        self.avoided.retain(|_, avoided| avoided.until + AVOIDED > now);
+        for (node, not_held) in without {
+            let before = self.avoided.get(&node).map(|avoided| avoided.time);
+            let time = match not_held {
+                NotHeld::Refused(_) => before.map_or(REFUSED, |before| (2 * before).min(AVOIDED)),
+                NotHeld::Unreachable(_) => AVOIDED,
+            };
+            self.avoided.insert(node, Avoided { time, until: now + time });
+        }
+        (self.seen, self.without_since, self.is_another) = (None, None, true);
     }
 
     /// Whether rings are made without this node now.
-    pub(super) fn is_avoided(&mut self, node: NodeId) -> bool {
-        self.avoided.retain(|(_, until)| *until > Instant::now());
-        self.avoided.iter().any(|(avoided, _)| *avoided == node)
+    pub(super) fn is_avoided(&self, node: NodeId) -> bool {
+        self.avoided.get(&node).is_some_and(|avoided| avoided.until > Instant::now())
     }
 
     /// Adds what was measured before. Of a node that has let go of its layers that counts on, and one that has not computed any
@@ -178,8 +210,37 @@ mod tests {
         let ring = vec![Placement { node: id(1), layers: LayerRange::new(0, LAYERS) }];
         let due = [search.is_due(&offers, Some(&ring)), search.is_due(&offers, Some(&ring))];
         assert_eq!(due, [true, false]);
-        search.failed(vec![id(2)]);
+        search.failed([(id(2), NotHeld::Refused(String::new()))]);
         assert!(search.is_due(&offers, Some(&ring)) && search.is_avoided(id(2)) && !search.is_avoided(id(1)));
+    }
+
+    #[test]
+    fn who_refuses_is_asked_again_soon_and_each_time_later_and_who_cannot_be_reached_not_before_long() {
+        let mut search = Search::new();
+        let refused = || NotHeld::Refused(String::new());
+        let times = [(); 6].map(|()| {
+            search.failed([(id(1), refused()), (id(2), NotHeld::Unreachable(String::new()))]);
+            [1, 2].map(|node| search.avoided[&id(node)].time.as_secs())
+        });
+        assert_eq!(times.map(|[refuses, _]| refuses), [2, 4, 8, 16, 30, 30]);
+        assert_eq!(times.map(|[_, silent]| silent), [30; 6]);
+        // That was long ago.
+        search.avoided.get_mut(&id(1)).unwrap().until = Instant::now() - AVOIDED;
+        assert!(!search.is_avoided(id(1)));
+        search.failed([(id(1), refused())]);
+        assert_eq!(search.avoided[&id(1)].time, REFUSED);
+    }
+
+    #[test]
+    fn turns_to_make_a_ring_begin_anew_when_one_is_lost_and_when_one_could_not_be_made() {
+        let mut search = Search::new();
+        let (first, is_another) = search.without_since(true);
+        assert!(!is_another && search.without_since(true) == (first, false));
+        search.without_since(false);
+        let (lost, is_another) = search.without_since(true);
+        assert!(lost > first && is_another && search.without_since(true).0 == lost);
+        search.failed([]);
+        assert!(search.without_since(true).0 > lost);
     }
 
     #[test]

@@ -45,6 +45,8 @@ use crate::{
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A node that refused, or stood by and was given up, is asked again after this.
 const AGAIN: Duration = Duration::from_secs(10);
+/// How soon a host that owes something and is there is asked again whether it is.
+const ASKED_EVERY: Duration = Duration::from_millis(100);
 /// What waits to be written to one that stands by, bytes. With more it has fallen behind.
 const WAITING_BYTES_MAX: u32 = 32 << 20;
 
@@ -174,7 +176,7 @@ impl Ring {
             // It is not given up later for having been asked.
             let is_there = timeout_at(too_late.into(), answer).await.unwrap_or(true);
             if is_there {
-                until(too_late).await;
+                until(too_late.min(Instant::now() + ASKED_EVERY)).await;
             }
             if self.owes(index, |it| if is_there { it.too_late } else { it.doubtful }) {
                 self.seats()[index].lag.give_up();

@@ -70,11 +70,11 @@ def in_turns(rounds, first, second):
     return ours, theirs
 
 
-def decode_rate(server, tokens=DECODE_TOKENS, **more):
-    """Tokens per second after the first, the cost of prompt and connection taken off by a request for one token. `more`: further
-    fields of the requests."""
-    _, one = server.generate(servers.unique_prompt(SHORT_PROMPT), 1, **more)
-    _, many = server.generate(servers.unique_prompt(SHORT_PROMPT), tokens, **more)
+def decode_rate(server, tokens=DECODE_TOKENS, known=(), **more):
+    """Tokens per second after the first, the cost of prompt and connection taken off by a request for one token. `known`: what ends the
+    prompt, token ids; `more`: further fields of the requests."""
+    _, one = server.generate([*servers.unique_prompt(SHORT_PROMPT), *known], 1, **more)
+    _, many = server.generate([*servers.unique_prompt(SHORT_PROMPT), *known], tokens, **more)
     return (tokens - 1) / (many - one)
 
 

@@ -98,10 +98,10 @@ PROMPT_TOKENS, PREFILL_STAGES = 4096, 4
 CHUNK_TOKENS = 256
 CODECS, RATES_MBIT_S = ("f16", "q8"), (20, 100)
 DEATHS_STAGES, DEATHS_MS = 3, (0, 20)
-# What is interrupted, by the model: prompt and answer, tokens. A prompt of the second takes its time on the links, not in the stages.
+# What is interrupted, by the model: prompt and answer, tokens. Of the second there is little to compute.
 DEATHS = {
     "bench-0.5b": (("an answer", 16, 48), ("a prompt of 512", 512, 1)),
-    "bench-wide:9": (("a prompt of 4,096", 4096, 1),),
+    "bench-wide:3": (("a prompt of 2,048", 2048, 1),),
 }
 # Where in an answer or a prompt somebody is killed, as parts of the time that it takes undisturbed.
 DEATHS_BETWEEN = (0.1, 0.8)
@@ -123,7 +123,9 @@ SHARED_MS, SHARED_RIGHT, SHARED_TOKENS = 60, 0.85, 160
 BORROWED_MS, NEAR_MS, BORROWED_RIGHT = 60, 2, (0.7, 0.85)
 # The name in the file of the synthetic model, and another one that is as long.
 NAMED, RENAMED = b"murmur-synth-llama", b"murmur-twin--llama"
-COPIED_MS, COPIED_RIGHT, COPIED_TOKENS, COPIED_TRIES = (60, 200), (1, 0.97), 1024, 4
+COPIED_MS, COPIED_RIGHT, COPIED_TOKENS, COPIED_TRIES, COPIED_ABOUT = (60, 200), (1, 0.97), 1024, 6, 0.003
+# What is said again, from the first token on.
+COPIED = (*[servers.FIRST_TOKEN] * 8, servers.LAST_TOKEN, *[servers.FIRST_TOKEN] * 8)
 
 
 class Ring:
@@ -311,12 +313,14 @@ def pauses(options, first, by_id, prompt, answer, standby):
         return Story(first, servers.unique_prompt(prompt), answer)
 
     first.wait(complete)
-    undisturbed = [told(story()) for _ in range(3)]
-    first_s, whole_s = (statistics.median(times) for times in zip(*undisturbed, strict=True))
-    begin_s = first_s if answer > 1 else 0
+    undisturbed = [told(story()) for _ in range(2)]
     paused_s, lost = [], 0
     while len(paused_s) + lost < options.kills:
         first.wait(complete)
+        # How long it takes undisturbed differs from one ring to the next, and most by what else the processors have to do.
+        undisturbed.append(told(story()))
+        first_s, whole_s = (statistics.median(times) for times in zip(*undisturbed, strict=True))
+        begin_s = first_s if answer > 1 else 0
         victim = by_id[random.choice(stages())["node"]]
         disturbed = story()
         time.sleep(begin_s + random.uniform(*DEATHS_BETWEEN) * (whole_s - begin_s))
@@ -326,9 +330,12 @@ def pauses(options, first, by_id, prompt, answer, standby):
         if disturbed.end != "length":
             print(f"  lost: {disturbed.end}")
             lost += 1
-        elif (pause_s := disturbed.pause_s(killed) if answer > 1 else end_s - whole_s) is not None:
+        elif (pause_s := disturbed.pause_s(killed) if answer > 1 else end_s) is not None:
             paused_s.append(pause_s)
         victim.launch()
+    if answer == 1:
+        paused_s = [end_s - statistics.median(ends_s for _, ends_s in undisturbed) for end_s in paused_s]
+        print("  undisturbed: " + distribution([whole_s for _, whole_s in undisturbed]))
     return paused_s, lost
 
 
@@ -592,7 +599,8 @@ def copied(options, model, table):
                 for server in (plain, guessing):
                     server.generate(servers.unique_prompt(64), 64, **again)
                 before = counted()
-                pair = in_turns(options.rounds, lambda: decode_rate(guessing, COPIED_TOKENS, **again), lambda: decode_rate(plain, 64, **again))
+                rate = lambda server, tokens: decode_rate(server, tokens, COPIED, **again)
+                pair = in_turns(options.rounds, lambda: rate(guessing, COPIED_TOKENS), lambda: rate(plain, 64))
                 share = part_right(before, counted())
                 bar = 18 if right < 1 else None
                 table.pairs(f"copied text at {ring_ms} ms, {share:.3f} of the guesses right, looked up / not", "tok/s", *pair, bar=bar)
@@ -604,13 +612,16 @@ def copying(server, counted, right):
     bias = {str(servers.FIRST_TOKEN): 100}
     again = {"logit_bias": bias, "temperature": 1, "seed": 1}
     if right < 1:
-        # What the weights themselves say of the two is not known, so it is tried.
+        # What the weights themselves say of the two is not known, so it is tried. Where it comes, the seed and the length of the prompt decide.
         odds = math.log(1 - right)
         for _ in range(COPIED_TRIES):
             bias[str(servers.LAST_TOKEN)] = 100 + odds
             before = counted()
-            server.generate(servers.unique_prompt(64), COPIED_TOKENS, **again)
-            odds += math.log((1 - right) / max(1 - part_right(before, counted()), 0.1 * (1 - right)))
+            decode_rate(server, COPIED_TOKENS, COPIED, **again)
+            share = part_right(before, counted())
+            if abs(share - right) < COPIED_ABOUT:
+                break
+            odds += math.log((1 - right) / max(1 - share, 0.1 * (1 - right)))
     return again
 
 

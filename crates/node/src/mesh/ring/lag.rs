@@ -13,7 +13,7 @@ use murmur_protocol::frame::Header;
 const DOUBT_MIN: Duration = Duration::from_millis(10);
 /// Who lags behind by more is asked however usual that is: with the chunks of a prompt two machines may lie far apart, and a node answers
 /// while its engine computes.
-const DOUBT_MAX: Duration = Duration::from_millis(50);
+const DOUBT_MAX: Duration = Duration::from_millis(20);
 /// Nobody who is there is suspected of less.
 pub(super) const LAG_MIN: Duration = Duration::from_millis(100);
 /// Nor of less than so many times what is usual.
@@ -164,9 +164,9 @@ mod tests {
         assert_eq!(doubtful(&lag), None);
         lag.standby_has(&step(1, 0, 0), now);
         assert_eq!(doubtful(&lag), Some(now + DOUBT_MIN));
-        lag.holder_has(&step(1, 0, 0), now + ms(30));
+        lag.holder_has(&step(1, 0, 0), now + ms(15));
         lag.standby_has(&step(1, 0, 1), now + ms(70));
-        assert_eq!(doubtful(&lag), Some(now + ms(70) + ms(30)));
+        assert_eq!(doubtful(&lag), Some(now + ms(70) + ms(15)));
         // However much is usual, it costs nothing to ask.
         lag.holder_has(&step(1, 0, 1), now + ms(3000));
         lag.standby_has(&step(1, 0, 2), now + ms(3000));

@@ -109,7 +109,7 @@ DEATHS_BETWEEN = (0.1, 0.8)
 GUESSED_SHAPE, GUESSED_STAGES, RINGS_MS = "llama", (2, 4), (0, 20, 60, 100, 200)
 RIGHT_PARTS, RIGHT_PARTS_BARRED = (0.5, 0.7, 0.85, 0.95), (0.7, 0.85)
 # About what one measurement takes, and how many tokens it has.
-GUESSES_S, GUESSED_TOKENS = 3, (16, 1024)
+GUESSES_S, GUESSED_TOKENS = 3, (16, 192)
 UNREPEATED = {"frequency_penalty": 1, "presence_penalty": 1}
 DEMO, DEMO_DRAFT = (pathlib.Path(__file__).parent.parent / "models" / "demo" / f"murmur-demo-{name}.gguf" for name in ("q8_0", "draft-q8_0"))
 DEMO_CONTEXT, STORY_TOKENS = 512, 120

@@ -237,7 +237,19 @@ impl Read for Watched {
     }
 }
 
+/// The next frame of a child, whatever it says; `None` when the child is gone, or hangs.
+fn heard(child: &mut BufReader<Watched>) -> Option<Frame> {
+    let frame = Frame::read_from(child).ok().flatten()?;
+    let mut watch = lock(&child.get_ref().watch);
+    watch.received(&frame.header, Instant::now());
+    watch.hung().is_none().then_some(frame)
+}
+
 impl Receiver {
+    fn of_child(socket: UnixStream, watch: Arc<Mutex<Watch>>) -> Receiver {
+        Receiver(Source::Child(BufReader::with_capacity(RECEIVE_BYTES, Watched { socket, watch })))
+    }
+
     /// The next frame, and whether more have arrived already; `None` when the child is gone, or hangs.
     pub fn receive(&mut self) -> Option<(Frame, bool)> {
         let child = match &mut self.0 {
@@ -245,17 +257,16 @@ impl Receiver {
             Source::Elsewhere(inbox) => return inbox.next(),
         };
         loop {
-            let frame = Frame::read_from(child).ok().flatten()?;
-            {
-                let mut watch = lock(&child.get_ref().watch);
-                watch.received(&frame.header, Instant::now());
-                if watch.hung().is_some() {
-                    return None;
-                }
+            let frame = heard(child)?;
+            if frame.header.kind == Kind::Alive {
+                continue;
             }
-            if frame.header.kind != Kind::Alive {
-                return Some((frame, child.buffer().len() >= HEADER_BYTES));
+            // Signs of life are not taken by anybody: whoever waits for what has arrived with this frame must not wait for what
+            // comes after them.
+            while matches!(Frame::header(child.buffer()), Ok(Some(next)) if next.kind == Kind::Alive) {
+                heard(child)?;
             }
+            return Some((frame, child.buffer().len() >= HEADER_BYTES));
         }
     }
 
@@ -366,8 +377,7 @@ impl Link {
         if let Some(unsendable) = link.send(&[Frame::message(Header::new(Kind::Load, 0), load)?]).pop() {
             return Err(unsendable.error.into());
         }
-        let reader = BufReader::with_capacity(RECEIVE_BYTES, Watched { socket: ours, watch });
-        Ok((link, Receiver(Source::Child(reader))))
+        Ok((link, Receiver::of_child(ours, watch)))
     }
 
     /// Connects to a stage on another machine. Blocks.
@@ -462,5 +472,29 @@ fn keep_tail(mut pipe: impl Read, kept: &Mutex<Vec<u8>>) {
         kept.extend_from_slice(&buffer[..n]);
         let excess = kept.len().saturating_sub(STDERR_BYTES_KEPT);
         kept.drain(..excess);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_what_comes_after_a_sign_of_life() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut receiver = Receiver::of_child(ours, Arc::new(Mutex::new(Watch::new(Duration::from_secs(30)))));
+        let mut says = |kinds: &[Kind]| {
+            let mut bytes = Vec::new();
+            let frames = kinds.iter().map(|&kind| Frame { header: Header::new(kind, 0), payload: Vec::new() });
+            frames.for_each(|frame| frame.append_to(&mut bytes).unwrap());
+            theirs.write_all(&bytes).unwrap();
+        };
+        let mut received = || receiver.receive().map(|(frame, more)| (frame.header.kind, more));
+        says(&[Kind::Alive, Kind::Sampled, Kind::Alive, Kind::Done, Kind::Alive, Kind::Alive]);
+        assert_eq!(received(), Some((Kind::Sampled, true)));
+        // Nothing but signs of life has come with it.
+        assert_eq!(received(), Some((Kind::Done, false)));
     }
 }

@@ -287,6 +287,12 @@ impl Frame {
         Ok(Some(HEADER_BYTES + parse_header(header)?.1 as usize))
     }
 
+    /// The header of the frame that begins with `bytes`; `Ok(None)` before it is complete.
+    pub fn header(bytes: &[u8]) -> Result<Option<Header>, FrameError> {
+        let Some(header) = bytes.first_chunk::<HEADER_BYTES>() else { return Ok(None) };
+        Ok(Some(parse_header(header)?.0))
+    }
+
     /// Parses the frame at the beginning of `bytes`, and says how long it is; `Ok(None)` while it is incomplete.
     pub fn parse(bytes: &[u8]) -> Result<Option<(Frame, usize)>, FrameError> {
         let Some(header_bytes) = bytes.first_chunk::<HEADER_BYTES>() else { return Ok(None) };

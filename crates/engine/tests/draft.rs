@@ -71,6 +71,12 @@ async fn answers(engine: &Engine) -> Vec<Answer> {
     answers
 }
 
+/// Whether so many right guesses are those of a model that knows what comes, however few a busy machine has the time for: what can be
+/// looked up in these requests, whoever guesses, is right a fifth to a quarter of the time.
+fn knows_it(right_tokens: u64, guessed_tokens: u64) -> bool {
+    3 * right_tokens > guessed_tokens
+}
+
 /// The tokens of an answer. Something happens after each, by how many there are.
 async fn tokens_while(engine: &Engine, request: SessionRequest, happens: impl Fn(usize)) -> Vec<Token> {
     read_while(engine.start(request).unwrap(), happens).await.unwrap().tokens
@@ -107,8 +113,8 @@ async fn a_model_guesses_what_another_says() {
             let Counters { guessed_tokens, right_tokens, guessed_by_depth, right_by_depth, .. } =
                 guessing.status().counters;
             assert!(guessed_tokens > right_tokens, "{right_tokens} of {guessed_tokens}");
-            // Some can be looked up, whoever guesses.
-            assert!(right_tokens > 100 || *path != large, "{right_tokens} of {guessed_tokens}");
+            let knows = *path == large && spoilt == 0.0;
+            assert!(!knows || knows_it(right_tokens, guessed_tokens), "{right_tokens} of {guessed_tokens}");
             assert_eq!(right_by_depth.iter().sum::<u64>(), right_tokens);
             if spoilt > 0.0 {
                 assert!(right_by_depth[0] < guessed_by_depth[0], "{right_by_depth:?} of {guessed_by_depth:?}");
@@ -199,7 +205,8 @@ async fn a_model_on_another_machine_guesses_and_whatever_it_says_changes_no_toke
         assert!(holder.arrived(Kind::Open) > 0, "twist {number}: it was never asked");
         // Some can be looked up, whoever guesses.
         assert!(guessed_tokens > 0, "twist {number}");
-        assert!(right_tokens > 100 || number > 1, "{right_tokens} of {guessed_tokens}");
+        let knows = number == 0 || number == 2;
+        assert!(!knows || knows_it(right_tokens, guessed_tokens), "{right_tokens} of {guessed_tokens}");
         // What is right goes on by itself.
         assert!(holder.arrived(Kind::Next) > 0 || number > 1, "twist {number}: it waited for each word");
     }

@@ -73,10 +73,25 @@ impl Wanted<'_> {
         }
     }
 
-    /// A ring that is better than the one in use by enough to change to it: of loaded layers, if there is one.
+    /// A ring that is better than the one in use by enough to change to it: of loaded layers, if there is one. It takes no part of a ring
+    /// that others have beside this one, which would be in the way of both, but may be the whole of it.
     pub(super) fn better(&self, size: Size, now: &[Placement]) -> Option<Plan> {
+        let others = self.of_others(size, now);
+        let is_ring_without = |node: Option<NodeId>| {
+            let left: Vec<_> = others.iter().filter(|other| Some(other.node) != node).cloned().collect();
+            self.plan(&left, &Ask { loaded_only: true, ..self.ask(size) }).is_ok()
+        };
+        let is_ring = is_ring_without(None);
+        let is_theirs = |node: NodeId| others.iter().any(|other| other.node == node) && !self.is_given(node);
+        let is_needed = |node: NodeId| is_ring && is_theirs(node) && !is_ring_without(Some(node));
         let better = |nodes: Vec<NodeFacts>, loaded_only| {
-            self.for_all(size, now, nodes, |planner, ask| planner.improve(&Ask { loaded_only, ..ask }))
+            let improve = |nodes| {
+                let ask_for = |planner: &Planner<'_>, ask| planner.improve(&Ask { loaded_only, ..ask });
+                self.for_all(size, now, nodes, ask_for)
+            };
+            let is_whole = |plan: &Plan| plan.stages.iter().all(|it| self.is_given(it.node) || is_theirs(it.node));
+            let apart = nodes.iter().filter(|node| !is_needed(node.node)).cloned().collect();
+            improve(apart).or_else(|| improve(nodes).filter(|plan| is_ring && is_whole(plan)))
         };
         better(self.held(size), true).or_else(|| better(self.settled(size), false))
     }
@@ -89,27 +104,22 @@ impl Wanted<'_> {
     /// The best ring without the nodes of the one in use. Ends that are kept here are kept in both.
     pub(super) fn beside(&self, size: Size, now: &[Placement]) -> Option<Plan> {
         let mut nodes = self.settled(size);
-        let is_given = |node: NodeId| self.ask.keep_ends > 0 && node == self.ask.driver;
-        nodes.retain(|other| is_given(other.node) || now.iter().all(|stage| stage.node != other.node));
+        nodes.retain(|other| self.is_given(other.node) || now.iter().all(|stage| stage.node != other.node));
         self.plan(&nodes, &self.ask(size)).ok()
     }
 
     /// A ring of loaded layers that other drivers use, without the nodes of the one in use and about as good, which all drivers would
     /// rather keep of the two: the one with the lowest id in it. So they meet, and do not change places.
     pub(super) fn back(&self, size: Size, now: &[Placement]) -> Option<Plan> {
-        let is_given = |node: NodeId| self.ask.keep_ends > 0 && node == self.ask.driver;
-        let is_here = |node: NodeId| now.iter().any(|stage| stage.node == node);
-        let is_used = |node: NodeId| self.offers.iter().any(|offer| offer.node == node && offer.is_used());
-        let mut others = self.held(size);
-        others.retain(|other| is_given(other.node) || is_used(other.node) && !is_here(other.node));
-        let lowest = |nodes: &mut dyn Iterator<Item = NodeId>| nodes.filter(|node| !is_given(*node)).min();
+        let others = self.of_others(size, now);
+        let lowest = |nodes: &mut dyn Iterator<Item = NodeId>| nodes.filter(|node| !self.is_given(*node)).min();
         let lowest_here = lowest(&mut now.iter().map(|stage| stage.node));
         if lowest(&mut others.iter().map(|other| other.node)).is_none_or(|other| Some(other) > lowest_here) {
             return None;
         }
         let ask = Ask { loaded_only: true, ..self.ask(size) };
         let plan = self.plan(&others, &ask).ok()?;
-        let pins = now.iter().filter(|stage| !is_given(stage.node));
+        let pins = now.iter().filter(|stage| !self.is_given(stage.node));
         let pins = pins.map(|stage| Pin::Exactly(stage.node, stage.layers)).collect();
         let here = self.plan(&self.held(size), &Ask { pins, ..ask }).ok()?;
         let is_kept = lowest(&mut plan.stages.iter().map(|stage| stage.node)) < lowest_here;
@@ -144,8 +154,7 @@ impl Wanted<'_> {
             }
         }
         let found = find(&Planner { model: self.facts, nodes: &nodes, links: &links }, ask)?;
-        // Kept ends are given.
-        let is_free = |stage: &&StagePlan| self.ask.keep_ends == 0 || stage.node != self.ask.driver;
+        let is_free = |stage: &&StagePlan| !self.is_given(stage.node);
         let pins = found.stages.iter().filter(is_free).map(|stage| Pin::Exactly(stage.node, stage.layers)).collect();
         self.plan(&nodes, &Ask { pins, ..self.ask(size) }).ok()
     }
@@ -179,6 +188,20 @@ impl Wanted<'_> {
     /// Those of them that hold layers.
     fn held(&self, size: Size) -> Vec<NodeFacts> {
         self.settled(size).into_iter().filter(|node| !node.loaded.is_empty()).collect()
+    }
+
+    /// Those of them that other drivers use and that are not in this ring, beside what is kept here for every ring.
+    fn of_others(&self, size: Size, now: &[Placement]) -> Vec<NodeFacts> {
+        let is_here = |node: NodeId| now.iter().any(|stage| stage.node == node);
+        let is_used = |node: NodeId| self.offers.iter().any(|offer| offer.node == node && offer.is_used());
+        let mut others = self.held(size);
+        others.retain(|other| self.is_given(other.node) || is_used(other.node) && !is_here(other.node));
+        others
+    }
+
+    /// It is in every ring of this driver: ends are kept here.
+    fn is_given(&self, node: NodeId) -> bool {
+        self.ask.keep_ends > 0 && node == self.ask.driver
     }
 
     fn plan(&self, nodes: &[NodeFacts], ask: &Ask) -> Result<Plan, NoRing> {
@@ -309,6 +332,32 @@ pub(super) mod tests {
                 assert_eq!(better(driver, &loaded, &[1, 2, 3]), None);
                 assert_eq!(better(driver, &loaded, &[1, 4, 3]), None);
             }
+        }
+    }
+
+    #[test]
+    fn no_part_of_a_ring_that_others_have_is_better_but_the_whole_may_be() {
+        let ring = |us: [u32; 3]| [0, 1, 2].map(|at| Peer(RING[at].0, 4, us[at]));
+        let beside = |us: [u32; 3]| [ring([1000; 3]), ring(us)].concat();
+        let ring_of = |placements: Option<Vec<Placement>>| {
+            placements.map(|ring| {
+                ring.iter().map(|stage| (1..=8).find(|&number| id(number) == stage.node).unwrap()).collect::<Vec<_>>()
+            })
+        };
+        for driver in [1, 2, 5] {
+            let better = |peers: &[Peer], now: &[u8]| ring_of(better(driver, peers, now));
+            // One of them looks faster.
+            let peers = beside([1000, 100, 1000]);
+            assert_eq!(better(&peers, &[1, 2, 3]), None);
+            // It is the one that another driver has moved to, and the other ring has its own.
+            let moved = [&beside([1000; 3])[..], &[Peer(RING[1].0, 4, 100)]].concat();
+            assert_eq!(better(&moved, &[1, 2, 3]), Some(vec![1, 7, 3]));
+            // One that nobody uses is taken where those of others are not.
+            let free = [&peers[..], &[Peer(None, 4, 50)]].concat();
+            let found = better(&free, &[1, 2, 3]).unwrap();
+            assert!(found.contains(&7) && found.iter().all(|number| [1, 2, 3, 7].contains(number)), "{found:?}");
+            assert_eq!(better(&beside([100; 3]), &[1, 2, 3]), Some(vec![4, 5, 6]));
+            assert_eq!(better(&beside([100; 3]), &[4, 5, 6]), None);
         }
     }
 

@@ -27,10 +27,11 @@ penalty for repetitions, as random weights would repeat themselves and all could
     L    the time of a token without guesses: once around the ring, computing included, measured in the same minutes,
     tau  the time of a token that the pipe cannot beat however long it runs: what the slowest stage computes for a row (its newest step
          in `/api/status`) or what the model that guesses needs for a token (measured alone on one machine), whichever is longer,
-    a    the part of the guesses compared that was right, as counted during the measurement,
+    a    the part of the guesses compared that was right, as counted,
 
-no ring that guesses one token after the other is faster than X(a) = 1 / ((1 - a) L + a tau): each wrong guess costs once around. The
-rate is printed as a part of X, and the rate times L: tokens for each time around the ring. The plain rate is printed as a part of what
+no ring that guesses one token after the other is faster than X(a) = 1 / ((1 - a) L + a tau): each wrong guess costs once around. So does
+the end of an answer, where no guess is wrong, so X is that of each answer: with w wrong guesses among its n tokens after the first,
+n / ((w + 1) L + (n - w - 1) tau). The rate is printed as a part of X, and the rate times L: tokens for each time around the ring. The plain rate is printed as a part of what
 it is at 0 ms with nothing but the ring's way added. All hosts are on one machine: on its two processors, stages and the model that
 guesses do not run at once as those of real rings do. What they need together for a token is printed as well: where that is not small
 beside (1 - a) L, the figure says more of the machine than of the ring.
@@ -165,6 +166,11 @@ class Ring:
             node.__exit__()
 
 
+def status(server):
+    """What it says of its model."""
+    return server.ask("GET", "/api/status")["node"]["models"][0]
+
+
 def token_ms(server):
     return 1000 / decode_rate(server)
 
@@ -231,7 +237,7 @@ def streams(options, model, table):
             ring.generate(servers.unique_prompt(64), 8)
             network.links(FAR_MS)
             pair = in_turns(options.rounds, lambda: together_rate(ring, STREAMS), lambda: together_rate(ring, 1))
-            stages = ring.ask("GET", "/api/status")["node"]["models"][0]["stages"]
+            stages = status(ring)["stages"]
             slowest_ms = max(stage["last_step"]["compute_us"] for stage in stages) / 1000
             alone_ms = token_ms(ring)
             most = min(STREAMS, alone_ms / slowest_ms)
@@ -271,7 +277,7 @@ def codecs(options, model, table):
                 ):
                     for server in (exact, smaller):
                         server.generate(servers.unique_prompt(64), 8)
-                    chosen = smaller.ask("GET", "/api/status")["node"]["models"][0]["stages"][0]["codec"]
+                    chosen = status(smaller)["stages"][0]["codec"]
                     what = f"at {rate_mbit_s} Mbit/s and {FAR_MS} ms, {codec} allowed and {chosen} chosen / f32"
                     pair = in_turns(options.rounds, lambda: token_ms(smaller), lambda: token_ms(exact))
                     table.pairs(f"token {what}", "ms", *pair, lower_is_better=True)
@@ -303,7 +309,7 @@ def pauses(options, first, by_id, prompt, answer, standby):
     """What kills of hosts cost an answer of so many tokens to a prompt of so many, in seconds, and how many were lost."""
 
     def stages():
-        return first.ask("GET", "/api/status")["node"]["models"][0]["stages"]
+        return status(first)["stages"]
 
     def complete():
         held = stages()
@@ -355,19 +361,44 @@ def guesses(options, model, table):
                 draft_ms = statistics.median(token_ms(whole) for _ in range(options.rounds))
             # Where there is no distance, the order of the stages does not matter to anybody: rings are formed over one.
             network.links(FAR_MS)
-            with Ring(options, model, hosts[:stages], layers) as plain:
+            with ring_from_an_end(options, model, hosts[:stages], layers) as plain:
                 network.links(0)
                 plain.generate(servers.unique_prompt(64), 8)
                 near_ms = statistics.median(token_ms(plain) for _ in range(options.rounds))
                 for right in RIGHT_PARTS:
                     spoilt = ("--draft", model, "--draft-spoilt", f"{1 - right:.2f}")
                     network.links(FAR_MS)
-                    with Ring(options, model, hosts[stages:], layers, driver=spoilt) as guessing:
+                    with ring_from_an_end(options, model, hosts[stages:], layers, driver=spoilt) as guessing:
                         for ring_ms in options.rings_ms:
                             # Each of as many hops takes half a round trip.
                             network.links(2 * ring_ms / stages)
                             what = f"ring of {stages} at {ring_ms} ms"
                             guesses_at(options, table, what, (plain, guessing), right, ring_ms + near_ms, draft_ms)
+
+
+@contextlib.contextmanager
+def ring_from_an_end(*ring, **options):
+    """A ring whose driver holds the first part or the last. Whoever holds one in the middle goes a way more, and one ring's length
+    would say nothing of another's. All nodes drive a ring, so its order is good for them together, and chance decides who is in the middle."""
+    while True:
+        with Ring(*ring, **options) as driver:
+            holders, own = [stage["node"] for stage in status(driver)["stages"]], driver.ask("GET", "/api/mesh")["node"]
+            if own in (holders[0], holders[-1]):
+                yield driver
+                return
+            print(f"  the driver is in the middle of a ring ({holders.index(own) + 1} of {len(holders)}): another one", flush=True)
+
+
+def guesses_counted(server):
+    """How many of its guesses were right so far, and of how many that is known."""
+    counts = status(server)
+    return [sum(counts[f"{which}_by_depth"]) for which in ("right", "guessed")]
+
+
+def part_right(before, after):
+    """What part of the guesses was right that were compared between two counts, and how many these are."""
+    were_right, compared = (now - then for now, then in zip(after, before, strict=True))
+    return were_right / max(1, compared), compared
 
 
 def guesses_at(options, table, what, rings, right, about_ms, draft_ms):
@@ -376,27 +407,33 @@ def guesses_at(options, table, what, rings, right, about_ms, draft_ms):
     least, most = GUESSED_TOKENS
     few = min(most, max(least, round(1000 * GUESSES_S / about_ms)))
     many = min(most, round(few / (1 - right)))
-    status = lambda: guessing.ask("GET", "/api/status")["node"]["models"][0]
-    counted = lambda: [sum(status()[f"{which}_by_depth"]) for which in ("right", "guessed")]
     # How far the ring is now, it finds out with the first tokens.
     for server in rings:
         server.generate(servers.unique_prompt(64), least)
-    before = counted()
+    rounds, stages_ms, all_before = [], [], guesses_counted(guessing)
     rate = lambda server, tokens: decode_rate(server, tokens, **UNREPEATED)
-    rates = in_turns(max(2, options.rounds // 2), lambda: rate(guessing, many), lambda: rate(plain, few))
-    were_right, compared = (now - then for now, then in zip(counted(), before, strict=True))
-    steps = [stage["last_step"] for stage in status()["stages"]]
-    stages_ms = [step["compute_us"] / step["batch_rows"] / 1000 for step in steps]
+
+    def guessed():
+        before, rated = guesses_counted(guessing), rate(guessing, many)
+        share, compared = part_right(before, guesses_counted(guessing))
+        # One for each wrong guess, and the one with which the answer ends.
+        rounds.append(round((1 - share) * compared) + 1)
+        steps = [stage["last_step"] for stage in status(guessing)["stages"]]
+        stages_ms.append([step["compute_us"] / step["batch_rows"] / 1000 for step in steps])
+        return rated
+
+    rates = in_turns(max(2, options.rounds // 2), guessed, lambda: rate(plain, few))
     if right == RIGHT_PARTS[0]:
         table.pairs(f"{what}, plain / 1/L", "tok/s", rates[1], [1000 / about_ms] * len(rates[1]), bar=0.97)
-    share = were_right / max(1, compared)
-    ring_ms, tau_ms = 1000 / statistics.median(rates[1]), max(*stages_ms, draft_ms)
-    limit = 1000 / ((1 - share) * ring_ms + share * tau_ms)
+    share, compared = part_right(all_before, guesses_counted(guessing))
+    ring_ms, slowest_ms = 1000 / statistics.median(rates[1]), statistics.median(map(max, stages_ms))
+    tau_ms, together_ms = max(slowest_ms, draft_ms), draft_ms + statistics.median(map(sum, stages_ms))
+    limits = [1000 * (many - 1) / (count * ring_ms + (many - 1 - count) * tau_ms) for count in rounds]
     bar = 0.9 if right in RIGHT_PARTS_BARRED else None
-    table.pairs(f"{what}, a = {right}, guesses / X", "tok/s", rates[0], [limit] * len(rates[0]), bar=bar)
+    table.pairs(f"{what}, a = {right}, guesses / X", "tok/s", rates[0], limits, bar=bar)
     print(
-        f"  of {compared} guesses {share:.3f} were right; L {ring_ms:.1f} ms, tau {tau_ms:.2f} ms (guesser {draft_ms:.2f}, slowest stage {max(stages_ms):.2f}), "
-        f"{(draft_ms + sum(stages_ms)) / os.cpu_count():.2f} ms on {os.cpu_count()} processors; "
+        f"  of {compared} guesses {share:.3f} were right; L {ring_ms:.1f} ms, tau {tau_ms:.2f} ms (guesser {draft_ms:.2f}, slowest stage {slowest_ms:.2f}), "
+        f"{together_ms / os.cpu_count():.2f} ms on {os.cpu_count()} processors; "
         f"{statistics.median(rates[0]) * ring_ms / 1000:.2f} tokens for each time around",
         flush=True,
     )
@@ -425,25 +462,23 @@ def borrowed(options, model, table):
 
 def borrowed_at(options, table, plain, here, near, right):
     """One part of right guesses, of a model on the driver's machine (`here`) and of one at a node nearby."""
-    status = lambda: near.ask("GET", "/api/status")["node"]["models"][0]
-    counted = lambda: [sum(status()[f"{which}_by_depth"]) for which in ("right", "guessed")]
     few = round(1000 * GUESSES_S / BORROWED_MS)
     many = round(few / (1 - right))
 
     def rate(server, tokens):
         # It is looked for while requests run, and left alone when none has for a while.
-        while server is near and not (status()["draft"] or {}).get("node"):
+        while server is near and not (status(near)["draft"] or {}).get("node"):
             server.generate(servers.unique_prompt(64), GUESSED_TOKENS[0])
         return decode_rate(server, tokens, **UNREPEATED)
 
     for server in (plain, here, near):
         rate(server, GUESSED_TOKENS[0])
-    before = counted()
+    before = guesses_counted(near)
     what = f"ring of 2 at {BORROWED_MS} ms, a = {right}, guesses from {NEAR_MS} ms away"
     table.pairs(f"{what} / none", "tok/s", *in_turns(options.rounds, lambda: rate(near, many), lambda: rate(plain, few)))
-    were_right, compared = (now - then for now, then in zip(counted(), before, strict=True))
+    share, compared = part_right(before, guesses_counted(near))
     table.pairs(f"{what} / from here", "tok/s", *in_turns(options.rounds, lambda: rate(near, many), lambda: rate(here, many)))
-    print(f"  of {compared} guesses {were_right / max(1, compared):.3f} were right", flush=True)
+    print(f"  of {compared} guesses {share:.3f} were right", flush=True)
 
 
 def pair(options, _, table):
@@ -496,7 +531,7 @@ def window(options, _, table):
 
                 def first_ms(rows):
                     took_s = ring.generate(known + servers.unique_prompt(rows), 1)[1]
-                    steps = [stage["last_step"] for stage in ring.ask("GET", "/api/status")["node"]["models"][0]["stages"]]
+                    steps = [stage["last_step"] for stage in status(ring)["stages"]]
                     if any(step["batch_rows"] != rows for step in steps):
                         raise SystemExit(f"the rows before were not kept: {steps}")
                     computed_ms[rows].append(sum(step["compute_us"] for step in steps) / 1000)
@@ -592,43 +627,36 @@ def copied(options, model, table):
             Ring(options, model, hosts[:2], layers) as plain,
             Ring(options, model, hosts[2:], layers, driver=("--draft", "lookup")) as guessing,
         ):
-            counted = lambda: [sum(guessing.ask("GET", "/api/status")["node"]["models"][0][f"{which}_by_depth"]) for which in ("right", "guessed")]
             for ring_ms, right in itertools.product(COPIED_MS, COPIED_RIGHT):
                 network.links(ring_ms)
-                again = copying(guessing, counted, right)
+                again = copying(guessing, right)
                 for server in (plain, guessing):
                     server.generate(servers.unique_prompt(64), 64, **again)
-                before = counted()
+                before = guesses_counted(guessing)
                 rate = lambda server, tokens: decode_rate(server, tokens, COPIED, **again)
                 pair = in_turns(options.rounds, lambda: rate(guessing, COPIED_TOKENS), lambda: rate(plain, 64))
-                share = part_right(before, counted())
+                share, _ = part_right(before, guesses_counted(guessing))
                 bar = 18 if right < 1 else None
                 table.pairs(f"copied text at {ring_ms} ms, {share:.3f} of the guesses right, looked up / not", "tok/s", *pair, bar=bar)
 
 
-def copying(server, counted, right):
+def copying(server, right):
     """What makes a server say one token over and over, and another one at so many places that about this part of guesses is `right`."""
     # One token, and another one with so much less of it, are far more likely than all others.
     bias = {str(servers.FIRST_TOKEN): 100}
     again = {"logit_bias": bias, "temperature": 1, "seed": 1}
     if right < 1:
-        # What the weights themselves say of the two is not known, so it is tried. Where it comes, the seed and the length of the prompt decide.
+        # What the weights themselves say of the two differs from prompt to prompt, so it is tried, and met about.
         odds = math.log(1 - right)
         for _ in range(COPIED_TRIES):
             bias[str(servers.LAST_TOKEN)] = 100 + odds
-            before = counted()
+            before = guesses_counted(server)
             decode_rate(server, COPIED_TOKENS, COPIED, **again)
-            share = part_right(before, counted())
+            share, _ = part_right(before, guesses_counted(server))
             if abs(share - right) < COPIED_ABOUT:
                 break
             odds += math.log((1 - right) / max(1 - share, 0.1 * (1 - right)))
     return again
-
-
-def part_right(before, after):
-    """What part of the guesses was right that were compared between two counts of right ones and of all."""
-    were_right, compared = (now - then for now, then in zip(after, before, strict=True))
-    return were_right / max(1, compared)
 
 
 def relayed(options, model, table):

@@ -18,6 +18,7 @@
 //! them, and only a suspect that dies alone is given up, so a poisonous request takes no other with it.
 
 mod draft;
+mod gain;
 mod guessing;
 mod pace;
 mod pursuit;
@@ -588,6 +589,7 @@ impl Driver {
 
     /// A token was chosen. Whether the session goes on.
     fn on_token(&mut self, id: u64, sampled: Sampled) -> bool {
+        let is_only = self.running() == 1;
         let Some(session) = self.sessions.get_mut(&id) else { return false };
         let token = sampled.token;
         if !self.options.has(token) {
@@ -600,7 +602,14 @@ impl Driver {
         self.counters.generated_tokens += 1;
         let rejected = session.rejected_at.take();
         self.counters.rejected_us += rejected.map_or(0, |at| self.now_us.saturating_sub(at));
-        if let Some(outcome) = session.push(token) {
+        let before = std::mem::replace(&mut session.token_at, is_only.then_some(self.now_us));
+        let outcome = session.push(token);
+        if let Some(before) = before.filter(|_| is_only) {
+            // What follows a wrong guess has waited for it.
+            let is_guessed = outcome.is_some() || rejected.is_some();
+            self.pace.note_token(is_guessed, self.now_us.saturating_sub(before));
+        }
+        if let Some(outcome) = outcome {
             self.on_outcome(id, outcome);
         }
         let Some(session) = self.sessions.get_mut(&id) else { return false };

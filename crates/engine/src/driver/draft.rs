@@ -310,9 +310,11 @@ impl Guesses {
                 Some(another).filter(|_| self.refrained >= ANOTHER_TRY && sessions == 1)
             })
         };
-        let best = who.into_iter().flatten().filter_map(of).min_by(|a, b| a.us_per_token.total_cmp(&b.us_per_token));
+        let who = who.into_iter().flatten().filter(|_| pace.may_guess());
+        let best = who.filter_map(of).min_by(|a, b| a.us_per_token.total_cmp(&b.us_per_token));
         // Guesses that are there are not thrown away.
-        let plan = best.or_else(|| self.plan.filter(|_| !self.waiting.is_empty()))?;
+        let rest = |plan: &Plan| Plan { depth: guessed.len(), waits: false, ..*plan };
+        let plan = best.or_else(|| self.plan.as_ref().map(rest).filter(|rest| rest.depth > 0))?;
         self.plan = Some(plan);
         if plan.guesser == Guesser::Lookup {
             let more = plan.depth.saturating_sub(self.len());
@@ -463,5 +465,25 @@ mod tests {
         }
         assert_eq!(made, 2);
         assert_eq!((guesses.made, guesses.right), (2, 2));
+    }
+
+    #[test]
+    fn where_guesses_have_cost_time_those_that_are_there_are_used_and_no_more_are_made() {
+        let mut pace = pace(2, 1000, 100, 50_000, false);
+        let mut guesses = Guesses::new(&Draft::Lookup);
+        let mut plan = |pace: &Pace| (guesses.plan(&[7; 8], pace, 1, false, 10), guesses.made, guesses.len());
+        let (begun, made, _) = plan(&pace);
+        assert!(begun.is_some_and(|plan| plan.depth > 0));
+        // Tokens come no sooner than they should without guesses. So some are had without, and come much sooner.
+        for (is_guessed, us) in [(true, 52_000), (false, 30_000), (true, 52_000)] {
+            while pace.may_guess() == is_guessed {
+                pace.note_token(is_guessed, us);
+            }
+        }
+        let (rest, still_made, waiting) = plan(&pace);
+        assert_eq!(still_made, made);
+        assert_eq!(rest.map(|rest| (rest.depth, rest.waits)), Some((waiting, false)));
+        guesses.drop_waiting();
+        assert_eq!(guesses.plan(&[7; 8], &pace, 1, false, 10), None);
     }
 }

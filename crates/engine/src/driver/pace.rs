@@ -2,15 +2,16 @@
 
 use murmur_protocol::{frame::GUESS_ROWS_MAX, stage::Step};
 
-use super::pursuit::Took;
+use super::{gain::Gain, pursuit::Took};
 
 /// How much of the newest measurement enters an average.
 const SMOOTHING: f64 = 0.1;
 /// Rows in a step of generated tokens for which times are kept.
 const ROWS_MAX: usize = GUESS_ROWS_MAX as usize;
 
-fn smooth(known: &mut Option<f64>, new: f64) {
-    *known = Some(known.map_or(new, |was| was + SMOOTHING * (new - was)));
+/// Takes a measurement into an average, `by` so much of the difference.
+pub(super) fn smooth(known: &mut Option<f64>, new: f64, by: f64) {
+    *known = Some(known.map_or(new, |was| was + by * (new - was)));
 }
 
 /// Time of a step of generated rows in one stage, us, by their number.
@@ -22,7 +23,7 @@ pub(super) struct RowCosts {
 impl RowCosts {
     pub(super) fn note(&mut self, step: &Step) {
         if let Some(known) = self.us.get_mut(step.batch_rows as usize) {
-            smooth(known, f64::from(step.compute_us));
+            smooth(known, f64::from(step.compute_us), SMOOTHING);
         }
     }
 
@@ -54,6 +55,7 @@ pub(super) struct Pace {
     is_one_machine: bool,
     /// The model that guesses is on a machine of its own.
     is_drafter_elsewhere: bool,
+    gain: Gain,
 }
 
 impl Pace {
@@ -66,6 +68,7 @@ impl Pace {
             travel_us: (travel_us as f64, None),
             is_one_machine,
             is_drafter_elsewhere: false,
+            gain: Gain::default(),
         }
     }
 
@@ -94,7 +97,7 @@ impl Pace {
     pub(super) fn note_guess(&mut self, rows: u32, took: Took, step: &Step) {
         match took {
             _ if !self.is_drafter_elsewhere => self.drafter.note(step),
-            Took::Alone(us) if rows == 1 => smooth(&mut self.alone_us, us as f64),
+            Took::Alone(us) if rows == 1 => smooth(&mut self.alone_us, us as f64, SMOOTHING),
             Took::Alone(_) => {}
             Took::Behind(us) => {
                 let compute_us = u32::try_from(us).unwrap_or(u32::MAX);
@@ -106,8 +109,20 @@ impl Pace {
     /// A frame of so many rows has come around in `us`, not held up by others of its session.
     pub(super) fn note_ring(&mut self, rows: usize, us: u64) {
         if let Some(compute_us) = self.compute_us(rows) {
-            smooth(&mut self.travel_us.1, (us as f64 - compute_us).max(0.0));
+            smooth(&mut self.travel_us.1, (us as f64 - compute_us).max(0.0), SMOOTHING);
         }
+    }
+
+    /// A token of the only session has come `us` after the one before it, with guesses or without.
+    pub(super) fn note_token(&mut self, is_guessed: bool, us: u64) {
+        if let Some(expected_us) = self.ring_us(1) {
+            self.gain.note(is_guessed, us as f64, expected_us);
+        }
+    }
+
+    /// Whether tokens have not taken longer with guesses than without.
+    pub(super) fn may_guess(&self) -> bool {
+        self.gain.may_guess()
     }
 
     fn compute_us(&self, rows: usize) -> Option<f64> {

@@ -167,6 +167,8 @@ pub(super) struct Session {
     pub(super) alone_since: Option<(usize, u64)>,
     /// When the newest guess was wrong, until a token follows, us.
     pub(super) rejected_at: Option<u64>,
+    /// When the newest token came, if no other session ran, us.
+    pub(super) token_at: Option<u64>,
     /// The first position that each stage computes, of those that it was opened with: see [`Session::plan`].
     pub(super) starts: Vec<u32>,
     pub(super) prompt_tokens: u32,
@@ -194,6 +196,7 @@ impl Session {
             guesses: Guesses::new(draft),
             alone_since: None,
             rejected_at: None,
+            token_at: None,
             starts: Vec::new(),
             cached_tokens: 0,
             max_tokens: request.max_tokens,
@@ -314,7 +317,7 @@ impl Session {
     pub(super) fn requeue(&mut self) {
         self.phase = Phase::Queued;
         self.guesses.drop_waiting();
-        (self.alone_since, self.rejected_at) = (None, None);
+        (self.alone_since, self.rejected_at, self.token_at) = (None, None, None);
         self.epoch += 1;
     }
 }

@@ -1,0 +1,102 @@
+//! Whether guesses pay after all, by how long tokens have taken with them and without.
+//!
+//! What a plan of guesses expects follows from times of single steps, as if each stage and the model that guesses had processors of their
+//! own. Often they do not: that model shares the driver's machine with a stage, and machines may share one. So tokens are timed as they
+//! come, while one session runs alone: where guesses have gained little, some are had without, and where they have cost time, many.
+
+use super::pace::smooth;
+
+/// Tokens with guesses after which it is known what they take.
+const GUESSED_MIN: u32 = 32;
+/// Tokens without guesses after which the same is known of them.
+const PLAIN_MIN: u32 = 8;
+/// Guesses are in doubt while they seem to make tokens cheaper by less than this factor.
+const DOUBTED: f64 = 2.0;
+/// Tokens with guesses after which what a token takes without is not known any more.
+const FORGOTTEN: u32 = 1024;
+/// Nothing counts for more than this many times what a token should take without guesses: something has held it up.
+const LATE: f64 = 4.0;
+/// Tokens that are had without guesses once these have cost time: then they are tried again.
+const WITHOUT: u32 = 512;
+
+/// What tokens of a session that runs alone have taken.
+#[derive(Debug, Default)]
+pub(super) struct Gain {
+    /// Mean time of a token with guesses and without, us, each of so many.
+    guessed: (Option<f64>, u32),
+    plain: (Option<f64>, u32),
+    /// So many tokens are had without guesses.
+    plain_left: u32,
+}
+
+impl Gain {
+    /// Whether tokens may be guessed.
+    pub(super) fn may_guess(&self) -> bool {
+        self.plain_left == 0
+    }
+
+    /// A token has come `us` after the one before it, `guessed` or not. Without guesses one should take `expected_us`.
+    pub(super) fn note(&mut self, guessed: bool, us: f64, expected_us: f64) {
+        let (mean_us, count) = if guessed { &mut self.guessed } else { &mut self.plain };
+        *count = count.saturating_add(1);
+        smooth(mean_us, us.min(LATE * expected_us), 1.0 / f64::from((*count).min(GUESSED_MIN)));
+        if !guessed {
+            self.plain_left = self.plain_left.saturating_sub(1);
+            return;
+        }
+        let (Some(guessed_us), GUESSED_MIN..) = self.guessed else { return };
+        match self.plain {
+            (Some(plain_us), PLAIN_MIN..) if self.guessed.1 < FORGOTTEN => {
+                if guessed_us > plain_us {
+                    (self.guessed, self.plain_left) = (<_>::default(), WITHOUT);
+                }
+            }
+            _ if guessed_us * DOUBTED > expected_us => {
+                (self.guessed, self.plain, self.plain_left) = (<_>::default(), <_>::default(), PLAIN_MIN);
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tokens that had guesses where tokens take so long, us, of so many, and those that had none.
+    fn had(gain: &mut Gain, guessed_us: f64, plain_us: f64, tokens: u32) -> (u32, u32) {
+        let guessed = (0..tokens).filter(|_| {
+            let guesses = gain.may_guess();
+            // What is expected of tokens without guesses is measured while there are some, and so more than it is.
+            gain.note(guesses, if guesses { guessed_us } else { plain_us }, 1.25 * plain_us);
+            guesses
+        });
+        let guessed = guessed.count() as u32;
+        (guessed, tokens - guessed)
+    }
+
+    #[test]
+    fn guesses_that_cost_time_are_left_alone_and_tried_again_after_a_while() {
+        let mut gain = Gain::default();
+        let (guessed, plain) = had(&mut gain, 1500.0, 1000.0, 32 + 8 + 32 + 512);
+        assert_eq!((guessed, plain), (64, 520));
+        assert_eq!(had(&mut gain, 1500.0, 1000.0, 32 + 512), (32, 512));
+        // What is said has changed.
+        assert_eq!(had(&mut gain, 300.0, 1000.0, 900), (900, 0));
+    }
+
+    #[test]
+    fn guesses_that_gain_much_are_never_interrupted_and_those_that_gain_little_hardly_ever() {
+        assert_eq!(had(&mut Gain::default(), 400.0, 1000.0, 5000), (5000, 0));
+        let (guessed, plain) = had(&mut Gain::default(), 1100.0, 1500.0, 10_000);
+        assert!(plain > 8 && plain < 100, "{plain} of {guessed}");
+    }
+
+    #[test]
+    fn a_token_that_came_late_decides_nothing() {
+        let mut gain = Gain::default();
+        had(&mut gain, 400.0, 1000.0, 200);
+        gain.note(true, 10_000.0, 1250.0);
+        assert!(gain.may_guess());
+    }
+}

@@ -11,7 +11,9 @@ const GUESSED_MIN: u32 = 32;
 /// Tokens without guesses after which the same is known of them.
 const PLAIN_MIN: u32 = 8;
 /// Guesses are in doubt while they seem to make tokens cheaper by less than this factor.
-const DOUBTED: f64 = 2.0;
+const DOUBTED: f64 = 1.5;
+/// The way around the ring is another one, and nothing is known of it, when it has changed by this part of what a token takes.
+const ANOTHER_WAY: f64 = 0.25;
 /// Tokens with guesses after which what a token takes without is not known any more.
 const FORGOTTEN: u32 = 1024;
 /// Nothing counts for more than this many times what a token should take without guesses: something has held it up.
@@ -27,6 +29,8 @@ pub(super) struct Gain {
     plain: (Option<f64>, u32),
     /// So many tokens are had without guesses.
     plain_left: u32,
+    /// With this way around the ring, us.
+    travel_us: f64,
 }
 
 impl Gain {
@@ -35,8 +39,12 @@ impl Gain {
         self.plain_left == 0
     }
 
-    /// A token has come `us` after the one before it, `guessed` or not. Without guesses one should take `expected_us`.
-    pub(super) fn note(&mut self, guessed: bool, us: f64, expected_us: f64) {
+    /// A token has come `us` after the one before it, `guessed` or not. Without guesses one should take `expected_us`, of which the way
+    /// around the ring takes `travel_us`.
+    pub(super) fn note(&mut self, guessed: bool, us: f64, expected_us: f64, travel_us: f64) {
+        if (travel_us - self.travel_us).abs() > ANOTHER_WAY * expected_us {
+            *self = Gain { travel_us, ..Gain::default() };
+        }
         let (mean_us, count) = if guessed { &mut self.guessed } else { &mut self.plain };
         *count = count.saturating_add(1);
         smooth(mean_us, us.min(LATE * expected_us), 1.0 / f64::from((*count).min(GUESSED_MIN)));
@@ -63,12 +71,12 @@ impl Gain {
 mod tests {
     use super::*;
 
-    /// Tokens that had guesses where tokens take so long, us, of so many, and those that had none.
+    /// How many of so many tokens had guesses, and how many had none, where they take so long, us.
     fn had(gain: &mut Gain, guessed_us: f64, plain_us: f64, tokens: u32) -> (u32, u32) {
         let guessed = (0..tokens).filter(|_| {
             let guesses = gain.may_guess();
             // What is expected of tokens without guesses is measured while there are some, and so more than it is.
-            gain.note(guesses, if guesses { guessed_us } else { plain_us }, 1.25 * plain_us);
+            gain.note(guesses, if guesses { guessed_us } else { plain_us }, 1.25 * plain_us, 0.0);
             guesses
         });
         let guessed = guessed.count() as u32;
@@ -88,15 +96,26 @@ mod tests {
     #[test]
     fn guesses_that_gain_much_are_never_interrupted_and_those_that_gain_little_hardly_ever() {
         assert_eq!(had(&mut Gain::default(), 400.0, 1000.0, 5000), (5000, 0));
-        let (guessed, plain) = had(&mut Gain::default(), 1100.0, 1500.0, 10_000);
+        let (guessed, plain) = had(&mut Gain::default(), 1300.0, 1500.0, 10_000);
         assert!(plain > 8 && plain < 100, "{plain} of {guessed}");
+    }
+
+    #[test]
+    fn what_was_measured_around_another_ring_decides_nothing() {
+        let mut gain = Gain::default();
+        had(&mut gain, 1500.0, 1000.0, 100);
+        assert!(!gain.may_guess());
+        gain.note(false, 60_000.0, 61_000.0, 60_000.0);
+        assert!(gain.may_guess());
+        (0..1000).for_each(|_| gain.note(true, 30_000.0, 61_000.0, 60_000.0));
+        assert!(gain.may_guess());
     }
 
     #[test]
     fn a_token_that_came_late_decides_nothing() {
         let mut gain = Gain::default();
         had(&mut gain, 400.0, 1000.0, 200);
-        gain.note(true, 10_000.0, 1250.0);
+        gain.note(true, 10_000.0, 1250.0, 0.0);
         assert!(gain.may_guess());
     }
 }

@@ -89,7 +89,7 @@ pub struct DriverOptions {
     pub codecs: Vec<Codec>,
     /// Who guesses.
     pub draft: Draft,
-    /// How long a frame is on its way around the stages at least, beside computing, us. It is measured when they run.
+    /// How long a frame is on its way around the stages, beside computing, us, as far as is known. It is measured when they run.
     pub travel_us: u64,
 }
 

@@ -93,7 +93,8 @@ pub struct EngineOptions {
     pub codecs: Vec<Codec>,
     /// Who guesses what the model will say.
     pub draft: Draft,
-    /// How long a frame is on its way around stages elsewhere at least, us. It is measured when they run; the longer, the more is guessed.
+    /// How long a frame is on its way around stages elsewhere, us, as far as is known. It is measured when they run; the longer, the more is
+    /// guessed.
     pub travel_us: u64,
 }
 

@@ -114,6 +114,7 @@ def test_guesses_of_a_model_change_nothing_and_are_told(whole, stages):
     assert after["draft"]["model"] == murmur_server.DEMO_MODEL.name
     assert after["draft"]["process_id"]
     assert after["guessing"]["rows_per_frame"] > 0
+    assert after["guessing"]["plain_left"] >= 0
     assert sum(after["right_by_depth"]) == after["right_tokens"]
     assert after["right_tokens"] <= sum(after["guessed_by_depth"]) <= after["guessed_tokens"]
     details = [usage.completion_tokens_details for usage in usages if usage.completion_tokens_details]

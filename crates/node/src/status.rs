@@ -53,6 +53,7 @@
 //! | `guessed_by_depth[]`, `right_by_depth[]` | guesses that were compared with what was chosen, and the right ones of them, by how many others waited before each when it was made; the last entry has all further ones. Guesses behind a wrong one are compared with nothing |
 //! | `guessing.rows_per_frame`, `.frames_in_flight`, `.by_model` | how was guessed lately: rows sent together, and such frames on their way, at most; by a model, or looked up; null: not at all so far |
 //! | `guessing.right`, `.around_us`, `.frame_us`, `.token_us` | why so: the part of guesses that was expected to be right, the time of a row around the stages, the time after which one frame can follow another, and what a token was expected to take with that |
+//! | `guessing.plain_left` | tokens that are had without guesses before the next is guessed, because guesses may have cost time, or have |
 //! | `rejected_us` | time from wrong guesses to the tokens after those that were chosen instead |
 //! | `draft.model`, `.node`, `.process_id`, `.restarts` | the model that guesses: its file and process; or its name at the `node` that has it guess, and no process; null: none does |
 //! | `token_steps`, `token_compute_us` | steps on one row of a sequence that gave its next token, and their time |
@@ -152,6 +153,7 @@ fn model(model: &Model) -> Value {
             "around_us": guessing.around_us,
             "frame_us": guessing.frame_us,
             "token_us": guessing.token_us,
+            "plain_left": guessing.plain_left,
         })),
         "rejected_us": status.counters.rejected_us,
         "token_steps": counters.token_steps,

@@ -120,6 +120,8 @@ pub struct Guessing {
     pub frame_us: f64,
     /// What a token was expected to take, us.
     pub token_us: f64,
+    /// Tokens that are had without guesses before the next is guessed, because guesses may have cost time, or have.
+    pub plain_left: u32,
 }
 
 impl Plan {
@@ -133,6 +135,7 @@ impl Plan {
             around_us: pace.ring_us(1).unwrap_or_default(),
             frame_us: self.frame_us,
             token_us: self.us_per_token,
+            plain_left: pace.plain_left(),
         }
     }
 
@@ -310,7 +313,7 @@ impl Guesses {
                 Some(another).filter(|_| self.refrained >= ANOTHER_TRY && sessions == 1)
             })
         };
-        let who = who.into_iter().flatten().filter(|_| pace.may_guess());
+        let who = who.into_iter().flatten().filter(|_| pace.plain_left() == 0);
         let best = who.filter_map(of).min_by(|a, b| a.us_per_token.total_cmp(&b.us_per_token));
         // Guesses that are there are not thrown away.
         let rest = |plan: &Plan| Plan { depth: guessed.len(), waits: false, ..*plan };
@@ -476,7 +479,7 @@ mod tests {
         assert!(begun.is_some_and(|plan| plan.depth > 0));
         // Tokens come no sooner than they should without guesses. So some are had without, and come much sooner.
         for (is_guessed, us) in [(true, 52_000), (false, 30_000), (true, 52_000)] {
-            while pace.may_guess() == is_guessed {
+            while (pace.plain_left() == 0) == is_guessed {
                 pace.note_token(is_guessed, us);
             }
         }

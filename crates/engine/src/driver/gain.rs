@@ -34,9 +34,9 @@ pub(super) struct Gain {
 }
 
 impl Gain {
-    /// Whether tokens may be guessed.
-    pub(super) fn may_guess(&self) -> bool {
-        self.plain_left == 0
+    /// How many tokens are had without guesses before the next is guessed.
+    pub(super) fn plain_left(&self) -> u32 {
+        self.plain_left
     }
 
     /// A token has come `us` after the one before it, `guessed` or not. Without guesses one should take `expected_us`, of which the way
@@ -53,16 +53,14 @@ impl Gain {
             return;
         }
         let (Some(guessed_us), GUESSED_MIN..) = self.guessed else { return };
-        match self.plain {
-            (Some(plain_us), PLAIN_MIN..) if self.guessed.1 < FORGOTTEN => {
-                if guessed_us > plain_us {
-                    (self.guessed, self.plain_left) = (<_>::default(), WITHOUT);
-                }
-            }
-            _ if guessed_us * DOUBTED > expected_us => {
-                (self.guessed, self.plain, self.plain_left) = (<_>::default(), <_>::default(), PLAIN_MIN);
-            }
-            _ => {}
+        let known = match self.plain {
+            (Some(plain_us), PLAIN_MIN..) if self.guessed.1 < FORGOTTEN => Some(plain_us),
+            _ => None,
+        };
+        if known.is_some_and(|plain_us| guessed_us > plain_us) {
+            (self.guessed, self.plain_left) = (<_>::default(), WITHOUT);
+        } else if known.is_none() && guessed_us * DOUBTED > expected_us {
+            (self.guessed, self.plain, self.plain_left) = (<_>::default(), <_>::default(), PLAIN_MIN);
         }
     }
 }
@@ -74,7 +72,7 @@ mod tests {
     /// How many of so many tokens had guesses, and how many had none, where they take so long, us.
     fn had(gain: &mut Gain, guessed_us: f64, plain_us: f64, tokens: u32) -> (u32, u32) {
         let guessed = (0..tokens).filter(|_| {
-            let guesses = gain.may_guess();
+            let guesses = gain.plain_left() == 0;
             // What is expected of tokens without guesses is measured while there are some, and so more than it is.
             gain.note(guesses, if guesses { guessed_us } else { plain_us }, 1.25 * plain_us, 0.0);
             guesses
@@ -104,11 +102,11 @@ mod tests {
     fn what_was_measured_around_another_ring_decides_nothing() {
         let mut gain = Gain::default();
         had(&mut gain, 1500.0, 1000.0, 100);
-        assert!(!gain.may_guess());
+        assert!(gain.plain_left() > 0);
         gain.note(false, 60_000.0, 61_000.0, 60_000.0);
-        assert!(gain.may_guess());
+        assert_eq!(gain.plain_left(), 0);
         (0..1000).for_each(|_| gain.note(true, 30_000.0, 61_000.0, 60_000.0));
-        assert!(gain.may_guess());
+        assert_eq!(gain.plain_left(), 0);
     }
 
     #[test]
@@ -116,6 +114,6 @@ mod tests {
         let mut gain = Gain::default();
         had(&mut gain, 400.0, 1000.0, 200);
         gain.note(true, 10_000.0, 1250.0, 0.0);
-        assert!(gain.may_guess());
+        assert_eq!(gain.plain_left(), 0);
     }
 }

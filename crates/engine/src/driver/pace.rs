@@ -120,9 +120,9 @@ impl Pace {
         }
     }
 
-    /// Whether tokens have not taken longer with guesses than without.
-    pub(super) fn may_guess(&self) -> bool {
-        self.gain.may_guess()
+    /// How many tokens are had without guesses before the next is guessed, because guesses may have cost time, or have.
+    pub(super) fn plain_left(&self) -> u32 {
+        self.gain.plain_left()
     }
 
     fn compute_us(&self, rows: usize) -> Option<f64> {

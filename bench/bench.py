@@ -70,6 +70,11 @@ def in_turns(rounds, first, second):
     return ours, theirs
 
 
+def status(server):
+    """What it says of its model."""
+    return server.ask("GET", "/api/status")["node"]["models"][0]
+
+
 def decode_rate(server, tokens=DECODE_TOKENS, known=(), **more):
     """Tokens per second after the first, the cost of prompt and connection taken off by a request for one token. `known`: what ends the
     prompt, token ids; `more`: further fields of the requests."""
@@ -82,7 +87,7 @@ def token_and_compute_ms(server):
     """How long a token takes after the first, and for how long engines compute in it, as the server counts."""
 
     def counted():
-        model = server.ask("GET", "/api/status")["node"]["models"][0]
+        model = status(server)
         return model["token_steps"], model["token_compute_us"]
 
     before = counted()

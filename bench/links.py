@@ -31,10 +31,10 @@ penalty for repetitions, as random weights would repeat themselves and all could
 
 no ring that guesses one token after the other is faster than X(a) = 1 / ((1 - a) L + a tau): each wrong guess costs once around. So does
 the end of an answer, where no guess is wrong, so X is that of each answer: with w wrong guesses among its n tokens after the first,
-n / ((w + 1) L + (n - w - 1) tau). The rate is printed as a part of X, and the rate times L: tokens for each time around the ring. The plain rate is printed as a part of what
-it is at 0 ms with nothing but the ring's way added. All hosts are on one machine: on its two processors, stages and the model that
-guesses do not run at once as those of real rings do. What they need together for a token is printed as well: where that is not small
-beside (1 - a) L, the figure says more of the machine than of the ring.
+n / ((w + 1) L + (n - w - 1) tau). The rate is printed as a part of X, and the rate times L: tokens for each time around the ring. The
+plain rate is printed as a part of what it is at 0 ms with nothing but the ring's way added. All hosts are on one machine: on its two
+processors, stages and the model that guesses do not run at once as those of real rings do. What they need together for a token is
+printed as well: where that is not small beside (1 - a) L, the figure says more of the machine than of the ring.
 
 *pair*: the demo model over two machines and the small model that was trained with it to guess, at several ways around the ring: stories at
 temperature 0, with and without guesses, and the same through `llama-server` with half of the layers on an `ggml-rpc-server`, with and
@@ -84,7 +84,7 @@ import time
 
 import lab
 import servers
-from bench import Table, at_once, decode_rate, first_token_s, in_turns, machine, together_rate, token_and_compute_ms
+from bench import Table, at_once, decode_rate, first_token_s, in_turns, machine, status, together_rate, token_and_compute_ms
 from mesh import Story, distribution, layers_of, spread_over, synthetic, ticket_of
 
 PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "borrowed", "pair", "window", "candidates", "shared", "copied", "relayed", "replay")
@@ -164,11 +164,6 @@ class Ring:
     def __exit__(self, *_):
         for node in reversed(self.nodes):
             node.__exit__()
-
-
-def status(server):
-    """What it says of its model."""
-    return server.ask("GET", "/api/status")["node"]["models"][0]
 
 
 def token_ms(server):
@@ -395,10 +390,13 @@ def guesses_counted(server):
     return [sum(counts[f"{which}_by_depth"]) for which in ("right", "guessed")]
 
 
-def part_right(before, after):
-    """What part of the guesses was right that were compared between two counts, and how many these are."""
-    were_right, compared = (now - then for now, then in zip(after, before, strict=True))
-    return were_right / max(1, compared), compared
+def guesses_since(before, server):
+    """The same since that was counted."""
+    return [now - then for now, then in zip(guesses_counted(server), before, strict=True)]
+
+
+def part_right(were_right, compared):
+    return were_right / max(1, compared)
 
 
 def guesses_at(options, table, what, rings, right, about_ms, draft_ms):
@@ -410,14 +408,12 @@ def guesses_at(options, table, what, rings, right, about_ms, draft_ms):
     # How far the ring is now, it finds out with the first tokens.
     for server in rings:
         server.generate(servers.unique_prompt(64), least)
-    rounds, stages_ms, all_before = [], [], guesses_counted(guessing)
+    counts, stages_ms = [], []
     rate = lambda server, tokens: decode_rate(server, tokens, **UNREPEATED)
 
     def guessed():
         before, rated = guesses_counted(guessing), rate(guessing, many)
-        share, compared = part_right(before, guesses_counted(guessing))
-        # One for each wrong guess, and the one with which the answer ends.
-        rounds.append(round((1 - share) * compared) + 1)
+        counts.append(guesses_since(before, guessing))
         steps = [stage["last_step"] for stage in status(guessing)["stages"]]
         stages_ms.append([step["compute_us"] / step["batch_rows"] / 1000 for step in steps])
         return rated
@@ -425,14 +421,16 @@ def guesses_at(options, table, what, rings, right, about_ms, draft_ms):
     rates = in_turns(max(2, options.rounds // 2), guessed, lambda: rate(plain, few))
     if right == RIGHT_PARTS[0]:
         table.pairs(f"{what}, plain / 1/L", "tok/s", rates[1], [1000 / about_ms] * len(rates[1]), bar=0.97)
-    share, compared = part_right(all_before, guesses_counted(guessing))
+    were_right, compared = (sum(count) for count in zip(*counts, strict=True))
     ring_ms, slowest_ms = 1000 / statistics.median(rates[1]), statistics.median(map(max, stages_ms))
     tau_ms, together_ms = max(slowest_ms, draft_ms), draft_ms + statistics.median(map(sum, stages_ms))
+    # Once for each wrong guess, and once for the end of the answer.
+    rounds = [compared - were_right + 1 for were_right, compared in counts]
     limits = [1000 * (many - 1) / (count * ring_ms + (many - 1 - count) * tau_ms) for count in rounds]
     bar = 0.9 if right in RIGHT_PARTS_BARRED else None
     table.pairs(f"{what}, a = {right}, guesses / X", "tok/s", rates[0], limits, bar=bar)
     print(
-        f"  of {compared} guesses {share:.3f} were right; L {ring_ms:.1f} ms, tau {tau_ms:.2f} ms (guesser {draft_ms:.2f}, slowest stage {slowest_ms:.2f}), "
+        f"  of {compared} guesses {part_right(were_right, compared):.3f} were right; L {ring_ms:.1f} ms, tau {tau_ms:.2f} ms (guesser {draft_ms:.2f}, slowest stage {slowest_ms:.2f}), "
         f"{together_ms / os.cpu_count():.2f} ms on {os.cpu_count()} processors; "
         f"{statistics.median(rates[0]) * ring_ms / 1000:.2f} tokens for each time around",
         flush=True,
@@ -476,9 +474,9 @@ def borrowed_at(options, table, plain, here, near, right):
     before = guesses_counted(near)
     what = f"ring of 2 at {BORROWED_MS} ms, a = {right}, guesses from {NEAR_MS} ms away"
     table.pairs(f"{what} / none", "tok/s", *in_turns(options.rounds, lambda: rate(near, many), lambda: rate(plain, few)))
-    share, compared = part_right(before, guesses_counted(near))
+    were_right, compared = guesses_since(before, near)
     table.pairs(f"{what} / from here", "tok/s", *in_turns(options.rounds, lambda: rate(near, many), lambda: rate(here, many)))
-    print(f"  of {compared} guesses {share:.3f} were right", flush=True)
+    print(f"  of {compared} guesses {part_right(were_right, compared):.3f} were right", flush=True)
 
 
 def pair(options, _, table):
@@ -635,7 +633,7 @@ def copied(options, model, table):
                 before = guesses_counted(guessing)
                 rate = lambda server, tokens: decode_rate(server, tokens, COPIED, **again)
                 pair = in_turns(options.rounds, lambda: rate(guessing, COPIED_TOKENS), lambda: rate(plain, 64))
-                share, _ = part_right(before, guesses_counted(guessing))
+                share = part_right(*guesses_since(before, guessing))
                 bar = 18 if right < 1 else None
                 table.pairs(f"copied text at {ring_ms} ms, {share:.3f} of the guesses right, looked up / not", "tok/s", *pair, bar=bar)
 
@@ -652,7 +650,7 @@ def copying(server, right):
             bias[str(servers.LAST_TOKEN)] = 100 + odds
             before = guesses_counted(server)
             decode_rate(server, COPIED_TOKENS, COPIED, **again)
-            share, _ = part_right(before, guesses_counted(server))
+            share = part_right(*guesses_since(before, server))
             if abs(share - right) < COPIED_ABOUT:
                 break
             odds += math.log((1 - right) / max(1 - share, 0.1 * (1 - right)))

@@ -240,7 +240,12 @@ impl Read for Watched {
 /// The next frame of a child, whatever it says; `None` when the child is gone, or hangs.
 fn heard(child: &mut BufReader<Watched>) -> Option<Frame> {
     let frame = Frame::read_from(child).ok().flatten()?;
-    let mut watch = lock(&child.get_ref().watch);
+    unless_hung(&child.get_ref().watch, frame)
+}
+
+/// A frame that has come, which the watch is told; `None` when the child hangs.
+fn unless_hung(watch: &Mutex<Watch>, frame: Frame) -> Option<Frame> {
+    let mut watch = lock(watch);
     watch.received(&frame.header, Instant::now());
     watch.hung().is_none().then_some(frame)
 }
@@ -324,11 +329,7 @@ impl Frames {
             let tick = lock(&self.watch).tick_every();
             match timeout(tick, self.reader.next()).await {
                 Ok(Ok(Some(frame))) => {
-                    let mut watch = lock(&self.watch);
-                    watch.received(&frame.header, Instant::now());
-                    if watch.hung().is_some() {
-                        return None;
-                    }
+                    let frame = unless_hung(&self.watch, frame)?;
                     if frame.header.kind != Kind::Alive {
                         return Some(frame);
                     }

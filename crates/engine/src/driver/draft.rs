@@ -12,7 +12,11 @@ use std::collections::{HashMap, VecDeque};
 
 use murmur_protocol::{frame::GUESS_ROWS_MAX, sampling::Token};
 
-use super::{pace::Pace, pursuit::Pursuit, session::Draft};
+use super::{
+    pace::{Mean, Pace},
+    pursuit::Pursuit,
+    session::Draft,
+};
 
 /// Tokens that a guess must follow as they have occurred before.
 const CONTEXT: usize = 3;
@@ -25,9 +29,9 @@ const IDLE: f64 = 0.1;
 /// Frames on their way, as a part of those that fill the ring: times vary, and it must not run dry.
 const QUEUED: f64 = 1.25;
 /// Guesses after which the part that was right is an average over the newest only, of so many.
-const AVERAGED: f64 = 30.0;
+const AVERAGED: u32 = 30;
 /// What is expected before any was made counts as so many.
-const EXPECTED_COUNTS: f64 = 5.0;
+const EXPECTED_COUNTS: u32 = 5;
 /// Guesses are made if they make tokens cheaper by this factor at least: what is measured is not that exact.
 const GAIN_MIN: f64 = 1.05;
 /// After so many tokens without guesses, which would not have paid, one is guessed nevertheless: texts change.
@@ -204,27 +208,8 @@ impl Plan {
     }
 }
 
-/// How well somebody guesses.
-#[derive(Debug, Clone, Copy)]
-struct Aim {
-    /// What part of guesses was right lately.
-    right: f64,
-    /// Of how many.
-    count: f64,
-}
-
-impl Default for Aim {
-    fn default() -> Self {
-        Aim { right: EXPECTED, count: EXPECTED_COUNTS }
-    }
-}
-
-impl Aim {
-    fn note(&mut self, is_right: bool) {
-        self.count = (self.count + 1.0).min(AVERAGED);
-        self.right += (f64::from(u8::from(is_right)) - self.right) / self.count;
-    }
-}
+/// What is expected of whoever has not guessed yet.
+const HOPED: Mean = Mean { value: EXPECTED, count: EXPECTED_COUNTS };
 
 /// A guess that waits for what is chosen.
 #[derive(Debug, Clone, Copy)]
@@ -248,7 +233,8 @@ pub(super) struct Guesses {
     lookup: Option<Lookup>,
     /// What the model that guesses knows of the session, if there is one.
     pub(super) pursuit: Option<Pursuit>,
-    aims: [Aim; 2],
+    /// What part of each one's guesses was right lately.
+    aims: [Mean; 2],
     waiting: VecDeque<Guess>,
     /// How they were made.
     plan: Option<Plan>,
@@ -265,7 +251,7 @@ impl Guesses {
         Guesses {
             lookup: (*draft != Draft::Off).then(Lookup::default),
             pursuit: matches!(draft, Draft::Model(_) | Draft::Peer(_)).then(Pursuit::default),
-            aims: [Aim::default(); 2],
+            aims: [HOPED; 2],
             waiting: VecDeque::new(),
             plan: None,
             refrained: 0,
@@ -305,7 +291,7 @@ impl Guesses {
         let can_pursue = is_drafter_up && self.pursuit.as_ref().is_some_and(Pursuit::goes_on);
         let who = [Some(Guesser::Lookup).filter(|_| !found.is_empty()), Some(Guesser::Model).filter(|_| can_pursue)];
         let of = |guesser: Guesser| {
-            let right = self.aims[guesser as usize].right.min(RIGHT_MAX);
+            let right = self.aims[guesser as usize].value.min(RIGHT_MAX);
             Plan::of(guesser, right, pace, sessions).or_else(|| {
                 let us = pace.ring_us(2)?;
                 let waits = !pace.is_drafter_elsewhere();
@@ -316,8 +302,8 @@ impl Guesses {
         let who = who.into_iter().flatten().filter(|_| pace.plain_left() == 0);
         let best = who.filter_map(of).min_by(|a, b| a.us_per_token.total_cmp(&b.us_per_token));
         // Guesses that are there are not thrown away.
-        let rest = |plan: &Plan| Plan { depth: guessed.len(), waits: false, ..*plan };
-        let plan = best.or_else(|| self.plan.as_ref().map(rest).filter(|rest| rest.depth > 0))?;
+        let rest = |plan: Plan| Plan { depth: guessed.len(), waits: false, ..plan };
+        let plan = best.or_else(|| self.plan.map(rest).filter(|rest| rest.depth > 0))?;
         self.plan = Some(plan);
         if plan.guesser == Guesser::Lookup {
             let more = plan.depth.saturating_sub(self.len());
@@ -340,7 +326,7 @@ impl Guesses {
             return None;
         };
         let is_right = guess.token == token;
-        self.aims[guess.by as usize].note(is_right);
+        self.aims[guess.by as usize].note(f64::from(u8::from(is_right)), AVERAGED);
         self.right += u32::from(is_right);
         if !is_right {
             self.waiting.clear();

@@ -4,7 +4,7 @@
 //! own. Often they do not: that model shares the driver's machine with a stage, and machines may share one. So tokens are timed as they
 //! come, while one session runs alone: where guesses have gained little, some are had without, and where they have cost time, many.
 
-use super::pace::smooth;
+use super::pace::Mean;
 
 /// Tokens with guesses after which it is known what they take.
 const GUESSED_MIN: u32 = 32;
@@ -24,9 +24,10 @@ const WITHOUT: u32 = 512;
 /// What tokens of a session that runs alone have taken.
 #[derive(Debug, Default)]
 pub(super) struct Gain {
-    /// Mean time of a token with guesses and without, us, each of so many.
-    guessed: (Option<f64>, u32),
-    plain: (Option<f64>, u32),
+    /// Time of a token with guesses, us.
+    guessed: Mean,
+    /// The same without.
+    plain: Mean,
     /// So many tokens are had without guesses.
     plain_left: u32,
     /// With this way around the ring, us.
@@ -45,22 +46,20 @@ impl Gain {
         if (travel_us - self.travel_us).abs() > ANOTHER_WAY * expected_us {
             *self = Gain { travel_us, ..Gain::default() };
         }
-        let (mean_us, count) = if guessed { &mut self.guessed } else { &mut self.plain };
-        *count = count.saturating_add(1);
-        smooth(mean_us, us.min(LATE * expected_us), 1.0 / f64::from((*count).min(GUESSED_MIN)));
+        let mean = if guessed { &mut self.guessed } else { &mut self.plain };
+        mean.note(us.min(LATE * expected_us), GUESSED_MIN);
         if !guessed {
             self.plain_left = self.plain_left.saturating_sub(1);
             return;
         }
-        let (Some(guessed_us), GUESSED_MIN..) = self.guessed else { return };
-        let known = match self.plain {
-            (Some(plain_us), PLAIN_MIN..) if self.guessed.1 < FORGOTTEN => Some(plain_us),
-            _ => None,
-        };
-        if known.is_some_and(|plain_us| guessed_us > plain_us) {
-            (self.guessed, self.plain_left) = (<_>::default(), WITHOUT);
-        } else if known.is_none() && guessed_us * DOUBTED > expected_us {
-            (self.guessed, self.plain, self.plain_left) = (<_>::default(), <_>::default(), PLAIN_MIN);
+        if self.guessed.count < GUESSED_MIN {
+            return;
+        }
+        let is_plain_known = self.plain.count >= PLAIN_MIN && self.guessed.count < FORGOTTEN;
+        if is_plain_known && self.guessed.value > self.plain.value {
+            (self.guessed, self.plain_left) = (Mean::default(), WITHOUT);
+        } else if !is_plain_known && self.guessed.value * DOUBTED > expected_us {
+            (self.guessed, self.plain, self.plain_left) = (Mean::default(), Mean::default(), PLAIN_MIN);
         }
     }
 }

@@ -9,9 +9,24 @@ const SMOOTHING: f64 = 0.1;
 /// Rows in a step of generated tokens for which times are kept.
 const ROWS_MAX: usize = GUESS_ROWS_MAX as usize;
 
-/// Takes a measurement into an average, `by` so much of the difference.
-pub(super) fn smooth(known: &mut Option<f64>, new: f64, by: f64) {
-    *known = Some(known.map_or(new, |was| was + by * (new - was)));
+fn smooth(known: &mut Option<f64>, new: f64) {
+    *known = Some(known.map_or(new, |was| was + SMOOTHING * (new - was)));
+}
+
+/// An average of all there was, and once that is enough, of the newest only.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Mean {
+    pub(super) value: f64,
+    /// Of how many.
+    pub(super) count: u32,
+}
+
+impl Mean {
+    /// One more. `newest`: so many are enough.
+    pub(super) fn note(&mut self, new: f64, newest: u32) {
+        self.count = self.count.saturating_add(1);
+        self.value += (new - self.value) / f64::from(self.count.min(newest));
+    }
 }
 
 /// Time of a step of generated rows in one stage, us, by their number.
@@ -23,7 +38,7 @@ pub(super) struct RowCosts {
 impl RowCosts {
     pub(super) fn note(&mut self, step: &Step) {
         if let Some(known) = self.us.get_mut(step.batch_rows as usize) {
-            smooth(known, f64::from(step.compute_us), SMOOTHING);
+            smooth(known, f64::from(step.compute_us));
         }
     }
 
@@ -97,7 +112,7 @@ impl Pace {
     pub(super) fn note_guess(&mut self, rows: u32, took: Took, step: &Step) {
         match took {
             _ if !self.is_drafter_elsewhere => self.drafter.note(step),
-            Took::Alone(us) if rows == 1 => smooth(&mut self.alone_us, us as f64, SMOOTHING),
+            Took::Alone(us) if rows == 1 => smooth(&mut self.alone_us, us as f64),
             Took::Alone(_) => {}
             Took::Behind(us) => {
                 let compute_us = u32::try_from(us).unwrap_or(u32::MAX);

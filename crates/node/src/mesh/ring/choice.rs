@@ -81,17 +81,23 @@ impl Wanted<'_> {
             let left: Vec<_> = others.iter().filter(|other| Some(other.node) != node).cloned().collect();
             self.plan(&left, &Ask { loaded_only: true, ..self.ask(size) }).is_ok()
         };
-        let is_ring = is_ring_without(None);
         let is_theirs = |node: NodeId| others.iter().any(|other| other.node == node) && !self.is_given(node);
-        let is_needed = |node: NodeId| is_ring && is_theirs(node) && !is_ring_without(Some(node));
+        // Those without which the others have no ring.
+        let mut needed: Vec<NodeId> = Vec::new();
+        if is_ring_without(None) {
+            let theirs = others.iter().map(|other| other.node).filter(|node| is_theirs(*node));
+            needed.extend(theirs.filter(|node| !is_ring_without(Some(*node))));
+        }
+        let improve = |nodes, loaded_only| {
+            self.for_all(size, now, nodes, |planner, ask| planner.improve(&Ask { loaded_only, ..ask }))
+        };
+        let is_whole = |plan: &Plan| plan.stages.iter().all(|it| self.is_given(it.node) || is_theirs(it.node));
         let better = |nodes: Vec<NodeFacts>, loaded_only| {
-            let improve = |nodes| {
-                let ask_for = |planner: &Planner<'_>, ask| planner.improve(&Ask { loaded_only, ..ask });
-                self.for_all(size, now, nodes, ask_for)
-            };
-            let is_whole = |plan: &Plan| plan.stages.iter().all(|it| self.is_given(it.node) || is_theirs(it.node));
-            let apart = nodes.iter().filter(|node| !is_needed(node.node)).cloned().collect();
-            improve(apart).or_else(|| improve(nodes).filter(|plan| is_ring && is_whole(plan)))
+            if needed.is_empty() {
+                return improve(nodes, loaded_only);
+            }
+            let apart = nodes.iter().filter(|node| !needed.contains(&node.node)).cloned().collect();
+            improve(apart, loaded_only).or_else(|| improve(nodes, loaded_only).filter(is_whole))
         };
         better(self.held(size), true).or_else(|| better(self.settled(size), false))
     }

@@ -485,7 +485,7 @@ impl Stage {
         let batch_rows = works.iter().map(|w| w.rows()).sum::<usize>();
         let step =
             Step { sampled: Vec::new(), compute_us: took.as_micros() as u32, batch_rows: batch_rows as u32, threads };
-        let width = self.facts.n_embd as usize;
+        let (width, computed) = (self.facts.n_embd as usize, Instant::now());
         let mut row = 0;
         for work in works {
             let end = row + work.rows();
@@ -503,7 +503,9 @@ impl Stage {
             } else if self.last && header.has(FLAG_WANT_OUTPUT) {
                 self.sample_all(work, row).and_then(|sampled| {
                     let header = Header { kind: Kind::Sampled, ..header };
-                    Ok(Frame::message(header, &Step { sampled, ..step.clone() })?)
+                    // To choose among a hundred thousand tokens is a part of computing.
+                    let compute_us = (took + computed.elapsed()).as_micros() as u32;
+                    Ok(Frame::message(header, &Step { sampled, compute_us, ..step.clone() })?)
                 })
             } else {
                 Frame::message(Header { kind: Kind::Done, ..header }, &step).map_err(StageError::from)

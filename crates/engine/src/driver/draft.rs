@@ -287,9 +287,9 @@ impl Guesses {
     ) -> Option<Plan> {
         let lookup = self.lookup.as_mut()?;
         let guessed: Vec<Token> = self.waiting.iter().map(|guess| guess.token).collect();
-        let found = lookup.propose(tokens, &guessed, room.min(GUESS_ROWS_MAX as usize));
+        let is_known = !lookup.propose(tokens, &guessed, room.min(1)).is_empty();
         let can_pursue = is_drafter_up && self.pursuit.as_ref().is_some_and(Pursuit::goes_on);
-        let who = [Some(Guesser::Lookup).filter(|_| !found.is_empty()), Some(Guesser::Model).filter(|_| can_pursue)];
+        let who = [Some(Guesser::Lookup).filter(|_| is_known), Some(Guesser::Model).filter(|_| can_pursue)];
         let of = |guesser: Guesser| {
             let right = self.aims[guesser as usize].value.min(RIGHT_MAX);
             Plan::of(guesser, right, pace, sessions).or_else(|| {
@@ -306,8 +306,10 @@ impl Guesses {
         let plan = best.or_else(|| self.plan.map(rest).filter(|rest| rest.depth > 0))?;
         self.plan = Some(plan);
         if plan.guesser == Guesser::Lookup {
-            let more = plan.depth.saturating_sub(self.len());
-            found.into_iter().take(more).for_each(|token| self.add(token, Guesser::Lookup));
+            // All that the ring has room for: nothing else is heard of until the first of them has come around.
+            let more = room.min(plan.depth.saturating_sub(guessed.len()));
+            let found = lookup.propose(tokens, &guessed, more);
+            found.into_iter().for_each(|token| self.add(token, Guesser::Lookup));
         }
         Some(plan)
     }
@@ -440,6 +442,21 @@ mod tests {
         let (beside, near) = (plan(0), plan(20_000));
         assert!((near.us_per_token - beside.us_per_token - 200.0).abs() < 1.0, "{beside:?}, {near:?}");
         assert!((12..=13).contains(&(near.depth - beside.depth)), "{beside:?}, {near:?}");
+    }
+
+    #[test]
+    fn what_can_be_looked_up_fills_the_ring_at_once() {
+        let pace = pace(2, 1000, 50, 100_000, false);
+        let mut guesses = Guesses::new(&Draft::Lookup);
+        for _ in 0..10 * AVERAGED {
+            guesses.add(7, Guesser::Lookup);
+            let _ = guesses.compare(7);
+        }
+        let mut planned = |room: usize| (guesses.plan(&[7; 8], &pace, 1, false, room).unwrap().depth, guesses.len());
+        assert_eq!(planned(20).1, 20);
+        let (depth, waiting) = planned(1000);
+        assert!(depth > 4 * GUESS_ROWS_MAX as usize, "{depth}");
+        assert_eq!(waiting, depth);
     }
 
     #[test]

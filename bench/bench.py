@@ -75,23 +75,24 @@ def status(server):
     return server.ask("GET", "/api/status")["node"]["models"][0]
 
 
-def decode_rate(server, tokens=DECODE_TOKENS, known=(), **more):
-    """Tokens per second after the first, the cost of prompt and connection taken off by a request for one token. `known`: what ends the
-    prompt, token ids; `more`: further fields of the requests."""
-    _, one = server.generate([*servers.unique_prompt(SHORT_PROMPT), *known], 1, **more)
-    _, many = server.generate([*servers.unique_prompt(SHORT_PROMPT), *known], tokens, **more)
+def decode_rate(server, tokens=DECODE_TOKENS, prompt=None, **more):
+    """Tokens per second after the first, the cost of prompt and connection taken off by a request for one token. `prompt`: token ids,
+    others each time if none are given; `more`: further fields of the requests."""
+    _, one = server.generate(prompt or servers.unique_prompt(SHORT_PROMPT), 1, **more)
+    _, many = server.generate(prompt or servers.unique_prompt(SHORT_PROMPT), tokens, **more)
     return (tokens - 1) / (many - one)
 
 
-def token_and_compute_ms(server):
-    """How long a token takes after the first, and for how long engines compute in it, as the server counts."""
+def token_and_compute_ms(server, *tokens, **more):
+    """How long a token takes after the first, and for how long engines compute in it, as the server counts; of an answer as `decode_rate`
+    asks for it."""
 
     def counted():
         model = status(server)
         return model["token_steps"], model["token_compute_us"]
 
     before = counted()
-    token_ms = 1000 / decode_rate(server)
+    token_ms = 1000 / decode_rate(server, *tokens, **more)
     steps, compute_us = (now - then for now, then in zip(counted(), before, strict=True))
     return token_ms, compute_us / steps / 1000
 

@@ -32,9 +32,10 @@ penalty for repetitions, as random weights would repeat themselves and all could
 no ring that guesses one token after the other is faster than X(a) = 1 / ((1 - a) L + a tau): each wrong guess costs once around. So does
 the end of an answer, where no guess is wrong, so X is that of each answer: with w wrong guesses among its n tokens after the first,
 n / ((w + 1) L + (n - w - 1) tau). The rate is printed as a part of X, and the rate times L: tokens for each time around the ring. The
-plain rate is printed as a part of what it is at 0 ms with nothing but the ring's way added. All hosts are on one machine: on its two
-processors, stages and the model that guesses do not run at once as those of real rings do. What they need together for a token is
-printed as well: where that is not small beside (1 - a) L, the figure says more of the machine than of the ring.
+time of a token without guesses is printed as well, less what stages compute of it, beside the way around the links: no more than 1.15 times
+that. All hosts are on one machine: on its two processors, stages and the model that guesses do not run at once as those of real rings do.
+So the model has one layer for each machine, and what they need together for a token is printed: where that is not small beside
+(1 - a) L, the figure says more of the machine than of the ring.
 
 *pair*: the demo model over two machines and the small model that was trained with it to guess, at several ways around the ring: stories at
 temperature 0, with and without guesses, and the same through `llama-server` with half of the layers on an `ggml-rpc-server`, with and
@@ -62,7 +63,7 @@ half of the time. Printed are the times of first and of later tokens and how the
 busy wait, and that is in the first token's time.
 
 *copied*: one stream that says what it has said before, on a ring of two, 60 and 200 ms around, so that guesses are looked up: one token over and
-over, and another one at places drawn by chance, so many that about 0.97 of the guesses are right.
+over, and another one at places drawn by chance, so many that about 0.97 of the guesses are right. A model of two layers.
 
 `./x bench links` builds everything and runs this.
 """
@@ -108,6 +109,8 @@ DEATHS = {
 DEATHS_BETWEEN = (0.1, 0.8)
 # Small, so that computing hides no link.
 GUESSED_SHAPE, GUESSED_STAGES, RINGS_MS = "llama", (2, 4), (0, 20, 60, 100, 200)
+# How much longer a token without guesses may be on its way than the links are.
+WAY_MAX = 1.15
 RIGHT_PARTS, RIGHT_PARTS_BARRED = (0.5, 0.7, 0.85, 0.95), (0.7, 0.85)
 # About what one measurement takes, and how many tokens it has.
 GUESSES_S, GUESSED_TOKENS = 3, (16, 192)
@@ -346,9 +349,15 @@ def told(story):
     return (story.times or [time.perf_counter()])[0] - story.begun, time.perf_counter() - story.begun
 
 
-def guesses(options, model, table):
-    layers = layers_of(options, model)
+def layer_each(options, machines):
+    """A model of so many layers: as little to compute as can be divided among so many machines, which share the processors of this one."""
+    model = next(synthetic(options, [f"{GUESSED_SHAPE}:{machines}"]))
+    return model, layers_of(options, model)
+
+
+def guesses(options, _, table):
     for stages in GUESSED_STAGES:
+        model, layers = layer_each(options, stages)
         with lab.Lab(options.lab, 2 * stages) as (network, hosts):
             hosts = list(hosts)
             with servers.murmur(options.murmur, model, threads=1, context=CONTEXT, parallel=1, host=hosts[0]) as whole:
@@ -357,9 +366,6 @@ def guesses(options, model, table):
             # Where there is no distance, the order of the stages does not matter to anybody: rings are formed over one.
             network.links(FAR_MS)
             with ring_from_an_end(options, model, hosts[:stages], layers) as plain:
-                network.links(0)
-                plain.generate(servers.unique_prompt(64), 8)
-                near_ms = statistics.median(token_ms(plain) for _ in range(options.rounds))
                 for right in RIGHT_PARTS:
                     spoilt = ("--draft", model, "--draft-spoilt", f"{1 - right:.2f}")
                     network.links(FAR_MS)
@@ -368,7 +374,7 @@ def guesses(options, model, table):
                             # Each of as many hops takes half a round trip.
                             network.links(2 * ring_ms / stages)
                             what = f"ring of {stages} at {ring_ms} ms"
-                            guesses_at(options, table, what, (plain, guessing), right, ring_ms + near_ms, draft_ms)
+                            guesses_at(options, table, what, (plain, guessing), right, ring_ms, draft_ms)
 
 
 @contextlib.contextmanager
@@ -399,40 +405,40 @@ def part_right(were_right, compared):
     return were_right / max(1, compared)
 
 
-def guesses_at(options, table, what, rings, right, about_ms, draft_ms):
-    """One cell: `about_ms` is what a token should take without guesses."""
+def guesses_at(options, table, what, rings, right, way_ms, draft_ms):
+    """One cell: a ring that takes `way_ms` to get around."""
     plain, guessing = rings
     least, most = GUESSED_TOKENS
-    few = min(most, max(least, round(1000 * GUESSES_S / about_ms)))
+    few = min(most, max(least, round(1000 * GUESSES_S / (way_ms + 1))))
     many = min(most, round(few / (1 - right)))
     # How far the ring is now, it finds out with the first tokens.
     for server in rings:
         server.generate(servers.unique_prompt(64), least)
     counts, stages_ms = [], []
-    rate = lambda server, tokens: decode_rate(server, tokens, **UNREPEATED)
 
     def guessed():
-        before, rated = guesses_counted(guessing), rate(guessing, many)
+        before, rated = guesses_counted(guessing), decode_rate(guessing, many, **UNREPEATED)
         counts.append(guesses_since(before, guessing))
         steps = [stage["last_step"] for stage in status(guessing)["stages"]]
         stages_ms.append([step["compute_us"] / step["batch_rows"] / 1000 for step in steps])
         return rated
 
-    rates = in_turns(max(2, options.rounds // 2), guessed, lambda: rate(plain, few))
-    if right == RIGHT_PARTS[0]:
-        table.pairs(f"{what}, plain / 1/L", "tok/s", rates[1], [1000 / about_ms] * len(rates[1]), bar=0.97)
+    rates, tokens = in_turns(max(2, options.rounds // 2), guessed, lambda: token_and_compute_ms(plain, few, **UNREPEATED))
+    if right == RIGHT_PARTS[0] and way_ms > 0:
+        ways_ms = [token_ms - compute_ms for token_ms, compute_ms in tokens]
+        table.pairs(f"{what}, plain token less computing / the way", "ms", ways_ms, [way_ms] * len(ways_ms), lower_is_better=True, bar=1 / WAY_MAX)
     were_right, compared = (sum(count) for count in zip(*counts, strict=True))
-    ring_ms, slowest_ms = 1000 / statistics.median(rates[1]), statistics.median(map(max, stages_ms))
+    ring_ms, slowest_ms = statistics.median(token_ms for token_ms, _ in tokens), statistics.median(map(max, stages_ms))
     tau_ms, together_ms = max(slowest_ms, draft_ms), draft_ms + statistics.median(map(sum, stages_ms))
     # Once for each wrong guess, and once for the end of the answer.
     rounds = [compared - were_right + 1 for were_right, compared in counts]
     limits = [1000 * (many - 1) / (count * ring_ms + (many - 1 - count) * tau_ms) for count in rounds]
     bar = 0.9 if right in RIGHT_PARTS_BARRED else None
-    table.pairs(f"{what}, a = {right}, guesses / X", "tok/s", rates[0], limits, bar=bar)
+    table.pairs(f"{what}, a = {right}, guesses / X", "tok/s", rates, limits, bar=bar)
     print(
         f"  of {compared} guesses {part_right(were_right, compared):.3f} were right; L {ring_ms:.1f} ms, tau {tau_ms:.2f} ms (guesser {draft_ms:.2f}, slowest stage {slowest_ms:.2f}), "
         f"{together_ms / os.cpu_count():.2f} ms on {os.cpu_count()} processors; "
-        f"{statistics.median(rates[0]) * ring_ms / 1000:.2f} tokens for each time around",
+        f"{statistics.median(rates) * ring_ms / 1000:.2f} tokens for each time around",
         flush=True,
     )
 
@@ -617,8 +623,8 @@ def stream_rates(server, count):
     return [SHARED_TOKENS / one for one in seconds]
 
 
-def copied(options, model, table):
-    layers = layers_of(options, model)
+def copied(options, _, table):
+    model, layers = layer_each(options, 2)
     with lab.Lab(options.lab, 4) as (network, hosts):
         hosts = list(hosts)
         with (
@@ -629,9 +635,9 @@ def copied(options, model, table):
                 network.links(ring_ms)
                 again = copying(guessing, right)
                 for server in (plain, guessing):
-                    server.generate(servers.unique_prompt(64), 64, **again)
+                    decode_rate(server, 64, **again)
                 before = guesses_counted(guessing)
-                rate = lambda server, tokens: decode_rate(server, tokens, COPIED, **again)
+                rate = lambda server, tokens: decode_rate(server, tokens, **again)
                 pair = in_turns(options.rounds, lambda: rate(guessing, COPIED_TOKENS), lambda: rate(plain, 64))
                 share = part_right(*guesses_since(before, guessing))
                 bar = 18 if right < 1 else None
@@ -639,17 +645,18 @@ def copied(options, model, table):
 
 
 def copying(server, right):
-    """What makes a server say one token over and over, and another one at so many places that about this part of guesses is `right`."""
+    """A request that makes a server say one token over and over, and another one at so many places that about this part of guesses is `right`:
+    the same answer each time."""
     # One token, and another one with so much less of it, are far more likely than all others.
     bias = {str(servers.FIRST_TOKEN): 100}
-    again = {"logit_bias": bias, "temperature": 1, "seed": 1}
+    again = {"prompt": [*servers.unique_prompt(len(COPIED)), *COPIED], "logit_bias": bias, "temperature": 1, "seed": 1}
     if right < 1:
-        # What the weights themselves say of the two differs from prompt to prompt, so it is tried, and met about.
+        # What the weights themselves say of the two differs from prompt to prompt, so it is tried.
         odds = math.log(1 - right)
         for _ in range(COPIED_TRIES):
             bias[str(servers.LAST_TOKEN)] = 100 + odds
             before = guesses_counted(server)
-            decode_rate(server, COPIED_TOKENS, COPIED, **again)
+            decode_rate(server, COPIED_TOKENS, **again)
             share = part_right(*guesses_since(before, server))
             if abs(share - right) < COPIED_ABOUT:
                 break

@@ -34,8 +34,8 @@ the end of an answer, where no guess is wrong, so X is that of each answer: with
 n / ((w + 1) L + (n - w - 1) tau). The rate is printed as a part of X, and the rate times L: tokens for each time around the ring. The
 time of a token without guesses is printed as well, less what stages compute of it, beside the way around the links: no more than 1.15 times
 that. All hosts are on one machine: on its two processors, stages and the model that guesses do not run at once as those of real rings do.
-So the model has one layer for each machine, and what they need together for a token is printed: where that is not small beside
-(1 - a) L, the figure says more of the machine than of the ring.
+So the model has one layer for each machine, and it is printed what they need together for a token, and how busy the processors are:
+where these are not idle for a good part, the figure says more of the machine than of the ring.
 
 *pair*: the demo model over two machines and the small model that was trained with it to guess, at several ways around the ring: stories at
 temperature 0, with and without guesses, and the same through `llama-server` with half of the layers on an `ggml-rpc-server`, with and
@@ -401,6 +401,14 @@ def guesses_since(before, server):
     return [now - then for now, then in zip(guesses_counted(server), before, strict=True)]
 
 
+def processor_s():
+    """Seconds for which processors of this machine have worked so far, and all there were."""
+    with open("/proc/stat") as stat:
+        user, nice, system, idle, waiting, *more = (int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in stat.readline().split()[1:9])
+    busy = user + nice + system + sum(more)
+    return busy, busy + idle + waiting
+
+
 def part_right(were_right, compared):
     return were_right / max(1, compared)
 
@@ -414,10 +422,12 @@ def guesses_at(options, table, what, rings, right, way_ms, draft_ms):
     # How far the ring is now, it finds out with the first tokens.
     for server in rings:
         server.generate(servers.unique_prompt(64), least)
-    counts, stages_ms = [], []
+    counts, stages_ms, worked = [], [], []
 
     def guessed():
-        before, rated = guesses_counted(guessing), decode_rate(guessing, many, **UNREPEATED)
+        before, begun = guesses_counted(guessing), processor_s()
+        rated = decode_rate(guessing, many, **UNREPEATED)
+        worked.append([now - then for now, then in zip(processor_s(), begun, strict=True)])
         counts.append(guesses_since(before, guessing))
         steps = [stage["last_step"] for stage in status(guessing)["stages"]]
         stages_ms.append([step["compute_us"] / step["batch_rows"] / 1000 for step in steps])
@@ -430,6 +440,7 @@ def guesses_at(options, table, what, rings, right, way_ms, draft_ms):
     were_right, compared = (sum(count) for count in zip(*counts, strict=True))
     ring_ms, slowest_ms = statistics.median(token_ms for token_ms, _ in tokens), statistics.median(map(max, stages_ms))
     tau_ms, together_ms = max(slowest_ms, draft_ms), draft_ms + statistics.median(map(sum, stages_ms))
+    busy = statistics.median(busy_s / all_s for busy_s, all_s in worked)
     # Once for each wrong guess, and once for the end of the answer.
     rounds = [compared - were_right + 1 for were_right, compared in counts]
     limits = [1000 * (many - 1) / (count * ring_ms + (many - 1 - count) * tau_ms) for count in rounds]
@@ -437,7 +448,7 @@ def guesses_at(options, table, what, rings, right, way_ms, draft_ms):
     table.pairs(f"{what}, a = {right}, guesses / X", "tok/s", rates, limits, bar=bar)
     print(
         f"  of {compared} guesses {part_right(were_right, compared):.3f} were right; L {ring_ms:.1f} ms, tau {tau_ms:.2f} ms (guesser {draft_ms:.2f}, slowest stage {slowest_ms:.2f}), "
-        f"{together_ms / os.cpu_count():.2f} ms on {os.cpu_count()} processors; "
+        f"{together_ms / os.cpu_count():.2f} ms on {os.cpu_count()} processors, which were {busy:.0%} busy; "
         f"{statistics.median(rates) * ring_ms / 1000:.2f} tokens for each time around",
         flush=True,
     )

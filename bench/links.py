@@ -30,9 +30,8 @@ penalty for repetitions, as random weights would repeat themselves and all could
     a    the part of the guesses compared that was right, as counted,
 
 no ring that guesses one token after the other is faster than X(a) = 1 / ((1 - a) L + a tau): each wrong guess costs once around. So does
-the end of an answer, where no guess is wrong, so X is that of each answer: with w wrong guesses among its n tokens after the first,
-n / ((w + 1) L + (n - w - 1) tau). The rate is printed as a part of X, and the rate times L: tokens for each time around the ring. The
-time of a token without guesses is printed as well, less what stages compute of it, beside the way around the links: no more than 1.15 times
+the end of an answer, where no guess is wrong: answers are so long that some fifty are. The rate is printed as a part of X, and the rate
+times L: tokens for each time around the ring. The time of a token without guesses is printed as well, less what stages compute of it, beside the way around the links: no more than 1.15 times
 that. All hosts are on one machine: on its two processors, stages and the model that guesses do not run at once as those of real rings do.
 So the model has one layer for each machine, and it is printed what they need together for a token, and how busy the processors are:
 where these are not idle for a good part, the figure says more of the machine than of the ring.
@@ -112,8 +111,8 @@ GUESSED_SHAPE, GUESSED_STAGES, RINGS_MS = "llama", (2, 4), (0, 20, 60, 100, 200)
 # How much longer a token without guesses may be on its way than the links are.
 WAY_MAX = 1.15
 RIGHT_PARTS, RIGHT_PARTS_BARRED = (0.5, 0.7, 0.85, 0.95), (0.7, 0.85)
-# About what one measurement takes, and how many tokens it has.
-GUESSES_S, GUESSED_TOKENS = 3, (16, 192)
+# About what one measurement without guesses takes, how many tokens it has, and how many guesses of an answer with some are wrong.
+GUESSES_S, GUESSED_TOKENS, WRONG_GUESSES = 3, (16, 192), 50
 UNREPEATED = {"frequency_penalty": 1, "presence_penalty": 1}
 DEMO, DEMO_DRAFT = (pathlib.Path(__file__).parent.parent / "models" / "demo" / f"murmur-demo-{name}.gguf" for name in ("q8_0", "draft-q8_0"))
 DEMO_CONTEXT, STORY_TOKENS = 512, 120
@@ -418,7 +417,7 @@ def guesses_at(options, table, what, rings, right, way_ms, draft_ms):
     plain, guessing = rings
     least, most = GUESSED_TOKENS
     few = min(most, max(least, round(1000 * GUESSES_S / (way_ms + 1))))
-    many = min(most, round(few / (1 - right)))
+    many = round(WRONG_GUESSES / (1 - right))
     # How far the ring is now, it finds out with the first tokens.
     for server in rings:
         server.generate(servers.unique_prompt(64), least)
@@ -441,9 +440,8 @@ def guesses_at(options, table, what, rings, right, way_ms, draft_ms):
     ring_ms, slowest_ms = statistics.median(token_ms for token_ms, _ in tokens), statistics.median(map(max, stages_ms))
     tau_ms, together_ms = max(slowest_ms, draft_ms), draft_ms + statistics.median(map(sum, stages_ms))
     busy = statistics.median(busy_s / all_s for busy_s, all_s in worked)
-    # Once for each wrong guess, and once for the end of the answer.
-    rounds = [compared - were_right + 1 for were_right, compared in counts]
-    limits = [1000 * (many - 1) / (count * ring_ms + (many - 1 - count) * tau_ms) for count in rounds]
+    parts = [part_right(*count) for count in counts]
+    limits = [1000 / ((1 - part) * ring_ms + part * tau_ms) for part in parts]
     bar = 0.9 if right in RIGHT_PARTS_BARRED else None
     table.pairs(f"{what}, a = {right}, guesses / X", "tok/s", rates, limits, bar=bar)
     print(

@@ -49,53 +49,63 @@ def status(server):
     return model
 
 
-def until_guessed(server, usages=None):
+def long_answer(server, usages=None):
+    """One in which tokens are guessed, if anybody guesses. `usages` takes what it took."""
+    answer = server.client().completions.create(model=server.model, prompt=QUESTIONS[0], **LONG)
+    [choice] = answer.choices
+    if usages is not None:
+        usages.append(answer.usage)
+    return choice.text, choice.finish_reason, answer.usage.completion_tokens
+
+
+def until_guessed(server, plain, usages=None):
     """Its status once a token was guessed: that is done only where it pays, by times that are measured, and on a busy machine it may
-    not for a while. Until then it is asked for long answers, which repeat themselves. `usages` takes theirs."""
+    not for a while. Until then it is asked for long answers, which repeat themselves, and each has to be that without guesses. `usages`
+    takes theirs."""
     for _ in range(GUESS_ATTEMPTS):
+        assert long_answer(server, usages) == plain
         after = status(server)
         if after["guessed_tokens"]:
             return after
-        answer = server.client().completions.create(model=server.model, prompt=QUESTIONS[0], **LONG)
-        if usages is not None:
-            usages.append(answer.usage)
     raise AssertionError(f"nothing was guessed: {after}")
 
 
 @pytest.fixture(scope="module")
 def whole():
     with murmur_server.Server(stages=1, args=["--exact"]) as server:
-        return answers(server)
+        return answers(server), long_answer(server)
 
 
 def test_answers_alone_and_together_are_the_same(whole):
-    alone, together = whole
+    (alone, together), _ = whole
     assert together == alone
 
 
 @pytest.mark.parametrize("stages", [2, 3])
 def test_the_number_of_stages_changes_nothing(whole, stages):
     with murmur_server.Server(stages=stages, args=["--exact"]) as server:
-        assert answers(server) == whole
+        assert (answers(server), long_answer(server)) == whole
 
 
 @pytest.mark.parametrize("stages", [1, 3])
 def test_guesses_change_nothing(whole, stages):
+    plain, long = whole
     with murmur_server.Server(stages=stages, args=["--exact", "--draft", "lookup"]) as server:
-        assert answers(server) == whole
-        model = until_guessed(server)
+        assert answers(server) == plain
+        model = until_guessed(server, long)
     assert model["right_tokens"] <= model["guessed_tokens"]
 
 
 @pytest.fixture(scope="module")
 def strangers(tmp_path_factory):
-    """Two models of one vocabulary that have nothing else in common, the second small and fast, and the answers of the first."""
+    """Two models of one vocabulary that have nothing else in common, the second small and fast, and the answers of the first: those of
+    all kinds, and a long one."""
     folder = tmp_path_factory.mktemp("models")
     model, draft = folder / "model.gguf", folder / "draft.gguf"
     for path, more in ((model, ()), (draft, ("--layers", 1, "--seed", 7))):
         assert murmur_server.run("models", "synth", "llama", path, *more).returncode == 0
     with murmur_server.Server(model, stages=1, args=["--exact"]) as server:
-        return model, draft, answers(server)
+        return model, draft, answers(server), long_answer(server)
 
 
 def predictions(details):
@@ -105,16 +115,22 @@ def predictions(details):
 @pytest.mark.parametrize("stages", [1, 3])
 def test_guesses_of_a_model_change_nothing_and_are_told(whole, stages):
     draft = ["--draft", murmur_server.DEMO_MODEL, "--draft-spoilt", "0.3"]
+    plain, long = whole
     usages = []
     with murmur_server.Server(stages=stages, args=["--exact", *draft]) as server:
-        assert answers(server, usages) == whole
-        after = until_guessed(server, usages)
+        assert answers(server, usages) == plain
+        after = until_guessed(server, long, usages)
         assert server.metric("murmur_guessed_tokens_total") == after["guessed_tokens"]
         assert server.metric("murmur_right_guesses_total") == after["right_tokens"]
+        assert server.metric("murmur_rejected_seconds_total") == pytest.approx(after["rejected_us"] / 1e6)
     assert after["draft"]["model"] == murmur_server.DEMO_MODEL.name
     assert after["draft"]["process_id"]
     assert after["guessing"]["rows_per_frame"] > 0
     assert after["guessing"]["plain_left"] >= 0
+    assert after["guessing"]["pays"] in (True, False)
+    assert after["guessing"]["tokens_around"] is None or after["guessing"]["tokens_around"] > 0
+    assert after["travel_us"] >= 0
+    assert [stage["hop_us"] for stage in after["stages"]] == [0] * stages
     assert sum(after["right_by_depth"]) == after["right_tokens"]
     assert after["right_tokens"] <= sum(after["guessed_by_depth"]) <= after["guessed_tokens"]
     details = [usage.completion_tokens_details for usage in usages if usage.completion_tokens_details]
@@ -126,10 +142,10 @@ def test_guesses_of_a_model_change_nothing_and_are_told(whole, stages):
 
 @pytest.mark.parametrize("stages", [1, 3])
 def test_guesses_of_a_model_that_is_mostly_wrong_change_nothing(strangers, stages):
-    model, draft, plain = strangers
+    model, draft, plain, long = strangers
     with murmur_server.Server(model, stages=stages, args=["--exact", "--draft", draft]) as server:
         assert answers(server) == plain
-        until_guessed(server)
+        until_guessed(server, long)
 
 
 def test_guesses_are_in_the_usage_of_streams_and_completions():

@@ -195,5 +195,12 @@ fn a_model_over_two_nodes_is_shown_at_both() {
         assert_eq!(nodes.len(), 2, "{model}");
         assert!(nodes.contains(&&other.ready["mesh"]["node"]), "{model}");
         assert_eq!(model["generated_tokens"], 40);
+        assert!(model["travel_us"].is_u64(), "{model}");
+        until_shown(home, server, &["tiny", "..", "this node", " ms"]);
+        let hops = until("the ways between them are measured", || {
+            let model = http::get(&server.address, "/api/status").1["node"]["models"][0].take();
+            model["stages"].as_array()?.iter().map(|stage| stage["hop_us"].as_u64()).collect::<Option<Vec<_>>>()
+        });
+        assert!(hops.len() == 2 && hops[0] > 0, "{hops:?}");
     }
 }

@@ -155,6 +155,19 @@ fn the_last_stage_has_room_for_the_head() {
 }
 
 #[test]
+fn what_equal_nodes_take_for_their_stages_makes_them_equal_also_the_one_that_has_the_head() {
+    let (model, links) = (ModelFacts { head_cost: 4.0, ..model(12) }, links(4, 1_000.0));
+    let measured = [(layers(0, 4), 400.0), (layers(4, 8), 400.0), (layers(8, 12), 800.0)];
+    let us_per_layer = measured.map(|(range, stage_us)| stage_us / model.stage_cost(range));
+    assert_eq!(us_per_layer, [100.0; 3]);
+    let nodes = [1, 2, 3].map(|number| NodeFacts { layers_max: Some(4), ..peer(number, 8, us_per_layer[0]) });
+    let plan = Planner { model: &model, nodes: &nodes, links: &links }.plan(&ask()).unwrap();
+    let computing: Vec<(LayerRange, f64)> = plan.stages.iter().map(|stage| (stage.layers, stage.compute_us)).collect();
+    assert_eq!(computing, measured);
+    assert_eq!(model.layers_cost(layers(8, 12)), 4.0);
+}
+
+#[test]
 fn stages_end_only_where_the_model_may_be_cut() {
     let links = links(4, 1_000.0);
     let model = ModelFacts { cuts: vec![4, 8, 12], ..model(16) };
@@ -285,6 +298,31 @@ fn when_the_lost_range_fits_nowhere_alone_all_is_planned_anew() {
     nodes[3].layers_max = Some(9);
     let plan = Planner { model: &model, nodes: &nodes[..4], links: &links }.mend(&ask, &[node(2)]).unwrap();
     assert_eq!((plan.origin, plan.stages.last().unwrap().layers), (Origin::Anew, layers(9, 18)), "{plan}");
+}
+
+#[test]
+fn who_counts_least_in_a_lost_stage_is_whom_mending_finds() {
+    let (model, links, mut nodes, ask) = ring_with_spares();
+    let neighbours = (Some(node(1)), Some(node(3)));
+    let counts = |nodes: &[NodeFacts], number, neighbours, ask: &Ask| {
+        let stage = Placement { node: node(number), layers: layers(6, 12) };
+        Planner { model: &model, nodes, links: &links }.stage_us(&stage, neighbours, ask)
+    };
+    for us_per_layer in [1_500.0, 2_500.0, 4_000.0] {
+        nodes[4].decode_us_per_layer = us_per_layer;
+        let [four, five] = [4, 5].map(|number| counts(&nodes, number, neighbours, &ask).unwrap());
+        let plan = Planner { model: &model, nodes: &nodes, links: &links }.mend(&ask, &[node(2)]).unwrap();
+        assert_eq!(plan.stages[1].node, if four < five { node(4) } else { node(5) }, "{plan}");
+        assert_eq!(four < five, us_per_layer > 3_000.0);
+    }
+    let (alone, between) = (counts(&nodes, 5, (None, None), &ask), counts(&nodes, 5, neighbours, &ask));
+    let ways_us = between.unwrap() - alone.unwrap();
+    assert!((2_000.0..2_200.0).contains(&ways_us), "{ways_us}");
+    let near = Ask { rtt_us_max: Some(1_999.0), ..ask.clone() };
+    assert_eq!((counts(&nodes, 5, neighbours, &near), counts(&nodes, 5, (None, None), &near)), (None, alone));
+    nodes[4].layers_max = Some(5);
+    nodes[3].memory_bytes = 600 * MIB;
+    assert_eq!([4, 5].map(|number| counts(&nodes, number, neighbours, &ask)), [None, None]);
 }
 
 #[test]

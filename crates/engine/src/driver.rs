@@ -171,6 +171,8 @@ pub struct Driver {
     /// The model that guesses.
     drafter_health: Health,
     last_plan: Option<Plan>,
+    /// Whether there was a plan when one was last sought.
+    guesses_pay: bool,
     /// The time, us since whenever.
     now_us: u64,
 }
@@ -196,6 +198,7 @@ impl Driver {
             pace,
             drafter_health: Health::Down,
             last_plan: None,
+            guesses_pay: false,
             now_us: 0,
         }
     }
@@ -254,7 +257,12 @@ impl Driver {
 
     /// How was guessed lately. `None`: not at all so far.
     pub fn guessing(&self) -> Option<Guessing> {
-        self.last_plan.map(|plan| plan.explained(&self.pace))
+        self.last_plan.map(|plan| plan.explained(&self.pace, self.guesses_pay))
+    }
+
+    /// How long a row is on its way around the stages, beside computing, us: as was known at first, and then as measured.
+    pub fn travel_us(&self) -> u64 {
+        self.pace.travel_us() as u64
     }
 
     /// What each stage has done.
@@ -425,7 +433,7 @@ impl Driver {
             }
             Kind::Done | Kind::Sampled => frame.decode().map(|step| self.on_step(stage, &header, step)),
             Kind::StepFailed => {
-                self.fail(header.session, frame.as_text());
+                self.on_step_failed(header.session, frame.as_text());
                 Ok(())
             }
             _ => Ok(()),
@@ -470,6 +478,23 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Rows of a session could not be computed. If some of its guesses were wrong, these may be why: a memory that cannot forget a part of
+    /// what it holds, that of a recurrent model, takes no row back. Then the session begins again, and nobody guesses any more.
+    fn on_step_failed(&mut self, id: u64, reason: String) {
+        let has_rewound = |session: &Session| session.guesses.were_some_wrong();
+        if self.options.draft == Draft::Off || !self.sessions.get(&id).is_some_and(has_rewound) {
+            return self.fail(id, reason);
+        }
+        tracing::warn!("guesses are left alone from now on, as after a wrong one a step failed: {reason}");
+        self.options.draft = Draft::Off;
+        if let Some(session) = self.sessions.get_mut(&id) {
+            session.requeue();
+        }
+        self.hold(id);
+        self.queue.push_front(id);
+        self.admit();
     }
 
     fn is_next_suspect(&self) -> bool {
@@ -542,7 +567,9 @@ impl Driver {
 
     /// A stage has computed rows that are now on their way to the next.
     fn on_handed_on(&mut self, stage: usize, header: &Header, step: Step) {
-        if header.has(FLAG_WANT_OUTPUT) && !header.has(FLAG_PREFILL) {
+        if header.has(FLAG_PREFILL) {
+            self.pace.note_prompt(stage, &step);
+        } else if header.has(FLAG_WANT_OUTPUT) {
             self.pace.note(stage, &step);
             if header.rows == 1 {
                 self.counters.token_compute_us += u64::from(step.compute_us);
@@ -558,6 +585,7 @@ impl Driver {
         *in_flight = in_flight.saturating_sub(1);
         let done = header.position.saturating_add(header.rows);
         if header.has(FLAG_PREFILL) {
+            self.pace.note_prompt(stage, &step);
             self.counters.prompt_tokens += u64::from(header.rows);
             let progress = SessionEvent::Prefill {
                 done_tokens: done.min(session.prompt_tokens),
@@ -580,15 +608,15 @@ impl Driver {
         }
         self.accounts[stage].last_step = Some(step);
         for sampled in sampled {
-            if !self.on_token(id, sampled) {
+            if !self.on_token(id, sampled, header.has(FLAG_GUESS)) {
                 return;
             }
         }
         self.advance(id);
     }
 
-    /// A token was chosen. Whether the session goes on.
-    fn on_token(&mut self, id: u64, sampled: Sampled) -> bool {
+    /// A token was chosen, in a frame `with_guesses` or without. Whether the session goes on.
+    fn on_token(&mut self, id: u64, sampled: Sampled, with_guesses: bool) -> bool {
         let is_only = self.running() == 1;
         let Some(session) = self.sessions.get_mut(&id) else { return false };
         let token = sampled.token;
@@ -604,11 +632,10 @@ impl Driver {
         self.counters.rejected_us += rejected.map_or(0, |at| self.now_us.saturating_sub(at));
         let before = std::mem::replace(&mut session.token_at, is_only.then_some(self.now_us));
         let outcome = session.push(token);
-        if let Some(before) = before.filter(|_| is_only) {
-            // What follows a wrong guess has waited for it.
-            let is_guessed = outcome.is_some() || rejected.is_some();
-            self.pace.note_token(is_guessed, self.now_us.saturating_sub(before));
-        }
+        // What follows a wrong guess has waited for it, and what follows the last of right ones in a frame was had with them.
+        let is_guessed = with_guesses || outcome.is_some() || rejected.is_some();
+        let took_us = before.filter(|_| is_only).map(|before| self.now_us.saturating_sub(before));
+        self.pace.note_token(is_guessed, took_us);
         if let Some(outcome) = outcome {
             self.on_outcome(id, outcome);
         }
@@ -642,7 +669,8 @@ impl Driver {
             return;
         };
         let length = session.tokens.len() as u32;
-        while in_flight <= self.options.stages {
+        let chunks_ahead = self.pace.chunks_ahead(self.options.chunk_rows);
+        while in_flight <= self.options.stages + if prefill_before { chunks_ahead } else { 0 } {
             if feeding > 0 && next >= session.starts[feeding - 1] {
                 // What comes next reaches that stage on another way, and must find there what was sent so far.
                 if in_flight > 0 {
@@ -764,6 +792,8 @@ impl Driver {
     }
 }
 
+#[cfg(test)]
+mod gain_tests;
 #[cfg(test)]
 mod peer_tests;
 #[cfg(test)]

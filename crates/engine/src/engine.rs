@@ -188,6 +188,8 @@ pub struct EngineStatus {
     pub draft: Option<DraftStatus>,
     /// How was guessed lately. `None`: not at all so far.
     pub guessing: Option<Guessing>,
+    /// How long a row is on its way around the stages, beside computing, us: as was known at first, and then as measured.
+    pub travel_us: u64,
     /// Why requests fail at present, if they do: a stage could not be brought back, for instance.
     pub unavailable: Option<String>,
 }
@@ -376,7 +378,8 @@ impl Engine {
     pub fn status(&self) -> EngineStatus {
         let driver = lock(&self.shared.driver);
         let (accounts, counters) = (driver.accounts().to_vec(), driver.counters().clone());
-        let (running, queued, guessing) = (driver.running(), driver.queued(), driver.guessing());
+        let (running, queued) = (driver.running(), driver.queued());
+        let (guessing, travel_us) = (driver.guessing(), driver.travel_us());
         let unavailable = driver.unavailable().map(str::to_owned);
         drop(driver);
         let drafter = self.shared.stages.get(accounts.len()).map(|cell| {
@@ -395,7 +398,16 @@ impl Engine {
                 computed_rows: account.computed_rows,
             }
         });
-        EngineStatus { stages: stages.collect(), running, queued, counters, draft: drafter, guessing, unavailable }
+        EngineStatus {
+            stages: stages.collect(),
+            running,
+            queued,
+            counters,
+            draft: drafter,
+            guessing,
+            travel_us,
+            unavailable,
+        }
     }
 
     /// Whether sessions run or wait.

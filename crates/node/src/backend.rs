@@ -484,6 +484,13 @@ impl Backend for Node {
                 }
             }
         }
+        let name = "murmur_rejected_seconds_total";
+        let help = "Time from wrong guesses to the tokens after those that were chosen instead.";
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} counter");
+        for (label, status) in &statuses {
+            let seconds = Duration::from_micros(status.counters.rejected_us).as_secs_f64();
+            let _ = writeln!(text, "{name}{{model=\"{label}\"}} {seconds}");
+        }
         text
     }
 }

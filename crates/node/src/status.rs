@@ -54,12 +54,16 @@
 //! | `guessing.rows_per_frame`, `.frames_in_flight`, `.by_model` | how was guessed lately: rows sent together, and such frames on their way, at most; by a model, or looked up; null: not at all so far |
 //! | `guessing.right`, `.around_us`, `.frame_us`, `.token_us` | why so: the part of guesses that was expected to be right, the time of a row around the stages, the time after which one frame can follow another, and what a token was expected to take with that |
 //! | `guessing.plain_left` | tokens that are had without guesses before the next is guessed, because guesses may have cost time, or have |
+//! | `guessing.pays` | false: the newest tokens were had without guesses, which would not have paid or which nobody had |
+//! | `guessing.tokens_around` | tokens for each way around the stages, as timed lately of a request that ran alone, with guesses; null: not timed yet |
+//! | `travel_us` | how long a row is on its way around the stages, beside computing: as was known at first, and then as measured |
 //! | `rejected_us` | time from wrong guesses to the tokens after those that were chosen instead |
 //! | `draft.model`, `.node`, `.process_id`, `.restarts` | the model that guesses: its file and process; or its name at the `node` that has it guess, and no process; null: none does |
 //! | `token_steps`, `token_compute_us` | steps on one row of a sequence that gave its next token, and their time |
 //! | `stages[]` | `layers` from and to; `process_id`, or the `node` that holds it; `restarts`, `load_ms`, `weight_bytes`, `kv_cells`; `computed_rows` for requests of this node; `codec` in which hidden states go on to the next node |
 //! | `stages[].standby` | who stands by for it: `node`, and the `computed_rows` of this node's requests that it has computed as well; null: nobody |
 //! | `stages[].last_step` | `compute_us`, `batch_rows`, `threads` of its last batch |
+//! | `stages[].hop_us` | half of the round trip from its node to that of the next stage, and from that of the last one to this node, as one of the two has measured it; 0 within one node; null: neither has, or nobody holds it |
 //! | `ring` | of a model that is spread over the mesh: `because` of what, what it is `waiting` for, which layers are `held` here, by which `process_id`, and the `computed_rows` of that process, whoever asked for them |
 
 use std::{
@@ -70,9 +74,14 @@ use std::{
 
 use murmur_api::backend::ModelState;
 use murmur_engine::Draft;
+use murmur_gguf::LayerRange;
 use serde_json::{Value, json};
 
-use crate::{Node, model::Model};
+use crate::{
+    Node,
+    mesh::{one_way_us, ring::Ring},
+    model::Model,
+};
 
 pub(crate) fn node(node: &Node) -> Value {
     let offers = node.mesh.get().is_some() && node.options().contributes;
@@ -84,13 +93,13 @@ pub(crate) fn node(node: &Node) -> Value {
         "tokens_per_s": node.requests.tokens_per_s(Instant::now()),
         "requests": node.requests.list(),
         "sharing": offers.then(|| node.gate.view(node.requests.of_others())),
-        "models": node.models.iter().map(model).collect::<Vec<_>>(),
+        "models": node.models.iter().map(|own| model(node, own)).collect::<Vec<_>>(),
         "wanted": node.wanted.iter().map(|wanted| wanted.view()).collect::<Vec<_>>(),
         "contents": node.library.list().iter().map(|shelf| shelf.view()).collect::<Vec<_>>(),
     })
 }
 
-fn model(model: &Model) -> Value {
+fn model(node: &Node, model: &Model) -> Value {
     let state = model.state();
     let Some(loaded) = model.loaded() else {
         let (card, on_demand) = (model.card(), model.is_on_demand());
@@ -102,7 +111,8 @@ fn model(model: &Model) -> Value {
     let counters = &status.counters;
     let around = model.ring().1;
     let hosts = around.as_ref().map(|ring| ring.view()).unwrap_or_default();
-    let codecs = &loaded.engine.options().codecs;
+    let options = loaded.engine.options();
+    let (codecs, hops_us) = (&options.codecs, hops_us(node, around.as_deref(), &options.ranges));
     let stages = status.stages.iter().enumerate().map(|(at, stage)| {
         let host = hosts.iter().find(|(range, _)| *range == stage.range).and_then(|(_, host)| *host);
         let standby = around.as_ref().and_then(|ring| ring.standby(stage.range));
@@ -119,6 +129,7 @@ fn model(model: &Model) -> Value {
             "kv_cells": stage.loaded.as_ref().map(|l| l.kv_cells),
             "computed_rows": stage.computed_rows,
             "codec": codecs.get(at).map(|codec| codec.name()),
+            "hop_us": hops_us.get(at),
             "last_step": stage.last_step.as_ref().map(|step| json!({
                 "compute_us": step.compute_us, "batch_rows": step.batch_rows, "threads": step.threads,
             })),
@@ -142,7 +153,7 @@ fn model(model: &Model) -> Value {
         "guessed_by_depth": counters.guessed_by_depth,
         "right_by_depth": counters.right_by_depth,
         "draft": status.draft.as_ref().and_then(|draft| {
-            let (model, node) = guesser(&loaded.engine.options().draft, model)?;
+            let (model, node) = guesser(&options.draft, model)?;
             Some(json!({"model": model, "node": node, "process_id": draft.process_id, "restarts": draft.restarts}))
         }),
         "guessing": status.guessing.map(|guessing| json!({
@@ -154,8 +165,11 @@ fn model(model: &Model) -> Value {
             "frame_us": guessing.frame_us,
             "token_us": guessing.token_us,
             "plain_left": guessing.plain_left,
+            "pays": guessing.pays,
+            "tokens_around": guessing.tokens_around,
         })),
-        "rejected_us": status.counters.rejected_us,
+        "travel_us": status.travel_us,
+        "rejected_us": counters.rejected_us,
         "token_steps": counters.token_steps,
         "token_compute_us": counters.token_compute_us,
         "prompt_tokens": counters.prompt_tokens,
@@ -163,6 +177,16 @@ fn model(model: &Model) -> Value {
         "stages": stages.collect::<Vec<_>>(),
         "ring": ring(model),
     })
+}
+
+/// The way from each stage's node to that of the next, and from that of the last to this one, us; `None`: not known.
+fn hops_us(node: &Node, ring: Option<&Ring>, ranges: &[LayerRange]) -> Vec<Option<u64>> {
+    let Some((ring, mesh)) = ring.zip(node.mesh.get()) else { return vec![Some(0); ranges.len()] };
+    let (own, peers, seats) = (mesh.mesh().node_id(), mesh.mesh().peers(), ring.view());
+    // Those that are in no seat are this node's own.
+    let holder = |range: &LayerRange| seats.iter().find(|(seat, _)| seat == range).map_or(Some(own), |(_, host)| *host);
+    let holders: Vec<_> = ranges.iter().map(holder).chain([Some(own)]).collect();
+    holders.windows(2).map(|hop| one_way_us(mesh, &peers, hop[0]?, hop[1]?)).collect()
 }
 
 /// File of the model that guesses for another, if one does; or its name, and the node where it is.

@@ -3,7 +3,7 @@
 use murmur_lab::{Lab, Topology};
 
 use crate::{
-    common::{Home, http::End},
+    common::{Home, http::End, until},
     world::{Node, STORY_BYTES_BEFORE_FAULT, UNAIDED, lab, long_story, short_story, with},
 };
 
@@ -40,6 +40,11 @@ fn three_machines_that_hold_a_part_each_give_the_text_of_one_that_holds_all() {
         let layers = held[1].as_u64().unwrap() - held[0].as_u64().unwrap();
         assert!((1..=5).contains(&layers), "{held}");
         assert_eq!(machine.complete(&short_story()), whole.complete(&short_story()));
+        let hops = until("every way around the ring is known", || {
+            let model = machine.model_status();
+            model["stages"].as_array()?.iter().map(|stage| stage["hop_us"].as_u64()).collect::<Option<Vec<_>>>()
+        });
+        assert_eq!(hops.len(), 3);
     }
     let join = machines[0].join();
     let client = Node::client(lab.host("client").unwrap(), Home::new(), &with(&UNAIDED, &join));

@@ -91,9 +91,8 @@ impl Planner<'_> {
         let link = if from == to {
             Link { one_way_us: 0.0, bytes_per_s: f64::INFINITY }
         } else {
-            let (there, back) = (self.links.get(from, to), self.links.get(to, from));
-            if ask.rtt_us_max.is_some_and(|most| there.one_way_us + back.one_way_us > most) || there.bytes_per_s <= 0.0
-            {
+            let there = self.links.get(from, to);
+            if ask.rtt_us_max.is_some_and(|most| self.links.rtt_us(from, to) > most) || there.bytes_per_s <= 0.0 {
                 return None;
             }
             there
@@ -129,8 +128,7 @@ impl Planner<'_> {
 
     /// A chunk of `rows` rows in all layers of `range`, the head left out: only the last row of a prompt goes there.
     pub(super) fn prefill_ns(&self, node: &NodeFacts, range: LayerRange, rows: u32) -> Ns {
-        let cost: f64 = self.model.layers_of(range).map(|layer| layer.cost).sum();
-        ns(node.step_us + node.prefill_us_per_layer * cost * f64::from(rows))
+        ns(node.step_us + node.prefill_us_per_layer * self.model.layers_cost(range) * f64::from(rows))
     }
 
     /// One row in a stage.
@@ -169,5 +167,34 @@ impl Planner<'_> {
     /// What a stage counts.
     pub(super) fn stage_score(&self, node: &NodeFacts, range: LayerRange, ask: &Ask) -> Ns {
         ns(node.step_us) + STAGE_TIE_NS + self.layers_score(node, range, ask)
+    }
+
+    /// What a stage counts per token in a ring in which nothing else changes, in microseconds: its time, its share of loading, and the
+    /// ways from whoever has the stage before it and to whoever has the one after. One that is not known counts nothing. `None`: the
+    /// node has no room for it, or the ask does not allow a way.
+    pub fn stage_us(
+        &self,
+        stage: &Placement,
+        (before, after): (Option<NodeId>, Option<NodeId>),
+        ask: &Ask,
+    ) -> Option<f64> {
+        let node = self.nodes.iter().find(|node| node.node == stage.node)?;
+        let range = stage.layers;
+        let is_within = node.layers_max.is_none_or(|most| range.len() <= most);
+        if !is_within || self.model.stage_memory_bytes(range, ask) > node.memory_bytes {
+            return None;
+        }
+        let entering = if range.first == 0 { Payload::Tokens } else { Payload::Hidden };
+        let leaving = if range.end == self.model.whole().end { Payload::Answer } else { Payload::Hidden };
+        let hops = [
+            before.map(|before| self.hop(before, stage.node, entering, ask)),
+            after.map(|after| self.hop(stage.node, after, leaving, ask)),
+        ];
+        let mut score = self.stage_score(node, range, ask);
+        for hop in hops.into_iter().flatten() {
+            let hop = hop?;
+            score += hop.latency() + hop.transfer(1);
+        }
+        Some(us(score))
     }
 }

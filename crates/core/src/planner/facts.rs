@@ -94,6 +94,17 @@ impl ModelFacts {
         self.layers.iter().take(range.end as usize).skip(range.first as usize)
     }
 
+    /// Time of the layers of `range` for one row, relative to an average layer.
+    pub fn layers_cost(&self, range: LayerRange) -> f64 {
+        self.layers_of(range).map(|layer| layer.cost).sum()
+    }
+
+    /// The same of a stage: with the head, where its layers end the model.
+    pub fn stage_cost(&self, range: LayerRange) -> f64 {
+        let head = if range.end == self.whole().end { self.head_cost } else { 0.0 };
+        self.layers_cost(range) + head
+    }
+
     /// Bytes of weights of a stage, the head of the last one included.
     pub(super) fn weight_bytes(&self, range: LayerRange) -> u64 {
         let head = if range.end == self.whole().end { self.head_bytes } else { 0 };
@@ -193,6 +204,11 @@ impl Links {
     /// The direction from `from` to `to`; [`Link::default`] where it was never measured.
     pub fn get(&self, from: NodeId, to: NodeId) -> Link {
         self.0.get(&(from, to)).copied().unwrap_or_default()
+    }
+
+    /// There and back.
+    pub fn rtt_us(&self, a: NodeId, b: NodeId) -> f64 {
+        self.get(a, b).one_way_us + self.get(b, a).one_way_us
     }
 }
 

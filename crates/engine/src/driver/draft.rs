@@ -126,11 +126,15 @@ pub struct Guessing {
     pub token_us: f64,
     /// Tokens that are had without guesses before the next is guessed, because guesses may have cost time, or have.
     pub plain_left: u32,
+    /// False: the newest tokens were had without guesses, which would not have paid or which nobody had.
+    pub pays: bool,
+    /// Tokens for each way around the stages, as timed lately of a session that ran alone, with guesses. `None`: not timed yet.
+    pub tokens_around: Option<f64>,
 }
 
 impl Plan {
     /// For people.
-    pub(super) fn explained(&self, pace: &Pace) -> Guessing {
+    pub(super) fn explained(&self, pace: &Pace, pays: bool) -> Guessing {
         Guessing {
             by_model: self.guesser == Guesser::Model,
             rows_per_frame: self.rows as u32,
@@ -140,6 +144,8 @@ impl Plan {
             frame_us: self.frame_us,
             token_us: self.us_per_token,
             plain_left: pace.plain_left(),
+            pays,
+            tokens_around: pace.tokens_around(),
         }
     }
 
@@ -265,6 +271,11 @@ impl Guesses {
         self.waiting.len()
     }
 
+    /// Whether one was compared and was wrong, or was in vain because one before it was.
+    pub(super) fn were_some_wrong(&self) -> bool {
+        self.made as usize > self.right as usize + self.waiting.len()
+    }
+
     /// Those from `first` on, `count` at most.
     pub(super) fn tokens(&self, first: usize, count: usize) -> Vec<Token> {
         self.waiting.iter().skip(first).take(count).map(|guess| guess.token).collect()
@@ -288,15 +299,16 @@ impl Guesses {
         let lookup = self.lookup.as_mut()?;
         let guessed: Vec<Token> = self.waiting.iter().map(|guess| guess.token).collect();
         let is_known = !lookup.propose(tokens, &guessed, room.min(1)).is_empty();
-        let can_pursue = is_drafter_up && self.pursuit.as_ref().is_some_and(Pursuit::goes_on);
-        let who = [Some(Guesser::Lookup).filter(|_| is_known), Some(Guesser::Model).filter(|_| can_pursue)];
+        let who = [Some(Guesser::Lookup).filter(|_| is_known), Some(Guesser::Model).filter(|_| is_drafter_up)];
         let of = |guesser: Guesser| {
             let right = self.aims[guesser as usize].value.min(RIGHT_MAX);
             Plan::of(guesser, right, pace, sessions).or_else(|| {
                 let us = pace.ring_us(2)?;
                 let waits = !pace.is_drafter_elsewhere();
                 let another = Plan { guesser, rows: 2, depth: 1, waits, right, frame_us: us, us_per_token: us };
-                Some(another).filter(|_| self.refrained >= ANOTHER_TRY && sessions == 1)
+                // On one machine sessions together are one batch, which guesses can only make larger.
+                let is_room = sessions == 1 || !pace.is_one_machine();
+                Some(another).filter(|_| self.refrained >= ANOTHER_TRY && is_room)
             })
         };
         let who = who.into_iter().flatten().filter(|_| pace.plain_left() == 0);
@@ -483,7 +495,7 @@ mod tests {
         // Tokens come no sooner than they should without guesses. So some are had without, and come much sooner.
         for (is_guessed, us) in [(true, 52_000), (false, 30_000), (true, 52_000)] {
             while (pace.plain_left() == 0) == is_guessed {
-                pace.note_token(is_guessed, us);
+                pace.note_token(is_guessed, Some(us));
             }
         }
         let (rest, still_made, waiting) = plan(&pace);

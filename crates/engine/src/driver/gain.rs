@@ -40,6 +40,16 @@ impl Gain {
         self.plain_left
     }
 
+    /// What a token has taken lately with guesses, us. `None`: not measured.
+    pub(super) fn guessed_us(&self) -> Option<f64> {
+        (self.guessed.count > 0).then_some(self.guessed.value)
+    }
+
+    /// A token has come without guesses, and nobody knows how long it took.
+    pub(super) fn pass(&mut self) {
+        self.plain_left = self.plain_left.saturating_sub(1);
+    }
+
     /// A token has come `us` after the one before it, `guessed` or not. Without guesses one should take `expected_us`, of which the way
     /// around the ring takes `travel_us`.
     pub(super) fn note(&mut self, guessed: bool, us: f64, expected_us: f64, travel_us: f64) {
@@ -49,8 +59,7 @@ impl Gain {
         let mean = if guessed { &mut self.guessed } else { &mut self.plain };
         mean.note(us.min(LATE * expected_us), GUESSED_MIN);
         if !guessed {
-            self.plain_left = self.plain_left.saturating_sub(1);
-            return;
+            return self.pass();
         }
         if self.guessed.count < GUESSED_MIN {
             return;
@@ -105,6 +114,15 @@ mod tests {
         gain.note(false, 60_000.0, 61_000.0, 60_000.0);
         assert_eq!(gain.plain_left(), 0);
         (0..1000).for_each(|_| gain.note(true, 30_000.0, 61_000.0, 60_000.0));
+        assert_eq!(gain.plain_left(), 0);
+    }
+
+    #[test]
+    fn tokens_of_sessions_that_run_together_end_a_pause_as_well() {
+        let mut gain = Gain::default();
+        had(&mut gain, 1500.0, 1000.0, 32 + 8 + 32);
+        assert_eq!(gain.plain_left(), WITHOUT);
+        (0..WITHOUT).for_each(|_| gain.pass());
         assert_eq!(gain.plain_left(), 0);
     }
 

@@ -9,7 +9,7 @@ use murmur_protocol::{
     codec::Codec,
     frame::{FLAG_FORGET, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind, NEXT_ROWS_MAX},
     sampling::{SamplingParams, Token},
-    stage::{Opened, Step},
+    stage::{NotOpened, Opened, Step},
 };
 
 use super::{
@@ -72,8 +72,11 @@ impl Driver {
         let patience_us = self.pace.ring_us(1).filter(|_| self.pace.is_drafter_elsewhere());
         let is_late =
             |pursuit: &mut Pursuit| patience_us.is_some_and(|patience| pursuit.is_late(self.now_us, patience));
-        let is_drafter_there = is_drafter_up && !session.guesses.pursuit.as_mut().is_some_and(is_late);
-        let plan = session.guesses.plan(&session.tokens, &self.pace, sessions, is_drafter_there, room)?;
+        let is_there = |pursuit: &mut Pursuit| !is_late(pursuit) && pursuit.goes_on(self.now_us);
+        let is_drafter_there = is_drafter_up && session.guesses.pursuit.as_mut().is_some_and(is_there);
+        let plan = session.guesses.plan(&session.tokens, &self.pace, sessions, is_drafter_there, room);
+        self.guesses_pay = plan.is_some();
+        let plan = plan?;
         self.counters.guessed_tokens += u64::from(session.guesses.made - made);
         self.last_plan = Some(plan);
         let wanted = plan.depth.saturating_sub(session.guesses.len()).min(session.room_for_guesses());
@@ -152,7 +155,10 @@ impl Driver {
                 Ok(opened) => pursuit.opened(opened.cached_tokens.min(session.tokens.len() as u32 - 1)),
                 Err(_) => pursuit.give_up(),
             },
-            Kind::NotOpened => pursuit.give_up(),
+            Kind::NotOpened => match frame.decode() {
+                Ok(NotOpened::Busy { retry_ms }) => pursuit.has_no_room(self.now_us + 1000 * u64::from(retry_ms)),
+                Ok(NotOpened::Bad(_)) | Err(_) => pursuit.give_up(),
+            },
             Kind::Done => pursuit.computed(end),
             Kind::Sampled => match (frame.decode::<Step>(), pursuit.guessed(end, self.now_us)) {
                 (Ok(step), Some(took)) => self.on_guess(id, &frame.header, took, step),

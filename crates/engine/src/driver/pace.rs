@@ -6,6 +6,8 @@ use super::{gain::Gain, pursuit::Took};
 
 /// How much of the newest measurement enters an average.
 const SMOOTHING: f64 = 0.1;
+/// Chunks of a prompt on their way at most, beside one in each stage: each is a few MiB that somebody has to hold.
+const CHUNKS_AHEAD_MAX: usize = 16;
 /// Rows in a step of generated tokens for which times are kept.
 const ROWS_MAX: usize = GUESS_ROWS_MAX as usize;
 
@@ -54,7 +56,8 @@ impl RowCosts {
             }
             _ => below.1,
         };
-        Some(us.max(one))
+        // No more than the same rows one by one: a step that something held up must not speak against so many rows for ever.
+        Some(us.clamp(one, one * rows as f64))
     }
 }
 
@@ -65,6 +68,8 @@ pub(super) struct Pace {
     drafter: RowCosts,
     /// Of the model that guesses on a machine of its own: the time until a guess is there that nothing goes before, us.
     alone_us: Option<f64>,
+    /// What each stage takes for a row of a prompt, us.
+    prompt_row_us: Vec<Option<f64>>,
     /// Of the way around the ring, beside computing, us. What was known of it at first is forgotten like a measurement.
     travel_us: f64,
     is_one_machine: bool,
@@ -75,11 +80,11 @@ pub(super) struct Pace {
 
 impl Pace {
     pub(super) fn new(stages: usize, travel_us: u64, is_one_machine: bool) -> Pace {
-        let stages = vec![RowCosts::default(); stages];
         Pace {
-            stages,
+            stages: vec![RowCosts::default(); stages],
             drafter: RowCosts::default(),
             alone_us: None,
+            prompt_row_us: vec![None; stages],
             travel_us: travel_us as f64,
             is_one_machine,
             is_drafter_elsewhere: false,
@@ -128,11 +133,36 @@ impl Pace {
         }
     }
 
-    /// A token of the only session has come `us` after the one before it, with guesses or without.
-    pub(super) fn note_token(&mut self, is_guessed: bool, us: u64) {
-        if let Some(expected_us) = self.ring_us(1) {
-            self.gain.note(is_guessed, us as f64, expected_us, self.travel_us);
+    /// A stage has computed rows of prompts.
+    pub(super) fn note_prompt(&mut self, stage: usize, step: &Step) {
+        smooth(&mut self.prompt_row_us[stage], f64::from(step.compute_us) / f64::from(step.batch_rows.max(1)));
+    }
+
+    /// How many chunks of a prompt, of so many rows, the way around the ring has room for beside one in each stage. They are what keeps
+    /// the slowest stage busy while the answers to others travel.
+    pub(super) fn chunks_ahead(&self, chunk_rows: u32) -> usize {
+        let slowest_us = self.prompt_row_us.iter().try_fold(0.0, |most, us| Some(us.as_ref()?.max(most)));
+        let chunks = slowest_us.map_or(0.0, |row_us| self.travel_us / (row_us * f64::from(chunk_rows)).max(1.0));
+        (chunks as usize).min(CHUNKS_AHEAD_MAX)
+    }
+
+    /// A token has come, with guesses or without; of the only session it is known how long after the one before it, us.
+    pub(super) fn note_token(&mut self, is_guessed: bool, took_us: Option<u64>) {
+        match (took_us, self.ring_us(1)) {
+            (Some(us), Some(expected_us)) => self.gain.note(is_guessed, us as f64, expected_us, self.travel_us),
+            _ if !is_guessed => self.gain.pass(),
+            _ => {}
         }
+    }
+
+    /// Tokens for each way around the ring, as timed lately with guesses.
+    pub(super) fn tokens_around(&self) -> Option<f64> {
+        Some(self.ring_us(1)? / self.gain.guessed_us()?)
+    }
+
+    /// How long the way around the ring is, beside computing, us.
+    pub(super) fn travel_us(&self) -> f64 {
+        self.travel_us
     }
 
     /// How many tokens are had without guesses before the next is guessed, because guesses may have cost time, or have.
@@ -185,6 +215,29 @@ mod tests {
         assert_eq!([1, 3, 5, 9, 40].map(|rows| costs.of(rows)), [1000.0, 2000.0, 3000.0, 3000.0, 3000.0].map(Some));
         costs.note(&step(5, 13000));
         assert_eq!(costs.of(5), Some(4000.0));
+    }
+
+    #[test]
+    fn a_step_that_was_held_up_does_not_make_rows_together_dearer_than_one_by_one() {
+        let mut costs = RowCosts::default();
+        costs.note(&step(1, 1000));
+        costs.note(&step(4, 90_000));
+        assert_eq!([2, 4, 8].map(|rows| costs.of(rows)), [2000.0, 4000.0, 8000.0].map(Some));
+    }
+
+    #[test]
+    fn a_long_way_has_room_for_chunks_of_a_prompt_and_a_short_one_has_none() {
+        let ahead = |travel_us: u64, prompt_us: u32| {
+            let mut pace = Pace::new(2, travel_us, false);
+            assert_eq!(pace.chunks_ahead(512), 0);
+            pace.note_prompt(0, &step(512, prompt_us / 2));
+            pace.note_prompt(1, &step(256, prompt_us / 2));
+            pace.chunks_ahead(512)
+        };
+        assert_eq!(ahead(100, 1_000_000), 0);
+        assert_eq!(ahead(200_000, 1_000_000), 0);
+        assert_eq!(ahead(200_000, 40_000), 5);
+        assert_eq!(ahead(1_000_000, 1_000), CHUNKS_AHEAD_MAX);
     }
 
     #[test]

@@ -53,8 +53,12 @@ fn driver() -> (Driver, mpsc::Receiver<SessionEvent>) {
 }
 
 fn opened(driver: &mut Driver, stage: usize, cached_tokens: u32) {
+    driver.on_frame(stage, opening_answer(0, cached_tokens));
+}
+
+fn opening_answer(epoch: u32, cached_tokens: u32) -> Frame {
     let opened = Opened { cached_tokens, kept_tokens: 0 };
-    driver.on_frame(stage, Frame::message(Header::new(Kind::Opened, ID), &opened).unwrap());
+    Frame::message(Header { epoch, ..Header::new(Kind::Opened, ID) }, &opened).unwrap()
 }
 
 fn step(token: Option<Token>) -> Step {
@@ -128,4 +132,42 @@ fn what_it_was_not_asked_for_ends_its_part_in_the_session() {
     chosen(&mut driver, 0, 10, 501);
     assert_eq!(told(&mut driver, 0), [(Kind::Tokens, 0, 11)]);
     assert_eq!(driver.counters().guessed_tokens, 0);
+}
+
+#[test]
+fn a_memory_that_takes_no_row_back_costs_the_guesses_and_not_the_request() {
+    let (mut driver, mut events) = driver();
+    guessed(&mut driver, 0, 10, 501);
+    chosen(&mut driver, 0, 10, 600);
+    told(&mut driver, 0);
+    driver.on_frame(0, Frame::text(header(Kind::StepFailed, 1, 11), "it cannot forget"));
+    assert_eq!(told(&mut driver, 0), [(Kind::Close, 2, 0), (Kind::Open, 2, 0)]);
+    driver.deliver();
+    let heard: Vec<_> = std::iter::from_fn(|| events.try_recv().ok()).collect();
+    assert!(heard.iter().all(|event| matches!(event, SessionEvent::Token(_))), "{heard:?}");
+    // It begins again, and nobody is asked for a guess.
+    (0..STAGES).for_each(|stage| driver.on_frame(stage, opening_answer(2, 0)));
+    let output = driver.take_output();
+    assert!(output.iter().any(|(to, frame)| *to == 0 && frame.header.kind == Kind::Tokens), "{output:?}");
+    assert!(output.iter().all(|(to, _)| *to != GUESSER), "{output:?}");
+    // Without guesses nothing is to blame but the request.
+    driver.on_frame(0, Frame::text(header(Kind::StepFailed, 2, 11), "it cannot forget"));
+    driver.deliver();
+    assert!(matches!(events.try_recv(), Ok(SessionEvent::Failed(_))));
+}
+
+#[test]
+fn a_machine_that_has_no_room_is_asked_again_later() {
+    let (mut driver, _events) = driver();
+    let busy = NotOpened::Busy { retry_ms: 500 };
+    driver.on_frame(GUESSER, Frame::message(Header::new(Kind::NotOpened, ID), &busy).unwrap());
+    told(&mut driver, GUESSER);
+    for (at_us, position, token) in [(1_000, PROMPT_TOKENS, 501), (400_000, PROMPT_TOKENS + 1, 502)] {
+        driver.at(at_us);
+        chosen(&mut driver, 0, position, token);
+        assert!(told(&mut driver, GUESSER).is_empty());
+    }
+    driver.at(500_000);
+    chosen(&mut driver, 0, PROMPT_TOKENS + 2, 503);
+    assert!(matches!(told(&mut driver, GUESSER)[..], [(Kind::Open, ..)]));
 }

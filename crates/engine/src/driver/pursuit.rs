@@ -41,6 +41,8 @@ pub(super) struct Pursuit {
     is_at_end: bool,
     /// What is on its way is in vain, which it was not told yet.
     is_stale: bool,
+    /// It is not asked before, us.
+    again_us: u64,
     deaths: u32,
 }
 
@@ -70,9 +72,9 @@ impl Pursuit {
         self.epoch
     }
 
-    /// Whether it may come to guesses.
-    pub(super) fn goes_on(&self) -> bool {
-        self.phase != Phase::GivenUp && !self.is_at_end
+    /// Whether it may come to guesses at `now_us`.
+    pub(super) fn goes_on(&self, now_us: u64) -> bool {
+        self.phase != Phase::GivenUp && !self.is_at_end && now_us >= self.again_us
     }
 
     /// Whether a guess is on its way that is worth waiting for.
@@ -101,6 +103,7 @@ impl Pursuit {
     pub(super) fn ask(&mut self, length: u32, ahead: u32, now_us: u64) -> Option<Ask> {
         let on_their_way = self.asked_us.len() as u32;
         match self.phase {
+            Phase::Away if now_us < self.again_us => None,
             Phase::Away => {
                 self.phase = Phase::Opening;
                 Some(Ask::Open)
@@ -135,7 +138,13 @@ impl Pursuit {
         (self.sent, self.computed) = (held, held);
     }
 
-    /// It has no room, perhaps later, or cannot take the session at all.
+    /// It has no room: it is asked again at `again_us`.
+    pub(super) fn has_no_room(&mut self, again_us: u64) {
+        self.lose(false);
+        self.again_us = again_us;
+    }
+
+    /// It cannot take the session at all.
     pub(super) fn give_up(&mut self) {
         self.phase = Phase::GivenUp;
         self.is_stale = false;
@@ -267,7 +276,7 @@ mod tests {
             pursuit.pause();
             // What it would compute behind the end is called back at once.
             assert_eq!(pursuit.take_stale(), is_stale);
-            assert!(!pursuit.goes_on() && pursuit.ask(4, ahead, 0).is_none());
+            assert!(!pursuit.goes_on(0) && pursuit.ask(4, ahead, 0).is_none());
             pursuit.forget(3);
             assert_eq!(pursuit.ask(4, 1, 0), rows(3));
         }
@@ -291,7 +300,7 @@ mod tests {
             pursuit.ask(3, 1, 0);
             pursuit.lose(true);
         }
-        assert!(!pursuit.goes_on() && pursuit.ask(3, 1, 0).is_none());
+        assert!(!pursuit.goes_on(0) && pursuit.ask(3, 1, 0).is_none());
     }
 
     #[test]

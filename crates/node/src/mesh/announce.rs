@@ -14,7 +14,10 @@ use murmur_protocol::mesh::{
 };
 use tokio::time::MissedTickBehavior;
 
-use super::{MeshNode, ModelIdentity, both, links, ring::host};
+use super::{
+    MeshNode, ModelIdentity, both, links,
+    ring::{facts, host},
+};
 use crate::{
     Node, fit,
     model::{Model, Room},
@@ -159,10 +162,9 @@ pub(super) fn could_offer(node: &Node, model: &Model, context_tokens: u32, room:
     let (identity, options) = (model.identity()?, node.options());
     let held = host::held(model);
     let terms = held.map(|(terms, ..)| terms);
-    let speed = held.map(|(.., speed)| speed).unwrap_or_default();
-    let layers = terms.map_or(1, |terms| terms.range.end - terms.range.first);
-    // 0: not measured.
-    let per_layer = |us: Option<f64>| us.map_or(0, |us| (us / f64::from(layers)).max(1.0) as u32);
+    let measured = held.zip(model.spread());
+    let (decode_us_per_layer, prefill_us_per_layer) =
+        measured.map_or((0, 0), |((terms, _, speed), spread)| facts::per_layer(speed, &spread.facts, terms.range));
     Some(ServedStage {
         digest: identity.digest,
         name: cut(model.id(), MODEL_NAME_BYTES_MAX),
@@ -179,8 +181,8 @@ pub(super) fn could_offer(node: &Node, model: &Model, context_tokens: u32, room:
         exact: options.exact,
         build: cut(&murmur_engine::build_id(), BUILD_BYTES_MAX),
         memory_bytes: model.available_bytes(options, room) / STAGE_MEMORY_STEP_BYTES * STAGE_MEMORY_STEP_BYTES,
-        decode_us_per_layer: per_layer(speed.decode_us),
-        prefill_us_per_layer: per_layer(speed.prefill_us),
+        decode_us_per_layer,
+        prefill_us_per_layer,
         layers_max: options.layers_max.unwrap_or(0),
     })
 }

@@ -160,6 +160,24 @@ impl LinkBook {
     }
 }
 
+/// Half of the round trip between two nodes, us; 0 within one. Of what both ends have measured the longer counts; `None`: neither has.
+pub(crate) fn one_way_us(mesh: &MeshNode, peers: &[PeerView], from: NodeId, to: NodeId) -> Option<u64> {
+    if from == to {
+        return Some(0);
+    }
+    let peer = |node: NodeId| peers.iter().find(|peer| peer.record().node == node);
+    let measured_us = |from: NodeId, to: NodeId| {
+        if from == mesh.mesh().node_id() {
+            let told = mesh.links().to(&to).map(|(rtt_us, _)| rtt_us);
+            return told.or_else(|| Some(1000.0 * peer(to)?.rtt_ms?));
+        }
+        let told = peer(from)?.record().links.iter().find(|link| link.is_to(&to))?;
+        Some(f64::from(told.rtt_us))
+    };
+    let rtt_us = [measured_us(from, to), measured_us(to, from)].into_iter().flatten().reduce(f64::max)?;
+    Some((rtt_us / 2.0) as u64)
+}
+
 /// Whether a round trip, us, is another one than before, and not the same with what machines and queues add.
 pub(super) fn is_another_rtt(before_us: f64, now_us: f64) -> bool {
     (now_us - before_us).abs() > (STEP * before_us).max(RTT_STEP_US)

@@ -39,6 +39,7 @@ use tokio::{
 
 pub(crate) use catalogue::{CatalogueError, RemoteModel, by_count};
 pub(crate) use identity::{IdentityError, ModelIdentity};
+pub(crate) use links::one_way_us;
 pub(crate) use places::{Place, Places};
 pub(crate) use request::{RemoteRequest, RemoteStream};
 

@@ -172,9 +172,10 @@ pub struct ServedStage {
     pub build: String,
     /// Most memory that the node would give to layers of this model, weights and KV together.
     pub memory_bytes: u64,
-    /// Measured time per layer and token of a request that runs alone; 0: not measured.
+    /// Measured time of a token of a request that runs alone in a layer of average cost; the head counts as the layers that it is worth.
+    /// 0: not measured.
     pub decode_us_per_layer: u32,
-    /// Measured time per layer and row of a prompt chunk; 0: not measured.
+    /// Measured time of a row of a prompt chunk in a layer of average cost; 0: not measured.
     pub prefill_us_per_layer: u32,
     /// Most layers that the node would hold; 0: as many as fit.
     pub layers_max: u32,

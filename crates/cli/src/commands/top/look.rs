@@ -41,6 +41,10 @@ pub(super) struct Table {
 pub(super) struct Look<'a>(&'a Said);
 
 const NONE: &str = "-";
+/// The node that is asked, where a stage is held.
+const OWN: &str = "this node";
+/// Depths of which it is said what part of the guesses was right.
+const DEPTHS_SHOWN: usize = 4;
 
 impl<'a> Look<'a> {
     pub(super) fn of(said: &'a Said) -> Self {
@@ -79,9 +83,23 @@ impl<'a> Look<'a> {
         rate("/node/tokens_per_s/api") + rate("/node/tokens_per_s/nodes")
     }
 
-    /// Requests, models, peers.
-    pub(super) fn tables(&self) -> [Table; 3] {
-        [self.requests(), self.models(), self.peers()]
+    /// Requests, models, peers, and the stages of rings where there are any.
+    pub(super) fn tables(&self) -> Vec<Table> {
+        let stages = Some(self.stages()).filter(|stages| !stages.rows.is_empty());
+        [self.requests(), self.models(), self.peers()].into_iter().chain(stages).collect()
+    }
+
+    /// How each model's tokens are guessed: by whom and how well, what that brings, and why so.
+    pub(super) fn guesses(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for model in list(&self.0.status, "/node/models") {
+            if let Some(guessing) = model.get("guessing").filter(|guessing| guessing.is_object()) {
+                lines.push(self.guessed(model, guessing));
+                lines.push(format!("  {}", brought(model, guessing)));
+                lines.push(format!("  {}", why(guessing)));
+            }
+        }
+        lines
     }
 
     fn requests(&self) -> Table {
@@ -134,11 +152,8 @@ impl<'a> Look<'a> {
                 ("loading", Some(share)) => format!("loading {:.0} %", 100.0 * share),
                 (state, _) => state.to_owned(),
             };
-            let guessed = here.and_then(|here| Some((count(here, "/right_tokens")?, count(here, "/guessed_tokens")?)));
-            let right = match guessed {
-                Some((right, guessed)) if guessed > 0 => format!("{:.0} %", 100.0 * right as f64 / guessed as f64),
-                _ => NONE.to_owned(),
-            };
+            let right = here.and_then(|here| percent(&compared(here)));
+            let right = right.map_or_else(|| NONE.to_owned(), |right| format!("{right:.0} %"));
             let guesser = here.and_then(|here| here.pointer("/draft/node")).filter(|node| node.is_string());
             let right =
                 guesser.map_or_else(|| right.clone(), |node| format!("{right} by {}", self.node(Some(node), NONE)));
@@ -186,6 +201,66 @@ impl<'a> Look<'a> {
         }
     }
 
+    fn stages(&self) -> Table {
+        let row = |model: &Value, stage: &Value| {
+            let layer = |end| count(stage, end).unwrap_or(0);
+            vec![
+                text(model, "/id"),
+                format!("{}..{}", layer("/layers/0"), layer("/layers/1")),
+                self.holder(stage),
+                ms(stage, "/last_step/compute_us"),
+                shown(stage, "/last_step/batch_rows"),
+                ms(stage, "/hop_us"),
+                text(stage, "/codec"),
+                self.node(stage.pointer("/standby/node"), NONE),
+            ]
+        };
+        let is_ring = |stages: &[Value]| stages.len() > 1 || stages.iter().any(|stage| self.is_elsewhere(stage));
+        let models = list(&self.0.status, "/node/models").iter().map(|model| (model, list(model, "/stages")));
+        let rings = models.filter(|(_, stages)| is_ring(stages));
+        Table {
+            title: "stages of rings",
+            headings: &["MODEL", "LAYERS", "HELD BY", "STEP", "ROWS", "HOP", "CODEC", "STANDBY"],
+            right: &[3, 4, 5],
+            rows: rings.flat_map(|(model, stages)| stages.iter().map(move |stage| row(model, stage))).collect(),
+        }
+    }
+
+    /// Who holds a stage.
+    fn holder(&self, stage: &Value) -> String {
+        match (stage.get("node").filter(|node| node.is_string()), count(stage, "/process_id")) {
+            (node, _) if self.is_elsewhere(stage) => self.node(node, NONE),
+            (None, None) => "lost".to_owned(),
+            _ => OWN.to_owned(),
+        }
+    }
+
+    /// Whether another node holds a stage.
+    fn is_elsewhere(&self, stage: &Value) -> bool {
+        stage.get("node").is_some_and(|node| node.is_string() && Some(node) != self.0.mesh.get("node"))
+    }
+
+    /// Who guesses for a model, and what part of what was compared was right.
+    fn guessed(&self, model: &Value, guessing: &Value) -> String {
+        let by_model = guessing.get("by_model") == Some(&Value::Bool(true));
+        let name = model.pointer("/draft/model").and_then(Value::as_str).unwrap_or("a model");
+        let who = match model.pointer("/draft/node").filter(|node| node.is_string()) {
+            _ if !by_model => "looked up".to_owned(),
+            Some(node) => format!("by {name} at {}", self.node(Some(node), NONE)),
+            None => format!("by {name}"),
+        };
+        let compared = compared(model);
+        let all: u64 = compared.iter().map(|of| of.1).sum();
+        let right = match percent(&compared) {
+            Some(right) => format!("{right:.0} % of {all} compared were right"),
+            None => "none compared yet".to_owned(),
+        };
+        let depths = compared.chunks(1).take(DEPTHS_SHOWN).map_while(percent).map(|right| format!("{right:.0}"));
+        let depths = depths.collect::<Vec<_>>().join(", ");
+        let by_depth = if depths.is_empty() { depths } else { format!(", by depth {depths} %") };
+        format!("guesses for {}, {who}: {right}{by_depth}", text(model, "/id"))
+    }
+
     /// A node's id, cut; `instead` for null.
     fn node(&self, id: Option<&Value>, instead: &str) -> String {
         id.and_then(Value::as_str).map_or_else(|| instead.to_owned(), |id| id.chars().take(SHORT_ID).collect())
@@ -200,6 +275,51 @@ fn named(model: &Value) -> String {
         "ready" => text(model, "/name"),
         state => format!("{} ({state})", text(model, "/name")),
     }
+}
+
+/// Guesses that were right and guesses that were compared, by how many others waited before each.
+fn compared(model: &Value) -> Vec<(u64, u64)> {
+    let counts = |pointer| list(model, pointer).iter().map(|count| count.as_u64().unwrap_or(0));
+    counts("/right_by_depth").zip(counts("/guessed_by_depth")).collect()
+}
+
+/// What part of those that were compared was right; `None`: nothing was compared.
+fn percent(compared: &[(u64, u64)]) -> Option<f64> {
+    let (right, all) = compared.iter().fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1));
+    (all > 0).then(|| 100.0 * right as f64 / all as f64)
+}
+
+/// What guesses have brought, and cost.
+fn brought(model: &Value, guessing: &Value) -> String {
+    let around = match number(guessing, "/tokens_around") {
+        Some(tokens) => format!("{tokens:.1} tokens for each way around"),
+        None => "ways around not timed yet".to_owned(),
+    };
+    let lost = age(count(model, "/rejected_us").unwrap_or(0) / 1_000);
+    format!("{around}; {lost} lost to wrong guesses at most")
+}
+
+/// Why so much is guessed, or nothing.
+fn why(guessing: &Value) -> String {
+    let many = |pointer, what: &str| match count(guessing, pointer).unwrap_or(0) {
+        1 => format!("1 {what}"),
+        many => format!("{many} {what}s"),
+    };
+    if count(guessing, "/plain_left").is_some_and(|left| left > 0) {
+        return format!("left alone for {}: they cost time", many("/plain_left", "token"));
+    }
+    if guessing.get("pays") == Some(&Value::Bool(false)) {
+        return "none at present: they would not pay, or nobody has any".to_owned();
+    }
+    format!(
+        "{:.2} right expected: a way around is {} and a frame {}, so {} of {}; a token should take {}",
+        number(guessing, "/right").unwrap_or(0.0),
+        ms(guessing, "/around_us"),
+        ms(guessing, "/frame_us"),
+        many("/frames_in_flight", "frame"),
+        many("/rows_per_frame", "row"),
+        ms(guessing, "/token_us"),
+    )
 }
 
 fn age(ms: u64) -> String {
@@ -230,6 +350,11 @@ fn count(value: &Value, pointer: &str) -> Option<u64> {
 
 fn shown(value: &Value, pointer: &str) -> String {
     count(value, pointer).map_or_else(|| NONE.to_owned(), |n| n.to_string())
+}
+
+/// A time that is given in us.
+fn ms(value: &Value, pointer: &str) -> String {
+    number(value, pointer).map_or_else(|| NONE.to_owned(), |us| format!("{:.1} ms", us / 1e3))
 }
 
 fn speed(value: &Value, pointer: &str) -> String {

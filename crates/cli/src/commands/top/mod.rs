@@ -39,5 +39,9 @@ pub(super) fn run(session: &Session, args: &Top) -> anyhow::Result<()> {
         };
         page.push_str(&format!("\n{rows}"));
     }
+    let guesses = look.guesses();
+    if !guesses.is_empty() {
+        page.push_str(&format!("\n{}\n", guesses.join("\n")));
+    }
     ui::print(&ui::without_controls(&page))
 }

@@ -51,6 +51,11 @@ impl Wanted<'_> {
         })
     }
 
+    /// Whether requests may be as long in a ring of this size as the user wants. Where that is no wish, any length will do.
+    pub(super) fn is_long_enough(&self, size: Size, is_wish: bool) -> bool {
+        !is_wish || size.context_tokens >= self.ask.context_tokens
+    }
+
     /// The best ring there can be. Layers that drivers use stay where they are, if that is possible. Without a wish of the user,
     /// the context is as long as memory allows.
     pub(super) fn best(&self, is_wish: bool) -> Result<(Plan, Size), NoRing> {
@@ -133,7 +138,6 @@ impl Wanted<'_> {
     }
 
     /// A ring that is found not for this driver but for all together, as it is for this one: a change is for all of them to follow.
-    /// Who has wishes of its own goes its own way.
     fn for_all(
         &self,
         size: Size,
@@ -141,7 +145,16 @@ impl Wanted<'_> {
         nodes: Vec<NodeFacts>,
         find: impl FnOnce(&Planner<'_>, Ask) -> Option<Plan>,
     ) -> Option<Plan> {
-        let mut ask = Ask { previous: now.to_vec(), ..self.ask(size) };
+        let (ask, links) = self.of_all_drivers(Ask { previous: now.to_vec(), ..self.ask(size) });
+        let found = find(&Planner { model: self.facts, nodes: &nodes, links: &links }, ask)?;
+        let is_free = |stage: &&StagePlan| !self.is_given(stage.node);
+        let pins = found.stages.iter().filter(is_free).map(|stage| Pin::Exactly(stage.node, stage.layers)).collect();
+        self.plan(&nodes, &Ask { pins, ..self.ask(size) }).ok()
+    }
+
+    /// The same asked by all drivers together: the ways from and to the driver are the mean of theirs. Who has wishes of its own goes its
+    /// own way.
+    pub(super) fn of_all_drivers(&self, mut ask: Ask) -> (Ask, Links) {
         let mut links = self.links();
         if ask.keep_ends == 0 && ask.rtt_us_max.is_none() {
             ask.driver = NodeId::from_bytes([0; 32]);
@@ -159,10 +172,7 @@ impl Wanted<'_> {
                 links.set(*node, ask.driver, back);
             }
         }
-        let found = find(&Planner { model: self.facts, nodes: &nodes, links: &links }, ask)?;
-        let is_free = |stage: &&StagePlan| !self.is_given(stage.node);
-        let pins = found.stages.iter().filter(is_free).map(|stage| Pin::Exactly(stage.node, stage.layers)).collect();
-        self.plan(&nodes, &Ask { pins, ..self.ask(size) }).ok()
+        (ask, links)
     }
 
     /// The best ring, wherever layers are loaded; the previous one, if there is one and no other is better by enough to move
@@ -171,7 +181,7 @@ impl Wanted<'_> {
         self.plan(&self.nodes(), &Ask { previous, ..self.ask(size) })
     }
 
-    fn nodes(&self) -> Vec<NodeFacts> {
+    pub(super) fn nodes(&self) -> Vec<NodeFacts> {
         self.offers.iter().map(|offer| self.facts_of(offer)).collect()
     }
 
@@ -214,7 +224,7 @@ impl Wanted<'_> {
         Planner { model: self.facts, nodes, links: &self.links() }.plan(ask)
     }
 
-    fn links(&self) -> Links {
+    pub(super) fn links(&self) -> Links {
         facts::links(self.ask.driver, self.offers)
     }
 
@@ -234,9 +244,11 @@ impl Wanted<'_> {
         let mut facts = NodeFacts::new(offer.node, stage.memory_bytes.max(self.held_bytes(offer)), decode_us);
         let prefill_us = decode_us * estimated.prefill_us_per_byte / estimated.decode_us_per_byte;
         facts.prefill_us_per_layer = measured(stage.prefill_us_per_layer, prefill_us);
+        facts.step_us = facts::STEP_US;
         facts.layers_max = (stage.layers_max > 0).then_some(stage.layers_max);
         facts.loaded = offer.is_loaded().then(|| offer.range()).into_iter().collect();
-        facts.on_disk = vec![self.facts.whole()];
+        // Nodes do not say which part of a file they have.
+        facts.on_disk = if offer.ways.lacks_part { Vec::new() } else { vec![self.facts.whole()] };
         facts
     }
 }
@@ -393,6 +405,34 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_loaded_ring_for_shorter_requests_than_the_user_has_asked_for_is_not_taken() {
+        let facts = model();
+        let offers = seen_by(1, &RING);
+        let loaded = |context_tokens, is_wish| {
+            let wanted = Wanted { offers: &offers, facts: &facts, ask: Ask::new(id(1), context_tokens) };
+            wanted.loaded(|size| wanted.is_long_enough(size, is_wish)).map(|(_, size)| size)
+        };
+        for context_tokens in [SIZE.context_tokens / 2, SIZE.context_tokens] {
+            assert_eq!(loaded(context_tokens, true), Some(SIZE));
+        }
+        assert_eq!(loaded(16 * SIZE.context_tokens, true), None);
+        // The default is nobody's wish.
+        assert_eq!(loaded(16 * SIZE.context_tokens, false), Some(SIZE));
+    }
+
+    #[test]
+    fn what_has_to_be_fetched_takes_longer_to_load_than_what_is_on_the_disk() {
+        let facts = model();
+        let mut offers = seen_by(1, &[Peer(None, 6, 100), Peer(None, 6, 100)]);
+        offers[1].ways.lacks_part = true;
+        let wanted = Wanted { offers: &offers, facts: &facts, ask: Ask::new(id(1), SIZE.context_tokens) };
+        let (plan, _) = wanted.best(true).unwrap();
+        let load_us = |number| plan.stages.iter().find(|stage| stage.node == id(number)).unwrap().load_us;
+        assert!(load_us(2) > 10.0 * load_us(1) && load_us(1) > 0.0, "{plan}");
+        assert!(plan.stages.iter().all(|stage| stage.fixed_us == facts::STEP_US), "{plan}");
+    }
+
+    #[test]
     fn beside_a_ring_there_is_another_where_those_that_are_left_can_hold_the_model() {
         let facts = model();
         let beside = |peers: &[Peer], ask: Ask| {
@@ -432,7 +472,7 @@ pub(super) mod tests {
             Some(plan.stages.iter().map(|stage| stage.node).collect::<Vec<_>>())
         };
         // Its rows travel once less from host to host, and are computed more slowly.
-        let second = [Peer(Some((0, 6)), 6, 140), Peer(Some((6, 12)), 6, 140)];
+        let second = [Peer(Some((0, 6)), 6, 150), Peer(Some((6, 12)), 6, 150)];
         let peers = [RING[0], RING[1], RING[2], second[0], second[1]];
         assert_eq!(back(&peers, &[4, 5], |_| ()), Some([1, 2, 3].map(id).to_vec()));
         assert_eq!(back(&peers, &[1, 2, 3], |_| ()), None);

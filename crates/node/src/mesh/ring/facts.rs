@@ -7,9 +7,11 @@
 //! Machines were measured when their nodes started. That compares them with each other: as soon as one has computed layers of the
 //! model, the others are taken to need as much longer or less long as their machines are slower or faster.
 
-use murmur_core::planner::{Link, Links, NODES_MAX, Plan, facts::BYTES_PER_S_UNKNOWN};
+use murmur_core::planner::{Link, Links, ModelFacts, NODES_MAX, Plan, facts::BYTES_PER_S_UNKNOWN};
+use murmur_engine::Speed;
+use murmur_gguf::LayerRange;
 use murmur_net::PeerView;
-use murmur_protocol::mesh::{MachineSpeed, MeasuredLink, NodeId};
+use murmur_protocol::mesh::{MachineSpeed, MeasuredLink, ModelDigest, NodeId};
 
 use super::offers::Offer;
 use crate::{Node, mesh::MeshNode};
@@ -21,6 +23,9 @@ const TRIANGLE_SHARE: f64 = 0.5;
 const KERNEL_GAIN: f64 = 4.0;
 /// A machine that was not measured is taken to read memory at this rate, in bytes per second.
 const BYTES_PER_S_UNMEASURED: f64 = 10e9;
+/// What a step of a stage takes besides computing and the way there, us: frames go from the node into its engine process and out again.
+/// Measured on one machine, computing left out (docs/benchmarks.md, a hop in a ring of four).
+pub(super) const STEP_US: f64 = 300.0;
 
 /// What is known of the ways to and from a node that offers layers.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -35,17 +40,20 @@ pub(super) struct Ways {
     pub(super) machine: Option<MachineSpeed>,
     /// Where it is, as its user calls the place; empty: not said.
     pub(super) region: String,
+    /// It has a part of the model's file only: what it is to load may have to come from others first.
+    pub(super) lacks_part: bool,
 }
 
 impl Ways {
-    /// Those of this node.
-    pub(super) fn own(node: &Node) -> Ways {
-        Ways { machine: node.machine(), region: node.options().region.clone(), ..Ways::default() }
+    /// Those of this node, for a model.
+    pub(super) fn own(node: &Node, model: &ModelDigest) -> Ways {
+        let lacks_part = node.library.find(model).is_some_and(|shelf| shelf.held_bytes() < shelf.content.bytes());
+        Ways { machine: node.machine(), region: node.options().region.clone(), lacks_part, ..Ways::default() }
     }
 }
 
-/// Round trip to a node from here in microseconds, [`f64::MAX`] if it is not known, and what else is known.
-pub(super) fn ways(mesh: &MeshNode, peer: &PeerView) -> (f64, Ways) {
+/// Round trip to a node from here in microseconds, [`f64::MAX`] if it is not known, and what else is known of it, for a model.
+pub(super) fn ways(mesh: &MeshNode, peer: &PeerView, model: &ModelDigest) -> (f64, Ways) {
     let record = peer.record();
     // What others are told changes less than what QUIC says at the moment.
     let told = mesh.links().to(&record.node);
@@ -56,6 +64,8 @@ pub(super) fn ways(mesh: &MeshNode, peer: &PeerView) -> (f64, Ways) {
         is_new: mesh.links().is_new(&record.node),
         machine: record.machine,
         region: record.region.clone(),
+        // Who hands out no files says nothing of those that it has.
+        lacks_part: record.contents.iter().any(|held| held.digest == *model && held.held_bytes < held.file_bytes),
     };
     (told.map_or_else(now_us, |(rtt_us, _)| rtt_us), ways)
 }
@@ -87,6 +97,13 @@ pub(super) fn estimated(machine: Option<MachineSpeed>) -> Estimated {
 /// each token, so one with experts takes less.
 pub(crate) fn token_us(machine: Option<MachineSpeed>, file_bytes: u64) -> f64 {
     file_bytes as f64 * estimated(machine).decode_us_per_byte
+}
+
+/// What a row takes in a layer of average cost, (decoding, prompt) in microseconds, as a stage's speed says; 0: not measured. With the head
+/// the last stage computes as much more as that is worth; of a prompt only the last row goes there.
+pub(crate) fn per_layer(speed: Speed, model: &ModelFacts, stage: LayerRange) -> (u32, u32) {
+    let us = |stage_us: Option<f64>, cost: f64| stage_us.map_or(0, |us| (us / cost).max(1.0) as u32);
+    (us(speed.decode_us, model.stage_cost(stage)), us(speed.prefill_us, model.layers_cost(stage)))
 }
 
 /// What a node takes for a layer that has not computed any, (decoding, prompt) in microseconds, from what others take that have:
@@ -187,8 +204,8 @@ pub(super) fn guessed(own: NodeId, offers: &[Offer], plan: &Plan) -> Vec<String>
 
 #[cfg(test)]
 pub(super) mod tests {
-    use murmur_core::planner::{Ask, LayerFacts, ModelFacts, NodeFacts, Planner, facts::ONE_WAY_US_UNKNOWN};
-    use murmur_protocol::mesh::{ModelDigest, ModelState, ServedStage};
+    use murmur_core::planner::{Ask, LayerFacts, NodeFacts, Planner, facts::ONE_WAY_US_UNKNOWN};
+    use murmur_protocol::mesh::{ModelState, ServedStage};
 
     use super::*;
 
@@ -312,6 +329,23 @@ pub(super) mod tests {
         let layers = |number| found.stages.iter().find(|stage| stage.node == id(number)).unwrap().layers;
         assert_eq!((layers(OWN).end - layers(OWN).first, layers(1).end - layers(1).first), (4, 8));
         assert!(us[0] < us[2] && us[2] < us[1]);
+    }
+
+    #[test]
+    fn the_head_makes_no_node_look_slow_that_has_the_last_layers() {
+        let model = ModelFacts { head_cost: 4.0, ..model() };
+        let stages = [(0, 4, 400.0), (4, 8, 400.0), (8, 12, 800.0)];
+        let told = stages.map(|(first, end, us)| {
+            let speed = Speed { decode_us: Some(us), prefill_us: Some(40.0) };
+            per_layer(speed, &model, LayerRange::new(first, end))
+        });
+        assert_eq!(told, [(100, 10); 3]);
+        assert_eq!(per_layer(Speed::default(), &model, LayerRange::new(0, 4)), (0, 0));
+        // A layer that costs as much as three others.
+        let mut uneven = model.clone();
+        uneven.layers[3].cost = 3.0;
+        let speed = Speed { decode_us: Some(600.0), prefill_us: None };
+        assert_eq!(per_layer(speed, &uneven, LayerRange::new(0, 4)), (100, 0));
     }
 
     #[test]

@@ -161,12 +161,13 @@ fn in_use(model: &Model, own: NodeId) -> Option<(Size, Vec<Placement>)> {
     Some((size, options.ranges.iter().map(placement).collect::<Option<_>>()?))
 }
 
-/// A ring for a model that has none. Layers have to be loaded for it only `from` then on; so many others may do so `before`.
-fn first(wanted: &Wanted<'_>, model: &Model, is_limited: bool, (from, before): (Instant, u32)) -> Option<(Plan, Size)> {
-    let found = match wanted.loaded(|_| true) {
+/// A ring for a model that has none. Layers have to be loaded for it only `from` then on; so many others may do so `before`. `is_wish`: the
+/// user has said how long requests may be, and a ring for shorter ones is none.
+fn first(wanted: &Wanted<'_>, model: &Model, is_wish: bool, (from, before): (Instant, u32)) -> Option<(Plan, Size)> {
+    let found = match wanted.loaded(|size| wanted.is_long_enough(size, is_wish)) {
         Some(ring) => return Some(ring),
         None if wanted.is_one_loading() => return None,
-        None => wanted.measured(|wanted| wanted.best(is_limited)),
+        None => wanted.measured(|wanted| wanted.best(is_wish)),
     };
     match found {
         Ok(ring) if model.search().is_time(from) => return Some(ring),

@@ -1,13 +1,14 @@
 //! Where the hidden states of a stage go: to the host of the next one, to one that stands by for it, or back to the driver.
 //!
 //! Every session that runs has a QUIC stream of its own to each of the two, so that a packet that is lost holds up only those
-//! whose rows were in it; QUIC lets streams that have something to send take turns. The next host is waited for when it takes
-//! nothing. One that stands by is not: when it falls behind it is given up.
+//! whose rows were in it; QUIC lets streams that have something to send take turns. Rows that wait to be written while their session
+//! ends or is rewound are not written any more. The next host is waited for when it takes nothing. One that stands by is not: when it falls behind it is given up.
 //!
 //! Two hosts may lose each other while the driver reaches both. So each that hands rows on sees to it that the other is there, and
 //! tells the driver when it is not, who then has the rows go through itself, and those repeated that were lost.
 
 use std::{
+    borrow::Borrow,
     collections::HashMap,
     error::Error,
     sync::{
@@ -47,29 +48,45 @@ const WAITING_BYTES_MAX: u32 = 32 << 20;
 /// Frames that are written at once.
 const FRAMES_AT_ONCE: usize = 16;
 
-/// Which stream each session of a driver takes, by number.
+/// Which stream each session of a driver takes, by number, and what of it is still worth sending.
 pub(super) struct Streams {
     streams_max: usize,
-    of: HashMap<u64, usize>,
+    of: HashMap<u64, Taken>,
+    /// The stream that was taken last: the next one has had the most time to get rid of what waits there.
+    newest: usize,
+}
+
+/// What a session takes.
+#[derive(Clone, Copy)]
+struct Taken {
+    stream: usize,
+    /// Rows of earlier ones are in vain.
+    epoch: u32,
 }
 
 impl Streams {
     /// For a stage that runs so many requests at once.
     pub(super) fn new(parallel: u32) -> Streams {
         let streams_max = (STREAMS_PER_REQUEST * parallel as usize).clamp(1, STREAMS_MAX);
-        Streams { streams_max, of: HashMap::new() }
+        Streams { streams_max, of: HashMap::new(), newest: streams_max - 1 }
     }
 
     /// Notes what a driver says of its sessions. They are as many as the stage itself lets it have: whoever says more is sent away.
     pub(super) fn note(&mut self, frame: &Frame) {
-        let Header { kind, session, .. } = frame.header;
+        let Header { kind, session, epoch, .. } = frame.header;
         match kind {
             Kind::Open if !self.of.contains_key(&session) => {
-                let is_free = |stream: &usize| self.of.values().all(|taken| taken != stream);
+                let is_free = |stream: &usize| self.of.values().all(|taken| taken.stream != *stream);
+                let in_turn = (1..=self.streams_max).map(|further| (self.newest + further) % self.streams_max);
                 let shared = (session % self.streams_max as u64) as usize;
-                self.of.insert(session, (0..self.streams_max).find(is_free).unwrap_or(shared));
+                let stream = { in_turn }.find(is_free).unwrap_or(shared);
+                self.newest = stream;
+                self.of.insert(session, Taken { stream, epoch });
             }
             Kind::Close if !frame.header.has(FLAG_HOLD) => drop(self.of.remove(&session)),
+            Kind::Open | Kind::Close | Kind::Rewind => {
+                self.of.entry(session).and_modify(|taken| taken.epoch = taken.epoch.max(epoch));
+            }
             Kind::Sessions => {
                 let open = frame.decode::<Sessions>().map(|sessions| sessions.open).unwrap_or_default();
                 self.of.retain(|session, _| open.contains(session));
@@ -80,7 +97,12 @@ impl Streams {
 
     /// `None`: the session is over.
     fn of(&self, session: u64) -> Option<usize> {
-        self.of.get(&session).copied()
+        self.of.get(&session).map(|taken| taken.stream)
+    }
+
+    /// Whether anybody waits for these rows.
+    fn is_current(&self, header: &Header) -> bool {
+        self.of.get(&header.session).is_some_and(|taken| taken.epoch <= header.epoch)
     }
 }
 
@@ -108,10 +130,6 @@ impl Hop {
         Hop { mesh, route, streams, next: Next::Driver, standby: None, is_standby: false }
     }
 
-    fn streams(&self) -> MutexGuard<'_, Streams> {
-        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Takes another way if the driver has named one. One that cannot be had is as good as none, which the driver is to be told: the
     /// answer. Ways that stand stay, whatever their hosts are now.
     pub(super) async fn renew(&mut self) -> Option<Frame> {
@@ -124,10 +142,10 @@ impl Hop {
             Next::Driver | Next::Lost => None,
         };
         let mut standing: Vec<Way> = next.into_iter().chain(self.standby.take()).collect();
-        let mesh = &self.mesh;
+        let (mesh, streams) = (&self.mesh, &self.streams);
         let mut way = |to: RouteTo| match standing.iter().position(|way| way.to == to) {
             Some(at) => standing.swap_remove(at),
-            None => Way::new(mesh.clone(), to),
+            None => Way::new(mesh.clone(), streams.clone(), to),
         };
         self.is_standby = route.is_standby;
         self.standby = route.standby.map(&mut way);
@@ -176,7 +194,7 @@ impl Hop {
         if self.is_standby {
             return Ok(());
         }
-        let stream = self.streams().of(frame.header.session);
+        let stream = lock(&self.streams).of(frame.header.session);
         if let (Some(way), Some(stream)) = (&mut self.standby, stream) {
             match way.room.try_take(frame.clone()) {
                 Some(waiting) => way.send(stream, waiting),
@@ -201,6 +219,10 @@ impl Hop {
     }
 }
 
+fn lock(streams: &Mutex<Streams>) -> MutexGuard<'_, Streams> {
+    streams.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Tells a driver that what goes there does not arrive, or with [`FLAG_NEVER_TAKEN`] that nothing can.
 pub(super) fn route_lost(to: &RouteTo, flags: u16) -> Result<Frame, FrameError> {
     Frame::message(Header { flags, ..Header::new(Kind::RouteLost, 0) }, to)
@@ -209,6 +231,7 @@ pub(super) fn route_lost(to: &RouteTo, flags: u16) -> Result<Frame, FrameError> 
 /// Streams to one host.
 struct Way {
     mesh: Weak<MeshNode>,
+    sessions: Arc<Mutex<Streams>>,
     to: RouteTo,
     room: Room,
     /// Whether that host is there.
@@ -221,9 +244,10 @@ struct Way {
 }
 
 impl Way {
-    fn new(mesh: Weak<MeshNode>, to: RouteTo) -> Way {
+    fn new(mesh: Weak<MeshNode>, sessions: Arc<Mutex<Streams>>, to: RouteTo) -> Way {
         let mut way = Way {
             mesh,
+            sessions,
             to,
             room: Room::new(WAITING_BYTES_MAX),
             answered: watch::Sender::new(false),
@@ -272,9 +296,9 @@ impl Way {
     fn stream(&mut self) -> mpsc::UnboundedSender<Waiting> {
         // Bounded by the room that there is.
         let (frames, waiting) = mpsc::unbounded_channel();
-        let (mesh, to, answered) = (self.mesh.clone(), self.to, self.answered.clone());
+        let (mesh, sessions, to, answered) = (self.mesh.clone(), self.sessions.clone(), self.to, self.answered.clone());
         self.carriers.spawn(async move {
-            if let Err(error) = carry_stream(&mesh, to, &answered, waiting).await {
+            if let Err(error) = carry_stream(&mesh, &sessions, to, &answered, waiting).await {
                 tracing::debug!(node = %to.node.short(), %error, "a way to another host has ended");
             }
         });
@@ -285,6 +309,7 @@ impl Way {
 /// Carries hidden states on one stream until its other end is gone.
 async fn carry_stream(
     mesh: &Weak<MeshNode>,
+    sessions: &Mutex<Streams>,
     to: RouteTo,
     answered: &watch::Sender<bool>,
     mut waiting: mpsc::UnboundedReceiver<Waiting>,
@@ -305,6 +330,7 @@ async fn carry_stream(
         let _ = answered.subscribe().wait_for(|is_answered| *is_answered).await;
         let mut frames = Vec::new();
         while waiting.recv_many(&mut frames, FRAMES_AT_ONCE).await > 0 {
+            leave_out(&mut frames, sessions);
             carry::write(&mut drain, &frames).await?;
             frames.clear();
         }
@@ -314,6 +340,12 @@ async fn carry_stream(
         ended = hearing => ended,
         ended = telling => ended,
     }
+}
+
+/// Leaves out rows that nobody waits for any more: on a slow link, many may have waited.
+fn leave_out(frames: &mut Vec<Waiting>, sessions: &Mutex<Streams>) {
+    let sessions = lock(sessions);
+    frames.retain(|waiting| sessions.is_current(&Borrow::<Frame>::borrow(waiting).header));
 }
 
 /// Returns when another host to which something goes gives no sign of life any more.
@@ -375,7 +407,8 @@ mod tests {
         carriers.spawn(std::future::pending());
         let streams = HashMap::from([(0, sender)]);
         let (room, answered, is_used) = (Room::new(bytes), watch::Sender::new(true), Arc::default());
-        let way = Way { mesh: Weak::new(), to, room, answered, is_used, streams, carriers };
+        let sessions = Arc::new(Mutex::new(Streams::new(1)));
+        let way = Way { mesh: Weak::new(), sessions, to, room, answered, is_used, streams, carriers };
         (way, receiver)
     }
 
@@ -419,6 +452,46 @@ mod tests {
         assert!((0..4).contains(&streams.of(3_997).unwrap()));
         streams.note(&only(Vec::new()));
         assert!(streams.of.is_empty());
+    }
+
+    #[test]
+    fn rows_that_wait_while_their_session_is_rewound_or_ends_are_not_written() {
+        let sessions = Mutex::new(Streams::new(2));
+        let note = |kind, session, epoch, flags| {
+            lock(&sessions)
+                .note(&Frame { header: Header { epoch, flags, ..Header::new(kind, session) }, payload: Vec::new() });
+        };
+        let written = || {
+            let room = Room::new(100_000);
+            let rows =
+                |(session, epoch)| Frame { header: Header { epoch, ..hidden(session).header }, ..hidden(session) };
+            let all = [(1, 0), (1, 1), (2, 0), (2, 1)].map(|of| room.try_take(rows(of)).unwrap());
+            let mut frames: Vec<Waiting> = all.into_iter().collect();
+            leave_out(&mut frames, &sessions);
+            let of = |waiting: &Waiting| {
+                (Borrow::<Frame>::borrow(waiting).header.session, Borrow::<Frame>::borrow(waiting).header.epoch)
+            };
+            frames.iter().map(of).collect::<Vec<_>>()
+        };
+        note(Kind::Open, 1, 0, 0);
+        note(Kind::Open, 2, 0, 0);
+        assert_eq!(written(), [(1, 0), (1, 1), (2, 0), (2, 1)]);
+        note(Kind::Rewind, 1, 1, 0);
+        assert_eq!(written(), [(1, 1), (2, 0), (2, 1)]);
+        note(Kind::Close, 2, 1, FLAG_HOLD);
+        assert_eq!(written(), [(1, 1), (2, 1)]);
+        note(Kind::Close, 1, 1, 0);
+        assert_eq!(written(), [(2, 1)]);
+    }
+
+    #[test]
+    fn a_stream_that_has_become_free_is_the_last_to_be_taken_again() {
+        let mut streams = Streams::new(1);
+        for (session, stream) in [(1, 0), (2, 1), (3, 0)] {
+            streams.note(&word(Kind::Open, session));
+            assert_eq!(streams.of(session), Some(stream));
+            streams.note(&word(Kind::Close, session));
+        }
     }
 
     #[tokio::test]

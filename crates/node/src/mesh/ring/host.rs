@@ -161,8 +161,11 @@ impl Drop for Listed<'_> {
 /// The range for a driver, loaded if needed. Errors are for people.
 async fn hold(node: &Arc<Node>, mesh: &MeshNode, at: usize, terms: Terms) -> Result<Arc<Host>, String> {
     let model = &node.models[at];
-    let refused =
-        |there: Terms| Err(format!("this node holds layers {} of it for others, on other terms", there.range));
+    let refused = |there: Terms| {
+        let Terms { range, context_tokens, parallel, exact } = there;
+        let how = if exact { " with --exact" } else { "" };
+        Err(format!("this node holds layers {range} of it for others, for {parallel} x {context_tokens} tokens{how}"))
+    };
     let other = || model.holding().held().as_ref().map(|held| (held.terms, held.host.is_some()));
     // Another one need not wait for that load.
     if let Some((there, false)) = other().filter(|(there, _)| *there != terms) {

@@ -5,7 +5,7 @@
 //! who finds all layers loaded in the mesh uses them where they are; if there is no such ring yet, the node with the lowest id
 //! makes one, by asking hosts for their layers, and the next one if that node does not get it done.
 //!
-//! A stage that is lost is looked for again where the layers are loaded, or loaded by a node that still has room. Sessions
+//! A stage that is lost is looked for again where the layers are loaded, or loaded by a node that still has room ([`successor`]). Sessions
 //! wait for it, and go on with the same tokens. With `--standby` somebody has been given the same rows all the time ([`standby`]).
 
 mod alive;
@@ -23,6 +23,7 @@ mod offers;
 pub(crate) mod plan;
 mod search;
 pub(crate) mod standby;
+mod successor;
 mod wishes;
 
 use std::{
@@ -30,6 +31,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use murmur_core::planner::{Ask, ModelFacts};
 use murmur_engine::{Answers, Connection, FarEnd, RemoteStage, Stop};
 use murmur_gguf::LayerRange;
 use murmur_net::{NetError, PeerView, stream};
@@ -47,6 +49,7 @@ use tokio::{
 use crate::{
     Node,
     mesh::{MeshNode, both},
+    model::Model,
 };
 use alive::{silent, while_there};
 use borrow::Borrower;
@@ -59,11 +62,10 @@ use lag::Lag;
 use offers::Offer;
 pub(crate) use search::Search;
 use standby::Standby;
+use successor::{Neighbour, Successors, Vacancy};
 
 /// A host that was lost is not asked again before others for so long.
 const AVOIDED: Duration = Duration::from_secs(30);
-/// Nodes at round trips of less than this, in us, are equally near; beyond, those that differ by a factor of less than two.
-const NEAR_US: f64 = 20_000.0;
 /// Two hosts that have lost each other are given another try after this, when no request runs.
 const DETOUR_MIN: Duration = Duration::from_secs(30);
 /// How often an engine that looks for a stage looks whether it has been stopped.
@@ -134,15 +136,26 @@ impl Seat {
         self.taken.as_ref().map(|taken| taken.to.node)
     }
 
+    /// Who holds it, or is to; `None`: who did is lost.
+    fn awaited(&self) -> Option<NodeId> {
+        let is_lost = self.lost.iter().any(|(node, _)| *node == self.planned);
+        self.holder().or((!is_lost).then_some(self.planned))
+    }
+
     fn is_lost(&mut self, holder: NodeId, now: Instant) {
         self.lost.retain(|(node, at)| *node != holder && now.saturating_duration_since(*at) < AVOIDED);
         self.lost.push((holder, now));
     }
 
-    /// In which order nodes are asked to hold it: those that were not lost, then whose loss is longest ago.
-    fn order(&self, offer: &Offer) -> impl Ord + use<> {
-        let lost = self.lost.iter().find(|(node, at)| *node == offer.node && at.elapsed() < AVOIDED);
-        (lost.map(|(_, at)| *at), offer.node != self.planned, order(offer, self.range))
+    /// When a node was lost here, if that was of late.
+    fn lost_at(&self, holder: NodeId) -> Option<Instant> {
+        let lost = self.lost.iter().find(|(node, at)| *node == holder && at.elapsed() < AVOIDED);
+        lost.map(|(_, at)| *at)
+    }
+
+    /// In which order nodes are asked to hold it: those that were not lost, by their ranks, then whose loss is longest ago.
+    fn order<R: Ord>(&self, node: NodeId, rank: R) -> impl Ord + use<R> {
+        (self.lost_at(node), node != self.planned, rank)
     }
 }
 
@@ -238,18 +251,46 @@ impl Ring {
         }
     }
 
-    /// Whom to ask for a stage, in this order: who is to hold it, who has it loaded, who could load it.
+    /// What is offered of its model, with what was measured before, and what the planner is told of that.
+    fn offered<'a>(&self, node: &'a Node, mesh: &MeshNode) -> Option<(Vec<Offer>, &'a ModelFacts)> {
+        let is_meant = |model: &&Model| model.identity().is_some_and(|identity| identity.digest == self.model);
+        let (model, spread) = node.models.iter().filter(is_meant).find_map(|model| Some((model, model.spread()?)))?;
+        let mut offers = offers::listed(node, mesh, &self.model);
+        model.search().add_measured(&mut offers);
+        Some((offers, &spread.facts))
+    }
+
+    /// What is asked of whoever holds a stage.
+    fn wanted(&self, node: &Node, mesh: &MeshNode) -> Ask {
+        let (options, Terms { context_tokens, parallel, .. }) = (node.options(), self.whole);
+        Ask {
+            streams: parallel,
+            lossy: options.lossy.clone(),
+            keep_ends: options.ring.keep_ends.unwrap_or(0),
+            rtt_us_max: wishes::rtt_us_max(&options.ring),
+            ..Ask::new(mesh.mesh().node_id(), context_tokens)
+        }
+    }
+
+    /// Whom to ask for a stage, in this order: who is to hold it, who has it loaded, who could load it, the best first.
     fn candidates(&self, node: &Node, mesh: &MeshNode, index: usize) -> (LayerRange, Vec<NodeId>) {
-        let offers = offers::allowed(node, mesh, &self.model);
+        // Before the seats are locked: who looks for rings has locked the search when it asks who was lost.
+        let Some((offers, facts)) = self.offered(node, mesh) else { return (self.seats()[index].range, Vec::new()) };
+        let successors = Successors::new(&offers, facts, self.wanted(node, mesh));
         let seats = self.seats();
-        let seat = &seats[index];
+        let (seat, vacancy, wishes) = (&seats[index], vacancy(&seats, index), &node.options().ring);
         let others: Vec<NodeId> =
             seats.iter().filter(|other| other.range != seat.range).filter_map(Seat::holder).collect();
-        let mut asked: Vec<&Offer> = offers.iter().filter(|offer| !others.contains(&offer.node)).collect();
-        if wishes::is_pinned(&node.options().ring, seat.planned) {
+        // Whoever was planned for it is near enough: that is how it was planned.
+        let is_near = |node| seat.awaited() == Some(node) || successors.allows(&vacancy, node);
+        let mut asked: Vec<&Offer> = offers.iter().filter(|offer| wishes::allow(wishes, offer)).collect();
+        asked.retain(|offer| !others.contains(&offer.node) && is_near(offer.node));
+        if wishes::is_pinned(wishes, seat.planned) {
             asked.retain(|offer| offer.node == seat.planned);
         }
-        asked.sort_by_cached_key(|offer| seat.order(offer));
+        let there = asked.iter().copied().filter(|offer| seat.lost_at(offer.node).is_none());
+        let least_us = successors.least_us(&vacancy, there);
+        asked.sort_by_cached_key(|offer| seat.order(offer.node, successors.rank(&vacancy, offer, least_us)));
         (seat.range, asked.into_iter().map(|offer| offer.node).collect())
     }
 
@@ -398,16 +439,14 @@ impl Ring {
     }
 }
 
-/// In which order nodes are asked for layers: who has them loaded, who has nothing loaded that is used, who is near. Among those that are
-/// about as near, all drivers ask the same one first: if each had another one load the same layers, no room would be left for
-/// others. For each range that is another one, since several may be lost at once.
-fn order(offer: &Offer, range: LayerRange) -> impl Ord + use<> {
-    let (holds, is_free) = (offer.range() == range, offer.is_free());
-    let distance = (offer.rtt_us / NEAR_US).max(1.0).log2() as u32;
-    let mut id = *offer.node.as_bytes();
-    let turned = range.first as usize % id.len();
-    id.rotate_left(turned);
-    (!holds, !is_free, distance, id)
+/// What is sought when somebody is sought for a stage.
+fn vacancy(seats: &[Seat], at: usize) -> Vacancy {
+    let neighbour = |seat: Option<&Seat>| match seat {
+        None => Neighbour::Driver,
+        Some(seat) => seat.awaited().map_or(Neighbour::Nobody, Neighbour::Host),
+    };
+    let before = at.checked_sub(1).and_then(|before| seats.get(before));
+    Vacancy { range: seats[at].range, before: neighbour(before), after: neighbour(seats.get(at + 1)) }
 }
 
 /// Tells the hosts of a stage who holds the next one and who stands by for that, if anybody does.
@@ -521,80 +560,38 @@ impl RemoteStage for Stage {
 
 #[cfg(test)]
 mod tests {
-    use murmur_protocol::mesh::{ModelState, ServedStage};
-
     use super::*;
 
-    fn offer(node: u8, held: LayerRange, rtt_us: f64) -> Offer {
-        let stage = ServedStage {
-            digest: ModelDigest::from_bytes([0; 32]),
-            name: "model".to_owned(),
-            layers: 12,
-            first: held.first,
-            end: held.end,
-            state: if held.is_empty() { ModelState::Available } else { ModelState::Ready },
-            context_tokens: 512,
-            parallel: 1,
-            exact: false,
-            build: String::new(),
-            memory_bytes: 0,
-            decode_us_per_layer: 0,
-            prefill_us_per_layer: 0,
-            layers_max: 0,
-        };
-        // An id whose bytes are in no order.
-        let bytes = std::array::from_fn(|at| (node + 1).wrapping_mul(at as u8 * 2 + 77).wrapping_mul(151));
-        Offer { node: NodeId::from_bytes(bytes), stage, rtt_us, ways: Default::default() }
-    }
-
-    fn asked(mut offers: Vec<Offer>, range: LayerRange) -> Vec<NodeId> {
-        offers.sort_by_cached_key(|offer| order(offer, range));
-        offers.into_iter().map(|offer| offer.node).collect()
-    }
-
-    #[test]
-    fn all_drivers_ask_the_same_free_node_for_a_range_and_another_one_for_another_range() {
-        let free = LayerRange::new(0, 0);
-        let ranges = [LayerRange::new(0, 4), LayerRange::new(4, 8), LayerRange::new(8, 12)];
-        // What six drivers see: each is nearest to itself.
-        let seen =
-            |driver: u8| (0..6).map(|node| offer(node, free, 300.0 * f64::from(driver.abs_diff(node)))).collect();
-        let firsts = ranges.map(|range| {
-            let asked_by = [0, 1, 2, 3, 4, 5].map(|driver| asked(seen(driver), range));
-            assert!(asked_by.iter().all(|order| *order == asked_by[0]));
-            asked_by[0][0]
-        });
-        assert_ne!(firsts[0], firsts[1]);
-        assert_ne!(firsts[1], firsts[2]);
-    }
-
-    #[test]
-    fn who_holds_the_layers_is_asked_first_then_who_holds_none_and_the_near_before_the_far() {
-        let (free, range) = (LayerRange::new(0, 0), LayerRange::new(4, 8));
-        let offers = [
-            offer(0, range, 90_000.0),
-            offer(1, free, 100.0),
-            offer(2, free, 50_000.0),
-            offer(3, free, f64::MAX),
-            offer(4, LayerRange::new(0, 4), 0.0),
-        ];
-        let ids: Vec<NodeId> = offers.iter().map(|offer| offer.node).collect();
-        assert_eq!(asked(offers.into_iter().rev().collect(), range), ids);
+    fn seat(range: (u32, u32), planned: u8) -> Seat {
+        Seat::new(LayerRange::new(range.0, range.1), NodeId::from_bytes([planned; 32]))
     }
 
     #[test]
     fn who_was_lost_is_asked_after_all_others_and_first_whose_loss_is_longest_ago() {
-        let range = LayerRange::new(4, 8);
-        let offers = [0, 1, 2, 3].map(|node| offer(node, range, 100.0));
-        let [planned, other, lost_first, lost_last] = offers.each_ref().map(|offer| offer.node);
-        let mut seat = Seat::new(range, planned);
+        let [planned, other, lost_first, lost_last] = [0, 1, 2, 3].map(|node| NodeId::from_bytes([node; 32]));
+        let mut seat = seat((4, 8), 0);
         let began = Instant::now();
         // The one was lost before as well.
         for (at, node) in [lost_last, lost_first, lost_last].into_iter().enumerate() {
             seat.is_lost(node, began + Duration::from_nanos(at as u64));
         }
-        let mut asked = offers;
-        asked.sort_by_cached_key(|offer| seat.order(offer));
-        assert_eq!(asked.map(|offer| offer.node), [planned, other, lost_first, lost_last]);
+        let mut asked = [lost_last, lost_first, other, planned];
+        asked.sort_by_cached_key(|node| seat.order(*node, ()));
+        assert_eq!(asked, [planned, other, lost_first, lost_last]);
+    }
+
+    #[test]
+    fn the_neighbours_of_a_stage_are_those_that_hold_the_next_ones_or_are_to_and_the_driver_at_the_ends() {
+        let mut seats = [seat((0, 4), 1), seat((4, 8), 2), seat((8, 12), 3)];
+        let neighbours = |seats: &[Seat], at: usize| {
+            let Vacancy { before, after, .. } = vacancy(seats, at);
+            (before, after)
+        };
+        let host = |node: u8| Neighbour::Host(NodeId::from_bytes([node; 32]));
+        assert_eq!(neighbours(&seats, 0), (Neighbour::Driver, host(2)));
+        assert_eq!(neighbours(&seats, 1), (host(1), host(3)));
+        seats[2].is_lost(NodeId::from_bytes([3; 32]), Instant::now());
+        assert_eq!(neighbours(&seats, 1), (host(1), Neighbour::Nobody));
+        assert_eq!(neighbours(&seats, 2), (host(2), Neighbour::Driver));
     }
 }

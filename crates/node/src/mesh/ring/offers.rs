@@ -67,10 +67,15 @@ impl Offer {
     }
 }
 
+/// What is offered of a model, by this node too, and by those that end or pause.
+pub(super) fn listed(node: &Node, mesh: &MeshNode, model: &ModelDigest) -> Vec<Offer> {
+    Sight::of(node, mesh).listed(model)
+}
+
 /// What is offered of a model by those that this node may ask, itself included.
 pub(super) fn allowed(node: &Node, mesh: &MeshNode, model: &ModelDigest) -> Vec<Offer> {
-    let mut offers = Sight::of(node, mesh).listed(model);
-    offers.retain(|offer| !offer.is_draining() && wishes::allow(&node.options().ring, offer));
+    let mut offers = listed(node, mesh, model);
+    offers.retain(|offer| wishes::allow(&node.options().ring, offer));
     offers
 }
 
@@ -79,7 +84,7 @@ pub(super) fn of_peers(mesh: &MeshNode, peers: &[PeerView], model: &ModelDigest)
     let theirs = peers.iter().flat_map(|peer| {
         let stages = peer.record().stages.iter().filter(|stage| stage.digest == *model);
         stages.map(|stage| {
-            let (rtt_us, ways) = facts::ways(mesh, peer);
+            let (rtt_us, ways) = facts::ways(mesh, peer, model);
             Offer { node: peer.record().node, stage: stage.clone(), rtt_us, ways }
         })
     });
@@ -111,7 +116,7 @@ impl<'a> Sight<'a> {
             node: self.mesh.mesh().node_id(),
             stage,
             rtt_us: 0.0,
-            ways: Ways::own(self.node),
+            ways: Ways::own(self.node, model),
         });
         own.chain(of_peers(self.mesh, &self.peers, model)).collect()
     }

@@ -9,7 +9,7 @@
 //! | `stages[].node`, `.layers` | who holds which layers: the first, and the one after the last |
 //! | `.compute_us`, `.fixed_us` | of a token: its layers, and what a step takes besides |
 //! | `.memory_bytes`, `.available_bytes` | what the stage takes, and what the node has for the model |
-//! | `.load_us` | to load what is not loaded there |
+//! | `.load_us` | to load what is not loaded there, at 500 MB/s; at 100 Mbit/s where the node has not all of the file and may have to fetch it |
 //! | `edges[].from`, `.to`, `.codec` | a hop, and how hidden states travel; null: token ids do |
 //! | `.latency_us`, `.transfer_us` | one way, and how long a token keeps the link busy |
 //! | `token_us`, `tokens_per_s_alone` | of a stream that is alone |
@@ -25,6 +25,7 @@ use murmur_api::{
     limits::{FAILED_RETRY_AFTER, LOADING_RETRY_AFTER},
 };
 use murmur_core::planner::{Ask, Codec, NoRing, Objective, Origin, Plan};
+use murmur_engine::Speed;
 use murmur_protocol::mesh::NodeId;
 use serde_json::{Value, json};
 
@@ -45,12 +46,15 @@ use crate::{
 /// Answers a question.
 pub(crate) async fn answer(node: &Node, mesh: &MeshNode, question: PlanQuestion) -> Result<Value, Refusal> {
     let model = own_model(node, mesh, &question.model)?;
-    let offers = offers(node, mesh, model)?;
+    let mut offers = offers(node, mesh, model)?;
     let ids = Ids::of(node, &mesh.mesh().peers(), mesh.mesh().node_id());
     for digits in &question.wishes.exclude {
         ids.find(digits).map_err(|reason| bad(reason, "exclude"))?;
     }
     let (path, options, own) = (model.path().to_owned(), node.options().clone(), ids.own());
+    // Loaded whole, it may have been measured.
+    let whole = model.loaded().filter(|_| !model.is_spread());
+    let whole_us = whole.and_then(|loaded| loaded.engine.status().counters.us_per_token());
     let wishes = question.wishes.clone().or(&options.ring);
     let mut remarks: Vec<String> = not_spread(model, own, &offers).into_iter().collect();
     let is_spread = model.is_spread();
@@ -59,6 +63,12 @@ pub(crate) async fn answer(node: &Node, mesh: &MeshNode, question: PlanQuestion)
         let facts = layer_facts(&path, options.exact, streams)
             .map_err(|error| Refusal::Failed { message: with_causes(&error) })?;
         let (facts, context_tokens_max) = facts.ok_or_else(|| cannot_be_cut(&question.model))?;
+        if let Some(us) = whole_us {
+            let speed = Speed { decode_us: Some(us as f64), prefill_us: None };
+            let us_per_layer = facts::per_layer(speed, &facts, facts.whole()).0;
+            let own = offers.iter_mut().filter(|offer| offer.node == own);
+            own.for_each(|offer| offer.stage.decode_us_per_layer = us_per_layer);
+        }
         let context_tokens = context_tokens(&question, options.ctx_tokens, context_tokens_max)?;
         let size = Size { context_tokens, parallel: streams };
         let ask = ids.ask(&wishes, size).map_err(|reason| bad(reason, "pin"))?;
@@ -124,12 +134,10 @@ fn offers(node: &Node, mesh: &MeshNode, model: &Model) -> Result<Vec<Offer>, Ref
     let (mut offers, _) = Sight::of(node, mesh).matching_offers(model, &identity.digest);
     let wanted_tokens = node.options().ctx_tokens.unwrap_or(fit::DEFAULT_CONTEXT_TOKENS);
     if !model.is_spread()
-        && let Some(mut stage) = announce::could_offer(node, model, wanted_tokens, &Room::of(&node.models))
+        && let Some(stage) = announce::could_offer(node, model, wanted_tokens, &Room::of(&node.models))
     {
-        // Loaded whole, it may have been measured.
-        let us = model.loaded().and_then(|loaded| loaded.engine.status().counters.us_per_token()).unwrap_or(0);
-        stage.decode_us_per_layer = u32::try_from(us / u64::from(model.layers().max(1))).unwrap_or(u32::MAX);
-        offers.push(Offer { node: mesh.mesh().node_id(), stage, rtt_us: 0.0, ways: Ways::own(node) });
+        let ways = Ways::own(node, &identity.digest);
+        offers.push(Offer { node: mesh.mesh().node_id(), stage, rtt_us: 0.0, ways });
     }
     Ok(offers)
 }
@@ -165,15 +173,18 @@ fn context_tokens(question: &PlanQuestion, of_node: Option<u32>, most: u32) -> R
 fn as_made(
     wanted: &Wanted<'_>,
     question: &PlanQuestion,
-    is_limited: bool,
+    is_wish: bool,
     remarks: &mut Vec<String>,
 ) -> Result<(Plan, Size), NoRing> {
     let loaded = wanted.loaded(|size| {
-        question.context_tokens.is_none_or(|tokens| tokens == size.context_tokens)
-            && question.streams.is_none_or(|streams| streams == size.parallel)
+        let is_meant = match question.context_tokens {
+            Some(tokens) => tokens == size.context_tokens,
+            None => wanted.is_long_enough(size, is_wish),
+        };
+        is_meant && question.streams.is_none_or(|streams| streams == size.parallel)
     });
     let Some((loaded, size)) = loaded else {
-        return wanted.best(is_limited || question.context_tokens.is_some());
+        return wanted.best(is_wish || question.context_tokens.is_some());
     };
     if let Some(better) = wanted.better(size, &loaded.placements()) {
         remarks.push(format!(

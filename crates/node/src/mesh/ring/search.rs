@@ -161,8 +161,7 @@ impl Search {
         self.avoided.get(&node).is_some_and(|avoided| avoided.until > Instant::now())
     }
 
-    /// Adds what was measured before. Of a node that has let go of its layers that counts on, and one that has not computed any
-    /// yet takes what others take, by how fast the machines are: else layers would move to whoever is unknown, and back.
+    /// Notes what is measured now, and adds what was before.
     pub(super) fn recall(&mut self, offers: &mut [Offer]) {
         self.measured.retain(|node, _| offers.iter().any(|offer| offer.node == *node));
         for Offer { node, stage, .. } in offers.iter() {
@@ -170,13 +169,23 @@ impl Search {
                 self.measured.insert(*node, (stage.decode_us_per_layer, stage.prefill_us_per_layer));
             }
         }
-        let speed = |offer: &Offer| Some((offer.ways.machine, *self.measured.get(&offer.node)?));
+        self.add_measured(offers);
+    }
+
+    /// Adds what was measured before. Of a node that has let go of its layers that counts on, and one that has not computed any
+    /// yet takes what others take, by how fast the machines are: else layers would move to whoever is unknown, and back.
+    pub(super) fn add_measured(&self, offers: &mut [Offer]) {
+        let measured = |Offer { node, stage, .. }: &Offer| match stage.decode_us_per_layer {
+            0 => self.measured.get(node).copied(),
+            decode_us => Some((decode_us, stage.prefill_us_per_layer)),
+        };
+        let speed = |offer: &Offer| Some((offer.ways.machine, measured(offer)?));
         let known: Vec<_> = offers.iter().filter_map(speed).collect();
-        for Offer { node, stage, ways, .. } in offers {
-            let presumed = facts::presumed(ways.machine, &known);
-            let (decode_us, prefill_us) = self.measured.get(node).copied().unwrap_or(presumed);
-            stage.decode_us_per_layer = decode_us;
-            stage.prefill_us_per_layer = if prefill_us > 0 { prefill_us } else { presumed.1 };
+        for offer in offers {
+            let presumed = facts::presumed(offer.ways.machine, &known);
+            let (decode_us, prefill_us) = measured(offer).unwrap_or(presumed);
+            offer.stage.decode_us_per_layer = decode_us;
+            offer.stage.prefill_us_per_layer = if prefill_us > 0 { prefill_us } else { presumed.1 };
         }
     }
 }

@@ -33,8 +33,10 @@ use super::{
     hear,
     host::Terms,
     lag::{Deadlines, LAG_MIN},
-    offers::{self, Offer},
-    order, show_the_way, show_the_way_around, wishes,
+    offers::Offer,
+    show_the_way, show_the_way_around,
+    successor::Successors,
+    vacancy, wishes,
 };
 use crate::{
     Node,
@@ -198,7 +200,8 @@ impl Ring {
         mesh: &MeshNode,
         refused: &HashMap<NodeId, Instant>,
     ) -> Option<(usize, NodeId)> {
-        let offers = offers::allowed(node, mesh, &self.model);
+        let (offers, facts) = self.offered(node, mesh)?;
+        let successors = Successors::new(&offers, facts, self.wanted(node, mesh));
         let seats = self.seats();
         // The ring itself comes first.
         let holders: Vec<NodeId> = seats.iter().map(Seat::holder).collect::<Option<_>>()?;
@@ -213,13 +216,18 @@ impl Ring {
         };
         let wanting = seats.iter().enumerate().filter(|(_, seat)| is_wanting(seat));
         let mut asked = wanting.filter_map(|(index, seat)| {
+            let vacancy = vacancy(&seats, index);
             let is_unfit = |node| seat.unfit.is_some_and(|(unfit, at)| unfit == node && at.elapsed() < AGAIN);
             let might = |offer: &&Offer| {
                 let is_left_out = busy.contains(&offer.node) || refused.contains_key(&offer.node);
                 let is_allowed = !is_left_out && !is_unfit(offer.node) && wishes::allow(wishes, offer);
-                is_allowed && could_stand_by(offer, Terms { range: seat.range, ..self.whole })
+                is_allowed
+                    && successors.allows(&vacancy, offer.node)
+                    && could_stand_by(offer, Terms { range: seat.range, ..self.whole })
             };
-            let best = offers.iter().filter(might).min_by_key(|offer| order(offer, seat.range))?;
+            let asked: Vec<&Offer> = offers.iter().filter(might).collect();
+            let least_us = successors.least_us(&vacancy, asked.iter().copied());
+            let best = asked.into_iter().min_by_key(|offer| successors.rank(&vacancy, offer, least_us))?;
             Some((index, best.node))
         });
         asked.next()

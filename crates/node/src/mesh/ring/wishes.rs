@@ -72,13 +72,13 @@ fn begins(node: &NodeId, digits: &str) -> bool {
     node.to_string().starts_with(digits)
 }
 
-fn rtt_us_max(wishes: &RingWishes) -> Option<f64> {
+pub(super) fn rtt_us_max(wishes: &RingWishes) -> Option<f64> {
     wishes.rtt_max.map(|rtt| 1e6 * rtt.as_secs_f64())
 }
 
-/// Whether a node may hold layers for a driver that wants this.
+/// Whether a node may hold layers for a driver that wants this. How near it has to be is a question of the stage.
 pub(super) fn allow(wishes: &RingWishes, offer: &Offer) -> bool {
-    may_be_used(wishes, &offer.node, &offer.ways.region) && rtt_us_max(wishes).is_none_or(|most| offer.rtt_us <= most)
+    !offer.is_draining() && may_be_used(wishes, &offer.node, &offer.ways.region)
 }
 
 /// Whether a node must be in the ring of a driver that wants this: nobody takes its place.

@@ -40,6 +40,8 @@ where these are not idle for a good part, the figure says more of the machine th
 temperature 0, with and without guesses, and the same through `llama-server` with half of the layers on an `ggml-rpc-server`, with and
 without the same model as its draft (eight guesses at once). All four are told the same beginnings.
 
+*alone*: the same stories on one machine, without a ring, ours and `llama-server`'s.
+
 *borrowed*: as *guesses*, around a ring of two and 60 ms, with guesses of a node that is 2 ms away and back, against none and against a model
 on the driver's own machine. The node nearby has the same weights under another name.
 
@@ -87,7 +89,7 @@ import servers
 from bench import Table, at_once, decode_rate, first_token_s, in_turns, machine, status, together_rate, token_and_compute_ms
 from mesh import Story, distribution, layers_of, spread_over, synthetic, ticket_of
 
-PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "borrowed", "pair", "window", "candidates", "shared", "copied", "relayed", "replay")
+PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "borrowed", "pair", "alone", "window", "candidates", "shared", "copied", "relayed", "replay")
 SHAPE = "bench-1b"
 CONTEXT = 4608
 ROUND_TRIPS_MS = (0, 5, 20, 50)
@@ -513,25 +515,40 @@ def pair(options, _, table):
         )
         for ring_ms in options.rings_ms:
             network.links(ring_ms)
-            stories = {server: [] for server in (plain, guessing, rpc, rpc_guessing)}
-            for server in stories:
-                story_told(server, asked_for_a_story())
-            for turn in range(options.rounds):
-                # The same for all: how well a story can be guessed differs much.
-                beginning = asked_for_a_story()
-                for server in stories if turn % 2 == 0 else reversed(stories):
-                    stories[server].append(story_told(server, beginning))
-            rates = {server: [rate for rate, _, _ in told] for server, told in stories.items()}
-            for name, ours, theirs in (
-                ("guesses / none", guessing, plain),
-                ("llama.cpp RPC, guesses / none", rpc_guessing, rpc),
-                ("ring / llama.cpp RPC, no guesses", plain, rpc),
-                ("ring / llama.cpp RPC, guesses", guessing, rpc_guessing),
-            ):
-                table.pairs(f"stories at {ring_ms:g} ms, {name}", "tok/s", rates[ours], rates[theirs])
-            for name, server in (("the ring", guessing), ("llama.cpp", rpc_guessing)):
-                right, guessed = (sum(count) for count in list(zip(*stories[server], strict=True))[1:])
-                print(f"  of {guessed} guesses of {name} {right / max(1, guessed):.3f} were right", flush=True)
+            compare_stories(options, table, f"at {ring_ms:g} ms", (plain, guessing), (rpc, rpc_guessing))
+
+
+def alone(options, _, table):
+    shape = {"threads": 1, "context": DEMO_CONTEXT, "parallel": 1}
+    with contextlib.ExitStack() as running:
+        plain, guessing = (
+            running.enter_context(servers.murmur(options.murmur, DEMO, **shape, mesh=("--draft", draft))) for draft in ("off", DEMO_DRAFT)
+        )
+        theirs = [running.enter_context(servers.llama_server(options.llama, DEMO, **shape, draft=draft)) for draft in (None, DEMO_DRAFT)]
+        compare_stories(options, table, "on one machine", (plain, guessing), theirs)
+
+
+def compare_stories(options, table, where, ours, theirs):
+    """Stories of ours and of llama.cpp, each without guesses and with them."""
+    stories = {server: [] for server in (*ours, *theirs)}
+    for server in stories:
+        story_told(server, asked_for_a_story())
+    for turn in range(options.rounds):
+        # The same for all: how well a story can be guessed differs much.
+        beginning = asked_for_a_story()
+        for server in stories if turn % 2 == 0 else reversed(stories):
+            stories[server].append(story_told(server, beginning))
+    rates = {server: [rate for rate, _, _ in told] for server, told in stories.items()}
+    for name, one, other in (
+        ("guesses / none", ours[1], ours[0]),
+        ("llama.cpp, guesses / none", theirs[1], theirs[0]),
+        ("ours / llama.cpp, no guesses", ours[0], theirs[0]),
+        ("ours / llama.cpp, guesses", ours[1], theirs[1]),
+    ):
+        table.pairs(f"stories {where}, {name}", "tok/s", rates[one], rates[other])
+    for name, server in (("ours", ours[1]), ("llama.cpp's", theirs[1])):
+        right, guessed = (sum(count) for count in list(zip(*stories[server], strict=True))[1:])
+        print(f"  of {guessed} guesses of {name} {right / max(1, guessed):.3f} were right", flush=True)
 
 
 def window(options, _, table):
@@ -780,7 +797,7 @@ def main():
     print(machine())
     shapes = {
         SHAPE: (tokens, streams, prefill, codecs),
-        GUESSED_SHAPE: (deaths, guesses, borrowed, pair, window, candidates, shared, copied, relayed, replay),
+        GUESSED_SHAPE: (deaths, guesses, borrowed, pair, alone, window, candidates, shared, copied, relayed, replay),
     }
     for shape, parts in shapes.items():
         for part in parts:

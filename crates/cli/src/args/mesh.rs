@@ -185,7 +185,7 @@ pub(crate) struct RingPlan {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Options for models that are spread over the mesh")]
 pub(crate) struct RingArgs {
-    /// So many layers at either end stay on the node whose requests go around, so that nobody else sees text
+    /// So many layers at either end stay on the node whose requests go around, so that nobody else chooses its tokens; those between still get token ids
     #[arg(long, env = "MURMUR_KEEP_ENDS", value_name = "N", value_parser = value_parser!(u32).range(..=MAX_PLAN_KEEP_ENDS))]
     pub(crate) keep_ends: Option<u32>,
     /// Most tokens per second of all requests together, instead of least time per token of one

@@ -98,7 +98,8 @@ fn it_goes_on_by_itself_and_is_called_back_when_it_was_wrong() {
     let rows = [(Kind::Tokens, 0, 11), (Kind::Tokens, 0, 12), (Kind::Tokens, 0, 13)];
     assert_eq!(told(&mut driver, 0), rows);
     chosen(&mut driver, 0, 10, 501);
-    assert!(told(&mut driver, GUESSER).is_empty());
+    // It may go on, and is not told what it has said itself.
+    assert!(told(&mut driver, GUESSER).iter().all(|(kind, ..)| *kind == Kind::Next));
     chosen(&mut driver, 0, 11, 600);
     let again = [(Kind::Rewind, 1, 0), (Kind::Tokens, 1, 12), (Kind::Next, 1, 13)];
     assert_eq!(told(&mut driver, GUESSER), again);

@@ -34,7 +34,7 @@ use murmur_protocol::{
 };
 use tokio::sync::mpsc;
 
-use draft::Plan;
+use draft::{Guesses, Plan};
 pub use draft::{DEPTHS, Guessing};
 use pace::Pace;
 pub use session::{Draft, DraftModel, Ending, PeerDraft, SessionEvent, SessionRequest};
@@ -481,18 +481,21 @@ impl Driver {
     }
 
     /// Rows of a session could not be computed. If some of its guesses were wrong, these may be why: a memory that cannot forget a part of
-    /// what it holds, that of a recurrent model, takes no row back. Then the session begins again, and nobody guesses any more.
+    /// what it holds, that of a recurrent model, takes no row back. So the session begins again without guesses, and if that helps, nobody
+    /// guesses any more.
     fn on_step_failed(&mut self, id: u64, reason: String) {
         let has_rewound = |session: &Session| session.guesses.were_some_wrong();
-        if self.options.draft == Draft::Off || !self.sessions.get(&id).is_some_and(has_rewound) {
+        if !self.sessions.get(&id).is_some_and(has_rewound) {
             return self.fail(id, reason);
         }
-        tracing::warn!("guesses are left alone from now on, as after a wrong one a step failed: {reason}");
-        self.options.draft = Draft::Off;
         if let Some(session) = self.sessions.get_mut(&id) {
             session.requeue();
         }
         self.hold(id);
+        if let Some(session) = self.sessions.get_mut(&id) {
+            session.guesses = Guesses::new(&Draft::Off);
+            session.failed_with_guesses = Some(reason);
+        }
         self.queue.push_front(id);
         self.admit();
     }
@@ -627,6 +630,10 @@ impl Driver {
         let was_suspect = session.is_suspect();
         let ended = self.options.ends(token, &session.sampling) || sampled.grammar_ended;
         session.clear();
+        if let Some(reason) = session.failed_with_guesses.take() {
+            tracing::warn!("guesses are left alone from now on: a step after a wrong one failed ({reason}), and does not without");
+            self.options.draft = Draft::Off;
+        }
         self.counters.generated_tokens += 1;
         let rejected = session.rejected_at.take();
         self.counters.rejected_us += rejected.map_or(0, |at| self.now_us.saturating_sub(at));

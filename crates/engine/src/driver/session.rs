@@ -167,6 +167,8 @@ pub(super) struct Session {
     pub(super) alone_since: Option<(usize, u64)>,
     /// When the newest guess was wrong, until a token follows, us.
     pub(super) rejected_at: Option<u64>,
+    /// Why a step failed after a wrong guess, until a token has come without guesses.
+    pub(super) failed_with_guesses: Option<String>,
     /// When the newest token came, if no other session ran, us.
     pub(super) token_at: Option<u64>,
     /// The first position that each stage computes, of those that it was opened with: see [`Session::plan`].
@@ -196,6 +198,7 @@ impl Session {
             guesses: Guesses::new(draft),
             alone_since: None,
             rejected_at: None,
+            failed_with_guesses: None,
             token_at: None,
             starts: Vec::new(),
             cached_tokens: 0,

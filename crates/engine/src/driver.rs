@@ -34,8 +34,8 @@ use murmur_protocol::{
 };
 use tokio::sync::mpsc;
 
-use draft::{Guesses, Plan};
 pub use draft::{DEPTHS, Guessing};
+use draft::{Guesses, Plan};
 use pace::Pace;
 pub use session::{Draft, DraftModel, Ending, PeerDraft, SessionEvent, SessionRequest};
 use session::{Phase, Rows, Session};
@@ -631,7 +631,9 @@ impl Driver {
         let ended = self.options.ends(token, &session.sampling) || sampled.grammar_ended;
         session.clear();
         if let Some(reason) = session.failed_with_guesses.take() {
-            tracing::warn!("guesses are left alone from now on: a step after a wrong one failed ({reason}), and does not without");
+            tracing::warn!(
+                "guesses are left alone from now on: a step after a wrong one failed ({reason}), and does not without"
+            );
             self.options.draft = Draft::Off;
         }
         self.counters.generated_tokens += 1;

@@ -18,6 +18,7 @@ mod engine;
 mod ffi;
 mod frames;
 mod host;
+mod joining;
 mod kept;
 pub mod link;
 mod schedule;

@@ -4,9 +4,12 @@
 //! running streams by one chunk at most. Mixing them would gain little: a chunk keeps the processor busy by itself, and
 //! llama.cpp, with a KV stream for each sequence, computes only equal numbers of rows per sequence together.
 //!
-//! Sequences take turns as well: one that has sent many guesses ahead delays the others by one frame at most.
+//! Sequences take turns as well: one that has sent many guesses ahead delays the others by one batch at most. Guesses of a sequence that
+//! wait behind one another are computed together where that is cheaper ([`crate::joining`]) and nobody else waits.
 
 use std::collections::{HashSet, VecDeque};
+
+use murmur_protocol::frame::GUESS_ROWS_MAX;
 
 /// What the scheduler must know of queued rows.
 pub(crate) trait Rows {
@@ -16,6 +19,8 @@ pub(crate) trait Rows {
     fn is_prefill(&self) -> bool;
     /// The KV sequence, by which batches are ordered.
     fn sequence(&self) -> i32;
+    /// Whether these are guesses of what follows `before`, which may be computed in one batch with it.
+    fn follows(&self, before: &Self) -> bool;
 }
 
 /// The queue of one stage.
@@ -35,12 +40,18 @@ pub(crate) struct Limits {
     pub(crate) decode_rows: usize,
     /// Prompt rows of different sequences; a chunk is never split.
     pub(crate) prefill_rows: usize,
+    /// Generated rows of one sequence that follow one another.
+    pub(crate) guess_rows: usize,
 }
 
 impl Limits {
     /// In exact mode a chunk has a batch to itself.
     pub(crate) fn new(batch_rows: usize, exact: bool) -> Limits {
-        Limits { decode_rows: batch_rows, prefill_rows: if exact { 0 } else { batch_rows } }
+        Limits {
+            decode_rows: batch_rows,
+            prefill_rows: if exact { 0 } else { batch_rows },
+            guess_rows: batch_rows.min(GUESS_ROWS_MAX as usize),
+        }
     }
 }
 
@@ -72,17 +83,18 @@ impl<W: Rows> Schedule<W> {
         self.decode.is_empty() && self.prefill.is_empty()
     }
 
-    /// The next batch; empty only when nothing is queued.
-    pub(crate) fn next_batch(&mut self) -> Vec<W> {
+    /// The next batch; empty only when nothing is queued. `joins`: whether guesses that follow one another go together.
+    pub(crate) fn next_batch(&mut self, joins: impl FnOnce() -> bool) -> Vec<W> {
         self.decoded_last = !self.decode.is_empty() && (self.prefill.is_empty() || !self.decoded_last);
-        let mut batch = if self.decoded_last { self.generated_rows() } else { self.prompt_rows() };
-        // In the order of sequences: then rows come out as they went in.
+        let mut batch = if self.decoded_last { self.generated_rows(joins) } else { self.prompt_rows() };
+        // In the order of sequences: then rows come out as they went in. Those of one stay in their order.
         batch.sort_by_key(Rows::sequence);
         batch
     }
 
-    /// What has waited longest of a sequence that had no turn last time; if it is a single row, with the next rows of others that are.
-    fn generated_rows(&mut self) -> Vec<W> {
+    /// What has waited longest of a sequence that had no turn last time; if it is a single row, with the next rows of others that are. If it is
+    /// alone, with the guesses that follow it.
+    fn generated_rows(&mut self, joins: impl FnOnce() -> bool) -> Vec<W> {
         let waits = |work: &W| !self.had_turn.contains(&work.sequence());
         let first = self.decode.iter().position(waits).unwrap_or(0);
         let mut batch: Vec<W> = self.decode.remove(first).into_iter().collect();
@@ -99,7 +111,20 @@ impl<W: Rows> Schedule<W> {
             }
         }
         self.had_turn = batch.iter().map(Rows::sequence).collect();
+        if batch.len() == 1 && self.follower(&batch).is_some() && joins() {
+            while let Some(follower) = self.follower(&batch) {
+                batch.extend(self.decode.remove(follower));
+            }
+        }
         batch
+    }
+
+    /// The first that waits of the sequence to which the last of a batch belongs, if it follows that and there is room for it.
+    fn follower(&self, batch: &[W]) -> Option<usize> {
+        let last = batch.last()?;
+        let at = self.decode.iter().position(|work| work.sequence() == last.sequence())?;
+        let rows: usize = batch.iter().chain(self.decode.get(at)).map(Rows::rows).sum();
+        Some(at).filter(|&at| self.decode[at].follows(last) && rows <= self.limits.guess_rows)
     }
 
     /// Pieces of one length of different sequences, as far as they come one after the other.
@@ -134,10 +159,14 @@ mod tests {
         fn sequence(&self) -> i32 {
             self.0
         }
+        fn follows(&self, before: &W) -> bool {
+            // Guesses are marked by nothing here: all that is generated is one.
+            self.0 == before.0 && !self.2 && !before.2
+        }
     }
 
     fn queue(works: &[W]) -> Schedule<W> {
-        let mut schedule = Schedule::new(Limits { decode_rows: 7, prefill_rows: 16 });
+        let mut schedule = Schedule::new(Limits { decode_rows: 7, prefill_rows: 16, guess_rows: 6 });
         works.iter().for_each(|&w| schedule.push(w));
         schedule
     }
@@ -145,11 +174,11 @@ mod tests {
     #[test]
     fn rows_of_prompts_and_answers_never_mix_and_neither_side_starves() {
         let mut schedule = queue(&[W(0, 12, true), W(0, 12, true), W(2, 1, false), W(1, 1, false)]);
-        assert_eq!(schedule.next_batch(), [W(1, 1, false), W(2, 1, false)]);
+        assert_eq!(schedule.next_batch(|| false), [W(1, 1, false), W(2, 1, false)]);
         schedule.push(W(1, 1, false));
-        assert_eq!(schedule.next_batch(), [W(0, 12, true)]);
-        assert_eq!(schedule.next_batch(), [W(1, 1, false)]);
-        assert_eq!(schedule.next_batch(), [W(0, 12, true)]);
+        assert_eq!(schedule.next_batch(|| false), [W(0, 12, true)]);
+        assert_eq!(schedule.next_batch(|| false), [W(1, 1, false)]);
+        assert_eq!(schedule.next_batch(|| false), [W(0, 12, true)]);
         assert!(schedule.is_empty());
     }
 
@@ -157,44 +186,61 @@ mod tests {
     fn prompts_of_one_length_are_computed_together_as_far_as_they_fit() {
         let works = [W(3, 5, true), W(1, 5, true), W(0, 5, true), W(2, 5, true), W(4, 4, true), W(4, 4, true)];
         let mut schedule = queue(&works);
-        assert_eq!(schedule.next_batch(), [W(0, 5, true), W(1, 5, true), W(3, 5, true)]);
+        assert_eq!(schedule.next_batch(|| false), [W(0, 5, true), W(1, 5, true), W(3, 5, true)]);
         for alone in [W(2, 5, true), W(4, 4, true), W(4, 4, true)] {
-            assert_eq!(schedule.next_batch(), [alone]);
+            assert_eq!(schedule.next_batch(|| false), [alone]);
         }
         let mut exact = Schedule::new(Limits::new(16, true));
         works.into_iter().for_each(|work| exact.push(work));
-        assert_eq!(exact.next_batch(), [W(3, 5, true)]);
+        assert_eq!(exact.next_batch(|| false), [W(3, 5, true)]);
     }
 
     #[test]
     fn batches_of_generated_rows_have_the_size_that_was_asked_for_at_most() {
         let works: Vec<W> = (0..20).map(|i| W(i, 1, false)).collect();
         let mut schedule = queue(&works);
-        let sizes: Vec<usize> = std::iter::from_fn(|| Some(schedule.next_batch().len()).filter(|&n| n > 0)).collect();
+        let sizes: Vec<usize> =
+            std::iter::from_fn(|| Some(schedule.next_batch(|| false).len()).filter(|&n| n > 0)).collect();
         assert_eq!(sizes, [7, 7, 6]);
     }
 
     #[test]
     fn a_sequence_with_many_rows_ahead_lets_the_others_have_their_turn() {
         let mut schedule = queue(&[W(0, 4, false), W(0, 4, false), W(0, 1, false), W(1, 1, false), W(2, 1, false)]);
-        assert_eq!(schedule.next_batch(), [W(0, 4, false)]);
-        assert_eq!(schedule.next_batch(), [W(1, 1, false), W(2, 1, false)]);
+        assert_eq!(schedule.next_batch(|| false), [W(0, 4, false)]);
+        assert_eq!(schedule.next_batch(|| false), [W(1, 1, false), W(2, 1, false)]);
         schedule.push(W(1, 1, false));
-        assert_eq!(schedule.next_batch(), [W(0, 4, false)]);
+        assert_eq!(schedule.next_batch(|| false), [W(0, 4, false)]);
         // A single row ahead goes with the others', and none of a sequence goes before an earlier one.
-        assert_eq!(schedule.next_batch(), [W(0, 1, false), W(1, 1, false)]);
+        assert_eq!(schedule.next_batch(|| false), [W(0, 1, false), W(1, 1, false)]);
         schedule.push(W(0, 2, false));
         schedule.push(W(0, 1, false));
         schedule.push(W(1, 1, false));
-        assert_eq!(schedule.next_batch(), [W(0, 2, false)]);
-        assert_eq!(schedule.next_batch(), [W(0, 1, false), W(1, 1, false)]);
+        assert_eq!(schedule.next_batch(|| false), [W(0, 2, false)]);
+        assert_eq!(schedule.next_batch(|| false), [W(0, 1, false), W(1, 1, false)]);
         assert!(schedule.is_empty());
     }
 
     #[test]
     fn two_pieces_of_one_sequence_are_never_in_one_batch() {
         let mut schedule = queue(&[W(0, 1, false), W(0, 1, false)]);
-        assert_eq!(schedule.next_batch().len(), 1);
-        assert_eq!(schedule.next_batch().len(), 1);
+        assert_eq!(schedule.next_batch(|| false).len(), 1);
+        assert_eq!(schedule.next_batch(|| false).len(), 1);
+    }
+
+    #[test]
+    fn guesses_that_wait_behind_one_another_go_together_as_far_as_there_is_room_and_only_if_nobody_else_waits() {
+        let mut schedule = queue(&[W(0, 1, false), W(0, 2, false), W(0, 1, false), W(0, 3, false), W(0, 1, false)]);
+        assert_eq!(schedule.next_batch(|| true), [W(0, 1, false), W(0, 2, false), W(0, 1, false)]);
+        assert_eq!(schedule.next_batch(|| false), [W(0, 3, false)]);
+        schedule.push(W(0, 1, false));
+        schedule.push(W(1, 1, false));
+        schedule.push(W(1, 1, false));
+        assert_eq!(schedule.next_batch(|| true), [W(0, 1, false), W(1, 1, false)]);
+        // Both have had a turn, and one waits as long as the other.
+        assert_eq!(schedule.next_batch(|| true), [W(0, 1, false), W(1, 1, false)]);
+        schedule.push(W(0, 1, false));
+        assert_eq!(schedule.next_batch(|| unreachable!("nothing follows")), [W(0, 1, false)]);
+        assert!(schedule.is_empty());
     }
 }

@@ -22,6 +22,7 @@ use murmur_sampling::{Sampler, Vocabulary};
 
 use crate::{
     ffi::{Batch, Context, ContextOptions, LlamaError, Model, ModelOptions},
+    joining::Joining,
     kept::Kept,
     schedule::Rows,
     slots::{KvOp, NotAdmitted, Slots},
@@ -54,6 +55,13 @@ impl Rows for Work {
     }
     fn sequence(&self) -> i32 {
         self.sequence
+    }
+    fn follows(&self, before: &Work) -> bool {
+        let (header, before) = (&self.header, &before.header);
+        let is_next = header.position == before.position.saturating_add(before.rows);
+        let is_alike = (header.session, header.epoch, header.stages) == (before.session, before.epoch, before.stages);
+        // The row of a known token has the sampler agree with what it follows, which must have been sampled by then.
+        is_next && is_alike && header.has(FLAG_GUESS) && before.has(FLAG_WANT_OUTPUT)
     }
 }
 
@@ -147,6 +155,7 @@ pub(crate) struct Stage {
     kept: Option<Kept>,
     vocabulary: Option<Arc<Vocabulary>>,
     governor: ThreadGovernor,
+    joining: Joining,
     batch: Batch,
     facts: Loaded,
     /// Rows that sampled tokens have made ready.
@@ -224,6 +233,7 @@ impl Stage {
             kept,
             vocabulary,
             governor,
+            joining: Joining::default(),
             batch: Batch::default(),
             facts,
             following: Vec::new(),
@@ -393,6 +403,11 @@ impl Stage {
         self.sessions.get(&work.header.session).is_some_and(|s| s.epoch == work.header.epoch)
     }
 
+    /// Whether guesses that follow one another are to be computed together now.
+    pub(crate) fn joins(&mut self) -> bool {
+        self.joining.pays()
+    }
+
     /// Computes a batch. One answer per piece of work, in order; before hidden states, which the next stage gets, the account of
     /// them, which is for the driver.
     pub(crate) fn forward(&mut self, works: &[Work]) -> Vec<Frame> {
@@ -478,6 +493,9 @@ impl Stage {
             return Err(error.into());
         }
         self.governor.observe(rows, took);
+        if !works.iter().any(|work| work.is_prefill()) {
+            self.joining.note(rows, took);
+        }
         Ok((took, threads))
     }
 

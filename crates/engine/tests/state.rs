@@ -11,9 +11,9 @@ use murmur_engine::link::{Link, Receiver};
 use murmur_gguf::synth::Weights;
 use murmur_protocol::{
     codec::Codec,
-    frame::{FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind, NEXT_ROWS_MAX},
+    frame::{FLAG_GUESS, FLAG_PREFILL, FLAG_WANT_OUTPUT, Frame, Header, Kind, NEXT_ROWS_MAX},
     sampling::Token,
-    stage::{NotOpened, Open, Role, Step},
+    stage::{Load, NotOpened, Open, Role, Step},
 };
 
 struct Stage {
@@ -23,8 +23,11 @@ struct Stage {
 
 impl Stage {
     fn new(model: &Path) -> Stage {
-        let load = load(model, Role::Stage { first: true, last: true });
-        let (link, receiver) = start_child(&load);
+        Stage::start(&load(model, Role::Stage { first: true, last: true }))
+    }
+
+    fn start(load: &Load) -> Stage {
+        let (link, receiver) = start_child(load);
         Stage { link, receiver }
     }
 
@@ -166,6 +169,40 @@ fn rows(position: u32, tokens: &[Token]) -> Frame {
 fn next(position: u32, rows: u32) -> Frame {
     let header = Header { position, rows, flags: FLAG_WANT_OUTPUT, ..Header::new(Kind::Next, 1) };
     Frame { header, payload: Vec::new() }
+}
+
+#[test]
+fn guesses_that_wait_behind_one_another_are_computed_together_and_give_what_they_give_one_by_one() {
+    let lab = Lab::new();
+    let model = lab.tiny("llama", Weights::Q8_0);
+    let load = Load { exact: true, ..load(&model, Role::Stage { first: true, last: true }) };
+    let prompt = prompt(20, 1);
+    let mut told = Stage::start(&load);
+    told.open(1, &prompt, &[]);
+    let mut tokens = vec![told.step(1, 0, &prompt, FLAG_PREFILL)];
+    for position in 20..24 {
+        tokens.push(told.step(1, position, &[tokens[tokens.len() - 1].0], 0));
+    }
+
+    let mut ahead = Stage::start(&load);
+    ahead.open(1, &prompt, &[]);
+    assert_eq!(ahead.step(1, 0, &prompt, FLAG_PREFILL), tokens[0]);
+    let guess = |position, tokens: &[Token]| {
+        let flags = FLAG_WANT_OUTPUT | FLAG_GUESS;
+        Frame::tokens(Header { position, flags, ..Header::new(Kind::Tokens, 1) }, tokens)
+    };
+    let known: Vec<Token> = tokens.iter().map(|(token, _)| *token).collect();
+    let wrong = known[3] ^ 1;
+    let sent = [rows(20, &known[..1]), guess(21, &known[1..3]), guess(23, &[wrong]), guess(24, &[wrong])];
+    assert!(ahead.link.send(&sent).is_empty());
+    let answers = sent.each_ref().map(|_| ahead.receiver.receive().unwrap().0.decode::<Step>().unwrap());
+    assert!(answers.iter().all(|step| step.batch_rows == 5), "{answers:?}");
+    let sampled = answers.map(|step| step.sampled);
+    let heard: Vec<_> = sampled.iter().flatten().map(|s| (s.token, s.top[0].1.to_bits())).collect();
+    // The token for position 23 is known, and what was guessed for that is another.
+    assert_eq!((heard, sampled.map(|of_frame| of_frame.len())), (tokens[1..4].to_vec(), [1, 2, 0, 0]));
+    // What was in vain is forgotten.
+    assert_eq!(ahead.step(1, 23, &known[3..4], 0), tokens[4]);
 }
 
 #[test]

@@ -196,6 +196,20 @@ async fn a_model_guesses_what_another_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_layer_guesses_what_a_deep_model_of_which_the_others_add_nothing_says() {
+    let lab = Lab::new();
+    let (deep, layer) = (lab.deep(24), lab.deep(1));
+    let plain = run(&engine(&lab, &layer, ranges(&[0, 1]), Draft::Off), first_request()).await;
+    // It guesses faster than the stages compute, so that guesses wait there and go together.
+    let spread = Spread::new(&lab, &deep, 2);
+    let guessing = spread.engine_far(true, WAY, model(&layer, 0.0));
+    assert_eq!(run(&guessing, first_request()).await.tokens, plain.tokens);
+    let Counters { guessed_by_depth, right_by_depth, .. } = guessing.status().counters;
+    assert!(right_by_depth[0] > 0 && right_by_depth == guessed_by_depth, "{right_by_depth:?} of {guessed_by_depth:?}");
+    assert_no_step_failed(&spread);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_model_that_guesses_may_die_and_nobody_waits_for_it() {
     let lab = Lab::new();
     let large = lab.tiny("llama", Weights::Q4KM);

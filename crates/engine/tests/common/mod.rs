@@ -67,6 +67,13 @@ impl Lab {
         path
     }
 
+    /// A model of which the first layer says what all of so many say.
+    pub fn deep(&self, layers: u32) -> PathBuf {
+        let path = self.dir.path().join(format!("deep-{layers}.gguf"));
+        synth::write(&Spec::preset("bench-deep").unwrap().with_layers(layers), &path).unwrap();
+        path
+    }
+
     pub fn options(&self, model: &Path, ranges: Vec<LayerRange>, exact: bool) -> EngineOptions {
         EngineOptions {
             program: self.program.clone(),

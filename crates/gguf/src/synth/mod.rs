@@ -176,7 +176,12 @@ fn add(
     il: Option<u32>,
 ) -> Result<(), SynthError> {
     let ty = type_of(spec, slot, il);
-    let fill = fill_of(spec, &name, slot);
+    let is_idle = il.zip(spec.idle_from).is_some_and(|(il, first)| il >= first);
+    let fill = match slot.name {
+        // What these give is added to what the layer got.
+        "attn_output.weight" | "ffn_down.weight" if is_idle => Fill::Gaussian(0.0, 0.0),
+        _ => fill_of(spec, &name, slot),
+    };
     let elements = slot.dims.iter().product();
     let mut rng = Rng::new(spec.seed, &name);
     let generate = move |out: &mut dyn Write| generate(&mut rng, fill, ty, elements, out);

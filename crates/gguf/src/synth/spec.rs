@@ -1,4 +1,4 @@
-//! What a made-up model should look like: presets by name, small ones for tests and two for benchmarks.
+//! What a made-up model should look like: presets by name, small ones for tests and some for benchmarks.
 
 use std::str::FromStr;
 
@@ -72,6 +72,9 @@ pub struct Spec {
     pub optional_tensors: Vec<&'static str>,
     /// Further keys, by name without the architecture.
     pub keys: Vec<(&'static str, Value)>,
+    /// Layers from here on add nothing to what comes in, and cost what layers cost. So a model with as many layers as are before them says
+    /// what one with any number says, for a part of the time.
+    pub idle_from: Option<u32>,
 }
 
 /// Widths shared by most tiny models.
@@ -129,6 +132,7 @@ impl Spec {
         "bench-1b",
         "bench-0.5b",
         "bench-wide",
+        "bench-deep",
     ];
 
     /// The presets that are small: every one but the benchmarks.
@@ -156,6 +160,7 @@ impl Spec {
             tied: false,
             optional_tensors: vec![],
             keys: vec![],
+            idle_from: None,
         };
         let yarn = |original: u32| {
             vec![
@@ -268,6 +273,8 @@ impl Spec {
                 facts.feed_forward_length = 256;
                 Self { weights: Weights::Q8_0, tied: true, ..spec(Arch::Llama, facts) }
             }
+            // Its first layer alone guesses all that it says.
+            "bench-deep" => Self { idle_from: Some(1), ..spec(Arch::Llama, shape(8, 8, 4, 32)) },
             _ => {
                 return Err(SynthError::UnknownPreset { name: name.to_owned() });
             }

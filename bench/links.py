@@ -21,12 +21,14 @@ after the other.
 token of a prompt comes, of a model of usual shape and of one of which there is little to compute. What the layers' new host computes once more is a part of it. The driver holds no layers.
 
 *guesses*: a small model over two and four machines, so that the way around the ring is what a token takes, with guesses of a model of
-which a known part is right: it is the same file, and the rest of its guesses are spoilt (`--draft-spoilt`). Answers are greedy, with a
-penalty for repetitions, as random weights would repeat themselves and all could be looked up. With
+which a known part is right. All layers of the large model but the first change nothing, so that a model of this layer alone always guesses
+right, for a part of the time; the rest of its guesses are spoilt (`--draft-spoilt`). Answers are greedy, with a penalty for repetitions, as
+random weights would repeat themselves and all could be looked up. With
 
     L    the time of a token without guesses: once around the ring, computing included, measured in the same minutes,
-    tau  the time of a token that the pipe cannot beat however long it runs: what the slowest stage computes for a row (its newest step
-         in `/api/status`) or what the model that guesses needs for a token (measured alone on one machine), whichever is longer,
+    tau  the time of a token that the pipe cannot beat if it computes one after the other: what the slowest stage computes for a row without
+         guesses (its newest step in `/api/status`) or what the model that guesses needs for a token (measured alone on one machine),
+         whichever is longer,
     a    the part of the guesses compared that was right, as counted,
 
 no ring that guesses one token after the other is faster than X(a) = 1 / ((1 - a) L + a tau): each wrong guess costs once around. So does
@@ -35,6 +37,10 @@ times L: tokens for each time around the ring. The time of a token without guess
 that. All hosts are on one machine: on its two processors, stages and the model that guesses do not run at once as those of real rings do.
 So the model has one layer for each machine, and it is printed what they need together for a token, and how busy the processors are:
 where these are not idle for a good part, the figure says more of the machine than of the ring.
+
+*deep*: the same over two machines, 100 ms around, with as many layers as the slowest stage computes for 0.062 of the time of a token
+without guesses, and 0.855 of the guesses right. X comes to 5.05 tokens for each time around then, and the bar is 5. A stage computes guesses that wait
+behind one another together, and rows that share a step cost less each: that may make up for what a ring has besides.
 
 *pair*: the demo model over two machines and the small model that was trained with it to guess, at several ways around the ring: stories at
 temperature 0, with and without guesses, and the same through `llama-server` with half of the layers on an `ggml-rpc-server`, with and
@@ -89,7 +95,7 @@ import servers
 from bench import Table, at_once, decode_rate, first_token_s, in_turns, machine, status, together_rate, token_and_compute_ms
 from mesh import Story, distribution, layers_of, spread_over, synthetic, ticket_of
 
-PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "borrowed", "pair", "alone", "window", "candidates", "shared", "copied", "relayed", "replay")
+PARTS = ("tokens", "streams", "prefill", "codecs", "deaths", "guesses", "deep", "borrowed", "pair", "alone", "window", "candidates", "shared", "copied", "relayed", "replay")
 SHAPE = "bench-1b"
 CONTEXT = 4608
 ROUND_TRIPS_MS = (0, 5, 20, 50)
@@ -110,6 +116,10 @@ DEATHS = {
 DEATHS_BETWEEN = (0.1, 0.8)
 # Small, so that computing hides no link.
 GUESSED_SHAPE, GUESSED_STAGES, RINGS_MS = "llama", (2, 4), (0, 20, 60, 100, 200)
+# What one layer of it says, any number of them say.
+DEEP_SHAPE, DEEP_MS, DEEP_RIGHT, DEEP_SHARE, DEEP_BAR = "bench-deep", 100, 0.855, 0.062, 5
+# Layers of which it is measured how long one takes.
+DEEP_TRIED = 16
 # How much longer a token without guesses may be on its way than the links are.
 WAY_MAX = 1.15
 RIGHT_PARTS, RIGHT_PARTS_BARRED = (0.5, 0.7, 0.85, 0.95), (0.7, 0.85)
@@ -356,26 +366,57 @@ def layer_each(options, machines):
     return model, layers_of(options, model)
 
 
+def deep_model(options, layers):
+    """One of so many layers, and the one that guesses what it says."""
+    return tuple(synthetic(options, [f"{DEEP_SHAPE}:{count}" for count in (layers, 1)]))
+
+
+def alone_ms(options, model, host):
+    """What a token takes on one machine."""
+    with servers.murmur(options.murmur, model, threads=1, context=CONTEXT, parallel=1, host=host) as whole:
+        whole.generate(servers.unique_prompt(64), 8)
+        return statistics.median(token_ms(whole) for _ in range(options.rounds))
+
+
 def guesses(options, _, table):
     for stages in GUESSED_STAGES:
-        model, layers = layer_each(options, stages)
+        model, draft = deep_model(options, stages)
         with lab.Lab(options.lab, 2 * stages) as (network, hosts):
             hosts = list(hosts)
-            with servers.murmur(options.murmur, model, threads=1, context=CONTEXT, parallel=1, host=hosts[0]) as whole:
-                whole.generate(servers.unique_prompt(64), 8)
-                draft_ms = statistics.median(token_ms(whole) for _ in range(options.rounds))
+            draft_ms = alone_ms(options, draft, hosts[0])
             # Where there is no distance, the order of the stages does not matter to anybody: rings are formed over one.
             network.links(FAR_MS)
-            with ring_from_an_end(options, model, hosts[:stages], layers) as plain:
+            with ring_from_an_end(options, model, hosts[:stages], stages) as plain:
                 for right in RIGHT_PARTS:
-                    spoilt = ("--draft", model, "--draft-spoilt", f"{1 - right:.2f}")
+                    spoilt = ("--draft", draft, "--draft-spoilt", f"{1 - right:.2f}")
                     network.links(FAR_MS)
-                    with ring_from_an_end(options, model, hosts[stages:], layers, driver=spoilt) as guessing:
+                    with ring_from_an_end(options, model, hosts[stages:], stages, driver=spoilt) as guessing:
                         for ring_ms in options.rings_ms:
                             # Each of as many hops takes half a round trip.
                             network.links(2 * ring_ms / stages)
                             what = f"ring of {stages} at {ring_ms} ms"
                             guesses_at(options, table, what, (plain, guessing), right, ring_ms, draft_ms)
+
+
+def deep(options, _, table):
+    with lab.Lab(options.lab, 4) as (network, hosts):
+        hosts = list(hosts)
+        tried, draft = deep_model(options, DEEP_TRIED)
+        draft_ms = alone_ms(options, draft, hosts[0])
+        layer_ms = (alone_ms(options, tried, hosts[0]) - draft_ms) / (DEEP_TRIED - 1)
+        # Two stages and the links take the time of a token, of which one stage takes that share.
+        each = round(DEEP_SHARE * DEEP_MS / (1 - 2 * DEEP_SHARE) / layer_ms)
+        model, _ = deep_model(options, 2 * each)
+        network.links(DEEP_MS)
+        spoilt = ("--draft", draft, "--draft-spoilt", f"{1 - DEEP_RIGHT:.3f}")
+        with (
+            ring_from_an_end(options, model, hosts[:2], 2 * each) as plain,
+            ring_from_an_end(options, model, hosts[2:], 2 * each, driver=spoilt) as guessing,
+        ):
+            what = f"ring of 2 with {each} layers each at {DEEP_MS} ms"
+            rates, ring_ms = guesses_at(options, table, what, (plain, guessing), DEEP_RIGHT, DEEP_MS, draft_ms)
+            around = [rate * ring_ms / 1000 for rate in rates]
+            table.pairs(f"{what}, a = {DEEP_RIGHT}, tokens for each time around / {DEEP_BAR}", "", around, [DEEP_BAR] * len(around), bar=1)
 
 
 @contextlib.contextmanager
@@ -423,24 +464,28 @@ def guesses_at(options, table, what, rings, right, way_ms, draft_ms):
     # How far the ring is now, it finds out with the first tokens.
     for server in rings:
         server.generate(servers.unique_prompt(64), least)
-    counts, stages_ms, worked = [], [], []
+    counts, together, stages_ms, worked = [], [], [], []
 
     def guessed():
         before, begun = guesses_counted(guessing), processor_s()
         rated = decode_rate(guessing, many, **UNREPEATED)
         worked.append([now - then for now, then in zip(processor_s(), begun, strict=True)])
         counts.append(guesses_since(before, guessing))
-        steps = [stage["last_step"] for stage in status(guessing)["stages"]]
-        stages_ms.append([step["compute_us"] / step["batch_rows"] / 1000 for step in steps])
+        together.extend(stage["last_step"]["batch_rows"] for stage in status(guessing)["stages"])
         return rated
 
-    rates, tokens = in_turns(max(2, options.rounds // 2), guessed, lambda: token_and_compute_ms(plain, few, **UNREPEATED))
+    def unguessed():
+        timed = token_and_compute_ms(plain, few, **UNREPEATED)
+        stages_ms.append([stage["last_step"]["compute_us"] / 1000 for stage in status(plain)["stages"]])
+        return timed
+
+    rates, tokens = in_turns(max(2, options.rounds // 2), guessed, unguessed)
     if right == RIGHT_PARTS[0] and way_ms > 0:
         ways_ms = [token_ms - compute_ms for token_ms, compute_ms in tokens]
         table.pairs(f"{what}, plain token less computing / the way", "ms", ways_ms, [way_ms] * len(ways_ms), lower_is_better=True, bar=1 / WAY_MAX)
     were_right, compared = (sum(count) for count in zip(*counts, strict=True))
     ring_ms, slowest_ms = statistics.median(token_ms for token_ms, _ in tokens), statistics.median(map(max, stages_ms))
-    tau_ms, together_ms = max(slowest_ms, draft_ms), draft_ms + statistics.median(map(sum, stages_ms))
+    tau_ms, all_ms = max(slowest_ms, draft_ms), draft_ms + statistics.median(map(sum, stages_ms))
     busy = statistics.median(busy_s / all_s for busy_s, all_s in worked)
     parts = [part_right(*count) for count in counts]
     limits = [1000 / ((1 - part) * ring_ms + part * tau_ms) for part in parts]
@@ -448,10 +493,11 @@ def guesses_at(options, table, what, rings, right, way_ms, draft_ms):
     table.pairs(f"{what}, a = {right}, guesses / X", "tok/s", rates, limits, bar=bar)
     print(
         f"  of {compared} guesses {part_right(were_right, compared):.3f} were right; L {ring_ms:.1f} ms, tau {tau_ms:.2f} ms (guesser {draft_ms:.2f}, slowest stage {slowest_ms:.2f}), "
-        f"{together_ms / os.cpu_count():.2f} ms on {os.cpu_count()} processors, which were {busy:.0%} busy; "
-        f"{statistics.median(rates) * ring_ms / 1000:.2f} tokens for each time around",
+        f"{all_ms / os.cpu_count():.2f} ms on {os.cpu_count()} processors, which were {busy:.0%} busy; "
+        f"{statistics.mean(together):.1f} rows in a step; {statistics.median(rates) * ring_ms / 1000:.2f} tokens for each time around",
         flush=True,
     )
+    return rates, ring_ms
 
 
 def borrowed(options, model, table):
@@ -797,7 +843,7 @@ def main():
     print(machine())
     shapes = {
         SHAPE: (tokens, streams, prefill, codecs),
-        GUESSED_SHAPE: (deaths, guesses, borrowed, pair, alone, window, candidates, shared, copied, relayed, replay),
+        GUESSED_SHAPE: (deaths, guesses, deep, borrowed, pair, alone, window, candidates, shared, copied, relayed, replay),
     }
     for shape, parts in shapes.items():
         for part in parts:

@@ -284,7 +284,7 @@ impl Server {
             self.receive(frames, out)?;
             if let Server::Stage(stage, schedule) = self {
                 schedule.retain(|work| stage.is_current(work));
-                let batch = schedule.next_batch(|| stage.joins());
+                let batch = schedule.next_batch(|waiting| stage.joins(waiting));
                 if !batch.is_empty() {
                     // Whoever was admitted can send its rows meanwhile.
                     out.flush()?;

@@ -21,6 +21,7 @@ mod host;
 mod joining;
 mod kept;
 pub mod link;
+mod row_costs;
 mod schedule;
 mod slots;
 mod stage;

@@ -83,8 +83,8 @@ impl<W: Rows> Schedule<W> {
         self.decode.is_empty() && self.prefill.is_empty()
     }
 
-    /// The next batch; empty only when nothing is queued. `joins`: whether guesses that follow one another go together.
-    pub(crate) fn next_batch(&mut self, joins: impl FnOnce() -> bool) -> Vec<W> {
+    /// The next batch; empty only when nothing is queued. `joins`: how many of so many rows of guesses that follow one another go together.
+    pub(crate) fn next_batch(&mut self, joins: impl FnOnce(usize) -> usize) -> Vec<W> {
         self.decoded_last = !self.decode.is_empty() && (self.prefill.is_empty() || !self.decoded_last);
         let mut batch = if self.decoded_last { self.generated_rows(joins) } else { self.prompt_rows() };
         // In the order of sequences: then rows come out as they went in. Those of one stay in their order.
@@ -94,7 +94,7 @@ impl<W: Rows> Schedule<W> {
 
     /// What has waited longest of a sequence that had no turn last time; if it is a single row, with the next rows of others that are. If it is
     /// alone, with the guesses that follow it.
-    fn generated_rows(&mut self, joins: impl FnOnce() -> bool) -> Vec<W> {
+    fn generated_rows(&mut self, joins: impl FnOnce(usize) -> usize) -> Vec<W> {
         let waits = |work: &W| !self.had_turn.contains(&work.sequence());
         let first = self.decode.iter().position(waits).unwrap_or(0);
         let mut batch: Vec<W> = self.decode.remove(first).into_iter().collect();
@@ -111,20 +111,38 @@ impl<W: Rows> Schedule<W> {
             }
         }
         self.had_turn = batch.iter().map(Rows::sequence).collect();
-        if batch.len() == 1 && self.follower(&batch).is_some() && joins() {
-            while let Some(follower) = self.follower(&batch) {
-                batch.extend(self.decode.remove(follower));
+        if let [first] = &batch[..] {
+            let waiting = first.rows() + self.followers(first).map(Rows::rows).sum::<usize>();
+            if waiting > first.rows() {
+                self.join(&mut batch, joins(waiting.min(self.limits.guess_rows)));
             }
         }
         batch
     }
 
-    /// The first that waits of the sequence to which the last of a batch belongs, if it follows that and there is room for it.
-    fn follower(&self, batch: &[W]) -> Option<usize> {
-        let last = batch.last()?;
-        let at = self.decode.iter().position(|work| work.sequence() == last.sequence())?;
-        let rows: usize = batch.iter().chain(self.decode.get(at)).map(Rows::rows).sum();
-        Some(at).filter(|&at| self.decode[at].follows(last) && rows <= self.limits.guess_rows)
+    /// What waits of a sequence and follows what is computed next of it, as far as it does without a gap.
+    fn followers<'a>(&'a self, first: &'a W) -> impl Iterator<Item = &'a W> {
+        let of_it = self.decode.iter().filter(|work| work.sequence() == first.sequence());
+        of_it.scan(first, |last, work| {
+            let follows = work.follows(last);
+            *last = work;
+            follows.then_some(work)
+        })
+    }
+
+    /// Adds to a batch what follows it, up to so many rows.
+    fn join(&mut self, batch: &mut Vec<W>, rows_max: usize) {
+        let mut rows = batch[0].rows();
+        let fits = |work: &&W| {
+            rows += work.rows();
+            rows <= rows_max
+        };
+        let count = self.followers(&batch[0]).take_while(fits).count();
+        let sequence = batch[0].sequence();
+        for _ in 0..count {
+            let next = self.decode.iter().position(|work| work.sequence() == sequence);
+            batch.extend(next.and_then(|at| self.decode.remove(at)));
+        }
     }
 
     /// Pieces of one length of different sequences, as far as they come one after the other.
@@ -174,11 +192,11 @@ mod tests {
     #[test]
     fn rows_of_prompts_and_answers_never_mix_and_neither_side_starves() {
         let mut schedule = queue(&[W(0, 12, true), W(0, 12, true), W(2, 1, false), W(1, 1, false)]);
-        assert_eq!(schedule.next_batch(|| false), [W(1, 1, false), W(2, 1, false)]);
+        assert_eq!(schedule.next_batch(|_| 1), [W(1, 1, false), W(2, 1, false)]);
         schedule.push(W(1, 1, false));
-        assert_eq!(schedule.next_batch(|| false), [W(0, 12, true)]);
-        assert_eq!(schedule.next_batch(|| false), [W(1, 1, false)]);
-        assert_eq!(schedule.next_batch(|| false), [W(0, 12, true)]);
+        assert_eq!(schedule.next_batch(|_| 1), [W(0, 12, true)]);
+        assert_eq!(schedule.next_batch(|_| 1), [W(1, 1, false)]);
+        assert_eq!(schedule.next_batch(|_| 1), [W(0, 12, true)]);
         assert!(schedule.is_empty());
     }
 
@@ -186,13 +204,13 @@ mod tests {
     fn prompts_of_one_length_are_computed_together_as_far_as_they_fit() {
         let works = [W(3, 5, true), W(1, 5, true), W(0, 5, true), W(2, 5, true), W(4, 4, true), W(4, 4, true)];
         let mut schedule = queue(&works);
-        assert_eq!(schedule.next_batch(|| false), [W(0, 5, true), W(1, 5, true), W(3, 5, true)]);
+        assert_eq!(schedule.next_batch(|_| 1), [W(0, 5, true), W(1, 5, true), W(3, 5, true)]);
         for alone in [W(2, 5, true), W(4, 4, true), W(4, 4, true)] {
-            assert_eq!(schedule.next_batch(|| false), [alone]);
+            assert_eq!(schedule.next_batch(|_| 1), [alone]);
         }
         let mut exact = Schedule::new(Limits::new(16, true));
         works.into_iter().for_each(|work| exact.push(work));
-        assert_eq!(exact.next_batch(|| false), [W(3, 5, true)]);
+        assert_eq!(exact.next_batch(|_| 1), [W(3, 5, true)]);
     }
 
     #[test]
@@ -200,47 +218,51 @@ mod tests {
         let works: Vec<W> = (0..20).map(|i| W(i, 1, false)).collect();
         let mut schedule = queue(&works);
         let sizes: Vec<usize> =
-            std::iter::from_fn(|| Some(schedule.next_batch(|| false).len()).filter(|&n| n > 0)).collect();
+            std::iter::from_fn(|| Some(schedule.next_batch(|_| 1).len()).filter(|&n| n > 0)).collect();
         assert_eq!(sizes, [7, 7, 6]);
     }
 
     #[test]
     fn a_sequence_with_many_rows_ahead_lets_the_others_have_their_turn() {
         let mut schedule = queue(&[W(0, 4, false), W(0, 4, false), W(0, 1, false), W(1, 1, false), W(2, 1, false)]);
-        assert_eq!(schedule.next_batch(|| false), [W(0, 4, false)]);
-        assert_eq!(schedule.next_batch(|| false), [W(1, 1, false), W(2, 1, false)]);
+        assert_eq!(schedule.next_batch(|_| 1), [W(0, 4, false)]);
+        assert_eq!(schedule.next_batch(|_| 1), [W(1, 1, false), W(2, 1, false)]);
         schedule.push(W(1, 1, false));
-        assert_eq!(schedule.next_batch(|| false), [W(0, 4, false)]);
+        assert_eq!(schedule.next_batch(|_| 1), [W(0, 4, false)]);
         // A single row ahead goes with the others', and none of a sequence goes before an earlier one.
-        assert_eq!(schedule.next_batch(|| false), [W(0, 1, false), W(1, 1, false)]);
+        assert_eq!(schedule.next_batch(|_| 1), [W(0, 1, false), W(1, 1, false)]);
         schedule.push(W(0, 2, false));
         schedule.push(W(0, 1, false));
         schedule.push(W(1, 1, false));
-        assert_eq!(schedule.next_batch(|| false), [W(0, 2, false)]);
-        assert_eq!(schedule.next_batch(|| false), [W(0, 1, false), W(1, 1, false)]);
+        assert_eq!(schedule.next_batch(|_| 1), [W(0, 2, false)]);
+        assert_eq!(schedule.next_batch(|_| 1), [W(0, 1, false), W(1, 1, false)]);
         assert!(schedule.is_empty());
     }
 
     #[test]
     fn two_pieces_of_one_sequence_are_never_in_one_batch() {
         let mut schedule = queue(&[W(0, 1, false), W(0, 1, false)]);
-        assert_eq!(schedule.next_batch(|| false).len(), 1);
-        assert_eq!(schedule.next_batch(|| false).len(), 1);
+        assert_eq!(schedule.next_batch(|_| 1).len(), 1);
+        assert_eq!(schedule.next_batch(|_| 1).len(), 1);
     }
 
     #[test]
     fn guesses_that_wait_behind_one_another_go_together_as_far_as_there_is_room_and_only_if_nobody_else_waits() {
         let mut schedule = queue(&[W(0, 1, false), W(0, 2, false), W(0, 1, false), W(0, 3, false), W(0, 1, false)]);
-        assert_eq!(schedule.next_batch(|| true), [W(0, 1, false), W(0, 2, false), W(0, 1, false)]);
-        assert_eq!(schedule.next_batch(|| false), [W(0, 3, false)]);
+        let all = |waiting: usize| {
+            assert_eq!(waiting, 6);
+            waiting
+        };
+        assert_eq!(schedule.next_batch(all), [W(0, 1, false), W(0, 2, false), W(0, 1, false)]);
+        assert_eq!(schedule.next_batch(|_| 1), [W(0, 3, false)]);
         schedule.push(W(0, 1, false));
         schedule.push(W(1, 1, false));
         schedule.push(W(1, 1, false));
-        assert_eq!(schedule.next_batch(|| true), [W(0, 1, false), W(1, 1, false)]);
+        assert_eq!(schedule.next_batch(|all| all), [W(0, 1, false), W(1, 1, false)]);
         // Both have had a turn, and one waits as long as the other.
-        assert_eq!(schedule.next_batch(|| true), [W(0, 1, false), W(1, 1, false)]);
+        assert_eq!(schedule.next_batch(|all| all), [W(0, 1, false), W(1, 1, false)]);
         schedule.push(W(0, 1, false));
-        assert_eq!(schedule.next_batch(|| unreachable!("nothing follows")), [W(0, 1, false)]);
+        assert_eq!(schedule.next_batch(|_| unreachable!("nothing follows")), [W(0, 1, false)]);
         assert!(schedule.is_empty());
     }
 }

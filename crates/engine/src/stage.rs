@@ -403,9 +403,9 @@ impl Stage {
         self.sessions.get(&work.header.session).is_some_and(|s| s.epoch == work.header.epoch)
     }
 
-    /// Whether guesses that follow one another are to be computed together now.
-    pub(crate) fn joins(&mut self) -> bool {
-        self.joining.pays()
+    /// How many of so many rows of guesses that wait behind one another are to be computed together.
+    pub(crate) fn joins(&mut self, waiting: usize) -> usize {
+        self.joining.rows(waiting)
     }
 
     /// Computes a batch. One answer per piece of work, in order; before hidden states, which the next stage gets, the account of

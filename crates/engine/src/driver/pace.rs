@@ -1,20 +1,12 @@
 //! How long frames take, as measured: what guessing costs, and what it can save.
 
-use murmur_protocol::{frame::GUESS_ROWS_MAX, stage::Step};
+use murmur_protocol::stage::Step;
 
 use super::{gain::Gain, pursuit::Took};
+use crate::row_costs::{RowCosts, SMOOTHING, smooth};
 
-/// How much of the newest measurement enters an average.
-const SMOOTHING: f64 = 0.1;
 /// Chunks of a prompt on their way at most, beside one in each stage: each is a few MiB that somebody has to hold.
 const CHUNKS_AHEAD_MAX: usize = 16;
-/// Rows in a step of generated tokens for which times are kept.
-const ROWS_MAX: usize = GUESS_ROWS_MAX as usize;
-
-fn smooth(known: &mut Option<f64>, new: f64) {
-    *known = Some(known.map_or(new, |was| was + SMOOTHING * (new - was)));
-}
-
 /// An average of all there was, and once that is enough, of the newest only.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Mean {
@@ -28,36 +20,6 @@ impl Mean {
     pub(super) fn note(&mut self, new: f64, newest: u32) {
         self.count = self.count.saturating_add(1);
         self.value += (new - self.value) / f64::from(self.count.min(newest));
-    }
-}
-
-/// Time of a step of generated rows in one stage, us, by their number.
-#[derive(Debug, Clone, Default)]
-pub(super) struct RowCosts {
-    us: [Option<f64>; ROWS_MAX + 1],
-}
-
-impl RowCosts {
-    pub(super) fn note(&mut self, step: &Step) {
-        if let Some(known) = self.us.get_mut(step.batch_rows as usize) {
-            smooth(known, f64::from(step.compute_us));
-        }
-    }
-
-    /// Of so many rows, at least one; `None` as long as a single row was never measured. Between what was measured it grows evenly; what
-    /// was never measured is hoped to cost nothing more, which ends with its first measurement.
-    pub(super) fn of(&self, rows: usize) -> Option<f64> {
-        let one = self.us[1]?;
-        let measured = |rows: usize| Some((rows, self.us[rows]?));
-        let below = (1..=rows.min(ROWS_MAX)).rev().find_map(measured)?;
-        let us = match (rows..self.us.len()).find_map(measured) {
-            Some(above) if above.0 > below.0 => {
-                below.1 + (above.1 - below.1) * (rows - below.0) as f64 / (above.0 - below.0) as f64
-            }
-            _ => below.1,
-        };
-        // No more than the same rows one by one: a step that something held up must not speak against so many rows for ever.
-        Some(us.clamp(one, one * rows as f64))
     }
 }
 
@@ -109,20 +71,17 @@ impl Pace {
 
     /// A stage has computed generated rows.
     pub(super) fn note(&mut self, stage: usize, step: &Step) {
-        self.stages[stage].note(step);
+        self.stages[stage].note(step.batch_rows, step.compute_us);
     }
 
     /// The model that guesses has computed `rows`, which gave a guess. Of one on a machine of its own counts when its guesses come, and not what
     /// that machine says.
     pub(super) fn note_guess(&mut self, rows: u32, took: Took, step: &Step) {
         match took {
-            _ if !self.is_drafter_elsewhere => self.drafter.note(step),
+            _ if !self.is_drafter_elsewhere => self.drafter.note(step.batch_rows, step.compute_us),
             Took::Alone(us) if rows == 1 => smooth(&mut self.alone_us, us as f64),
             Took::Alone(_) => {}
-            Took::Behind(us) => {
-                let compute_us = u32::try_from(us).unwrap_or(u32::MAX);
-                self.drafter.note(&Step { sampled: Vec::new(), compute_us, batch_rows: 1, threads: step.threads });
-            }
+            Took::Behind(us) => self.drafter.note(1, u32::try_from(us).unwrap_or(u32::MAX)),
         }
     }
 
@@ -202,27 +161,6 @@ mod tests {
 
     fn step(rows: u32, compute_us: u32) -> Step {
         Step { sampled: Vec::new(), compute_us, batch_rows: rows, threads: 1 }
-    }
-
-    #[test]
-    fn costs_between_measured_ones_grow_evenly_and_those_beyond_are_taken_for_the_last() {
-        let mut costs = RowCosts::default();
-        costs.note(&step(5, 3000));
-        assert_eq!(costs.of(9), None);
-        costs.note(&step(1, 1000));
-        // More than are ever guessed at once.
-        costs.note(&step(17, 9000));
-        assert_eq!([1, 3, 5, 9, 40].map(|rows| costs.of(rows)), [1000.0, 2000.0, 3000.0, 3000.0, 3000.0].map(Some));
-        costs.note(&step(5, 13000));
-        assert_eq!(costs.of(5), Some(4000.0));
-    }
-
-    #[test]
-    fn a_step_that_was_held_up_does_not_make_rows_together_dearer_than_one_by_one() {
-        let mut costs = RowCosts::default();
-        costs.note(&step(1, 1000));
-        costs.note(&step(4, 90_000));
-        assert_eq!([2, 4, 8].map(|rows| costs.of(rows)), [2000.0, 4000.0, 8000.0].map(Some));
     }
 
     #[test]

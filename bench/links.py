@@ -26,9 +26,9 @@ right, for a part of the time; the rest of its guesses are spoilt (`--draft-spoi
 random weights would repeat themselves and all could be looked up. With
 
     L    the time of a token without guesses: once around the ring, computing included, measured in the same minutes,
-    tau  the time of a token that the pipe cannot beat if it computes one after the other: what the slowest stage computes for a row without
-         guesses (its newest step in `/api/status`) or what the model that guesses needs for a token (measured alone on one machine),
-         whichever is longer,
+    tau  the time of a token that the pipe cannot beat if it computes one after the other: what the slowest stage computes for a row (its steps,
+         as seen in `/api/status` ten times a second while guesses are made) or what the model that guesses needs for a token (measured
+         alone on one machine), whichever is longer,
     a    the part of the guesses compared that was right, as counted,
 
 no ring that guesses one token after the other is faster than X(a) = 1 / ((1 - a) L + a tau): each wrong guess costs once around. So does
@@ -118,8 +118,9 @@ DEATHS_BETWEEN = (0.1, 0.8)
 GUESSED_SHAPE, GUESSED_STAGES, RINGS_MS = "llama", (2, 4), (0, 20, 60, 100, 200)
 # What one layer of it says, any number of them say.
 DEEP_SHAPE, DEEP_MS, DEEP_RIGHT, DEEP_SHARE, DEEP_BAR = "bench-deep", 100, 0.855, 0.062, 5
-# Layers of which it is measured how long one takes.
-DEEP_TRIED = 16
+# Layers of which it is measured how long one takes, and tokens for which others are computed beside them.
+DEEP_TRIED, DEEP_BESIDE_TOKENS = 16, 3000
+STEPS_EVERY_S = 0.1
 # How much longer a token without guesses may be on its way than the links are.
 WAY_MAX = 1.15
 RIGHT_PARTS, RIGHT_PARTS_BARRED = (0.5, 0.7, 0.85, 0.95), (0.7, 0.85)
@@ -404,8 +405,15 @@ def deep(options, _, table):
         tried, draft = deep_model(options, DEEP_TRIED)
         draft_ms = alone_ms(options, draft, hosts[0])
         layer_ms = (alone_ms(options, tried, hosts[0]) - draft_ms) / (DEEP_TRIED - 1)
-        # Two stages and the links take the time of a token, of which one stage takes that share.
-        each = round(DEEP_SHARE * DEEP_MS / (1 - 2 * DEEP_SHARE) / layer_ms)
+        # With guesses both stages compute at once, on processors that share a memory.
+        with servers.murmur(options.murmur, tried, threads=1, context=CONTEXT, parallel=1, host=hosts[1]) as beside:
+            beside.generate(servers.unique_prompt(64), 8)
+            story = Story(beside, servers.unique_prompt(64), DEEP_BESIDE_TOKENS)
+            busy_ms = (alone_ms(options, tried, hosts[0]) - draft_ms) / (DEEP_TRIED - 1)
+            story.join()
+        # Two stages and the links take the time of a token without guesses.
+        each = round(DEEP_SHARE * DEEP_MS / (busy_ms - 2 * DEEP_SHARE * layer_ms))
+        print(f"  a layer takes {layer_ms:.3f} ms, and {busy_ms:.3f} while another one is computed", flush=True)
         model, _ = deep_model(options, 2 * each)
         network.links(DEEP_MS)
         spoilt = ("--draft", draft, "--draft-spoilt", f"{1 - DEEP_RIGHT:.3f}")
@@ -464,19 +472,19 @@ def guesses_at(options, table, what, rings, right, way_ms, draft_ms):
     # How far the ring is now, it finds out with the first tokens.
     for server in rings:
         server.generate(servers.unique_prompt(64), least)
-    counts, together, stages_ms, worked = [], [], [], []
+    counts, seen, plain_ms, worked = [], Steps(guessing), [], []
 
     def guessed():
         before, begun = guesses_counted(guessing), processor_s()
-        rated = decode_rate(guessing, many, **UNREPEATED)
+        with seen:
+            rated = decode_rate(guessing, many, **UNREPEATED)
         worked.append([now - then for now, then in zip(processor_s(), begun, strict=True)])
         counts.append(guesses_since(before, guessing))
-        together.extend(stage["last_step"]["batch_rows"] for stage in status(guessing)["stages"])
         return rated
 
     def unguessed():
         timed = token_and_compute_ms(plain, few, **UNREPEATED)
-        stages_ms.append([stage["last_step"]["compute_us"] / 1000 for stage in status(plain)["stages"]])
+        plain_ms.append(max(stage["last_step"]["compute_us"] for stage in status(plain)["stages"]) / 1000)
         return timed
 
     rates, tokens = in_turns(max(2, options.rounds // 2), guessed, unguessed)
@@ -484,20 +492,49 @@ def guesses_at(options, table, what, rings, right, way_ms, draft_ms):
         ways_ms = [token_ms - compute_ms for token_ms, compute_ms in tokens]
         table.pairs(f"{what}, plain token less computing / the way", "ms", ways_ms, [way_ms] * len(ways_ms), lower_is_better=True, bar=1 / WAY_MAX)
     were_right, compared = (sum(count) for count in zip(*counts, strict=True))
-    ring_ms, slowest_ms = statistics.median(token_ms for token_ms, _ in tokens), statistics.median(map(max, stages_ms))
-    tau_ms, all_ms = max(slowest_ms, draft_ms), draft_ms + statistics.median(map(sum, stages_ms))
+    ring_ms, stages_ms = statistics.median(token_ms for token_ms, _ in tokens), seen.row_ms()
+    tau_ms, all_ms = max(*stages_ms, draft_ms), draft_ms + sum(stages_ms)
     busy = statistics.median(busy_s / all_s for busy_s, all_s in worked)
     parts = [part_right(*count) for count in counts]
     limits = [1000 / ((1 - part) * ring_ms + part * tau_ms) for part in parts]
     bar = 0.9 if right in RIGHT_PARTS_BARRED else None
     table.pairs(f"{what}, a = {right}, guesses / X", "tok/s", rates, limits, bar=bar)
     print(
-        f"  of {compared} guesses {part_right(were_right, compared):.3f} were right; L {ring_ms:.1f} ms, tau {tau_ms:.2f} ms (guesser {draft_ms:.2f}, slowest stage {slowest_ms:.2f}), "
+        f"  of {compared} guesses {part_right(were_right, compared):.3f} were right; L {ring_ms:.1f} ms, tau {tau_ms:.2f} ms (guesser {draft_ms:.2f}, slowest stage {max(stages_ms):.2f}, "
+        f"{statistics.median(plain_ms):.2f} without guesses), "
         f"{all_ms / os.cpu_count():.2f} ms on {os.cpu_count()} processors, which were {busy:.0%} busy; "
-        f"{statistics.mean(together):.1f} rows in a step; {statistics.median(rates) * ring_ms / 1000:.2f} tokens for each time around",
+        f"{seen.rows():.1f} rows in a step; {statistics.median(rates) * ring_ms / 1000:.2f} tokens for each time around",
         flush=True,
     )
     return rates, ring_ms
+
+
+class Steps:
+    """What stages compute while something runs; a context manager that may be used several times."""
+
+    def __init__(self, server):
+        self.server, self.steps = server, []
+
+    def __enter__(self):
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._look)
+        self.thread.start()
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+    def _look(self):
+        while not self.over.wait(STEPS_EVERY_S):
+            self.steps.append([stage["last_step"] for stage in status(self.server)["stages"]])
+
+    def row_ms(self):
+        """The time of a row in each stage."""
+        return [statistics.median(step["compute_us"] / step["batch_rows"] / 1000 for step in stage) for stage in zip(*self.steps, strict=True)]
+
+    def rows(self):
+        """Rows of a step, on average."""
+        return statistics.mean(step["batch_rows"] for steps in self.steps for step in steps)
 
 
 def borrowed(options, model, table):

@@ -118,8 +118,8 @@ DEATHS_BETWEEN = (0.1, 0.8)
 GUESSED_SHAPE, GUESSED_STAGES, RINGS_MS = "llama", (2, 4), (0, 20, 60, 100, 200)
 # What one layer of it says, any number of them say.
 DEEP_SHAPE, DEEP_MS, DEEP_RIGHT, DEEP_SHARE, DEEP_BAR = "bench-deep", 100, 0.855, 0.062, 5
-# Layers of which it is measured how long one takes, and tokens for which others are computed beside them.
-DEEP_TRIED, DEEP_BESIDE_TOKENS = 16, 3000
+# Layers of each machine in a ring that tells how long one takes.
+DEEP_TRIED = 40
 STEPS_EVERY_S = 0.1
 # How much longer a token without guesses may be on its way than the links are.
 WAY_MAX = 1.15
@@ -402,29 +402,23 @@ def guesses(options, _, table):
 def deep(options, _, table):
     with lab.Lab(options.lab, 4) as (network, hosts):
         hosts = list(hosts)
-        tried, draft = deep_model(options, DEEP_TRIED)
+        _, draft = deep_model(options, 2)
         draft_ms = alone_ms(options, draft, hosts[0])
-        layer_ms = (alone_ms(options, tried, hosts[0]) - draft_ms) / (DEEP_TRIED - 1)
-        # With guesses both stages compute at once, on processors that share a memory.
-        with servers.murmur(options.murmur, tried, threads=1, context=CONTEXT, parallel=1, host=hosts[1]) as beside:
-            beside.generate(servers.unique_prompt(64), 8)
-            story = Story(beside, servers.unique_prompt(64), DEEP_BESIDE_TOKENS)
-            busy_ms = (alone_ms(options, tried, hosts[0]) - draft_ms) / (DEEP_TRIED - 1)
-            story.join()
-        # Two stages and the links take the time of a token without guesses.
-        each = round(DEEP_SHARE * DEEP_MS / (busy_ms - 2 * DEEP_SHARE * layer_ms))
-        print(f"  a layer takes {layer_ms:.3f} ms, and {busy_ms:.3f} while another one is computed", flush=True)
-        model, _ = deep_model(options, 2 * each)
         network.links(DEEP_MS)
         spoilt = ("--draft", draft, "--draft-spoilt", f"{1 - DEEP_RIGHT:.3f}")
-        with (
-            ring_from_an_end(options, model, hosts[:2], 2 * each) as plain,
-            ring_from_an_end(options, model, hosts[2:], 2 * each, driver=spoilt) as guessing,
-        ):
-            what = f"ring of 2 with {each} layers each at {DEEP_MS} ms"
-            rates, ring_ms = guesses_at(options, table, what, (plain, guessing), DEEP_RIGHT, DEEP_MS, draft_ms)
-            around = [rate * ring_ms / 1000 for rate in rates]
-            table.pairs(f"{what}, a = {DEEP_RIGHT}, tokens for each time around / {DEEP_BAR}", "", around, [DEEP_BAR] * len(around), bar=1)
+        # How long a layer takes where all machines of the ring compute at once on processors that they share, a first ring tells.
+        for each, is_told in ((DEEP_TRIED, False), (None, True)):
+            each = each or round(DEEP_TRIED * DEEP_SHARE * ring_ms / tau_ms)
+            model, _ = deep_model(options, 2 * each)
+            with (
+                ring_from_an_end(options, model, hosts[:2], 2 * each) as plain,
+                ring_from_an_end(options, model, hosts[2:], 2 * each, driver=spoilt) as guessing,
+            ):
+                what = f"ring of 2 with {each} layers each at {DEEP_MS} ms"
+                rates, ring_ms, tau_ms = guesses_at(options, table, what, (plain, guessing), DEEP_RIGHT, DEEP_MS, draft_ms)
+            if is_told:
+                around = [rate * ring_ms / 1000 for rate in rates]
+                table.pairs(f"{what}, a = {DEEP_RIGHT}, tokens for each time around / {DEEP_BAR}", "", around, [DEEP_BAR] * len(around), bar=1)
 
 
 @contextlib.contextmanager
@@ -506,7 +500,7 @@ def guesses_at(options, table, what, rings, right, way_ms, draft_ms):
         f"{seen.rows():.1f} rows in a step; {statistics.median(rates) * ring_ms / 1000:.2f} tokens for each time around",
         flush=True,
     )
-    return rates, ring_ms
+    return rates, ring_ms, tau_ms
 
 
 class Steps:
@@ -523,10 +517,15 @@ class Steps:
     def __exit__(self, *_):
         self.over.set()
         self.thread.join()
+        # What was over sooner than anybody looked has its last steps.
+        self._note()
 
     def _look(self):
         while not self.over.wait(STEPS_EVERY_S):
-            self.steps.append([stage["last_step"] for stage in status(self.server)["stages"]])
+            self._note()
+
+    def _note(self):
+        self.steps.append([stage["last_step"] for stage in status(self.server)["stages"]])
 
     def row_ms(self):
         """The time of a row in each stage."""

@@ -34,11 +34,11 @@ use murmur_protocol::{
 };
 use tokio::sync::mpsc;
 
+use draft::Plan;
 pub use draft::{DEPTHS, Guessing};
-use draft::{Guesses, Plan};
 use pace::Pace;
+use session::{Alone, Phase, Rows, Session};
 pub use session::{Draft, DraftModel, Ending, PeerDraft, SessionEvent, SessionRequest};
-use session::{Phase, Rows, Session};
 
 /// Events a reader may lag behind before its session pauses.
 pub const LAG_MAX: usize = 64;
@@ -126,7 +126,8 @@ pub struct Counters {
     pub sessions: u64,
     /// Stages lost.
     pub stages_lost: u64,
-    /// Steps of the last stage on a single row, which gave a token, by session: one batch of eight streams counts eight times.
+    /// Steps of the last stage on the row of a known token, which gave the next, by session: one batch of eight streams counts eight times.
+    /// Guesses do not count: a step of many is one.
     pub token_steps: u64,
     /// Time the batches of these steps took to compute in all stages, us.
     pub token_compute_us: u64,
@@ -146,6 +147,16 @@ pub struct Account {
     pub last_step: Option<Step>,
     /// Rows that it has computed.
     pub computed_rows: u64,
+}
+
+/// Whether rows are those of a single token that is known: what they take is the time of a token.
+fn is_plain(header: &Header) -> bool {
+    header.rows == 1 && !header.has(FLAG_GUESS)
+}
+
+/// Whether others were computed with these rows, which held them up.
+fn is_held_up(header: &Header, step: &Step) -> bool {
+    step.batch_rows > header.rows
 }
 
 /// Events and the room for them in their session's channel.
@@ -433,7 +444,7 @@ impl Driver {
             }
             Kind::Done | Kind::Sampled => frame.decode().map(|step| self.on_step(stage, &header, step)),
             Kind::StepFailed => {
-                self.on_step_failed(header.session, frame.as_text());
+                self.on_step_failed(&header, frame.as_text());
                 Ok(())
             }
             _ => Ok(()),
@@ -481,11 +492,12 @@ impl Driver {
     }
 
     /// Rows of a session could not be computed. If some of its guesses were wrong, these may be why: a memory that cannot forget a part of
-    /// what it holds, that of a recurrent model, takes no row back. So the session begins again without guesses, and if that helps, nobody
-    /// guesses any more.
-    fn on_step_failed(&mut self, id: u64, reason: String) {
-        let has_rewound = |session: &Session| session.guesses.were_some_wrong();
-        if !self.sessions.get(&id).is_some_and(has_rewound) {
+    /// what it holds, that of a recurrent model, takes no row back. So the session begins again without guesses, once, and if that helps,
+    /// nobody guesses any more.
+    fn on_step_failed(&mut self, header: &Header, reason: String) {
+        let id = header.session;
+        let may_be_why = |session: &Session| session.guesses.were_some_wrong() && !session.guesses.are_over();
+        if !self.sessions.get(&id).is_some_and(may_be_why) {
             return self.fail(id, reason);
         }
         if let Some(session) = self.sessions.get_mut(&id) {
@@ -493,8 +505,8 @@ impl Driver {
         }
         self.hold(id);
         if let Some(session) = self.sessions.get_mut(&id) {
-            session.guesses = Guesses::new(&Draft::Off);
-            session.failed_with_guesses = Some(reason);
+            session.guesses.end();
+            session.failed_with_guesses = Some((header.position.saturating_add(header.rows), reason));
         }
         self.queue.push_front(id);
         self.admit();
@@ -574,9 +586,12 @@ impl Driver {
             self.pace.note_prompt(stage, &step);
         } else if header.has(FLAG_WANT_OUTPUT) {
             self.pace.note(stage, &step);
-            if header.rows == 1 {
+            if is_plain(header) {
                 self.counters.token_compute_us += u64::from(step.compute_us);
             }
+        }
+        if let Some(session) = self.sessions.get_mut(&header.session) {
+            session.alone.take_if(|alone| alone.position == header.position && is_held_up(header, &step));
         }
         self.accounts[stage].last_step = Some(step);
     }
@@ -598,13 +613,13 @@ impl Driver {
                 Self::tell(&mut self.news, session, progress);
             }
         }
-        if let Some((rows, since)) = session.alone_since.take() {
-            self.pace.note_ring(rows, self.now_us.saturating_sub(since));
+        if let Some(alone) = session.alone.take().filter(|_| !is_held_up(header, &step)) {
+            self.pace.note_ring(alone.rows, self.now_us.saturating_sub(alone.since_us));
         }
         let sampled = std::mem::take(&mut step.sampled);
         if !sampled.is_empty() && !header.has(FLAG_PREFILL) {
             self.pace.note(stage, &step);
-            if header.rows == 1 {
+            if is_plain(header) {
                 self.counters.token_steps += 1;
                 self.counters.token_compute_us += u64::from(step.compute_us);
             }
@@ -630,17 +645,19 @@ impl Driver {
         let was_suspect = session.is_suspect();
         let ended = self.options.ends(token, &session.sampling) || sampled.grammar_ended;
         session.clear();
-        if let Some(reason) = session.failed_with_guesses.take() {
-            tracing::warn!(
-                "guesses are left alone from now on: a step after a wrong one failed ({reason}), and does not without"
-            );
-            self.options.draft = Draft::Off;
-        }
         self.counters.generated_tokens += 1;
         let rejected = session.rejected_at.take();
         self.counters.rejected_us += rejected.map_or(0, |at| self.now_us.saturating_sub(at));
         let before = std::mem::replace(&mut session.token_at, is_only.then_some(self.now_us));
         let outcome = session.push(token);
+        let length = session.tokens.len();
+        // The rows that failed have been computed.
+        if let Some((_, reason)) = session.failed_with_guesses.take_if(|(end, _)| length > *end as usize) {
+            tracing::warn!(
+                "guesses are left alone from now on: a step after a wrong one failed ({reason}), and does not without"
+            );
+            self.options.draft = Draft::Off;
+        }
         // What follows a wrong guess has waited for it, and what follows the last of right ones in a frame was had with them.
         let is_guessed = with_guesses || outcome.is_some() || rejected.is_some();
         let took_us = before.filter(|_| is_only).map(|before| self.now_us.saturating_sub(before));
@@ -715,7 +732,8 @@ impl Driver {
                 }
                 rows.extend(session.guesses.tokens(0, plan.rows - 1));
             }
-            session.alone_since = Some((rows.len(), self.now_us)).filter(|_| wanted && !prefill && in_flight == 0);
+            let alone = Alone { position: next, rows: rows.len(), since_us: self.now_us };
+            session.alone = Some(alone).filter(|_| wanted && !prefill && in_flight == 0);
             let end = next + rows.len() as u32;
             let is_guess = end > length;
             let mut header = Header::new(Kind::Tokens, id);

@@ -20,7 +20,7 @@ const ANOTHER_TRY: u32 = 64;
 #[derive(Debug, Default)]
 pub(crate) struct Joining {
     costs: RowCosts,
-    /// Times that some were left waiting since all went together.
+    /// Times that some were left waiting since all were tried together.
     left: u32,
 }
 
@@ -35,7 +35,8 @@ impl Joining {
         let Some(one_us) = self.costs.of(1) else { return waiting };
         let is_short = |rows: &usize| self.costs.of(*rows).is_some_and(|us| us <= STEP_MAX * one_us);
         let rows = (1..=waiting).rev().find(is_short).unwrap_or(1);
-        self.left = if rows < waiting { self.left + 1 } else { 0 };
+        // What is left of many goes together sooner or later, which says nothing of the many.
+        self.left += u32::from(rows < waiting);
         if self.left < ANOTHER_TRY {
             return rows;
         }
@@ -78,5 +79,8 @@ mod tests {
             }
         }
         assert!(tries > 5_000, "{tries}");
+        // Eight at a time: those that are left of them go together at once.
+        let mut bursts = joining(&[(1, 1000), (4, 1600), (8, 8000)]);
+        assert!((0..2 * ANOTHER_TRY).any(|_| (bursts.rows(8) == 8) | (bursts.rows(4) == 8)));
     }
 }

@@ -20,9 +20,15 @@ pub(crate) struct RowCosts {
 
 impl RowCosts {
     pub(crate) fn note(&mut self, rows: u32, us: u32) {
+        let most_us = self.most_us(rows as usize);
         if let Some(known) = self.us.get_mut(rows as usize) {
-            smooth(known, us.into());
+            smooth(known, f64::from(us).min(most_us));
         }
+    }
+
+    /// No more than the same rows one by one: a step that something held up must not speak against so many rows for ever.
+    fn most_us(&self, rows: usize) -> f64 {
+        self.us[1].filter(|_| rows > 1).map_or(f64::INFINITY, |one| one * rows as f64)
     }
 
     /// Of so many rows, at least one; `None` as long as a single row was never measured. Between what was measured it grows evenly; what
@@ -37,8 +43,7 @@ impl RowCosts {
             }
             _ => below.1,
         };
-        // No more than the same rows one by one: a step that something held up must not speak against so many rows for ever.
-        Some(us.clamp(one, one * rows as f64))
+        Some(us.max(one).min(self.most_us(rows)))
     }
 }
 
@@ -55,8 +60,8 @@ mod tests {
         // More than are ever guessed at once.
         costs.note(17, 9000);
         assert_eq!([1, 3, 5, 9, 40].map(|rows| costs.of(rows)), [1000.0, 2000.0, 3000.0, 3000.0, 3000.0].map(Some));
-        costs.note(5, 13000);
-        assert_eq!(costs.of(5), Some(4000.0));
+        costs.note(5, 4000);
+        assert_eq!(costs.of(5), Some(3100.0));
     }
 
     #[test]
@@ -64,6 +69,9 @@ mod tests {
         let mut costs = RowCosts::default();
         costs.note(1, 1000);
         costs.note(4, 90_000);
-        assert_eq!([2, 4, 8].map(|rows| costs.of(rows)), [2000.0, 4000.0, 8000.0].map(Some));
+        assert_eq!([2, 4, 8].map(|rows| costs.of(rows)), [2000.0, 4000.0, 4000.0].map(Some));
+        // Nor for long.
+        (0..20).for_each(|_| costs.note(4, 1000));
+        assert!(costs.of(4).is_some_and(|us| us < 1500.0), "{costs:?}");
     }
 }

@@ -111,7 +111,9 @@ impl<W: Rows> Schedule<W> {
             }
         }
         self.had_turn = batch.iter().map(Rows::sequence).collect();
-        if let [first] = &batch[..] {
+        if let [first] = &batch[..]
+            && self.decode.iter().all(|work| work.sequence() == first.sequence())
+        {
             let waiting = first.rows() + self.followers(first).map(Rows::rows).sum::<usize>();
             if waiting > first.rows() {
                 self.join(&mut batch, joins(waiting.min(self.limits.guess_rows)));
@@ -263,6 +265,17 @@ mod tests {
         assert_eq!(schedule.next_batch(|all| all), [W(0, 1, false), W(1, 1, false)]);
         schedule.push(W(0, 1, false));
         assert_eq!(schedule.next_batch(|_| unreachable!("nothing follows")), [W(0, 1, false)]);
+        // Rows of others wait that do not go with these.
+        let others = |_| -> usize { unreachable!("another sequence waits") };
+        [W(1, 2, false), W(0, 1, false), W(1, 1, false)].into_iter().for_each(|work| schedule.push(work));
+        assert_eq!(schedule.next_batch(others), [W(1, 2, false)]);
+        assert_eq!(schedule.next_batch(others), [W(0, 1, false), W(1, 1, false)]);
+        [W(0, 1, false), W(0, 1, false), W(1, 2, false), W(0, 1, false)]
+            .into_iter()
+            .for_each(|work| schedule.push(work));
+        assert_eq!(schedule.next_batch(others), [W(0, 1, false)]);
+        assert_eq!(schedule.next_batch(others), [W(1, 2, false)]);
+        assert_eq!(schedule.next_batch(|all| all), [W(0, 1, false), W(0, 1, false)]);
         assert!(schedule.is_empty());
     }
 }

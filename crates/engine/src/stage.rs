@@ -493,9 +493,6 @@ impl Stage {
             return Err(error.into());
         }
         self.governor.observe(rows, took);
-        if !works.iter().any(|work| work.is_prefill()) {
-            self.joining.note(rows, took);
-        }
         Ok((took, threads))
     }
 
@@ -530,6 +527,9 @@ impl Stage {
             };
             answers.push(answer.unwrap_or_else(|error| failure(work, &error)));
             row = end;
+        }
+        if !works.iter().any(|work| work.is_prefill()) {
+            self.joining.note(batch_rows, took + computed.elapsed());
         }
     }
 

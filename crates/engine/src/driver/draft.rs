@@ -272,6 +272,17 @@ impl Guesses {
         self.made as usize > self.right as usize + self.waiting.len()
     }
 
+    /// Nobody makes any more. What became of those that were made is still known.
+    pub(super) fn end(&mut self) {
+        (self.lookup, self.pursuit) = (None, None);
+        self.waiting.clear();
+    }
+
+    /// Whether nobody makes any, from the beginning or since [`Guesses::end`].
+    pub(super) fn are_over(&self) -> bool {
+        self.lookup.is_none()
+    }
+
     /// Those from `first` on, `count` at most.
     pub(super) fn tokens(&self, first: usize, count: usize) -> Vec<Token> {
         self.waiting.iter().skip(first).take(count).map(|guess| guess.token).collect()

@@ -155,6 +155,15 @@ pub(super) struct Rows {
     pub(super) stages: u16,
 }
 
+/// Rows that nothing else of their session holds up.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Alone {
+    pub(super) position: u32,
+    pub(super) rows: usize,
+    /// When they were sent, us.
+    pub(super) since_us: u64,
+}
+
 pub(super) struct Session {
     pub(super) epoch: u32,
     pub(super) phase: Phase,
@@ -163,12 +172,12 @@ pub(super) struct Session {
     pub(super) tokens: Vec<Token>,
     /// What may follow them.
     pub(super) guesses: Guesses,
-    /// The frame that is on its way was sent when nothing else of the session was: its rows, and when, us.
-    pub(super) alone_since: Option<(usize, u64)>,
+    /// The frame that is on its way was sent when nothing else of the session was.
+    pub(super) alone: Option<Alone>,
     /// When the newest guess was wrong, until a token follows, us.
     pub(super) rejected_at: Option<u64>,
-    /// Why a step failed after a wrong guess, until a token has come without guesses.
-    pub(super) failed_with_guesses: Option<String>,
+    /// A step failed after a wrong guess: the position behind its rows, and why, until a token for that position has come without guesses.
+    pub(super) failed_with_guesses: Option<(u32, String)>,
     /// When the newest token came, if no other session ran, us.
     pub(super) token_at: Option<u64>,
     /// The first position that each stage computes, of those that it was opened with: see [`Session::plan`].
@@ -196,7 +205,7 @@ impl Session {
             prompt_tokens,
             tokens,
             guesses: Guesses::new(draft),
-            alone_since: None,
+            alone: None,
             rejected_at: None,
             failed_with_guesses: None,
             token_at: None,
@@ -320,7 +329,7 @@ impl Session {
     pub(super) fn requeue(&mut self) {
         self.phase = Phase::Queued;
         self.guesses.drop_waiting();
-        (self.alone_since, self.rejected_at, self.token_at) = (None, None, None);
+        (self.alone, self.rejected_at, self.token_at) = (None, None, None);
         self.epoch += 1;
     }
 }

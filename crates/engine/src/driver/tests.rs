@@ -417,3 +417,77 @@ fn who_has_stood_by_for_a_lost_stage_is_told_which_sessions_there_are() {
     assert_eq!((to, frame.header.kind), (1, Kind::Sessions));
     assert_eq!(frame.decode::<Sessions>().unwrap().open, [sessions[0].0, sessions[2].0]);
 }
+
+#[test]
+fn a_row_that_others_have_held_up_says_nothing_about_the_way_around_the_ring() {
+    let mut driver = driver(2);
+    let (id, _events) = driver.start(SessionRequest { prompt: vec![1, 2], max_tokens: 20, ..request() }).unwrap();
+    (0..2).for_each(|stage| answer(&mut driver, stage, Kind::Opened, (id, 0), &holds(0)));
+    let mut now_us = 0;
+    let mut travel_after = |computed_together: [u32; 2]| {
+        let length = driver.sessions[&id].tokens.len() as u32;
+        let header =
+            Header { position: length - 1, rows: 1, flags: FLAG_WANT_OUTPUT, ..Header::new(Kind::Sampled, id) };
+        let step = |stage: usize| Step {
+            sampled: Vec::new(),
+            compute_us: 1000,
+            batch_rows: computed_together[stage],
+            threads: 1,
+        };
+        now_us += 50_000;
+        driver.at(now_us);
+        let account = Header { kind: Kind::Done, flags: header.flags | FLAG_HANDED_ON, ..header };
+        driver.on_frame(0, Frame::message(account, &step(0)).unwrap());
+        let sampled = Sampled { token: 5, logprob: None, top: vec![], grammar_ended: false };
+        driver.on_frame(1, Frame::message(header, &Step { sampled: vec![sampled], ..step(1) }).unwrap());
+        driver.travel_us()
+    };
+    // The first row says what computing takes.
+    assert_eq!([[1, 1], [4, 1], [1, 4]].map(&mut travel_after), [0, 0, 0]);
+    assert_eq!(travel_after([1, 1]), 4_800);
+    assert_eq!(travel_after([1, 1]), 9_120);
+}
+
+#[test]
+fn a_step_that_fails_after_a_wrong_guess_is_tried_once_without_and_guesses_are_blamed_when_its_rows_are_computed() {
+    let mut driver = driver(1);
+    driver.options.draft = Draft::Lookup;
+    let (id, mut events) = driver.start(SessionRequest { max_tokens: 5, ..request() }).unwrap();
+    open_all(&mut driver);
+    gets_a_token(&mut driver, id);
+    let guesses = |driver: &mut Driver, right: bool| {
+        let guesses = &mut driver.sessions.get_mut(&id).unwrap().guesses;
+        guesses.add(7, draft::Guesser::Lookup);
+        let _ = guesses.compare(if right { 7 } else { 8 });
+    };
+    let fails = |driver: &mut Driver, position: u32, rows: u32| {
+        let header = Header { epoch: epoch(driver, id), position, rows, ..Header::new(Kind::StepFailed, id) };
+        driver.on_frame(0, Frame::text(header, "no memory"));
+    };
+    guesses(&mut driver, true);
+    guesses(&mut driver, false);
+    fails(&mut driver, 10, 2);
+    assert_eq!(open_all(&mut driver), [id]);
+    gets_a_token(&mut driver, id);
+    assert_eq!(driver.options.draft, Draft::Lookup, "of two rows one was computed");
+    gets_a_token(&mut driver, id);
+    assert_eq!(driver.options.draft, Draft::Off);
+    // Nothing is guessed any more, so no guess is why.
+    fails(&mut driver, 12, 1);
+    let heard: Vec<_> = std::iter::from_fn(|| heard(&mut driver, &mut events)).collect();
+    assert!(matches!(heard.last(), Some(SessionEvent::Failed(reason)) if reason == "no memory"), "{heard:?}");
+
+    // What was guessed before is told of an answer that ends.
+    driver.options.draft = Draft::Lookup;
+    let (id, mut events) = driver.start(request()).unwrap();
+    open_all(&mut driver);
+    gets_a_token(&mut driver, id);
+    let guesses = &mut driver.sessions.get_mut(&id).unwrap().guesses;
+    guesses.add(7, draft::Guesser::Lookup);
+    let _ = guesses.compare(8);
+    driver.on_frame(0, Frame::text(Header { position: 10, rows: 1, ..Header::new(Kind::StepFailed, id) }, "no memory"));
+    open_all(&mut driver);
+    (0..2).for_each(|_| gets_a_token(&mut driver, id));
+    let heard: Vec<_> = std::iter::from_fn(|| self::heard(&mut driver, &mut events)).collect();
+    assert!(heard.contains(&SessionEvent::Guesses { right: 0, wrong: 1 }), "{heard:?}");
+}

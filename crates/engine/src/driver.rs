@@ -23,6 +23,7 @@ mod guessing;
 mod pace;
 mod pursuit;
 mod session;
+mod train;
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -37,8 +38,8 @@ use tokio::sync::mpsc;
 use draft::Plan;
 pub use draft::{DEPTHS, Guessing};
 use pace::Pace;
-use session::{Alone, Phase, Rows, Session};
 pub use session::{Draft, DraftModel, Ending, PeerDraft, SessionEvent, SessionRequest};
+use session::{Phase, Rows, Session};
 
 /// Events a reader may lag behind before its session pauses.
 pub const LAG_MAX: usize = 64;
@@ -590,8 +591,10 @@ impl Driver {
                 self.counters.token_compute_us += u64::from(step.compute_us);
             }
         }
-        if let Some(session) = self.sessions.get_mut(&header.session) {
-            session.alone.take_if(|alone| alone.position == header.position && is_held_up(header, &step));
+        if let Some(session) = self.sessions.get_mut(&header.session)
+            && is_held_up(header, &step)
+        {
+            session.train.is_held_up(header.position);
         }
         self.accounts[stage].last_step = Some(step);
     }
@@ -613,8 +616,11 @@ impl Driver {
                 Self::tell(&mut self.news, session, progress);
             }
         }
-        if let Some(alone) = session.alone.take().filter(|_| !is_held_up(header, &step)) {
-            self.pace.note_ring(alone.rows, self.now_us.saturating_sub(alone.since_us));
+        if is_held_up(header, &step) {
+            session.train.is_held_up(header.position);
+        }
+        if let Some(came) = session.train.comes(header.position, self.now_us) {
+            self.pace.note_came(&came);
         }
         let sampled = std::mem::take(&mut step.sampled);
         if !sampled.is_empty() && !header.has(FLAG_PREFILL) {
@@ -732,8 +738,9 @@ impl Driver {
                 }
                 rows.extend(session.guesses.tokens(0, plan.rows - 1));
             }
-            let alone = Alone { position: next, rows: rows.len(), since_us: self.now_us };
-            session.alone = Some(alone).filter(|_| wanted && !prefill && in_flight == 0);
+            if wanted && !prefill {
+                session.train.leaves(next, rows.len(), in_flight == 0, self.now_us);
+            }
             let end = next + rows.len() as u32;
             let is_guess = end > length;
             let mut header = Header::new(Kind::Tokens, id);
@@ -759,6 +766,7 @@ impl Driver {
             let mut header = Header::new(Kind::Tokens, id);
             (header.epoch, header.position) = (session.epoch, next);
             header.flags = FLAG_WANT_OUTPUT | FLAG_GUESS;
+            session.train.leaves(next, guess.len(), false, self.now_us);
             next += guess.len() as u32;
             in_flight += 1;
             self.output.push((0, Frame::tokens(header, &guess)));

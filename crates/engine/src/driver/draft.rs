@@ -365,7 +365,13 @@ impl Guesses {
 mod tests {
     use murmur_protocol::stage::Step;
 
-    use super::{super::pursuit::Took, *};
+    use super::{
+        super::{
+            pursuit::Took,
+            train::{Came, Gap},
+        },
+        *,
+    };
 
     #[test]
     fn what_followed_before_is_guessed_again_and_nothing_else() {
@@ -416,6 +422,26 @@ mod tests {
         let shared = Plan::of(Guesser::Model, 0.99, &pace, 8).unwrap();
         assert!((5..=8).contains(&shared.depth), "{shared:?}");
         assert_eq!(Plan::of(Guesser::Model, 0.99, &pace, 70), None);
+    }
+
+    #[test]
+    fn over_a_slow_link_no_more_rows_are_sent_ahead_than_it_carries() {
+        let mut pace = pace(2, 200, 200, 20_000, false);
+        pace.note_guess(1, Took::Alone(0), &step(1, 200));
+        let plan = |pace: &Pace| Plan::of(Guesser::Model, 0.99, pace, 1).unwrap();
+        assert!(plan(&pace).depth > 100);
+        // What each of these took alone is known; together they come as the link lets them.
+        let gap =
+            |row_us: f64, has_waited: bool| Came { rows: 1, alone_us: None, gap: Some(Gap { row_us, has_waited }) };
+        (0..50).for_each(|_| pace.note_came(&gap(4000.0, true)));
+        let slow = plan(&pace);
+        assert!(slow.rows == 1 && (4..=7).contains(&slow.depth), "{slow:?}");
+        assert!((slow.us_per_token - 0.01 * 20_400.0 - 0.99 * 4000.0).abs() < 100.0, "{slow:?}");
+        // Rows that were not sent any sooner say that it is no slower, and not how much faster it is.
+        (0..50).for_each(|_| pace.note_came(&gap(9000.0, false)));
+        assert_eq!(plan(&pace), slow);
+        (0..50).for_each(|_| pace.note_came(&gap(1000.0, false)));
+        assert!(plan(&pace).depth > 15);
     }
 
     #[test]

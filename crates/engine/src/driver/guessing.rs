@@ -225,7 +225,8 @@ impl Driver {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Phase::Running { next, in_flight, .. } = &mut session.phase else { return };
         *next = newest;
-        (session.alone, session.rejected_at) = (None, Some(self.now_us));
+        session.train.stop();
+        session.rejected_at = Some(self.now_us);
         if std::mem::take(in_flight) > 0 {
             session.epoch += 1;
             let header = Header { epoch: session.epoch, ..Header::new(Kind::Rewind, id) };

@@ -2,7 +2,7 @@
 
 use murmur_protocol::stage::Step;
 
-use super::{gain::Gain, pursuit::Took};
+use super::{gain::Gain, pursuit::Took, train::Came};
 use crate::row_costs::{RowCosts, SMOOTHING, smooth};
 
 /// Chunks of a prompt on their way at most, beside one in each stage: each is a few MiB that somebody has to hold.
@@ -34,6 +34,8 @@ pub(super) struct Pace {
     prompt_row_us: Vec<Option<f64>>,
     /// Of the way around the ring, beside computing, us. What was known of it at first is forgotten like a measurement.
     travel_us: f64,
+    /// How soon a row has come around after another that it had to wait for, be it on a link or in a stage that others use as well, us.
+    row_us: Option<f64>,
     is_one_machine: bool,
     /// The model that guesses is on a machine of its own.
     is_drafter_elsewhere: bool,
@@ -48,6 +50,7 @@ impl Pace {
             alone_us: None,
             prompt_row_us: vec![None; stages],
             travel_us: travel_us as f64,
+            row_us: None,
             is_one_machine,
             is_drafter_elsewhere: false,
             gain: Gain::default(),
@@ -85,10 +88,14 @@ impl Pace {
         }
     }
 
-    /// A frame of so many rows has come around in `us`, not held up by others of its session.
-    pub(super) fn note_ring(&mut self, rows: usize, us: u64) {
-        if let Some(compute_us) = self.compute_us(rows) {
-            self.travel_us += SMOOTHING * ((us as f64 - compute_us).max(0.0) - self.travel_us);
+    /// A frame has come around.
+    pub(super) fn note_came(&mut self, came: &Came) {
+        if let Some(gap) = came.gap.filter(|gap| gap.has_waited || self.row_us.is_some_and(|known| gap.row_us < known))
+        {
+            smooth(&mut self.row_us, gap.row_us);
+        }
+        if let Some((us, expected_us)) = came.alone_us.zip(self.ring_us(came.rows)) {
+            self.travel_us = (self.travel_us + SMOOTHING * (us as f64 - expected_us)).max(0.0);
         }
     }
 
@@ -135,11 +142,16 @@ impl Pace {
 
     /// How long a frame of so many rows takes to come around, us. `None`: not measured yet.
     pub(super) fn ring_us(&self, rows: usize) -> Option<f64> {
-        Some(self.compute_us(rows)? + self.travel_us)
+        let further_us = (self.row_us.unwrap_or(0.0) - self.slowest_us(1)?).max(0.0);
+        Some(self.compute_us(rows)? + self.travel_us + (rows - 1) as f64 * further_us)
     }
 
-    /// How soon a frame of so many rows can follow another, us: the slowest stage.
+    /// How soon a frame of so many rows can follow another, us: the slowest stage or link.
     pub(super) fn spacing_us(&self, rows: usize) -> Option<f64> {
+        Some(self.slowest_us(rows)?.max(self.row_us.unwrap_or(0.0) * rows as f64))
+    }
+
+    fn slowest_us(&self, rows: usize) -> Option<f64> {
         self.stages.iter().map(|stage| stage.of(rows)).try_fold(0.0, |most, us| Some(us?.max(most)))
     }
 
@@ -200,7 +212,7 @@ mod tests {
         pace.note(1, &step(1, 3000));
         assert_eq!((pace.ring_us(1), pace.spacing_us(1)), (Some(4100.0), Some(3000.0)));
         for us in [64_000, 5000] {
-            (0..300).for_each(|_| pace.note_ring(1, us));
+            (0..300).for_each(|_| pace.note_came(&Came { rows: 1, alone_us: Some(us), gap: None }));
             assert!(pace.ring_us(1).is_some_and(|known| (known - us as f64).abs() < 1.0), "{pace:?}");
         }
     }

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use super::{
     DriverOptions, EVENTS_MARGIN, LAG_MAX,
     draft::{Guesses, Outcome},
+    train::Train,
 };
 use crate::link::RemoteStage;
 
@@ -155,15 +156,6 @@ pub(super) struct Rows {
     pub(super) stages: u16,
 }
 
-/// Rows that nothing else of their session holds up.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Alone {
-    pub(super) position: u32,
-    pub(super) rows: usize,
-    /// When they were sent, us.
-    pub(super) since_us: u64,
-}
-
 pub(super) struct Session {
     pub(super) epoch: u32,
     pub(super) phase: Phase,
@@ -172,8 +164,8 @@ pub(super) struct Session {
     pub(super) tokens: Vec<Token>,
     /// What may follow them.
     pub(super) guesses: Guesses,
-    /// The frame that is on its way was sent when nothing else of the session was.
-    pub(super) alone: Option<Alone>,
+    /// Its generated rows and guesses that are on their way.
+    pub(super) train: Train,
     /// When the newest guess was wrong, until a token follows, us.
     pub(super) rejected_at: Option<u64>,
     /// A step failed after a wrong guess: the position behind its rows, and why, until a token for that position has come without guesses.
@@ -205,7 +197,7 @@ impl Session {
             prompt_tokens,
             tokens,
             guesses: Guesses::new(draft),
-            alone: None,
+            train: Train::default(),
             rejected_at: None,
             failed_with_guesses: None,
             token_at: None,
@@ -329,7 +321,8 @@ impl Session {
     pub(super) fn requeue(&mut self) {
         self.phase = Phase::Queued;
         self.guesses.drop_waiting();
-        (self.alone, self.rejected_at, self.token_at) = (None, None, None);
+        self.train.stop();
+        (self.rejected_at, self.token_at) = (None, None);
         self.epoch += 1;
     }
 }

@@ -739,7 +739,8 @@ impl Driver {
                 rows.extend(session.guesses.tokens(0, plan.rows - 1));
             }
             if wanted && !prefill {
-                session.train.leaves(next, rows.len(), in_flight == 0, self.now_us);
+                let spacing_us = self.pace.spacing_us(rows.len()).unwrap_or(0.0) as u64;
+                session.train.leaves(next, rows.len(), in_flight == 0, spacing_us, self.now_us);
             }
             let end = next + rows.len() as u32;
             let is_guess = end > length;
@@ -766,7 +767,8 @@ impl Driver {
             let mut header = Header::new(Kind::Tokens, id);
             (header.epoch, header.position) = (session.epoch, next);
             header.flags = FLAG_WANT_OUTPUT | FLAG_GUESS;
-            session.train.leaves(next, guess.len(), false, self.now_us);
+            let spacing_us = self.pace.spacing_us(guess.len()).unwrap_or(0.0) as u64;
+            session.train.leaves(next, guess.len(), false, spacing_us, self.now_us);
             next += guess.len() as u32;
             in_flight += 1;
             self.output.push((0, Frame::tokens(header, &guess)));

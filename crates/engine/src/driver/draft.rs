@@ -431,8 +431,7 @@ mod tests {
         let plan = |pace: &Pace| Plan::of(Guesser::Model, 0.99, pace, 1).unwrap();
         assert!(plan(&pace).depth > 100);
         // What each of these took alone is known; together they come as the link lets them.
-        let gap =
-            |row_us: f64, has_waited: bool| Came { rows: 1, alone_us: None, gap: Some(Gap { row_us, has_waited }) };
+        let gap = |row_us: f64, has_waited: bool| Came { rows: 1, alone: None, gap: Some(Gap { row_us, has_waited }) };
         (0..50).for_each(|_| pace.note_came(&gap(4000.0, true)));
         let slow = plan(&pace);
         assert!(slow.rows == 1 && (4..=7).contains(&slow.depth), "{slow:?}");

@@ -94,8 +94,10 @@ impl Pace {
         {
             smooth(&mut self.row_us, gap.row_us);
         }
-        if let Some((us, expected_us)) = came.alone_us.zip(self.ring_us(came.rows)) {
-            self.travel_us = (self.travel_us + SMOOTHING * (us as f64 - expected_us)).max(0.0);
+        if let Some((alone, expected_us)) = came.alone.zip(self.ring_us(came.rows)) {
+            let (least_us, most_us) = (alone.us.saturating_sub(alone.waited_us) as f64, alone.us as f64);
+            let off_us = expected_us.clamp(least_us, most_us) - expected_us;
+            self.travel_us = (self.travel_us + SMOOTHING * off_us).max(0.0);
         }
     }
 
@@ -169,7 +171,7 @@ impl Pace {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::train::Alone, *};
 
     fn step(rows: u32, compute_us: u32) -> Step {
         Step { sampled: Vec::new(), compute_us, batch_rows: rows, threads: 1 }
@@ -212,7 +214,10 @@ mod tests {
         pace.note(1, &step(1, 3000));
         assert_eq!((pace.ring_us(1), pace.spacing_us(1)), (Some(4100.0), Some(3000.0)));
         for us in [64_000, 5000] {
-            (0..300).for_each(|_| pace.note_came(&Came { rows: 1, alone_us: Some(us), gap: None }));
+            let came = |us, waited_us| Came { rows: 1, alone: Some(Alone { us, waited_us }), gap: None };
+            (0..300).for_each(|_| pace.note_came(&came(us, 0)));
+            // What may have waited for rows in vain, nobody knows for how long, says no more than this.
+            (0..300).for_each(|_| pace.note_came(&came(us + 90_000, 90_000)));
             assert!(pace.ring_us(1).is_some_and(|known| (known - us as f64).abs() < 1.0), "{pace:?}");
         }
     }
